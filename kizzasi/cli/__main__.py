@@ -1,0 +1,5 @@
+import sys
+
+from kizzasi.cli import main
+
+sys.exit(main())

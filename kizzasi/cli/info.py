@@ -1,0 +1,47 @@
+"""Show what a model is made of and what it costs, layer by layer.
+
+example:
+  kizzasi info runs/first/best --seq-len 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from kizzasi.cli.common import columns, read_spec
+from kizzasi.errors import SpecError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint folder")
+    parser.add_argument(
+        "--seq-len", type=int, default=1024, help="tokens of flops and state (default 1024)"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if args.seq_len < 1:
+        raise SpecError(f"--seq-len {args.seq_len}: must be at least 1")
+    spec = read_spec(args.spec)
+    rows = []
+    for i, block in enumerate(spec.blocks):
+        for part in (block.mixer, block.channel):
+            if part is not None:
+                rows.append((f"{i} {part.kind}", part.cost(spec.layer_context(i), args.seq_len, 1)))
+    total = spec.cost(args.seq_len)
+    rows.append(("total", total))
+    table = [["layer", "params", "active", "flops/token", "state bytes"]]
+    for name, cost in rows:
+        flops = cost.flops // args.seq_len
+        numbers = (cost.params, cost.active_params, flops, cost.state_bytes)
+        table.append([name, *(f"{n:,}" for n in numbers)])
+    result = {
+        "digest": spec.digest,
+        "seq_len": args.seq_len,
+        "layers": [{"name": name, **cost._asdict()} for name, cost in rows[:-1]],
+        "total": total._asdict(),
+    }
+    head = f"d_model {spec.d_model}, stem {spec.stem.to_dict()}, {spec.digest}"
+    note = f"flops and state at {args.seq_len} tokens; total includes stem and norms"
+    return result, f"{head}\n{columns(table)}\n{note}"

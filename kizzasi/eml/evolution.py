@@ -1,0 +1,208 @@
+"""Evolution strategies and simultaneous perturbation, in the manner of `optimizers.py`.
+
+They keep the best point seen in `x`; `mean` is where they search.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kizzasi.eml.optimizers import _noise, _require, _usable
+
+
+def _keep_best(x: Tensor, best: Tensor, candidates: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    low, where = losses.min(1)
+    better = low < best
+    chosen = candidates[torch.arange(len(low), device=low.device), where]
+    return torch.where(better[:, None], chosen, x), torch.where(better, low, best)
+
+
+class GradientState(NamedTuple):
+    """x (R, n) and best (R) seen; mean (R, n); Adam's moments m, v (R, n); at; seed."""
+
+    x: Tensor
+    best: Tensor
+    mean: Tensor
+    m: Tensor
+    v: Tensor
+    at: int
+    seed: int
+
+
+def _start(x: Tensor, loss: Tensor, seed: int) -> GradientState:
+    zero = torch.zeros_like(x)
+    return GradientState(x, _usable(loss), x, zero, zero, 0, seed)
+
+
+def _adam(state: GradientState, g: Tensor, lr: float) -> GradientState:
+    """Take one Adam step along an estimated gradient."""
+    at = state.at + 1
+    m, v = 0.9 * state.m + 0.1 * g, 0.99 * state.v + 0.01 * g * g
+    unbiased = (v / (1 - 0.99**at)).sqrt() + 1e-12
+    mean = state.mean - lr * m / (1 - 0.9**at) / unbiased
+    return state._replace(mean=mean, m=m, v=v, at=at)
+
+
+@dataclass(frozen=True)
+class AntitheticES:
+    """Evolution strategy with mirrored samples, centred ranks and Adam.
+
+        g = sum_p rank(f(mean + sigma e_p), f(mean - sigma e_p)) e_p / (P sigma)
+
+    Args:
+        population: candidates per step, even.
+        sigma: size of the perturbations.
+        lr, lr_final: Adam's step at the start and after `steps`, geometric in between.
+        steps: length of the schedule.
+
+    Source: Salimans et al. 2017, arXiv:1703.03864, section 2.1.
+    """
+
+    population: int = 64
+    sigma: float = 0.05
+    lr: float = 0.02
+    lr_final: float = 0.002
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        _require(self.population % 2 == 0 < self.population, f"{self}: population must be even")
+
+    def init(self, x: Tensor, loss: Tensor, seed: int) -> GradientState:
+        return _start(x, loss, seed)
+
+    def ask(self, state: GradientState) -> Tensor:
+        noise = self.sigma * _noise(state.seed, state.at, self.population // 2, state.mean)
+        return state.mean[:, None] + torch.cat((noise, -noise), 1)
+
+    def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
+        losses = _usable(losses)
+        x, best = _keep_best(state.x, state.best, candidates, losses)
+        ranks = losses.argsort(1).argsort(1).to(state.mean) / (self.population - 1) - 0.5
+        noise = (candidates - state.mean[:, None]) / self.sigma
+        g = torch.einsum("rp,rpn->rn", ranks, noise) / (self.population * self.sigma)
+        progress = min(state.at / self.steps, 1.0)
+        lr = self.lr * (self.lr_final / self.lr) ** progress
+        return _adam(state._replace(x=x, best=best), g, lr)
+
+
+@dataclass(frozen=True)
+class Spsa:
+    """Simultaneous perturbation: a gradient estimate from `pairs` mirrored pairs of losses.
+
+        g = mean_p (f(mean + c e_p) - f(mean - c e_p)) / (2 c) e_p;    mean <- mean - lr g
+
+    Only the losses and a seed need to be kept between ask and tell, as in MeZO: perturbations are
+    hashed from the seed. With adam=True the step is Adam's.
+
+    Args:
+        pairs: mirrored pairs per step; 1 is the original.
+        c: size of the perturbations.
+        lr: step size.
+        adam: normalise steps by Adam's moments.
+
+    Source: Spall 1992, IEEE TAC 37(3); MeZO: Malladi et al. 2023, arXiv:2305.17333, section 2.
+    """
+
+    pairs: int = 1
+    c: float = 1e-3
+    lr: float = 1e-3
+    adam: bool = False
+
+    def init(self, x: Tensor, loss: Tensor, seed: int) -> GradientState:
+        return _start(x, loss, seed)
+
+    def ask(self, state: GradientState) -> Tensor:
+        noise = self.c * _noise(state.seed, state.at, self.pairs, state.mean)
+        return state.mean[:, None] + torch.cat((noise, -noise), 1)
+
+    def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
+        x, best = _keep_best(state.x, state.best, candidates, _usable(losses))
+        plus, minus = losses.unflatten(1, (2, -1)).unbind(1)
+        slope = ((plus - minus) / (2 * self.c)).nan_to_num(0.0, 0.0, 0.0)
+        noise = _noise(state.seed, state.at, self.pairs, state.mean)
+        g = torch.einsum("rp,rpn->rn", slope.to(noise), noise) / self.pairs
+        state = state._replace(x=x, best=best)
+        if self.adam:
+            return _adam(state, g, self.lr)
+        return state._replace(mean=state.mean - self.lr * g, at=state.at + 1)
+
+
+class CmaState(NamedTuple):
+    """x, best as ever; mean (R, n); sigma (R); paths p_sigma, p_c and variances c (R, n)."""
+
+    x: Tensor
+    best: Tensor
+    mean: Tensor
+    sigma: Tensor
+    p_sigma: Tensor
+    p_c: Tensor
+    c: Tensor
+    at: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SeparableCma:
+    """CMA-ES with a diagonal covariance: linear in n in time and memory.
+
+    Args:
+        population: candidates per generation; None means 4 + floor(3 ln n).
+        sigma: first size of the search distribution.
+
+    Source: Ros & Hansen 2008, PPSN X, section 2; constants of Hansen 2016, arXiv:1604.00772, with
+        the learning rate of the covariance raised by (n + 2) / 3.
+    """
+
+    population: int | None = None
+    sigma: float = 0.1
+
+    def init(self, x: Tensor, loss: Tensor, seed: int) -> CmaState:
+        sigma = torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device)
+        zero = torch.zeros_like(x)
+        return CmaState(x, _usable(loss), x, sigma, zero, zero, torch.ones_like(x), 0, seed)
+
+    def _size(self, n: int) -> int:
+        return self.population or 4 + int(3 * math.log(n))
+
+    def ask(self, state: CmaState) -> Tensor:
+        noise = _noise(state.seed, state.at, self._size(state.x.shape[1]), state.x)
+        spread = state.sigma[:, None] * state.c.sqrt()
+        return state.mean[:, None] + spread[:, None] * noise
+
+    def tell(self, state: CmaState, candidates: Tensor, losses: Tensor) -> CmaState:
+        n, size = state.x.shape[1], losses.shape[1]
+        losses = _usable(losses)
+        x, best = _keep_best(state.x, state.best, candidates, losses)
+        mu = size // 2
+        weights = math.log(mu + 0.5) - torch.arange(1, mu + 1, device=x.device).to(x).log()
+        weights = weights / weights.sum()
+        mu_eff = float(1 / weights.square().sum())
+        c_sigma = (mu_eff + 2) / (n + mu_eff + 5)
+        damping = 1 + 2 * max(0.0, math.sqrt((mu_eff - 1) / (n + 1)) - 1) + c_sigma
+        c_c = (4 + mu_eff / n) / (n + 4 + 2 * mu_eff / n)
+        c_1 = 2 / ((n + 1.3) ** 2 + mu_eff)
+        c_mu = min(1 - c_1, 2 * (mu_eff - 2 + 1 / mu_eff) / ((n + 2) ** 2 + mu_eff))
+        faster = (n + 2) / 3
+        c_1, c_mu = min(1.0, c_1 * faster), min(1 - min(1.0, c_1 * faster), c_mu * faster)
+        expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
+
+        order = losses.argsort(1)[:, :mu, None].expand(-1, -1, n)
+        steps = (candidates.gather(1, order) - state.mean[:, None]) / state.sigma[:, None, None]
+        step = torch.einsum("p,rpn->rn", weights, steps)
+        mean = state.mean + state.sigma[:, None] * step
+        push = math.sqrt(c_sigma * (2 - c_sigma) * mu_eff)
+        p_sigma = (1 - c_sigma) * state.p_sigma + push * step / state.c.sqrt()
+        length = p_sigma.norm(dim=1)
+        unstalled = length / math.sqrt(1 - (1 - c_sigma) ** (2 * state.at + 2))
+        h = (unstalled < (1.4 + 2 / (n + 1)) * expected).to(x)[:, None]
+        p_c = (1 - c_c) * state.p_c + h * math.sqrt(c_c * (2 - c_c) * mu_eff) * step
+        rank_one = p_c.square() + (1 - h) * c_c * (2 - c_c) * state.c
+        rank_mu = torch.einsum("p,rpn->rn", weights, steps.square())
+        c = (1 - c_1 - c_mu) * state.c + c_1 * rank_one + c_mu * rank_mu
+        sigma = state.sigma * torch.exp((c_sigma / damping) * (length / expected - 1))
+        return CmaState(x, best, mean, sigma, p_sigma, p_c, c, state.at + 1, state.seed)

@@ -1,0 +1,150 @@
+"""Run a gradient-free optimiser: budget, early stop, progress, and a state that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from tqdm import tqdm
+
+from kizzasi.eml.optimizers import Optimizer
+from kizzasi.errors import SpecError
+
+Loss = Callable[[Tensor], Tensor]
+
+
+class ModuleObjective:
+    """The loss of any module as a function of its flat parameters, many candidates at once.
+
+    Candidates are run through one vectorised forward; buffers are shared, gradients are off.
+
+    Args:
+        module: not changed, except by `assign`.
+        criterion: scalar loss from the module's output; close it over the targets.
+        inputs: positional arguments of the module.
+        names: parameters to search over, in this order; None means all of them.
+        batch_size: candidates per vectorised forward: memory against speed, never the result.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: Callable[[Any], Tensor],
+        *inputs: Any,
+        names: list[str] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        named = dict(module.named_parameters())
+        unknown = set(names or ()) - set(named)
+        if unknown:
+            raise SpecError(f"names {sorted(unknown)} are not parameters; choose from {[*named]}")
+        self.module, self.criterion, self.inputs = module, criterion, inputs
+        self.parameters = {name: named[name] for name in (names or named)}
+        self.batch_size = batch_size
+
+    @property
+    def start(self) -> Tensor:
+        """The module's present parameters, (1, n)."""
+        return torch.cat([p.detach().flatten() for p in self.parameters.values()])[None]
+
+    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([p.numel() for p in self.parameters.values()])
+        shaped = zip(self.parameters.items(), parts, strict=True)
+        return {name: part.view(p.shape).to(p.dtype) for (name, p), part in shaped}
+
+    def _one(self, flat: Tensor) -> Tensor:
+        output = functional_call(self.module, self._unflatten(flat), self.inputs)
+        return self.criterion(output)
+
+    @torch.no_grad()
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return the losses (R, P) of candidates (R, P, n)."""
+        flat = points.flatten(0, 1)
+        return vmap(self._one, chunk_size=self.batch_size)(flat).view(points.shape[:2])
+
+    @torch.no_grad()
+    def assign(self, point: Tensor) -> None:
+        """Write one point (n) into the module."""
+        for name, value in self._unflatten(point).items():
+            self.parameters[name].copy_(value)
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where `minimize` got to.
+
+    x            (R, n) best points.
+    loss         (R) their losses.
+    evaluations  candidates per problem, the first point included.
+    history      (evaluations, mean best loss) after every step.
+    state        resume with it, or save it with torch.save.
+    """
+
+    x: Tensor
+    loss: Tensor
+    evaluations: int
+    history: list[tuple[int, float]] = field(repr=False)
+    state: Any = field(repr=False)
+
+
+@torch.no_grad()
+def minimize(
+    objective: Loss,
+    optimizer: Optimizer,
+    start: Tensor,
+    *,
+    evaluations: int,
+    seed: int = 0,
+    target: float | None = None,
+    patience: int | None = None,
+    min_improvement: float = 1e-4,
+    progress: bool = False,
+    resume: Minimum | None = None,
+) -> Minimum:
+    """Search for low losses without gradients.
+
+    The result is a function of the objective, the optimiser, the start and the seed; stopping and
+    resuming changes nothing.
+
+    Args:
+        objective: losses (R, P) of candidates (R, P, n).
+        optimizer: from `optimizers.py` or `evolution.py`.
+        start: (R, n) first points; ignored on resume.
+        evaluations: candidates per problem in all, the resumed ones included; the last ask may
+            overshoot.
+        seed: of every random number.
+        target: stop once every problem's loss is at or below it.
+        patience: stop after this many steps in which the mean best loss fell by less than the
+            fraction min_improvement; None never does.
+        progress: show a bar.
+        resume: what an earlier call returned.
+    """
+    if resume is None:
+        loss = objective(start[:, None])[:, 0]
+        state, used, history = optimizer.init(start, loss, seed), 1, []
+    else:
+        state, used, history = resume.state, resume.evaluations, list(resume.history)
+    with tqdm(total=evaluations, initial=used, disable=not progress, unit="eval") as bar:
+        while used < evaluations:
+            if target is not None and bool((state.best <= target).all()):
+                break
+            if patience is not None and _stalled(history, patience, min_improvement):
+                break
+            candidates = optimizer.ask(state)
+            state = optimizer.tell(state, candidates, objective(candidates))
+            used += candidates.shape[1]
+            history.append((used, float(state.best.mean())))
+            bar.update(candidates.shape[1])
+            bar.set_postfix(loss=f"{history[-1][1]:.4g}")
+    return Minimum(state.x, state.best, used, history, state)
+
+
+def _stalled(history: list[tuple[int, float]], patience: int, fraction: float) -> bool:
+    if len(history) <= patience:
+        return False
+    before, now = history[-1 - patience][1], history[-1][1]
+    return before - now < fraction * abs(before)

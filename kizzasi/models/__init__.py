@@ -1,0 +1,47 @@
+"""Sequence models: specs in, `nn.Module`s out."""
+
+from kizzasi.models import channels, mixers
+from kizzasi.models.checkpoints import load
+from kizzasi.models.cost import Cost
+from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
+from kizzasi.models.model import ModelOutput, SequenceModel, build_model
+from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
+from kizzasi.models.state import ModelState, load_state
+from kizzasi.models.stems import Signal, Tokens
+from kizzasi.models.streaming import SignalPredictor
+
+
+def list_mixers() -> list[str]:
+    """The kinds of sequence mixer that a spec may name."""
+    return sorted(MixerSpec.registry)
+
+
+def list_channels() -> list[str]:
+    """The kinds of channel mixer that a spec may name."""
+    return sorted(ChannelSpec.registry)
+
+
+__all__ = [
+    "BlockSpec",
+    "ChannelSpec",
+    "Cost",
+    "LayerContext",
+    "Mixer",
+    "MixerOut",
+    "MixerSpec",
+    "ModelOutput",
+    "ModelSpec",
+    "ModelState",
+    "SequenceModel",
+    "Signal",
+    "SignalPredictor",
+    "Tokens",
+    "build_model",
+    "channels",
+    "list_channels",
+    "list_mixers",
+    "load",
+    "load_state",
+    "mixers",
+    "pattern",
+]

@@ -1,0 +1,77 @@
+"""One pre-norm residual layer: a sequence mixer and, usually, a channel mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models.mixer import LayerContext, Mixer, MixerOut
+from kizzasi.models.norm import Norm
+from kizzasi.models.spec import BlockSpec
+from kizzasi.models.state import BlockState
+
+
+class Block(nn.Module):
+    """x += dropout(mixer(norm(x))), then x += dropout(channel(norm(x))) if there is a channel."""
+
+    def __init__(self, spec: BlockSpec, layer: LayerContext, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.mixer_norm = Norm(spec.norm, layer.d_model, eps)
+        self.mixer = spec.mixer.build(layer)
+        self.channel_norm: Norm | None = None
+        self.channel: Mixer | None = None
+        if spec.channel is not None:
+            self.channel_norm = Norm(spec.norm, layer.d_model, eps)
+            self.channel = spec.channel.build(layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: BlockState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        """Parallel form; arguments and result as in `Mixer.forward`."""
+        before = BlockState(None, None) if state is None else state
+        out = self.mixer(self.mixer_norm(x), before.mixer, segment_ids=segment_ids, shared=shared)
+        x = x + self._drop(out.y)
+        if self.channel is None or self.channel_norm is None:
+            return MixerOut(x, BlockState(out.state, ()), out.aux, out.shared)
+        wide = self.channel(self.channel_norm(x), before.channel, segment_ids=segment_ids)
+        x = x + self._drop(wide.y)
+        state = BlockState(out.state, wide.state)
+        return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
+
+    def step(
+        self, x: Tensor, state: BlockState, *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        """Recurrent form; arguments and result as in `Mixer.step`."""
+        out = self.mixer.step(self.mixer_norm(x), state.mixer, shared=shared)
+        x = x + self._drop(out.y)
+        if self.channel is None or self.channel_norm is None:
+            return MixerOut(x, BlockState(out.state, ()), out.aux, out.shared)
+        wide = self.channel.step(self.channel_norm(x), state.channel)
+        x = x + self._drop(wide.y)
+        state = BlockState(out.state, wide.state)
+        return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> BlockState:
+        channel = () if self.channel is None else self.channel.init_state(batch, device, dtype)
+        return BlockState(self.mixer.init_state(batch, device, dtype), channel)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Sum auxiliary losses by name."""
+    if not (a and b):
+        return a or b
+    return {name: sum(d[name] for d in (a, b) if name in d) for name in {**a, **b}}  # pyright: ignore[reportReturnType]

@@ -1,0 +1,88 @@
+"""The gated perceptron of Llama.
+
+Source: Shazeer 2020, arXiv:2002.05202; width rule: Touvron et al. 2023, arXiv:2302.13971.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models import init
+from kizzasi.models.cost import Cost, linear
+from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
+from kizzasi.models.strict import register
+
+
+@register
+@dataclass(frozen=True)
+class SwiGLUSpec(ChannelSpec):
+    """A gated linear unit with SiLU.
+
+    Args:
+        hidden: inner width; None means 8/3 d_model (as many parameters as an MLP of 4 d_model),
+            rounded up to a multiple of 8.
+    """
+
+    kind: ClassVar[str] = "swiglu"
+    hidden: int | None = None
+
+    def check(self, d_model: int, path: str) -> None:
+        if self.hidden is not None:
+            self.require_positive(path, "hidden")
+
+    def build(self, layer: LayerContext) -> SwiGLU:
+        return SwiGLU(self, layer)
+
+    def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        d, hidden, n = layer.d_model, self.width(layer.d_model), batch * seq_len
+        return linear(n, d, hidden) + linear(n, d, hidden) + linear(n, hidden, d)
+
+    @property
+    def context_window(self) -> float:
+        return 1
+
+    def width(self, d_model: int) -> int:
+        """Inner width."""
+        return 8 * -(-d_model // 3) if self.hidden is None else self.hidden
+
+
+class SwiGLU(Mixer):
+    """y = W_down (silu(W_gate x) * W_up x). Its state is the empty tuple."""
+
+    def __init__(self, spec: SwiGLUSpec, layer: LayerContext) -> None:
+        super().__init__()
+        d, hidden = layer.d_model, spec.width(layer.d_model)
+        self.gate_proj = nn.Linear(d, hidden, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        init.linear_(self.gate_proj, generator)
+        init.linear_(self.up_proj, generator)
+        init.linear_(self.down_proj, generator, init.residual_scale(n_layers))
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[()]:
+        return ()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[()] | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        return MixerOut(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), ())
+
+    def step(
+        self, x: Tensor, state: tuple[()], *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        return self.forward(x)

@@ -1,0 +1,49 @@
+"""How parameters start. Drawn from a generator, so that a seed means the same everywhere.
+
+| part | rule | source |
+|---|---|---|
+| embedding, head | N(0, 0.02^2) | Radford et al. 2019 (GPT-2) |
+| Linear into a layer (q_proj, up_proj, in_proj) | U(+-1/sqrt(n_in)), bias 0 | He et al. 2015 |
+| Linear out of a residual branch (o_proj, down_proj) | the same / sqrt(2 n_layers) | GPT-2, 2.3 |
+| norms | weight 1, bias 0 | |
+| Mamba-1 A_log | log(1..n) in every channel | Gu & Dao 2023, 3.6 |
+| Mamba-1 dt_proj | U(+-rank^-0.5); softplus(bias) log-uniform in [1e-3, 1e-1] | same |
+| Mamba-1 out_proj | U(+-1/sqrt(n_in)) / sqrt(n_layers) | state-spaces/mamba |
+| Mamba-1 D | 1 | same |
+| S4D A, B, C, dt | ops/s4.py: lin, inv, legs, real | Gu et al. 2022, arXiv:2206.11893 |
+| RWKV-7 | mixers/rwkv7.py: ramps over depth and width | Peng et al. 2025, arXiv:2503.14456 |
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    with torch.no_grad():
+        weight.normal_(0.0, std, generator=generator)
+
+
+def uniform_(weight: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    with torch.no_grad():
+        weight.uniform_(-bound, bound, generator=generator)
+
+
+def linear_(layer: nn.Linear, generator: torch.Generator | None, scale: float = 1.0) -> None:
+    """Uniform with the fan-in bound, times scale; bias zero."""
+    uniform_(layer.weight, scale / math.sqrt(layer.in_features), generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def residual_scale(n_layers: int) -> float:
+    """Scale of a Linear that ends one of the 2 n_layers residual branches."""
+    return 1.0 / math.sqrt(2 * n_layers)
+
+
+def softplus_inverse(x: Tensor) -> Tensor:
+    """y with log(1 + exp(y)) = x, for x > 0."""
+    return x + torch.log(-torch.expm1(-x))

@@ -1,0 +1,160 @@
+"""The contract that every sequence mixer and channel mixer keeps.
+
+A mixer maps (b, t, d) to (b, t, d). It has a parallel form, `forward`, and a recurrent form,
+`step`, that agree; any split of a sequence with the state carried across equals one call.
+
+State in, state out. A state is a NamedTuple (nested if need be) of tensors whose first dimension is
+the batch. Before any token its floating leaves are zero; integer leaves say which slots are valid.
+Nobody writes into a state that it was handed, and gradients flow into the initial and out of the
+final state.
+
+Symbols: b batch, t time, d d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kizzasi.models.cost import Cost
+from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.strict import Registered
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Where in a model a mixer stands: what a spec needs to build or to cost it."""
+
+    d_model: int
+    index: int = 0  # 0-based depth
+    n_layers: int = 1
+    first_of_kind: bool = True  # no earlier block has a mixer of this kind
+
+
+class ParamRule(NamedTuple):
+    """How the optimiser treats a parameter; see `SequenceModel.parameter_groups`."""
+
+    decay: bool = True
+    lr_scale: float = 1.0
+    lr_max: float = math.inf
+
+
+NO_DECAY = ParamRule(decay=False)
+
+
+class MixerOut(NamedTuple):
+    """What a mixer returns.
+
+    y       (b, t, d) from forward, (b, d) from step.
+    state   the state after the last token.
+    aux     scalar losses by name, already weighted; {} for almost all mixers.
+    shared  tensors offered to later layers of the same call (RWKV-7's v_first); {} for almost all.
+    """
+
+    y: Tensor
+    state: Any
+    aux: Mapping[str, Tensor] = {}  # read-only
+    shared: Mapping[str, Tensor] = {}
+
+
+class Mixer(KeepFloat32, ABC):
+    """Base of all mixers. Constructed from its spec and a LayerContext, on any device.
+
+    Class attributes:
+        float32_parameters: names never stored below float32 (decays, step sizes, routers).
+        param_rules: optimiser rules for parameters of this module by name; a parameter without one
+            decays when it has two or more dimensions.
+        backends: what `backend` may be set to. "torch" is the fast portable path, "reference" the
+            defining loop; plain layers have one path, which is both.
+    """
+
+    param_rules: ClassVar[Mapping[str, ParamRule]] = {}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
+    backend: str = "torch"
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        """Parallel form over a stretch of tokens.
+
+        Args:
+            x: (b, t, d) with t >= 1.
+            state: what an earlier call returned, or None for `init_state`.
+            segment_ids: (b, t) int64, None if every token continues the state. 0 continues the
+                carried state; every change of value along t starts a document from the zero state;
+                -1 is padding. `document_starts` turns it into resets.
+            shared: what earlier layers of this call offered.
+        """
+
+    @abstractmethod
+    def step(
+        self, x: Tensor, state: Any, *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        """Recurrent form: one token, x (b, d). Equals `forward` on x[:, None]."""
+
+    @abstractmethod
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state before any token; dtype is the activations'. Recurrent sums are kept in at
+        least float32, whatever dtype says (`state_dtype`)."""
+
+    @abstractmethod
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Initialise every parameter and buffer as the paper does, drawing from `generator`."""
+
+
+def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """float64 for float64 models, else float32: the dtype of recurrent sums."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+
+
+def document_starts(segment_ids: Tensor) -> Tensor:
+    """(b, t) bool: True where a token must not see what came before it.
+
+    The first token is compared with 0, the id that continues the carried state.
+    """
+    before = torch.cat([torch.zeros_like(segment_ids[:, :1]), segment_ids[:, :-1]], dim=1)
+    return segment_ids != before
+
+
+class _Part(Registered):
+    """A registered spec of something that sits in a layer."""
+
+    def check(self, d_model: int, path: str) -> None:
+        """Raise SpecError for every rule that the fields break at this width."""
+
+    def build(self, layer: LayerContext) -> Mixer:
+        raise AssertionError(f"{type(self).__name__} must define build")
+
+    def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        raise AssertionError(f"{type(self).__name__} must define cost")
+
+    @property
+    def context_window(self) -> float:
+        """How many tokens up to and including the present one an output can depend on."""
+        return math.inf
+
+
+class MixerSpec(_Part):
+    """Base of sequence mixer specs: frozen dataclasses registered under `kind`."""
+
+    registry: ClassVar[dict[str, type]] = {}
+
+
+class ChannelSpec(_Part):
+    """Base of channel mixer specs: frozen dataclasses registered under `kind`."""
+
+    registry: ClassVar[dict[str, type]] = {}

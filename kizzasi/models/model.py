@@ -1,0 +1,298 @@
+"""`SequenceModel`: a spec turned into modules, with a parallel and a recurrent form."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.errors import ShapeError, SpecError
+from kizzasi.models.block import Block, add_losses
+from kizzasi.models.generate import generate
+from kizzasi.models.mixer import NO_DECAY, Mixer, ParamRule
+from kizzasi.models.norm import Norm
+from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.spec import ModelSpec
+from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
+
+Backend = Literal["auto", "torch", "reference", "triton"]
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns.
+
+    logits  (b, t, v) from forward, (b, v) from step; predicted frames for a signal stem.
+    state   the state after the last token: pass it to the next call to continue.
+    aux     auxiliary losses by name (a mixture's balance loss), already weighted.
+    """
+
+    logits: Tensor
+    state: ModelState
+    aux: Mapping[str, Tensor]
+
+    def loss(self, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean loss over the positions that count, plus every auxiliary loss.
+
+        Args:
+            targets: ids (b, t) for cross entropy in nats, or frames like logits for squared error.
+            mask: (b, t) bool, which positions count; None means all.
+        """
+        logits = full_precision(self.logits)
+        if targets.is_floating_point():
+            each = (logits - targets).square().mean(-1)
+        else:
+            each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+            each = each.view(targets.shape)
+        mean = each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1)
+        return mean + sum(self.aux.values())
+
+
+class SequenceModel(nn.Module):
+    """A sequence model. Make one with `build_model(spec)` or `load(folder)`.
+
+    model(inputs) trains and prefills; model.step(token, state) decodes; both agree, and a state
+    carries over from either to either.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stem = spec.stem.build(spec.d_model, spec.tie_head)
+        self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
+        self.blocks = nn.ModuleList(
+            Block(block, spec.layer_context(i), spec.norm_eps, spec.dropout)
+            for i, block in enumerate(spec.blocks)
+        )
+        self.norm = Norm(spec.norm, spec.d_model, spec.norm_eps)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> ModelOutput:
+        """Parallel form.
+
+        Args:
+            inputs: ids (b, t), or frames (b, t, n_in) for a signal stem.
+            state: what an earlier call returned; None starts afresh.
+            segment_ids: (b, t) integers. A change of id starts a new document, which sees nothing
+                before it; the first id continues the state's document if it is the same.
+            mask: (b, t), False for padding, which must come before a row's first token. Logits at
+                padding mean nothing.
+
+        Raises:
+            ShapeError: inputs, segment_ids or mask do not fit.
+        """
+        self.stem.check(inputs, time=True)
+        shape = (inputs.shape[0], inputs.shape[1])
+        self._check_batch(state, shape[0])
+        segments = canonical_segments(shape, state, segment_ids, mask)
+        x = self._embed(inputs)
+        aux: Mapping[str, Tensor] = {}
+        shared: Mapping[str, Tensor] = {}
+        states: list[BlockState] = []
+        before = [None] * len(self.blocks) if state is None else state.blocks
+        for block, block_state in zip(self.blocks, before, strict=True):
+            out = block(x, block_state, segment_ids=segments, shared=shared)
+            x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
+            states.append(out.state)
+        after = self._next_state(tuple(states), state, shape, segment_ids, mask)
+        return ModelOutput(self.stem.head(self.norm(x)), after, aux)
+
+    def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
+        """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step."""
+        self.stem.check(inputs, time=False)
+        self._check_batch(state, inputs.shape[0])
+        x = self._embed(inputs)
+        aux: Mapping[str, Tensor] = {}
+        shared: Mapping[str, Tensor] = {}
+        states: list[BlockState] = []
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            out = block.step(x, block_state, shared=shared)  # pyright: ignore[reportCallIssue]
+            x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
+            states.append(out.state)
+        after = ModelState(tuple(states), state.position + 1, state.segment)
+        return ModelOutput(self.stem.head(self.norm(x)), after, aux)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before any input, on the model's device and in its dtype."""
+        weight = next(self.stem.parameters())
+        blocks = tuple(
+            block.init_state(batch_size, weight.device, weight.dtype)  # pyright: ignore[reportCallIssue]
+            for block in self.blocks
+        )
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return ModelState(blocks, zeros, zeros)
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Initialise all parameters; the same seed gives the same weights. On CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        self.stem.reset_parameters(generator)
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.reset_parameters()
+        for block in self.blocks:
+            for part in (block.mixer, block.channel):
+                if isinstance(part, Mixer):
+                    part.reset_parameters(len(self.blocks), generator)
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimiser groups: each mixer's own rules, and no decay on vectors (norms, biases).
+
+        Args:
+            lr: base learning rate; a rule may scale or cap it.
+            weight_decay: for the parameters that decay.
+
+        Returns:
+            Groups for any torch optimiser, every parameter once.
+        """
+        rules: dict[str, ParamRule] = {}
+        for prefix, module in self.named_modules():
+            if isinstance(module, Mixer):
+                rules |= {f"{prefix}.{name}": rule for name, rule in module.param_rules.items()}
+        groups: dict[ParamRule, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            plain = ParamRule() if parameter.ndim >= 2 else NO_DECAY
+            groups.setdefault(rules.get(name, plain), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": min(lr * rule.lr_scale, rule.lr_max),
+                "weight_decay": weight_decay if rule.decay else 0.0,
+            }
+            for rule, parameters in groups.items()
+        ]
+
+    def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+        """Continue a prompt; see `kizzasi.models.generate.generate` for the sampling arguments."""
+        return generate(self, prompt, max_new_tokens, **sampling)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors; `load` reads them."""
+        from kizzasi.models.checkpoints.native import save
+
+        save(self, folder)
+
+    @property
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def extra_repr(self) -> str:
+        backends = sorted({m.backend for m in self.modules() if isinstance(m, Mixer)})
+        return f"backend={'+'.join(backends)}, params={self.n_params:,}, {self.spec.digest[:12]}"
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        x = self.stem.embed(inputs)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _check_batch(self, state: ModelState | None, batch: int) -> None:
+        if state is not None and state.position.shape != (batch,):
+            rows = state.position.shape[0]
+            raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
+
+    def _next_state(
+        self,
+        blocks: tuple[BlockState, ...],
+        state: ModelState | None,
+        shape: tuple[int, int],
+        segment_ids: Tensor | None,
+        mask: Tensor | None,
+    ) -> ModelState:
+        batch, length = shape
+        device = next(self.stem.parameters()).device
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        position, segment = (zeros, zeros) if state is None else (state.position, state.segment)
+        position = position + (length if mask is None else mask.bool().sum(1))
+        if segment_ids is not None:
+            segment = segment_ids[:, -1].long()
+        after = ModelState(blocks, position, segment)
+        return after if mask is None else self._forget_padding(after)
+
+    def _forget_padding(self, state: ModelState) -> ModelState:
+        """Rows that have seen nothing but padding get back the zero state."""
+        empty = state.position == 0
+
+        def choose(leaf: Tensor) -> Tensor:
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                return leaf  # integers say which slots are valid; padding leaves them invalid
+            rows = empty.view(-1, *[1] * (leaf.ndim - 1))
+            return torch.where(rows, torch.zeros_like(leaf), leaf)
+
+        return map_state(choose, state) if empty.any() else state
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> SequenceModel:
+    """Build a model with freshly initialised weights.
+
+    Args:
+        spec: the architecture; `spec.check()` is applied first.
+        seed: of the initialisation. Weights are drawn on the CPU, so every device gets the same.
+        device: where the model goes; None means the CPU. "meta" allocates nothing.
+        dtype: float32 (None), float64, bfloat16 or float16. Decays, norms and routers stay at
+            least float32.
+        backend: "torch" (portable and fast), "reference" (the defining loops), "triton", or "auto":
+            triton on CUDA where Triton is installed and the mixer has such kernels, else torch.
+
+    Raises:
+        SpecError: a rule is broken, the backend is missing, or the model would not fit in memory.
+    """
+    spec.check()
+    target = torch.device(device or "cpu")
+    _refuse_if_too_large(spec, target, dtype or torch.float32)
+    with torch.device("meta"):
+        model = SequenceModel(spec)
+    for name, mixer in model.named_modules():
+        if isinstance(mixer, Mixer):
+            mixer.backend = choose_backend(backend, target, type(mixer), name)
+    if target.type != "meta":
+        model = model.to_empty(device="cpu")
+        model.reset_parameters(seed)
+    return model.to(device=target, dtype=dtype)
+
+
+def choose_backend(
+    wanted: Backend, device: torch.device, mixer: type[Mixer], name: str = ""
+) -> str:
+    """The rule behind backend="auto"; a named backend is taken or refused, never swapped."""
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if wanted == "auto":
+        return "triton" if has_triton and "triton" in mixer.backends else "torch"
+    if wanted not in mixer.backends:
+        raise SpecError(f"backend: {name} has no {wanted!r}; choose from {list(mixer.backends)}")
+    if wanted == "triton" and not has_triton:
+        raise SpecError('backend: "triton" needs a CUDA device and the package triton; use "auto"')
+    return wanted
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a device, in bytes; for "meta" the size that no tensor can exceed."""
+    if device.type == "meta":
+        return 2**62
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _refuse_if_too_large(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    params = spec.cost(1).params
+    need, have = params * dtype.itemsize, memory_bytes(device)
+    if need > have:
+        raise SpecError(
+            f"{params:.3g} parameters need {need / 2**30:.3g} GiB and {device} has "
+            f"{have / 2**30:.3g} GiB; make d_model or the number of blocks smaller"
+        )

@@ -1,0 +1,66 @@
+"""Normalisation that stays in float32 when activations are bfloat16, and in float64 for float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models.ops.precision import LOW_PRECISION, full_precision
+
+NormKind = Literal["rms", "layer"]
+
+
+class KeepFloat32(nn.Module):
+    """A module whose parameters named in `float32_parameters` are never stored below float32.
+
+    Names may be dotted, such as "dt_proj.bias".
+    `.to(torch.bfloat16)`, `.half()` and friends move them between devices and change float32 to
+    float64 or back, but leave their precision alone where it would fall under float32.
+    """
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepFloat32:
+        kept = [p for name, p in self.named_parameters() if name in self.float32_parameters]
+        guarded = {id(t) for p in kept for t in (p, p.grad) if t is not None}
+
+        def keep(t: Tensor) -> Tensor:
+            moved = fn(t)
+            low = id(t) in guarded and moved.dtype in LOW_PRECISION
+            return t.to(moved.device) if low else moved
+
+        return super()._apply(keep, recurse)
+
+
+class Norm(KeepFloat32):
+    """RMSNorm, y = w x / sqrt(mean(x^2) + eps), or LayerNorm, y = w (x - mean) / std + b.
+
+    Args (forward):
+        x: (..., d). The result has x's dtype; statistics are computed in at least float32.
+    """
+
+    float32_parameters = ("weight", "bias")
+
+    def __init__(self, kind: NormKind, d: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.kind, self.d, self.eps = kind, d, eps
+        self.weight = nn.Parameter(torch.empty(d))
+        self.bias = nn.Parameter(torch.empty(d)) if kind == "layer" else None
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = full_precision(x)
+        if self.bias is not None:
+            return F.layer_norm(wide, (self.d,), self.weight, self.bias, self.eps).to(x.dtype)
+        return F.rms_norm(wide, (self.d,), self.weight, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.d}, eps={self.eps}"

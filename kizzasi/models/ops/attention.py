@@ -1,0 +1,133 @@
+"""Softmax attention over keys that carry a document and a position.
+
+    q, k, v   queries, keys, values; h heads share h_kv = h / group keys (grouped queries)
+    t, s      number of queries, of keys
+    d         head_dim
+    document  which document of a row a token belongs to: 0 continues the carried state,
+              1, 2, ... start in this call, -1 is nobody's (a dead cache slot)
+    position  place within the document, from 0
+
+Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1. Grouped queries: Ainslie et al. 2023,
+arXiv:2305.13245. ALiBi: Press et al. 2021, arXiv:2108.12409. Soft cap: Gemma 2, arXiv:2408.00118.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.models.ops.precision import full_precision
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend by the formula, with the scores written out.
+
+        z = q k^T / sqrt(d);    z = c tanh(z / c) if softcap c;    y = softmax(z + bias) v
+
+    This is the definition; `attention` must agree with it. O(t s) memory.
+
+    Args:
+        q: (b, h, t, d).
+        k, v: (b, h_kv, s, d) with h_kv a divisor of h.
+        visible: bool, broadcastable to (b, h, t, s), True where a query may look at a key; every
+            query must see a key. None: causal, with s = t.
+        bias: broadcastable to (b, h, t, s), added to the scores.
+        softcap: bound on the size of the scores.
+
+    Returns:
+        (b, h, t, d) in q's dtype. The softmax is taken in at least float32.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if visible is None:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = full_precision(q @ k.mT) / math.sqrt(q.shape[-1])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attention_ref` by torch's fused kernels, except for capped scores, which they lack."""
+    if softcap is not None:
+        return attention_ref(q, k, v, visible=visible, bias=bias, softcap=softcap)
+    mask = visible
+    if bias is not None:
+        assert visible is not None, "a bias comes with the keys it applies to"
+        mask = bias.to(q.dtype).masked_fill(~visible, -torch.inf)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped
+    )
+
+
+def document_positions(starts: Tensor, next_position: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the documents of every row, and the tokens of every document.
+
+    Args:
+        starts: (b, t) bool, True where a document begins.
+        next_position: (b,) int64, position of the first token if it continues the state.
+
+    Returns:
+        document and position, each (b, t) int64.
+    """
+    index = torch.arange(starts.shape[1], device=starts.device)
+    origin = torch.where(starts, index, -next_position[:, None]).cummax(dim=1).values
+    return starts.cumsum(dim=1), index - origin
+
+
+def visibility(
+    query_document: Tensor,
+    query_position: Tensor,
+    key_document: Tensor,
+    key_position: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """(b, 1, t, s) bool: same document, not later, and among the latest `window` positions.
+
+    Args:
+        query_document, query_position: (b, t).
+        key_document, key_position: (b, s).
+    """
+    age = query_position[:, :, None] - key_position[:, None]
+    visible = (query_document[:, :, None] == key_document[:, None]) & (age >= 0)
+    if window is not None:
+        visible = visible & (age < window)
+    return visible[:, None]
+
+
+def alibi_slopes(n_heads: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n_heads,) how fast the score of a key falls with its distance, per head.
+
+        slope[i] = 2 ** (-8 (i + 1) / n)     for n heads, n a power of two
+
+    Other head counts take every other slope of the next power of two after those of the last one.
+
+    Source: arXiv:2108.12409, section 3, and the published code for other head counts.
+    """
+    n = 1 << (n_heads.bit_length() - 1)
+    first = torch.arange(1, n + 1, device=device, dtype=dtype) * (8 / n)
+    between = (torch.arange(n_heads - n, device=device, dtype=dtype) * 2 + 1) * (4 / n)
+    return torch.exp2(-torch.cat([first, between]))

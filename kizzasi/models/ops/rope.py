@@ -1,0 +1,106 @@
+"""Rotary position embeddings: pair i of a head is turned by the angle position * frequency[i].
+
+    frequencies  theta_i, section 3.2.2      theta    the base, 10000 in the paper
+    n_rotated    d, how many entries of a head are rotated (all, or the first few)
+    position     m, counted from 0 in every document
+
+Pairs are entries (i, i + n_rotated / 2), as Llama stores its weights; the paper pairs (2i, 2i + 1).
+
+Source: Su et al. 2021, arXiv:2104.09864. YaRN: Peng et al. 2023, arXiv:2309.00071.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rope_frequencies(
+    n_rotated: int, theta: float, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(n_rotated / 2,) angle per token of every pair: theta ** (-2 i / n_rotated)."""
+    last = 2 / n_rotated - 1
+    return torch.logspace(0, last, n_rotated // 2, base=theta, device=device, dtype=dtype)
+
+
+def ntk_theta(theta: float, factor: float, n_rotated: int) -> float:
+    """The base that stretches the slowest pair by `factor` and leaves the fastest one alone.
+
+    Source: arXiv:2309.00071, section 3.1 ("NTK-aware" interpolation, static form).
+    """
+    return theta * factor ** (n_rotated / (n_rotated - 2))
+
+
+def yarn_frequencies(
+    frequencies: Tensor,
+    theta: float,
+    factor: float,
+    original_context: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> Tensor:
+    """Slow pairs are stretched by `factor`, fast pairs kept, and the ones between are blended.
+
+        f'[i] = f[i] ((1 - r[i]) + r[i] / factor),    r = ramp from 0 to 1
+
+    The ramp begins at the pair that turns beta_fast times within original_context tokens and ends
+    at the pair that turns beta_slow times; both ends are rounded outwards to whole pairs.
+
+    Args:
+        frequencies: (n_rotated / 2,) from `rope_frequencies` with the same theta.
+        theta: the base of `frequencies`.
+        factor: context after extension / original_context.
+        original_context: tokens that the model was trained on.
+
+    Returns:
+        (n_rotated / 2,) frequencies.
+
+    Source: arXiv:2309.00071, section 3.2. The rounding is that of its published code.
+    """
+    n_pairs = frequencies.shape[0]
+
+    def pair_turning(times: float) -> float:
+        return n_pairs * math.log(original_context / (2 * math.pi * times)) / math.log(theta)
+
+    low = max(math.floor(pair_turning(beta_fast)), 0)
+    high = min(math.ceil(pair_turning(beta_slow)), 2 * n_pairs - 1)
+    pair = torch.arange(n_pairs, device=frequencies.device, dtype=frequencies.dtype)
+    ramp = ((pair - low) / (high - low or 1e-3)).clamp(0, 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """Scale of the rotated queries and keys that keeps attention as sharp as before the stretch.
+
+    Source: arXiv:2309.00071, equation 22.
+    """
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_tables(position: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every entry, for positions (b, t): the first of a pair turns backwards.
+
+    Returns:
+        two (b, 1, t, n_rotated), in the dtype of the frequencies.
+    """
+    angle = position[:, None, :, None] * torch.cat([-frequencies, frequencies])
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first n_rotated entries of every head; the rest pass unchanged.
+
+    Args:
+        x: (b, h, t, head_dim).
+        cos, sin: (b, 1, t, n_rotated) from `rope_tables`.
+
+    Returns:
+        (b, h, t, head_dim) in x's dtype; the products are formed in at least the tables' dtype.
+    """
+    n = cos.shape[-1]
+    if n < x.shape[-1]:
+        return torch.cat([rotate(x[..., :n], cos, sin), x[..., n:]], dim=-1)
+    return torch.addcmul(x * cos, x.roll(n // 2, -1), sin).to(x.dtype)

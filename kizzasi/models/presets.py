@@ -1,0 +1,159 @@
+"""Published architectures as specs, and the same shapes at any size.
+
+`presets.mamba_130m()` and its like have the published number of parameters (asserted by tests).
+`presets.at_size("mamba", 200_000, vocab_size=256)` keeps a family's proportions and chooses the
+width that comes nearest to a parameter budget: the unsearched architecture that a search must beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kizzasi.errors import SpecError
+from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
+from kizzasi.models.spec import BlockSpec, ModelSpec
+from kizzasi.models.stems import Tokens
+from kizzasi.models.strict import unknown_name
+
+
+def mamba(d_model: int, n_layers: int, vocab_size: int = 50280) -> ModelSpec:
+    """Mamba-1 as published: d_state 16, expand 2, no channel mixer, tied head.
+
+    Source: Gu & Dao 2023, arXiv:2312.00752, table 12; vocabulary padded to a multiple of 8.
+    """
+    block = BlockSpec(MambaSpec())
+    return ModelSpec(d_model, (block,) * n_layers, Tokens(vocab_size), tie_head=True)
+
+
+def mamba_130m() -> ModelSpec:
+    return mamba(768, 24)
+
+
+def mamba_370m() -> ModelSpec:
+    return mamba(1024, 48)
+
+
+def mamba_790m() -> ModelSpec:
+    return mamba(1536, 48)
+
+
+def mamba_1_4b() -> ModelSpec:
+    return mamba(2048, 48)
+
+
+def mamba_2_8b() -> ModelSpec:
+    return mamba(2560, 64)
+
+
+def rwkv7(d_model: int, n_layers: int, vocab_size: int = 65536, head_dim: int = 64) -> ModelSpec:
+    """RWKV-7 "Goose": heads of 64, channel mix of 4 d_model, LayerNorms, embeddings normalised.
+
+    Source: Peng et al. 2025, arXiv:2503.14456, table 2.
+    """
+    block = BlockSpec(RWKV7Spec(head_dim=head_dim), RWKVChannelSpec(), norm="layer")
+    blocks = (block,) * n_layers
+    return ModelSpec(d_model, blocks, Tokens(vocab_size), norm="layer", embed_norm=True)
+
+
+def rwkv7_191m() -> ModelSpec:
+    return rwkv7(768, 12)
+
+
+def rwkv7_450m() -> ModelSpec:
+    return rwkv7(1024, 24)
+
+
+def rwkv7_1_5b() -> ModelSpec:
+    return rwkv7(2048, 24)
+
+
+def rwkv7_2_9b() -> ModelSpec:
+    return rwkv7(2560, 32)
+
+
+def llama(
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden: int,
+    vocab_size: int,
+    *,
+    rope_theta: float = 10000.0,
+    tie_head: bool = False,
+) -> ModelSpec:
+    """A Llama-style Transformer: RoPE, grouped-query attention, SwiGLU, RMSNorm.
+
+    Source: Touvron et al. 2023, arXiv:2302.13971 and arXiv:2307.09288.
+    """
+    attention = AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=rope_theta)
+    blocks = (BlockSpec(attention, SwiGLUSpec(hidden=hidden)),) * n_layers
+    return ModelSpec(d_model, blocks, Tokens(vocab_size), tie_head=tie_head)
+
+
+def smollm2_135m() -> ModelSpec:
+    """SmolLM2-135M. Source: Allal et al. 2025, arXiv:2502.02737."""
+    return llama(576, 30, 9, 3, 1536, 49152, rope_theta=1e5, tie_head=True)
+
+
+def llama_7b() -> ModelSpec:
+    """LLaMA-7B. Source: Touvron et al. 2023, arXiv:2302.13971, table 2."""
+    return llama(4096, 32, 32, 32, 11008, 32000)
+
+
+def s4d(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:
+    """S4D-Lin with 64 states per channel and a SwiGLU channel mixer.
+
+    Source: Gu et al. 2022, arXiv:2206.11893. Differs: a token stem, and a channel mixer per layer.
+    """
+    blocks = (BlockSpec(S4DSpec(), SwiGLUSpec()),) * n_layers
+    return ModelSpec(d_model, blocks, Tokens(vocab_size))
+
+
+def _small_llama(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:
+    heads = d_model // 16
+    hidden = SwiGLUSpec().hidden_width(d_model)
+    return llama(d_model, n_layers, heads, heads, hidden, vocab_size)
+
+
+# Small models: heads of 16 and one layer per 32 of width, as deep for their width as the published.
+SMALL: dict[str, Callable[[int, int, int], ModelSpec]] = {
+    "mamba": mamba,
+    "rwkv": lambda d_model, n_layers, vocab_size: rwkv7(d_model, n_layers, vocab_size, 16),
+    "s4": s4d,
+    "transformer": _small_llama,
+}
+SMALL_WIDTH_STEP = 16
+SMALL_DEPTHS = range(2, 13)
+
+
+def at_size(family: str, n_params: int, *, vocab_size: int) -> ModelSpec:
+    """The family's usual proportions at a parameter budget.
+
+    Widths are multiples of 16; among depths of 2 to 12 layers the one nearest to width / 32 is
+    taken, then the width nearest to the budget.
+
+    Args:
+        family: "mamba", "rwkv", "s4" or "transformer".
+        n_params: the budget, embeddings included.
+        vocab_size: of the token stem.
+
+    Raises:
+        SpecError: an unknown family, or a budget that even the smallest model exceeds twofold.
+    """
+    if family not in SMALL:
+        raise SpecError(f"family: {family!r} {unknown_name(family, SMALL)}")
+    best: tuple[float, ModelSpec] | None = None
+    for n_layers in SMALL_DEPTHS:
+        d_model = 32 * n_layers
+        for width in (d_model - SMALL_WIDTH_STEP, d_model):
+            spec = SMALL[family](width, n_layers, vocab_size)
+            miss = abs(spec.cost(1).params / n_params - 1)
+            if best is None or miss < best[0]:
+                best = miss, spec
+    assert best is not None
+    if best[0] > 1:
+        smallest = SMALL[family](16, 2, vocab_size).cost(1).params
+        raise SpecError(f"n_params: {n_params} is too few for {family}; give at least {smallest}")
+    return best[1]

@@ -1,0 +1,181 @@
+"""`ModelSpec`: an architecture as data. Genotype, config file, cache key and checkpoint header.
+
+A hybrid is one `BlockSpec` per layer; `pattern` tiles a few of them over the depth. A spec holds no
+device, dtype, backend, optimiser or schedule. Equal specs have equal digests in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kizzasi.errors import SpecError
+from kizzasi.models.cost import Cost, norm
+from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
+from kizzasi.models.norm import NormKind
+from kizzasi.models.stems import StemSpec
+from kizzasi.models.strict import Strict, coerce, require
+
+MAX_FILE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class BlockSpec(Strict):
+    """One pre-norm layer: x += mixer(norm(x)), then x += channel(norm(x)) if there is a channel."""
+
+    mixer: MixerSpec
+    channel: ChannelSpec | None = None
+    norm: NormKind = "rms"
+
+
+@dataclass(frozen=True)
+class ModelSpec(Strict):
+    """A whole sequence model.
+
+    Args:
+        d_model: width of the residual stream.
+        blocks: one BlockSpec per layer, first to last.
+        stem: `Tokens(vocab_size)` or `Signal(n_in, n_out)`.
+        norm: kind of the final norm, and of `embed_norm`.
+        norm_eps: epsilon of every norm outside the mixers.
+        embed_norm: normalise the embeddings too (RWKV's ln0).
+        tie_head: the head is the embedding transposed (tokens only).
+        dropout: probability, on each residual branch, in training.
+    """
+
+    d_model: int
+    blocks: tuple[BlockSpec, ...]
+    stem: StemSpec
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-5
+    embed_norm: bool = False
+    tie_head: bool = False
+    dropout: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], path: str = "") -> ModelSpec:
+        """Read plain data; `blocks` may be the arguments of `pattern`: pattern, letters, n_layers.
+
+        Raises SpecError with the path of the offending key, for example
+        "blocks[3].mixer.d_sate: unknown; did you mean d_state?".
+        """
+        tiles = data.get("blocks") if isinstance(data, Mapping) else None
+        if isinstance(tiles, Mapping):
+            data = {**data, "blocks": _tile(tiles)}
+        return super().from_dict(data, path)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> ModelSpec:
+        """Read a .yaml, .yml or .json file. Raises SpecError naming the file."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise SpecError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a model spec")
+            text = path.read_text("utf-8")
+            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except OSError as error:
+            raise SpecError(f"{path}: cannot read the spec: {error.strerror}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise SpecError(f"{path}: not valid JSON or YAML: {reason:.200}") from error
+        try:
+            return cls.from_dict(data)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from error
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write every field, as JSON if the name ends in .json, else as YAML."""
+        path, data = Path(path), self.to_dict()
+        if path.suffix == ".json":
+            path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+        else:
+            path.write_text(yaml.safe_dump(data, sort_keys=False), "utf-8")
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON, in hex."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    def layer_context(self, index: int) -> LayerContext:
+        kinds = [block.mixer.kind for block in self.blocks[: index + 1]]
+        first = kinds.index(kinds[-1]) == index
+        return LayerContext(self.d_model, index, len(self.blocks), first)
+
+    def check(self) -> None:
+        """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
+        self.to_dict()  # types, also of specs made in Python
+        self.require_positive("", "d_model", "norm_eps")
+        require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
+        require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
+        self.stem.check("stem", self.tie_head)
+        for i, block in enumerate(self.blocks):
+            block.mixer.check(self.d_model, f"blocks[{i}].mixer")
+            if block.channel is not None:
+                block.channel.check(self.d_model, f"blocks[{i}].channel")
+
+    def cost(self, seq_len: int, batch: int = 1) -> Cost:
+        """Analytic cost of one forward pass over (batch, seq_len) inputs; see `Cost`."""
+        total = self.stem.cost(self.d_model, self.tie_head, seq_len * batch)
+        total += norm(self.norm, self.d_model)
+        if self.embed_norm:
+            total += norm(self.norm, self.d_model)
+        total += Cost(state_bytes=2 * 8 * batch)  # position and segment, int64
+        for i, block in enumerate(self.blocks):
+            layer = self.layer_context(i)
+            for part in (block.mixer, block.channel):
+                if part is not None:
+                    total += norm(block.norm, self.d_model)
+                    total += part.cost(layer, seq_len, batch)
+        return total
+
+    @property
+    def context_window(self) -> float:
+        """How many inputs up to and including the present one an output can depend on."""
+        parts = [p for b in self.blocks for p in (b.mixer, b.channel) if p is not None]
+        return 1 + sum(part.context_window - 1 for part in parts)
+
+    def replace(self, **changes: Any) -> ModelSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def pattern(
+    letters: str, *, n_layers: int | None = None, **blocks: BlockSpec
+) -> tuple[BlockSpec, ...]:
+    """Tile letters over the depth: pattern("mma", m=BlockSpec(...), a=BlockSpec(...), n_layers=12).
+
+    Args:
+        letters: one letter per layer, repeated from the start until n_layers are filled.
+        n_layers: depth; None means len(letters).
+        blocks: a BlockSpec for every letter.
+
+    Raises:
+        SpecError: no letters, a letter without a block, or a block whose letter does not occur.
+    """
+    require(bool(letters), "pattern", "empty; give at least one letter")
+    used, given = set(letters), set(blocks)
+    require(used <= given, "pattern", f"no block given for {sorted(used - given)}")
+    require(given <= used, "pattern", f"{sorted(given - used)} do not occur in {letters!r}")
+    depth = len(letters) if n_layers is None else n_layers
+    require(depth > 0, "n_layers", f"{depth} is not positive; give at least 1")
+    return tuple(blocks[letters[i % len(letters)]] for i in range(depth))
+
+
+def _tile(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mapping form of `blocks` in a config file, written out."""
+    keys = {"pattern", "n_layers", "letters"}
+    require(set(data) == keys, "blocks", f"expected a list of blocks or a mapping with {keys}")
+    letters = data["letters"]
+    require(isinstance(letters, Mapping), "blocks.letters", "expected a mapping of blocks")
+    path = "blocks.letters"
+    specs = {str(k): BlockSpec.from_dict(v, f"{path}.{k}") for k, v in letters.items()}
+    text = coerce(data["pattern"], str, "blocks.pattern")
+    n_layers = coerce(data["n_layers"], int, "blocks.n_layers")
+    return [block.to_dict() for block in pattern(text, n_layers=n_layers, **specs)]

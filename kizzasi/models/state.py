@@ -1,0 +1,139 @@
+"""States as values: a tree of NamedTuples whose leaves are tensors with the batch first.
+
+A state is never written into, so holding on to one is a fork and going back to one is a roll-back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kizzasi.errors import CheckpointError, ShapeError
+
+
+def map_state(fn: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+    """Apply fn leaf by leaf to one or more trees of the same shape."""
+    if isinstance(tree, Tensor):
+        return fn(tree, *others)
+    parts = [map_state(fn, *branch) for branch in zip(tree, *others, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def named_leaves(tree: Any, name: str = "state") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its path, for example "state.blocks.0.mixer.ssm"."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+        return
+    for key, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
+        yield from named_leaves(part, f"{name}.{key}")
+
+
+class BlockState(NamedTuple):
+    mixer: Any
+    channel: Any
+
+
+class ModelState(NamedTuple):
+    """What a model remembers of the tokens so far.
+
+    blocks    one BlockState per layer.
+    position  (b,) int64, real tokens seen by each row; padding does not count.
+    segment   (b,) int64, the last segment id seen; 0 if none was given.
+    """
+
+    blocks: tuple[BlockState, ...]
+    position: Tensor
+    segment: Tensor
+
+    def gather(self, rows: Tensor) -> ModelState:
+        """Rows of the batch by index, repeated or reordered at will: beams, forks, selections."""
+        return map_state(lambda leaf: leaf.index_select(0, rows), self)
+
+    def detach(self) -> ModelState:
+        """The same values without history: the cut of truncated back-propagation."""
+        return map_state(Tensor.detach, self)
+
+    def to(self, device: torch.device | str) -> ModelState:
+        return map_state(lambda leaf: leaf.to(device), self)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for _, leaf in named_leaves(self))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; `load_state` reads it."""
+        save_file({name: leaf.detach().contiguous() for name, leaf in named_leaves(self)}, path)
+
+
+def load_state(path: str | os.PathLike[str], like: ModelState) -> ModelState:
+    """Read a state that `ModelState.save` wrote.
+
+    Args:
+        path: the file.
+        like: any state of the same model, for the structure (`model.init_state(1)`).
+
+    Raises:
+        CheckpointError: unreadable, or of another model.
+    """
+    try:
+        leaves = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read the state: {error}") from error
+    names = [name for name, _ in named_leaves(like)]
+    if set(names) != set(leaves):
+        wrong = sorted(set(names) ^ set(leaves))
+        raise CheckpointError(f"{path}: a state of another model; names that differ: {wrong[:5]}")
+    order = iter(names)
+    return map_state(lambda _: leaves[next(order)], like)
+
+
+def canonical_segments(
+    shape: tuple[int, int],
+    state: ModelState | None,
+    segment_ids: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """Turn the user's segment ids and padding mask into the form that mixers read.
+
+    Returns:
+        None if every token continues its row's state, else (b, t) int64: 0 continues, each change
+        starts a document, -1 is padding. See `Mixer.forward`.
+
+    Raises:
+        ShapeError: wrong shapes, padding after a real token, in this call or an earlier one.
+    """
+    for name, given in (("segment_ids", segment_ids), ("mask", mask)):
+        if given is not None and given.shape != shape:
+            raise ShapeError(f"{name}: expected shape {shape}, got {tuple(given.shape)}")
+    if segment_ids is None and mask is None:
+        return None
+    segments = None
+    if segment_ids is not None:
+        if segment_ids.is_floating_point():
+            raise ShapeError(f"segment_ids: expected integers, got {segment_ids.dtype}")
+        first = segment_ids[:, :1]
+        if state is not None:
+            fresh = (state.position == 0)[:, None]
+            first = torch.where(fresh, first, state.segment[:, None])
+        change = segment_ids != torch.cat([first, segment_ids[:, :-1]], dim=1)
+        segments = change.cumsum(1)
+    if mask is not None:
+        real = mask.bool()
+        late = (~real[:, 1:] & real[:, :-1]).any(1)
+        if state is not None:
+            late = late | (~real[:, 0] & (state.position > 0))
+        if late.any():
+            raise ShapeError(
+                f"mask: row {int(late.nonzero()[0])} has padding after a real token; "
+                "pad on the left, before the first token of a sequence"
+            )
+        if segments is None:
+            segments = torch.zeros(shape, dtype=torch.int64, device=real.device)
+        segments = segments.masked_fill(~real, -1)
+    return segments

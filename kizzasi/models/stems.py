@@ -1,0 +1,145 @@
+"""Stems: how inputs enter the residual stream and how logits leave it.
+
+Symbols: b batch, t time, d d_model, v vocab_size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.errors import ShapeError
+from kizzasi.models.cost import Cost, dense, linear
+from kizzasi.models.init import linear_, normal_
+from kizzasi.models.strict import Registered, register, require
+
+EMBEDDING_STD = 0.02
+
+
+class Stem(nn.Module, ABC):
+    """Both ends of a model: `embed` and `head`."""
+
+    @abstractmethod
+    def check(self, inputs: Tensor, *, time: bool) -> None:
+        """Raise ShapeError unless inputs fit; with `time` they have a time dimension."""
+
+    @abstractmethod
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Inputs to (..., d)."""
+
+    @abstractmethod
+    def head(self, x: Tensor) -> Tensor:
+        """(..., d) to logits (..., v), or to predicted frames (..., n_out)."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None: ...
+
+
+class StemSpec(Registered):
+    """Base of stem specs."""
+
+    registry: ClassVar[dict[str, type]] = {}
+
+    def check(self, path: str, tie_head: bool) -> None:
+        raise AssertionError(f"{type(self).__name__} must define check")
+
+    def build(self, d_model: int, tie_head: bool) -> Stem:
+        raise AssertionError(f"{type(self).__name__} must define build")
+
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
+        raise AssertionError(f"{type(self).__name__} must define cost")
+
+
+@register
+@dataclass(frozen=True)
+class Tokens(StemSpec):
+    """Integer ids in, logits over the same vocabulary out."""
+
+    kind: ClassVar[str] = "tokens"
+    vocab_size: int
+
+    def check(self, path: str, tie_head: bool) -> None:
+        self.require_positive(path, "vocab_size")
+
+    def build(self, d_model: int, tie_head: bool) -> Stem:
+        return TokenStem(self.vocab_size, d_model, tie_head)
+
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
+        table = dense(0 if tie_head else self.vocab_size * d_model)
+        return table + linear(n_tokens, d_model, self.vocab_size)
+
+
+@register
+@dataclass(frozen=True)
+class Signal(StemSpec):
+    """Frames of n_in real channels in, frames of n_out real channels out."""
+
+    kind: ClassVar[str] = "signal"
+    n_in: int
+    n_out: int
+
+    def check(self, path: str, tie_head: bool) -> None:
+        self.require_positive(path, "n_in", "n_out")
+        require(not tie_head, "tie_head", "a signal stem has no embedding to tie; set it to false")
+
+    def build(self, d_model: int, tie_head: bool) -> Stem:
+        return SignalStem(self.n_in, self.n_out, d_model)
+
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
+        enter = linear(n_tokens, self.n_in, d_model, bias=True)
+        return enter + linear(n_tokens, d_model, self.n_out, bias=True)
+
+
+class TokenStem(Stem):
+    def __init__(self, vocab_size: int, d_model: int, tie_head: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.lm_head = None if tie_head else nn.Linear(d_model, vocab_size, bias=False)
+
+    def check(self, inputs: Tensor, *, time: bool) -> None:
+        wanted = "(b, t)" if time else "(b,)"
+        ok = inputs.ndim == 1 + time and not inputs.is_floating_point() and inputs.numel() > 0
+        if not ok:
+            given = f"{tuple(inputs.shape)} {inputs.dtype}"
+            raise ShapeError(f"expected token ids {wanted} of an integer dtype, got {given}")
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.embedding(inputs)
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        normal_(self.embedding.weight, EMBEDDING_STD, generator)
+        if self.lm_head is not None:
+            normal_(self.lm_head.weight, EMBEDDING_STD, generator)
+
+
+class SignalStem(Stem):
+    def __init__(self, n_in: int, n_out: int, d_model: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(n_in, d_model)
+        self.out_proj = nn.Linear(d_model, n_out)
+
+    def check(self, inputs: Tensor, *, time: bool) -> None:
+        n_in = self.in_proj.in_features
+        wanted = f"(b, t, {n_in})" if time else f"(b, {n_in})"
+        ok = inputs.ndim == 2 + time and inputs.shape[-1] == n_in and inputs.numel() > 0
+        if not (ok and inputs.is_floating_point()):
+            given = f"{tuple(inputs.shape)} {inputs.dtype}"
+            raise ShapeError(f"expected frames {wanted} of a floating dtype, got {given}")
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.in_proj(inputs)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.out_proj(x)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        linear_(self.in_proj, generator)
+        linear_(self.out_proj, generator)

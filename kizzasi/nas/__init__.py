@@ -1,0 +1,46 @@
+"""Architecture search: spaces, searchers, honest micro-training, and the study that joins them."""
+
+from kizzasi.nas.arch_search import (
+    ArchCandidate,
+    ArchSearchConfig,
+    ArchSearchResult,
+    ArchSearchSpace,
+    EvolutionarySearcher,
+    GridSearcher,
+    RandomArchSearcher,
+    search_best_arch,
+)
+from kizzasi.nas.data import ByteCorpus, baselines, load_corpus
+from kizzasi.nas.leak import find_leak
+from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe, Training
+from kizzasi.nas.rng import Xorshift64
+from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.space import Space
+from kizzasi.nas.worth import kendall_tau_b, proxy_worth, spearman, top_k_recall
+
+__all__ = [
+    "ArchCandidate",
+    "ArchSearchConfig",
+    "ArchSearchResult",
+    "ArchSearchSpace",
+    "ByteCorpus",
+    "EvolutionarySearcher",
+    "GridSearcher",
+    "Measurement",
+    "MicroTrain",
+    "RandomArchSearcher",
+    "Recipe",
+    "Search",
+    "SearchConfig",
+    "Space",
+    "Training",
+    "Xorshift64",
+    "baselines",
+    "find_leak",
+    "kendall_tau_b",
+    "load_corpus",
+    "proxy_worth",
+    "search_best_arch",
+    "spearman",
+    "top_k_recall",
+]

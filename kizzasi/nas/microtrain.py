@@ -1,0 +1,295 @@
+"""Micro-training: a short, honest training run that scores an architecture on held-out bytes.
+
+Glossary
+    budget    tokens trained on so far, a multiple of seq_len * batch_size
+    horizon   tokens at which the learning-rate schedule ends; a rung stops earlier on that curve
+    curve     [tokens, training bits/byte] pairs, a mean over the steps since the last pair
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
+from kizzasi.nas.data import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
+from kizzasi.nas.leak import find_leak
+
+LN2 = math.log(2)
+CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; everything but the data, the model and the budget.
+
+    Args:
+        horizon: tokens at which the schedule ends.
+        seq_len: length of a training window in tokens.
+        batch_size: windows per step.
+        lr: peak learning rate of AdamW, passed to `model.parameter_groups`.
+        warmup: share of the horizon spent on the linear warm-up; then a cosine down to min_lr * lr.
+        min_lr: learning rate at the horizon, as a share of the peak.
+        weight_decay: for parameters that decay.
+        clip: largest gradient norm.
+        score_windows: held-out windows that a score uses, evenly spread; None means all of them.
+    """
+
+    horizon: int
+    seq_len: int = 256
+    batch_size: int = 16
+    lr: float = 3e-3
+    warmup: float = 0.05
+    min_lr: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    score_windows: int | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.batch_size
+
+    def steps(self, tokens: int) -> int:
+        """How many whole steps a budget buys; at least 1."""
+        return max(1, tokens // self.tokens_per_step)
+
+    def factor(self, step: int) -> float:
+        """Learning rate of a step (from 0), as a share of its peak."""
+        last = self.steps(self.horizon)
+        warmup = max(1, round(self.warmup * last))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, last - warmup))
+        return self.min_lr + (1 - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def check(self) -> None:
+        """Raises SpecError naming the value and the rule."""
+        for name in ("horizon", "seq_len", "batch_size", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise SpecError(f"{name}: {getattr(self, name)} must be above 0")
+        if not (0 <= self.warmup <= 1 and 0 <= self.min_lr <= 1 and self.weight_decay >= 0):
+            raise SpecError("warmup and min_lr must lie in [0, 1], weight_decay at 0 or above")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a micro-training found.
+
+    Args:
+        bits_per_byte: on the held-out bytes; None if the trial failed.
+        tokens: trained on in total, earlier rungs included.
+        seconds: of training in this call, scoring left out.
+        tokens_per_second: of training in this call; None if it only scored.
+        curve: see the glossary.
+        failure: why the trial stopped, None if it did not.
+    """
+
+    bits_per_byte: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    curve: tuple[tuple[int, float], ...]
+    failure: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Training:
+    """A model in training: run it to a budget, score it, save it, restore it, go on.
+
+    A restored training continues to the last digit as if it had never stopped: batches depend on
+    (data_seed, step) alone, and the optimiser's state is part of the checkpoint.
+
+    Args:
+        model: from `build_model`, on the device to train on.
+        corpus: what to learn from.
+        recipe: how.
+        data_seed: which windows are drawn; apart from the seed of the initialisation.
+    """
+
+    def __init__(
+        self, model: SequenceModel, corpus: ByteCorpus, recipe: Recipe, data_seed: int = 0
+    ) -> None:
+        recipe.check()
+        if not isinstance(model.spec.stem, Tokens):
+            raise SpecError("stem: training on bytes needs a token stem; use Tokens(256)")
+        self.vocab_size = model.spec.stem.vocab_size
+        check_vocab(self.vocab_size, corpus)
+        self.model, self.recipe, self.data_seed = model, recipe, data_seed
+        self.device = next(model.parameters()).device
+        self.train_tokens = corpus.train.to(self.device)
+        self.held_out = corpus.held_out.to(self.device)
+        groups = model.parameter_groups(recipe.lr, recipe.weight_decay)
+        self.peaks = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        self.step = 0
+        self.curve: list[tuple[int, float]] = []
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.recipe.tokens_per_step
+
+    def run(self, tokens: int, on_step: Callable[[int], None] | None = None) -> str | None:
+        """Train until the budget is reached.
+
+        Args:
+            tokens: the budget, counted from the very first step.
+            on_step: called with the number of tokens of each finished step.
+
+        Returns:
+            None, or why the training had to stop: a loss that is not finite, or has diverged.
+        """
+        recipe, last = self.recipe, self.recipe.steps(tokens)
+        shape = (recipe.seq_len, recipe.batch_size)
+        stream = batches(self.train_tokens, *shape, self.data_seed, self.step)
+        ceiling = 2 * math.log(self.vocab_size)
+        losses: list[Tensor] = []
+        self.model.train()
+        while self.step < last:
+            losses.append(self._step(*next(stream)))
+            if on_step is not None:
+                on_step(recipe.tokens_per_step)
+            if self.step % CHECK_EVERY == 0 or self.step == last:
+                mean = torch.stack(losses).mean().item()
+                losses.clear()
+                self.curve.append((self.tokens, mean / LN2))
+                if not math.isfinite(mean):
+                    return f"the loss became {mean} before step {self.step}; lower the lr"
+                if mean > ceiling:
+                    return f"diverged: {mean:.3g} nats at step {self.step}; lower the lr"
+        return None
+
+    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        factor = self.recipe.factor(self.step)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        with self._autocast():
+            loss = self.model(inputs).loss(targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(self) -> float:
+        """Bits per byte on the held-out bytes; every window starts from an empty state."""
+        inputs, targets = held_out_windows(self.held_out, self.recipe.seq_len)
+        wanted = min(self.recipe.score_windows or len(inputs), len(inputs))
+        chosen = torch.linspace(0, len(inputs) - 1, wanted, device=self.device).round().long()
+        self.model.eval()
+        nats = count = 0.0
+        for rows in chosen.split(self.recipe.batch_size):
+            with self._autocast():
+                logits = self.model(inputs[rows]).logits
+            flat = logits.flatten(0, 1).float()
+            each = F.cross_entropy(
+                flat, targets[rows].flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            nats += each.item()
+            count += (targets[rows] != IGNORE).sum().item()
+        return nats / count / LN2
+
+    def save(self, path: Path) -> None:
+        """Write everything that `restore` needs, in one move."""
+        partial = path.with_suffix(".partial")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "curve": self.curve,
+            },
+            partial,
+        )
+        os.replace(partial, path)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint of the same spec and recipe. Raises CheckpointError."""
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.curve = saved["step"], [tuple(pair) for pair in saved["curve"]]
+        except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot continue from it: {error}") from error
+
+    def _autocast(self) -> torch.autocast:
+        on_cuda = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+
+
+@dataclass(frozen=True)
+class MicroTrain:
+    """The evaluator: train a spec for a while, return its held-out score.
+
+    Args:
+        corpus: what to learn from.
+        recipe: how.
+        data_seed: which windows are drawn.
+        device: where.
+    """
+
+    corpus: ByteCorpus
+    recipe: Recipe
+    data_seed: int = 0
+    device: str = "cpu"
+
+    def __call__(
+        self,
+        spec: ModelSpec,
+        tokens: int,
+        seed: int,
+        *,
+        checkpoint: Path | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Measurement:
+        """Train up to a budget and score.
+
+        A new model first passes the no-leak gate. If the checkpoint file is there, training goes
+        on from it; when the budget is reached, it is written anew.
+
+        Args:
+            spec: the architecture.
+            tokens: the budget, earlier rungs included.
+            seed: of the initialisation.
+            checkpoint: where the training is kept between rungs; None keeps nothing.
+            on_step: see `Training.run`.
+        """
+        training = self.training(spec, seed)
+        if checkpoint is not None and checkpoint.exists():
+            training.restore(checkpoint)
+        elif leak := find_leak(training.model):
+            return Measurement(None, 0, 0.0, None, (), leak)
+        before, start = training.tokens, time.perf_counter()
+        failure = training.run(tokens, on_step)
+        seconds = time.perf_counter() - start
+        if checkpoint is not None and failure is None:
+            training.save(checkpoint)
+        trained = training.tokens - before
+        return Measurement(
+            bits_per_byte=None if failure else training.score(),
+            tokens=training.tokens,
+            seconds=seconds,
+            tokens_per_second=trained / seconds if trained else None,
+            curve=tuple(training.curve),
+            failure=failure,
+        )
+
+    def training(self, spec: ModelSpec, seed: int) -> Training:
+        """A fresh training of the spec, for callers that want the model."""
+        model = build_model(spec, seed=seed, device=self.device)
+        return Training(model, self.corpus, self.recipe, self.data_seed)

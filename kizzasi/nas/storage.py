@@ -1,0 +1,291 @@
+"""The memory of a search: an append-only journal that survives kill -9, and names derived from it.
+
+Glossary
+    event       one JSON object: what happened to the run or to one trial
+    line        an event with its newline; only a line with its newline is complete
+    torn        what a crash left of a last line that was never acknowledged
+    fidelity    how far a trial was trained, in tokens
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import sys
+import weakref
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kizzasi.errors import StudyError
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """The one writer of an append-only file of JSON lines.
+
+    When `append` returns, the event is on the disk: a crash at any moment loses no line that was
+    acknowledged, and at most leaves a torn one, which the next Journal cuts off and shows in
+    `torn`. When `append` raises, the file is as it was before. One writer at a time: the lock is
+    the kernel's, so it goes with the process, even by kill -9, and there is no lock file.
+
+    Args:
+        path: the file; it and its folder are created when missing.
+
+    Attributes:
+        events: what the file held when it was opened.
+        torn: bytes of a torn last line that opening removed; empty after a clean end.
+
+    Raises:
+        StudyError: another process is writing the journal, a line before the last is damaged, or
+            the place cannot be written; names the path and the way out.
+    """
+
+    events: list[Event]
+    torn: bytes
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self.path, "a+")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        try:
+            _lock(self._file, self.path)
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
+        _open_journals.add(self)
+
+    def _recover(self) -> None:
+        """Read what is there and cut off a torn line, so that the next one starts clean."""
+        try:
+            self._file.seek(0)
+            content = self._file.readall()
+            self.events, self._size = _parse(content, self.path)
+            self.torn = content[self._size :]
+            self._file.truncate(self._size)
+            os.fsync(self._file.fileno())
+            _sync_folder(self.path.parent)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def append(self, event: Mapping[str, Any]) -> Event:
+        """Write one event and wait until the disk has it.
+
+        JSON has no NaN and no infinity: such a float is written as null, and the top-level key
+        `non_finite` maps its place to what it was, as in {"loss": null, "non_finite":
+        {"loss": "nan"}}. Every other float comes back to the last digit.
+
+        Args:
+            event: JSON types with string keys; tuples become lists.
+
+        Returns:
+            The event as every reader will see it. Work with this one, so that a run and its
+            resumption see the same.
+
+        Raises:
+            StudyError: the disk is full or gone, or the journal is closed.
+            TypeError: a value has no JSON form; nothing was written.
+        """
+        if self._file.closed:
+            raise StudyError(f"{self.path}: this journal is closed; open it again to append")
+        line = _encode(event)
+        try:
+            _write_all(self._file, line)
+            os.fsync(self._file.fileno())
+            self._size += len(line)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        finally:
+            # Also after Ctrl-C in mid-write: the next event must not be glued to half a line.
+            if os.fstat(self._file.fileno()).st_size > self._size:
+                self._file.truncate(self._size)
+        return _DECODER.decode(line.decode())
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """Every complete event of a journal, in order, also while another process is writing it.
+
+    Raises:
+        StudyError: no journal there, unreadable, or a line before the last is damaged.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StudyError(
+            f"{path}: cannot read the journal: {error.strerror}; give the folder of a run"
+        ) from error
+    return _parse(content, path)[0]
+
+
+def trial_id(spec_digest: str, seed: int, fidelity: int) -> str:
+    """Name a trial by what decides its result: 16 hex digits, the same in every process.
+
+    Args:
+        spec_digest: the digest of the model's spec.
+        seed: seed of its initialisation and data order.
+        fidelity: tokens it is trained on.
+    """
+    return _hash(spec_digest, seed, fidelity).hex()[:16]
+
+
+def derive_seed(run_seed: int, *parts: int | str) -> int:
+    """A seed in [0, 2**63) for one part of a run, from names and indices and never from timing.
+
+        first 63 bits of sha256(JSON of [run_seed, *parts])
+
+    Args:
+        run_seed: the seed that the user gave.
+        parts: what it is for, such as "data", or "trial" and its index. 1 and "1" differ.
+    """
+    return int.from_bytes(_hash(run_seed, *parts)[:8], "big") >> 1
+
+
+def _hash(*parts: int | str) -> bytes:
+    return hashlib.sha256(_ENCODER.encode(parts).encode()).digest()
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
+    """The complete events, and how many bytes they take. A damaged last line counts as torn."""
+    *lines, tail = content.split(b"\n")
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = _DECODER.decode(line.decode())
+            if not isinstance(event, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            if number == len(lines) and not tail:
+                return events, len(content) - len(line) - 1
+            raise StudyError(
+                f"{path}, line {number}: damaged ({error}); repair or delete that line, "
+                "the others are intact"
+            ) from error
+        events.append(event)
+    return events, len(content) - len(tail)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+
+
+def _encode(event: Mapping[str, Any]) -> bytes:
+    assert "non_finite" not in event, "non_finite is the journal's own key"
+    try:
+        text = _ENCODER.encode(event)
+    except ValueError:
+        found: dict[str, str] = {}
+        finite = _without_non_finite(event, "", found)
+        text = _ENCODER.encode({**finite, "non_finite": found})
+    return text.encode() + b"\n"
+
+
+def _without_non_finite(value: Any, place: str, found: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place.lstrip(".")] = repr(float(value))
+        return None
+    if isinstance(value, Mapping):
+        return {k: _without_non_finite(v, f"{place}.{k}", found) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(v, f"{place}.{i}", found) for i, v in enumerate(value)]
+    return value
+
+
+def _write_all(file: FileIO, line: bytes) -> None:
+    """A nearly full disk takes part of a line first and only then reports that it is full."""
+    written = 0
+    while written < len(line):
+        written += file.write(line[written:])
+
+
+def _cannot_write(path: Path, error: OSError) -> StudyError:
+    remedy = (
+        "free some space"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        else "make the folder writable or choose another"
+    )
+    return StudyError(
+        f"{path}: cannot write the journal: {error.strerror}; {remedy}, then resume; "
+        "what was written before is intact"
+    )
+
+
+_open_journals: "weakref.WeakSet[Journal]" = weakref.WeakSet()
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: FileIO, path: Path) -> None:
+        # Windows locks keep readers out too, so lock one byte far behind any journal's end.
+        file.seek(1 << 30)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise _locked(path) from error
+
+    def _sync_folder(folder: Path) -> None:
+        """NTFS keeps a journal of its folders itself."""
+
+else:
+    import fcntl
+
+    def _close_inherited() -> None:
+        for journal in _open_journals:
+            journal.close()
+
+    # A forked worker inherits the descriptor and with it the lock. Were it to outlive its killed
+    # parent, the run would stay locked, so it lets go at birth.
+    os.register_at_fork(after_in_child=_close_inherited)
+
+    def _lock(file: FileIO, path: Path) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _locked(path) from error
+        except OSError as error:
+            raise StudyError(
+                f"{path}: this file system cannot lock a file ({error.strerror}); "
+                "put the run on a local disk"
+            ) from error
+
+    def _sync_folder(folder: Path) -> None:
+        """A new file is safe only when the folder that names it is."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> StudyError:
+    return StudyError(
+        f"{path}: another process is writing this run; wait for it or stop it, "
+        "or choose another run folder"
+    )

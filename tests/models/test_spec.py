@@ -1,0 +1,160 @@
+"""Specs: strict both ways, one digest per value, every rule before any tensor."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, pattern
+from kizzasi.models.channels.mlp import MLPSpec
+from kizzasi.models.mixer import ChannelSpec, MixerSpec
+from kizzasi.models.mixers.attention import AttentionSpec
+from kizzasi.models.mixers.mamba import MambaSpec
+from kizzasi.models.strict import join
+
+
+def small(**changes) -> ModelSpec:
+    block = BlockSpec(AttentionSpec(n_heads=2), MLPSpec())
+    return ModelSpec(d_model=16, blocks=(block,), stem=Tokens(32)).replace(**changes)
+
+
+def test_dict_and_file_round_trips(tmp_path):
+    spec = small(dropout=0.1, tie_head=True)
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    for name in ("spec.yaml", "spec.json"):
+        spec.to_file(tmp_path / name)
+        assert ModelSpec.from_file(tmp_path / name) == spec
+
+
+def test_digest_is_the_same_in_another_process_and_for_integer_floats():
+    spec = small(dropout=0.0)
+    code = (
+        "import json,sys; from kizzasi.models import ModelSpec;"
+        "print(ModelSpec.from_dict(json.load(sys.stdin)).digest)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(spec.to_dict()),
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert out.stdout.strip() == spec.digest
+    assert small(dropout=0).digest == spec.digest
+    assert small(d_model=32).digest != spec.digest
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(d_modle=3), r"d_modle: unknown; did you mean d_model\?"),
+        (
+            lambda d: d["blocks"][0]["mixer"].update(n_head=2),
+            r"blocks\[0\]\.mixer\.n_head: unknown",
+        ),
+        (lambda d: d["blocks"][0]["mixer"].update(kind="atention"), "did you mean attention"),
+        (lambda d: d["blocks"][0]["mixer"].pop("kind"), r"blocks\[0\]\.mixer\.kind: missing"),
+        (lambda d: d.update(d_model="16"), "d_model: expected int, got '16'"),
+        (lambda d: d.update(d_model=True), "d_model: expected int, got True"),
+        (lambda d: d.update(dropout=float("nan")), "dropout: nan is not finite"),
+        (lambda d: d.update(norm="rmsnorm"), "norm: 'rmsnorm' is not one of"),
+        (lambda d: d.pop("stem"), "stem: missing"),
+        (lambda d: d.update(blocks="mmma"), "blocks: expected a list"),
+        (lambda d: d.update(blocks=[3]), r"blocks\[0\]: expected a mapping"),
+    ],
+)
+def test_bad_data_names_its_path(edit, message):
+    data = small().to_dict()
+    edit(data)
+    with pytest.raises(SpecError, match=message):
+        ModelSpec.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 0}, "d_model: 0 is not positive"),
+        ({"d_model": 15}, r"blocks\[0\]\.mixer"),
+        ({"blocks": ()}, "blocks: empty"),
+        ({"dropout": 1.0}, "dropout: 1.0 is outside"),
+        ({"stem": Tokens(0)}, "stem.vocab_size: 0 is not positive"),
+        ({"stem": Signal(1, 1), "tie_head": True}, "tie_head: a signal stem has no embedding"),
+        ({"d_model": 10**7}, "GiB; make d_model"),
+    ],
+)
+def test_build_refuses_before_any_tensor(changes, message):
+    with pytest.raises(SpecError, match=message):
+        build_model(small(**changes))
+
+
+def test_a_trillion_parameters_are_refused_with_their_size():
+    with pytest.raises(SpecError, match=r"parameters need .* GiB"):
+        build_model(small(d_model=2 * 10**5, blocks=small().blocks * 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "!!python/object/apply:os.system ['true']"),
+        ("a.yaml", "a: [1, 2"),
+        ("a.json", '{"d_model": '),
+        ("a.json", "[" * 100_000),
+        ("a.yaml", "[1, 2]"),
+        ("b.yaml", None),
+    ],
+)
+def test_unreadable_files_name_themselves(tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SpecError, match=name):
+        ModelSpec.from_file(tmp_path / name)
+
+
+def test_pattern_tiles_over_depth_in_python_and_in_files():
+    m, a = BlockSpec(MambaSpec()), BlockSpec(AttentionSpec(n_heads=2))
+    blocks = pattern("mma", m=m, a=a, n_layers=5)
+    assert blocks == (m, m, a, m, m)
+    data = small(blocks=blocks).to_dict()
+    data["blocks"] = {
+        "pattern": "mma",
+        "n_layers": 5,
+        "letters": {"m": m.to_dict(), "a": a.to_dict()},
+    }
+    assert ModelSpec.from_dict(yaml.safe_load(yaml.safe_dump(data))).blocks == blocks
+    for bad in ({"letters": "mx"}, {"letters": "m"}, {"letters": ""}):
+        with pytest.raises(SpecError):
+            pattern(**bad, m=m, a=a)
+
+
+@pytest.mark.parametrize("family", [MixerSpec, ChannelSpec])
+def test_every_part_survives_json(family):
+    for kind, cls in family.registry.items():
+        data = {"kind": kind, **({"n_heads": 2} if kind == "attention" else {})}
+        part = family.from_dict(data)
+        assert type(part) is cls
+        assert family.from_dict(json.loads(part.canonical_json())) == part
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+        max_leaves=8,
+    )
+)
+def test_no_data_crashes_the_reader(data):
+    for value in (data, {**small().to_dict(), "blocks": data}, {**small().to_dict(), "stem": data}):
+        try:
+            ModelSpec.from_dict(value)
+        except SpecError:
+            continue
+
+
+def test_join():
+    assert join("", "a") == "a"
+    assert join("b", "a") == "b.a"

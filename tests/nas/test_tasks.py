@@ -1,0 +1,159 @@
+"""Synthetic tasks: a solver that sees only the prefix answers all, and nothing else leaks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kizzasi.errors import SpecError
+from kizzasi.nas.data import IGNORE
+from kizzasi.nas.tasks import MQAR, TASKS, InductionHeads, Parity, SelectiveCopying, Task
+
+
+def solve_selective_copying(task: SelectiveCopying, prefix: list[int]) -> int:
+    marker = task.vocab_size - 1
+    data = [token for token in prefix if token not in (0, marker)]
+    return data[prefix.count(marker) - 1]
+
+
+def solve_induction_heads(_task: InductionHeads, prefix: list[int]) -> int:
+    return prefix[prefix.index(prefix[-1]) + 1]
+
+
+def solve_mqar(task: MQAR, prefix: list[int]) -> int:
+    pairs = prefix[: 2 * task.n_kv_pairs]
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))[prefix[-1]]
+
+
+def solve_parity(_task: Parity, prefix: list[int]) -> int:
+    return sum(prefix) % 2
+
+
+SOLVERS = {
+    "selective_copying": solve_selective_copying,
+    "induction_heads": solve_induction_heads,
+    "mqar": solve_mqar,
+    "parity": solve_parity,
+}
+N_SCORED = {"selective_copying": 16, "induction_heads": 1, "mqar": 4, "parity": 38}
+
+
+def assert_solvable_from_the_prefix(name: str, task: Task, batch_size: int, seed: int) -> None:
+    inputs, targets, loss_mask = task.sample(batch_size, seed)
+    assert inputs.dtype == targets.dtype == torch.long
+    assert loss_mask.dtype == torch.bool
+    assert inputs.shape == targets.shape == loss_mask.shape
+    assert 0 <= int(inputs.min()) <= int(inputs.max()) < task.vocab_size
+    for row, column in loss_mask.nonzero().tolist():
+        prefix = inputs[row, : column + 1].tolist()
+        assert SOLVERS[name](task, prefix) == targets[row, column]  # type: ignore[operator]
+    assert (targets[~loss_mask] == IGNORE).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_solver_that_sees_the_prefix_is_always_right(name):
+    task = TASKS[name]()
+    assert_solvable_from_the_prefix(name, task, batch_size=32, seed=5)
+    assert task.sample(32, 5).loss_mask.sum(1).tolist() == [N_SCORED[name]] * 32
+
+
+@given(data=st.data(), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=80, deadline=None)
+def test_every_valid_setting_is_solvable(data, seed):
+    n = data.draw(st.integers(1, 5))
+    more = data.draw(st.integers(0, 9))
+    tasks = {
+        "selective_copying": SelectiveCopying(3 + more, 2 * n + more, n),
+        "induction_heads": InductionHeads(3 + n, 3 + more),
+        "mqar": MQAR(2 * n + 2 + 2 * more, 4 * n + 2 * more, n, random_non_queries=more > 4),
+        "parity": Parity(n + more, n),
+    }
+    for name, task in tasks.items():
+        assert_solvable_from_the_prefix(name, task, batch_size=3, seed=seed)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_seed_decides_the_examples(name):
+    task = TASKS[name]()
+    first, again, other = task.sample(8, 1), task.sample(8, 1), task.sample(8, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.inputs, other.inputs)
+    state = torch.get_rng_state()
+    task.sample(2, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_chance_is_what_an_even_guess_scores(name):
+    task = TASKS[name]()
+    _, targets, loss_mask = task.sample(4000, 0)
+    answers = targets[loss_mask]
+    counts = torch.bincount(answers, minlength=task.vocab_size) / len(answers)
+    assert int((counts > 0).sum()) == round(1 / task.chance)
+    assert abs(float(counts.max()) - task.chance) < 0.2 * task.chance + 0.01
+
+
+def test_selective_copying_scatters_the_data():
+    inputs, _, _ = SelectiveCopying().sample(2000, 0)
+    filled = ((inputs > 0) & (inputs < 15)).double().mean(0)
+    assert (filled[:240] - 16 / 240).abs().max() < 0.03
+    assert (inputs[:, 240:] == 15).all()
+
+
+def test_induction_trigger_stands_anywhere_but_where_the_answer_would_be_cut():
+    inputs, _, _ = InductionHeads(vocab_size=4, seq_len=8).sample(3000, 0)
+    triggers = inputs == 3
+    assert (triggers.sum(1) == 2).all()
+    frequency = triggers.double().mean(0)
+    assert (frequency[:6] - 1 / 6).abs().max() < 0.03
+    assert frequency[6:].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("power_a", "mean_place"), [(0.01, None), (1.0, 27.0)])
+def test_mqar_queries_follow_the_power_law(power_a, mean_place):
+    """Mean place of a query: even when power_a is 1, close to the pairs when it is small."""
+    task = MQAR(power_a=power_a)
+    mask = task.sample(4000, 0).loss_mask
+    places = (mask.nonzero()[:, 1] - 8).double()
+    assert (places % 2 == 0).all()
+    if mean_place is None:
+        assert places.mean() < 20
+    else:
+        assert abs(places.mean() - mean_place) < 0.5
+
+
+def test_mqar_first_query_place_has_its_exact_probability():
+    task = MQAR(n_kv_pairs=1, seq_len=8, vocab_size=8, power_a=0.5)
+    mask = task.sample(20_000, 0).loss_mask
+    weights = torch.tensor([1.0, 2.0, 3.0]).double() ** -0.5
+    assert (mask[:, 2::2].double().mean(0) - weights / weights.sum()).abs().max() < 0.015
+
+
+def test_mqar_keys_and_values_are_distinct_and_come_from_their_halves():
+    inputs, _, _ = MQAR(vocab_size=18, seq_len=32, n_kv_pairs=8).sample(50, 0)
+    keys, values = inputs[:, 0:16:2], inputs[:, 1:16:2]
+    assert keys.sort(1).values.tolist() == [list(range(1, 9))] * 50
+    assert all(len(set(row)) == 8 and min(row) >= 9 for row in values.tolist())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SelectiveCopying(vocab_size=2), "vocab_size=2 must be at least 3"),
+        (lambda: SelectiveCopying(seq_len=31), "seq_len=31 must be at least 32"),
+        (lambda: SelectiveCopying(n_tokens=0), "n_tokens=0"),
+        (lambda: InductionHeads(vocab_size=2), "vocab_size=2"),
+        (lambda: InductionHeads(seq_len=2), "seq_len=2 must be at least 3"),
+        (lambda: MQAR(n_kv_pairs=0), "n_kv_pairs=0"),
+        (lambda: MQAR(seq_len=14), "seq_len=14 must be at least 16"),
+        (lambda: MQAR(vocab_size=8), "vocab_size=8 must be at least 10"),
+        (lambda: MQAR(seq_len=65), "must be even"),
+        (lambda: MQAR(power_a=0.0), "power_a=0.0"),
+        (lambda: Parity(min_len=0), "min_len=0"),
+        (lambda: Parity(seq_len=2), "seq_len=2 must be at least 3"),
+        (lambda: Parity().sample(0, 0), "batch_size=0"),
+    ],
+)
+def test_impossible_settings_say_what_to_change(build, message):
+    with pytest.raises(SpecError, match=message):
+        build()

@@ -1,0 +1,117 @@
+"""The walls of the house: which room may import which. Read from the source with `ast`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "kizzasi"
+
+# room -> the kizzasi modules it must not import; the first matching room counts.
+FORBIDDEN = {
+    "kizzasi.models.ops": ("kizzasi.models", "kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
+    "kizzasi.models.mixers": (
+        "kizzasi.models.block",
+        "kizzasi.models.model",
+        "kizzasi.models.presets",
+        "kizzasi.models.checkpoints",
+        "kizzasi.models.channels",
+        "kizzasi.nas",
+        "kizzasi.eml",
+        "kizzasi.cli",
+    ),
+    "kizzasi.models.channels": (
+        "kizzasi.models.block",
+        "kizzasi.models.model",
+        "kizzasi.models.presets",
+        "kizzasi.models.checkpoints",
+        "kizzasi.models.mixers",
+        "kizzasi.nas",
+        "kizzasi.eml",
+        "kizzasi.cli",
+    ),
+    "kizzasi.models": ("kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
+    "kizzasi.eml": ("kizzasi.nas", "kizzasi.cli"),
+    "kizzasi.nas": ("kizzasi.eml", "kizzasi.cli"),
+}
+ALLOWED = {"kizzasi.models.ops": ("kizzasi.models.ops",)}
+# Within nas, only the ready-made spaces may name a concrete mixer.
+CONCRETE = ("kizzasi.models.mixers", "kizzasi.models.channels")
+SPACES = {"kizzasi.nas.spaces"}
+# eml sees the contract of a mixer, not the models made of them.
+MIXER_CONTRACT = {
+    "kizzasi.models.cost",
+    "kizzasi.models.init",
+    "kizzasi.models.mixer",
+    "kizzasi.models.norm",
+    "kizzasi.models.strict",
+}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in sorted(ROOT.rglob("*.py"))
+    }
+
+
+def imports(path: Path) -> set[str]:
+    """Every kizzasi module that a file imports, at any depth of nesting."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = modules().keys() & names
+            found |= known or {node.module or ""}
+    return {name for name in found if name.split(".")[0] == "kizzasi"}
+
+
+def within(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_forbidden_import(module):
+    room = next((r for r in FORBIDDEN if within(module, (r,))), None)
+    if room is None:
+        return
+    for name in imports(modules()[module]):
+        allowed = within(name, ALLOWED.get(room, ()))
+        assert allowed or not within(name, FORBIDDEN[room]), f"{module} imports {name}"
+        if module.startswith("kizzasi.nas") and module not in SPACES:
+            assert not within(name, CONCRETE), f"{module} names the concrete {name}"
+        if module.startswith("kizzasi.eml") and name.startswith("kizzasi.models"):
+            assert name in MIXER_CONTRACT, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.startswith("kizzasi.models.ops")])
+def test_ops_are_functions(module):
+    tree = ast.parse(modules()[module].read_text())
+    bases = {
+        ast.unparse(base) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases
+    }
+    assert not {b for b in bases if b.endswith("Module")}, f"{module} defines an nn.Module"
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if not m.startswith("kizzasi.cli")])
+def test_library_code_has_no_side_effects(module):
+    """No printing, no environment variables, no torch globals, no logging configuration."""
+    banned = {
+        "print",
+        "os.environ",
+        "os.getenv",
+        "logging.basicConfig",
+        "torch.manual_seed",
+        "torch.set_default_dtype",
+        "torch.set_default_device",
+        "torch.use_deterministic_algorithms",
+        "torch.set_float32_matmul_precision",
+    }
+    tree = ast.parse(modules()[module].read_text())
+    used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name))}
+    assert not used & banned, f"{module} uses {used & banned}"
