@@ -36,6 +36,7 @@ from kizzasi.models.strict import join, register, require
 
 # With these, v <- eml_soft(v c0 + c1, v + c2) maps 0 to 0 with slope 1 and curvature 0.4.
 _NEUTRAL = (0.5, 0.89451042, 9.85156299)
+_GAIN = 0.3
 _NORM_EPS = 1e-6
 
 
@@ -76,11 +77,13 @@ class EmlProjection(nn.Module):
         self.chain = nn.Parameter(torch.empty(n_out, depth, 3))
 
     def reset_parameters(self, generator: torch.Generator | None, scale: float = 1.0) -> None:
-        """Draw the weights uniformly with the fan-in bound, times scale."""
-        bound = scale / math.sqrt(self.affine.in_features)
-        with torch.no_grad():
-            self.affine.weight.uniform_(-bound, bound, generator=generator)
-            self.affine.bias.zero_()
+        """Draw an orthogonal matrix, small enough for the chain to be nearly linear at first.
+
+        Random square matrices have tiny singular values, through which a search would have to
+        amplify the chain's curvature; orthogonal ones have none.
+        """
+        nn.init.orthogonal_(self.affine.weight, _GAIN * scale, generator=generator)
+        nn.init.zeros_(self.affine.bias)
         _set_neutral(self.chain)
 
     def forward(self, x: Tensor) -> Tensor:

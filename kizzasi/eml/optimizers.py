@@ -35,7 +35,7 @@ class Optimizer(Protocol):
         ...
 
     def ask(self, state: Any) -> Tensor:
-        """Return (R, P, n) candidates."""
+        """Return (R, P, n) candidates; P = 0 ends the search."""
         ...
 
     def tell(self, state: Any, candidates: Tensor, losses: Tensor) -> Any:
@@ -80,6 +80,16 @@ def _require(rule: bool, message: str) -> None:
         raise SpecError(message)
 
 
+def sweep_block(seed: int, at: int, block: int, x: Tensor) -> Tensor:
+    """Return step `at`'s coordinates: a slice of a random order of all n, new for every sweep."""
+    n = x.shape[1]
+    block = min(block, n)
+    sweep, part = divmod(at, math.ceil(n / block))
+    keys = torch.arange(n, device=x.device)
+    order = hashed_uniform(seed, torch.full_like(keys, sweep), keys).argsort()
+    return order[part * block : (part + 1) * block]
+
+
 class DescentState(NamedTuple):
     """x (R, n), best (R), trial (R) the next trial of each problem, accepts (R), seed."""
 
@@ -100,7 +110,7 @@ class CoordinateDescent:
     again, so the path equals that of one candidate at a time.
 
     Args:
-        trials: length of the schedule; afterwards the step stays at step_final.
+        trials: length of the schedule, after which the search ends.
         step_init, step_final: largest change at the start and the end.
         block: coordinates changed together.
         batch: candidates per ask; the path does not depend on it.
@@ -121,28 +131,29 @@ class CoordinateDescent:
 
     def ask(self, state: DescentState) -> Tensor:
         x, n = state.x, state.x.shape[1]
-        trial = state.trial[:, None] + torch.arange(self.batch, device=x.device)  # (R, P)
+        batch = min(self.batch, self.trials - int(state.trial.min()))
+        trial = state.trial[:, None] + torch.arange(batch, device=x.device)  # (R, P)
         keys = (
             torch.arange(len(x), device=x.device)[:, None, None],
             trial[..., None],
             torch.arange(self.block, device=x.device),
         )
         index = (hashed_uniform(state.seed, *keys) * n).long()
-        progress = (trial / self.trials).clamp(max=1.0)
-        step = self.step_init * (self.step_final / self.step_init) ** progress
+        step = self.step_init * (self.step_final / self.step_init) ** (trial / self.trials)
         change = (2 * hashed_uniform(state.seed + 1, *keys) - 1) * step[..., None]
-        candidates = x[:, None].repeat(1, self.batch, 1)
+        candidates = x[:, None].repeat(1, batch, 1)
         return candidates.scatter_add_(2, index, change.to(x.dtype))
 
     def tell(self, state: DescentState, candidates: Tensor, losses: Tensor) -> DescentState:
-        better = losses + _MARGIN < state.best[:, None]
+        trial = state.trial[:, None] + torch.arange(losses.shape[1], device=losses.device)
+        better = (losses + _MARGIN < state.best[:, None]) & (trial < self.trials)
         any_better = better.any(1)
         first = torch.where(any_better, better.int().argmax(1), losses.shape[1] - 1)
         chosen = candidates[torch.arange(len(first), device=first.device), first]
         return DescentState(
             torch.where(any_better[:, None], chosen, state.x),
             torch.where(any_better, losses.gather(1, first[:, None])[:, 0], state.best),
-            state.trial + first + 1,
+            (state.trial + first + 1).clamp(max=self.trials),
             state.accepts + any_better,
             state.seed,
         )
@@ -192,22 +203,12 @@ class BlockDescent:
     def init(self, x: Tensor, loss: Tensor, seed: int) -> BlockState:
         return BlockState(x, _usable(loss), torch.full_like(x, self.step), None, 0, seed)
 
-    def _chosen(self, state: BlockState) -> Tensor:
-        """Return this step's coordinates: a slice of a random order, new for every sweep."""
-        n = state.x.shape[1]
-        block = min(self.block, n)
-        per_sweep = math.ceil(n / block)
-        sweep, part = divmod(state.at, per_sweep)
-        keys = torch.arange(n, device=state.x.device)
-        order = hashed_uniform(state.seed, torch.full_like(keys, sweep), keys).argsort()
-        return order[part * block : (part + 1) * block]
-
     def ask(self, state: BlockState) -> Tensor:
         x = state.x[:, None]
         if state.move is not None:
             lengths = torch.tensor(self.lengths, dtype=x.dtype, device=x.device)
             return x + lengths[:, None] * state.move[:, None]
-        chosen = self._chosen(state)
+        chosen = sweep_block(state.seed, state.at, self.block, state.x)
         size = len(chosen)
         probes = torch.zeros(len(x), 2, size, x.shape[-1], dtype=x.dtype, device=x.device)
         each = torch.arange(size, device=x.device)
@@ -225,7 +226,7 @@ class BlockDescent:
             x = torch.where(better[:, None], best_candidate, state.x)
             best = torch.where(better, low, state.best)
             return state._replace(x=x, best=best, move=None, at=state.at + 1)
-        chosen = self._chosen(state)
+        chosen = sweep_block(state.seed, state.at, self.block, state.x)
         plus, minus = losses.unflatten(1, (2, -1)).unbind(1)
         centre, h = state.best[:, None], state.step[:, chosen]
         bend = plus + minus - 2 * centre

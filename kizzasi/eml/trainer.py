@@ -21,10 +21,11 @@ class ModuleObjective:
     """The loss of any module as a function of its flat parameters, many candidates at once.
 
     Candidates are run through one vectorised forward; buffers are shared, gradients are off.
+    A criterion that returns a vector of residuals serves `GaussNewton`.
 
     Args:
         module: not changed, except by `assign`.
-        criterion: scalar loss from the module's output; close it over the targets.
+        criterion: loss, or residuals (m), from the module's output; close it over the targets.
         inputs: positional arguments of the module.
         names: parameters to search over, in this order; None means all of them.
         batch_size: candidates per vectorised forward: memory against speed, never the result.
@@ -62,9 +63,9 @@ class ModuleObjective:
 
     @torch.no_grad()
     def __call__(self, points: Tensor) -> Tensor:
-        """Return the losses (R, P) of candidates (R, P, n)."""
-        flat = points.flatten(0, 1)
-        return vmap(self._one, chunk_size=self.batch_size)(flat).view(points.shape[:2])
+        """Return the losses (R, P), or residuals (R, P, m), of candidates (R, P, n)."""
+        values = vmap(self._one, chunk_size=self.batch_size)(points.flatten(0, 1))
+        return values.unflatten(0, points.shape[:2])
 
     @torch.no_grad()
     def assign(self, point: Tensor) -> None:
@@ -135,6 +136,8 @@ def minimize(
             if patience is not None and _stalled(history, patience, min_improvement):
                 break
             candidates = optimizer.ask(state)
+            if candidates.shape[1] == 0:
+                break
             state = optimizer.tell(state, candidates, objective(candidates))
             used += candidates.shape[1]
             history.append((used, float(state.best.mean())))

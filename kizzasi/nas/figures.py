@@ -45,8 +45,8 @@ def figures(summary: Summary) -> list[Figure]:
         _layers(summary),
         _learning_curves(summary),
         _proxy_against_training(summary),
-        _pareto(summary, "params", "parameters"),
-        _pareto(summary, "state_bytes", "state at 1,024 tokens, bytes"),
+        _pareto(summary, "params", "parameters", "parameters"),
+        _pareto(summary, "state_bytes", "state size", "state after 1,024 tokens, bytes"),
     ]
 
 
@@ -145,9 +145,9 @@ def _proxy_against_training(summary: Summary) -> Figure:
     return Figure(title, drawn, caption)
 
 
-def _pareto(summary: Summary, key: str, label: str) -> Figure:
+def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
     """Marks of every rung, one front per rung: scores of different budgets do not compete."""
-    title = f"Bits/byte against {label.split(',')[0]}"
+    title = f"Bits/byte against {name}"
     marks: list[Mark] = []
     fronts: list[list[Point]] = []
     rungs = summary.rungs
@@ -167,7 +167,9 @@ def _pareto(summary: Summary, key: str, label: str) -> Figure:
     caption = f"Lower left is better. Dashed: the Pareto front of each rung ({budgets})."
     if len(rungs) > 1:
         caption += " Hollow marks: earlier rungs, linked to what the candidate reached later."
-    return Figure(title, plot(title, label, "held-out bits/byte", marks, (), fronts, links), caption)
+    return Figure(
+        title, plot(title, label, "held-out bits/byte", marks, (), fronts, links), caption
+    )
 
 
 def _climb(standing: Standing, key: str) -> Sequence[Point]:

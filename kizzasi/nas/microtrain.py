@@ -12,7 +12,8 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
 from kizzasi.nas.data import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
 from kizzasi.nas.leak import find_leak
+from kizzasi.nas.storage import derive_seed
 
 LN2 = math.log(2)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
@@ -175,7 +177,7 @@ class Training:
         factor = self.recipe.factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        with self._autocast():
+        with self._autocast(), self._chance():
             loss = self.model(inputs).loss(targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -226,6 +228,17 @@ class Training:
             self.step, self.curve = saved["step"], [tuple(pair) for pair in saved["curve"]]
         except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot continue from it: {error}") from error
+
+    @contextmanager
+    def _chance(self) -> Iterator[None]:
+        """Dropout drawn from (data_seed, step) alone; torch's own stream is left as it was."""
+        if self.model.spec.dropout == 0:
+            yield
+            return
+        on_cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=on_cuda):
+            torch.random.manual_seed(derive_seed(self.data_seed, "dropout", self.step))
+            yield
 
     def _autocast(self) -> torch.autocast:
         on_cuda = self.device.type == "cuda"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kizzasi.errors import StudyError
 from kizzasi.nas.figures import Figure, figures
-from kizzasi.nas.summary import Event, Standing, Summary, findings, reason, summarise
+from kizzasi.nas.summary import Event, Standing, Summary, findings, summarise
 from kizzasi.nas.svg import STYLE, short
 from kizzasi.nas.worth import Agreement, Region
 
@@ -43,20 +43,22 @@ Rows = list[list[str]]
 
 def table(summary: Summary) -> str:
     """The table of candidates and the findings, as plain text in 100 columns."""
+    said = "\n".join(textwrap.fill(text, COLUMNS) for text in findings(summary))
+    if not summary.standings:
+        return said
     rows = [COLUMN_NAMES, *(_cells(s) for s in summary.standings)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMN_NAMES))]
     spare = COLUMNS - sum(widths) - 2 * (len(widths) - 1)
     widths[1] = max(len("architecture"), widths[1] + min(0, spare))
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    lines[1:1] = ["-" * min(COLUMNS, sum(widths) + 2 * (len(widths) - 1))]
-    said = [textwrap.fill(text, COLUMNS) for text in findings(summary)]
-    return "\n".join([*lines, "", *said])
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:], "", said])
 
 
 def markdown(summary: Summary) -> str:
     """The report without its plots, as Markdown."""
-    parts = [f"# {_headline(summary)}", *(f"- {_md(text)}" for text in findings(summary))]
-    text = "\n\n".join([parts[0], "\n".join(parts[1:])])
+    said = "\n".join(f"- {_md(text)}" for text in findings(summary))
+    text = f"# {_md(_headline(summary))}\n\n{said}"
     for part in _tables(summary):
         body = _md_table(part.rows) if len(part.rows) > 1 else part.missing
         text += f"\n\n## {part.title}\n\n{body}"
@@ -67,6 +69,8 @@ def html(summary: Summary) -> str:
     """The whole report as one HTML page."""
     said = "".join(f"<li>{escape(text)}</li>" for text in findings(summary))
     candidates, *others = _tables(summary)
+    small = [part for part in others if part.small]
+    large = [part for part in others if not part.small]
     scores, layers, *plots = map(_html_figure, figures(summary))
     title = escape(_headline(summary))
     return (
@@ -77,9 +81,10 @@ def html(summary: Summary) -> str:
         f"<style>{PAGE_STYLE}{STYLE}</style></head><body><main>"
         f'<header><h1>{title}</h1><div class="cards">{_cards(summary)}</div></header>'
         f"<section><h2>Findings</h2><ul>{said}</ul></section>"
-        f'<div class="pair">{scores}{layers}</div>{_html_table(candidates, summary)}'
+        f'<div class="pair">{scores}{layers}</div>{_html_table(candidates)}'
         f'<div class="pair">{"".join(plots)}</div>'
-        f"{''.join(_html_table(part, summary) for part in others)}</main></body></html>\n"
+        f'<div class="pair">{"".join(map(_html_table, small))}</div>'
+        f"{''.join(map(_html_table, large))}</main></body></html>\n"
     )
 
 
@@ -135,23 +140,35 @@ def _aligned(row: list[str], widths: list[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """A table of the report: its first row holds the names of the columns."""
+    """A table of the report.
+
+    Args:
+        title: its heading.
+        rows: the first one holds the names of the columns.
+        missing: what is said if there is no other row.
+        small: takes half of the page.
+        marked: the row to stand out, counted without the names.
+    """
 
     title: str
     rows: Rows
     missing: str
+    small: bool = False
+    marked: int | None = None
 
 
 def _tables(summary: Summary) -> list[Part]:
     """Every table of the report, candidates first."""
+    ids = [standing.entry["id"] for standing in summary.standings]
+    won = ids.index(summary.winner.entry["id"]) if summary.winner else None
     return [
-        Part("Candidates", _candidates(summary), "No candidate is there yet."),
+        Part("Candidates", _candidates(summary), "No candidate is there yet.", marked=won),
         Part("Rungs", _rungs(summary), "No trial has ended yet."),
-        Part("Final training", _finals(summary), "Not yet begun."),
-        Part("Baselines on the held-out bytes", _baselines(summary), "Not yet measured."),
         Part("What the proxy was worth", _worth(summary), "No candidate with a proxy is trained."),
-        Part("Learning rates", _sweeps(summary), "No sweep has ended yet."),
-        Part("Estimated over real parameters", _estimates(summary), "No candidate is there yet."),
+        Part("Final training", _finals(summary), "Not yet begun.", True),
+        Part("Baselines on the held-out bytes", _baselines(summary), "Not yet measured.", True),
+        Part("Learning rates", _sweeps(summary), "No sweep has ended yet.", True),
+        Part("Estimated over real parameters", _estimates(summary), "No candidate is there.", True),
         Part("Failures", _failures(summary), "No trial failed."),
         Part("Settings and data", _settings(summary), "Not yet written."),
     ]
@@ -214,7 +231,13 @@ def _region(place: str, region: Region) -> Rows:
         ("random", region.random),
     ]
     return [
-        [f"{name}, {place}", str(region.n), str(a.spearman), str(a.kendall_tau_b), f"{a.top_k_recall}"]
+        [
+            f"{name}, {place}",
+            str(region.n),
+            str(a.spearman),
+            str(a.kendall_tau_b),
+            f"{a.top_k_recall}",
+        ]
         for name, a in predictors
     ]
 
@@ -236,8 +259,8 @@ def _estimates(summary: Summary) -> Rows:
 
 def _failures(summary: Summary) -> Rows:
     rows = [
-        [name, trial["rung"], f"{trial['lr']:g}", str(trial["seed"]), reason(trial).strip()]
-        for name, trial in summary.failures
+        [name, trial["rung"], f"{trial['lr']:g}", str(trial["seed"]), why.strip()]
+        for name, trial, why in summary.failures
     ]
     return [["candidate", "rung", "lr", "seed", "reason"], *rows]
 
@@ -253,8 +276,9 @@ def _settings(summary: Summary) -> Rows:
 
 
 def _md(text: str) -> str:
-    """Text as itself: no character of it means anything to Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
+    """Text as itself: no character of it means anything to Markdown, HTML or a terminal."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", escape(line, quote=False))
 
 
 def _md_table(rows: Rows) -> str:
@@ -263,20 +287,19 @@ def _md_table(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
-def _html_table(part: Part, summary: Summary) -> str:
+def _html_table(part: Part) -> str:
     title = f"<h2>{escape(part.title)}</h2>"
     if len(part.rows) < 2:
         return f'<section>{title}<p class="missing">{escape(part.missing)}</p></section>'
     names, *rows = part.rows
-    winner = summary.winner.entry["name"] if summary.winner else None
     style = ["" if name in LEFT_ALIGNED else ' class="number"' for name in names]
     head = "".join(
         f'<th scope="col"{s}>{escape(name)}</th>' for s, name in zip(style, names, strict=True)
     )
     body = ""
-    for row in rows:
+    for i, row in enumerate(rows):
         cells = (f"<td{s}>{_cell(cell)}</td>" for s, cell in zip(style, row, strict=True))
-        mark = ' class="won"' if part.title == "Candidates" and row[1] == winner else ""
+        mark = ' class="won"' if i == part.marked else ""
         body += f"<tr{mark}>{''.join(cells)}</tr>"
     return (
         f'<section>{title}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -344,7 +367,7 @@ th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var
 th { color: var(--soft); font-weight: 550; white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 .won td { color: var(--winner); font-weight: 600; }
 pre { overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
 """

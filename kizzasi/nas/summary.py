@@ -321,9 +321,11 @@ def _outcome(winner: Final, preset: Final) -> str:
         return f"The winner is {place} {gap}; a single seed does not tell that from noise"
     seeds = f"{len(w)} seeds against {len(p)}"
     if max(w) < min(p):
-        return f"The winner beats the preset {gap}, every seed of it every seed ({seeds})"
+        return f"The winner beats the preset {gap}, its worst seed the preset's best ({seeds})"
     if min(w) > max(p):
-        return f"The winner loses to the preset {gap}, every seed of it to every seed ({seeds})"
+        return (
+            f"The winner loses to the preset {gap}, its best seed to the preset's worst ({seeds})"
+        )
     return f"Their seeds overlap, which makes it a tie ({seeds})"
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 Point = tuple[float, float]
 
@@ -28,7 +29,8 @@ COLOURS = "".join(
     f"svg .{name} {{ stroke: var(--{name}); fill: var(--{name}); }}\n"
     for name in (*GROUPS, "baseline")
 )
-STYLE = f"""{COLOURS}svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
+STYLE = f"""{COLOURS}
+svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
 svg text {{ fill: var(--soft); }}
 svg .value, svg .name {{ fill: var(--ink); }}
 svg .axis {{ stroke: var(--soft); }}
@@ -156,7 +158,7 @@ def plot(
 
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | None]]) -> str:
     """Draw horizontal bars from 0: (name, group, value, spread or None), first on top."""
-    left, top, step = 190, 12, 36
+    left, top, step = 225, 12, 36
     longest = max(value + (spread or 0) for _, _, value, spread in rows)
     x = Axis(unit, 0.0, longest * 1.15, left, WIDTH - RIGHT, False)
     height = top + step * len(rows) + 42
@@ -173,7 +175,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         end = x(value + (spread or 0)) + 8
         body.append(
             f'<text class="name" x="{left - 10}" y="{y + 17}" text-anchor="end">'
-            f"{_cut(name, 28)}</text>"
+            f"{_cut(name, 34)}</text>"
             f'<rect class="mark box {group}" x="{left}" y="{y}" rx="3" '
             f'width="{x(value) - left:.1f}" height="{step - 10}"/>'
             f'<text class="value" x="{end:.1f}" y="{y + 17}">{value:.3f}</text>'
@@ -194,7 +196,9 @@ def sketch(title: str, rows: Sequence[Sequence[str]]) -> str:
     body: list[str] = []
     for i, (label, *boxes) in enumerate(rows):
         y = top + step * i
-        body.append(f'<text x="{left - 12}" y="{y + 20}" text-anchor="end">{_cut(label, 13)}</text>')
+        body.append(
+            f'<text x="{left - 12}" y="{y + 20}" text-anchor="end">{_cut(label, 13)}</text>'
+        )
         if i:
             body.append(f'<path class="axis" d="M{left + 24} {y - 12}v10"/>')
         width = (WIDTH - RIGHT - left - gap * (len(boxes) - 1)) / len(boxes)
@@ -247,7 +251,7 @@ def _legend(groups: Sequence[str]) -> list[str]:
     parts, x = [], float(LEFT)
     for group in groups:
         parts.append(_mark(x + 5, 18, group, "", False))
-        parts.append(f'<text x="{x + 16:.1f}" y="22">{GROUPS[group]}</text>')
+        parts.append(f'<text x="{x + 18:.1f}" y="22">{GROUPS[group]}</text>')
         x += 36 + 6.4 * len(GROUPS[group])
     return parts
 
@@ -284,7 +288,7 @@ def _polyline(x: Axis, y: Axis, points: Sequence[Point], style: str, text: str =
 
 def _steps(front: Sequence[Point]) -> list[Point]:
     """A front as stairs: until the next point is reached, the last one is the best."""
-    corners = [(b[0], a[1]) for a, b in zip(front, front[1:], strict=False)]
+    corners = [(b[0], a[1]) for a, b in pairwise(front)]
     return [p for pair in zip(front, [*corners, front[-1]], strict=True) for p in pair]
 
 

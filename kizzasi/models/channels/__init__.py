@@ -1,5 +1,8 @@
-import importlib
-import pkgutil
+"""Channel mixers: one architecture, one file, one line here."""
 
-for _m in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_m.name}")
+from kizzasi.models.channels.mlp import MLPSpec
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
+from kizzasi.models.channels.swiglu import SwiGLUSpec
+
+__all__ = ["MLPSpec", "MoESpec", "RWKVChannelSpec", "SwiGLUSpec"]

@@ -36,6 +36,7 @@ from kizzasi.models.ops.attention import (
     alibi_slopes,
     attention,
     attention_ref,
+    attention_step,
     document_positions,
     visibility,
 )
@@ -75,7 +76,11 @@ class RopeScaling(Strict):
         require(self.factor >= 1, join(path, "factor"), f"{self.factor} is below 1; give 1 or more")
         if self.method == "ntk":
             require(n_rotated > 2, path, "ntk cannot stretch 2 rotated entries; use linear")
-        if self.method == "yarn":
+        if self.method != "yarn":
+            for name in ("original_context", "attention_factor"):
+                unused = getattr(self, name) is None
+                require(unused, join(path, name), "only yarn reads it; leave it out")
+        else:
             known = self.original_context is not None and self.original_context > 0
             require(known, join(path, "original_context"), "yarn needs it; give at least 1")
             rising = 0 < self.beta_slow < self.beta_fast
@@ -241,6 +246,8 @@ class Attention(Mixer):
         super().__init__()
         d = layer.d_model
         self.spec, self.head_dim = spec, spec.width(d)
+        n_rotated = spec.rope_dims or self.head_dim
+        self.rope = f"rope of {n_rotated}, {spec.rope_theta}, {spec.rope_scaling}"
         d_q, d_kv = spec.n_heads * self.head_dim, spec.kv_heads * self.head_dim
         self.q_proj = nn.Linear(d, d_q, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias)
@@ -278,7 +285,7 @@ class Attention(Mixer):
         if segment_ids is None:
             segment_ids = torch.zeros(b, t, dtype=torch.int64, device=x.device)
         document, position = document_positions(document_starts(segment_ids), state.next_position)
-        q, k, v = self._project(x, position)
+        q, k, v, offered = self._project(x, position, shared)
         k, v = _append(state.k, k), _append(state.v, v)
         key_document = torch.cat([state.position.clamp(-1, 0), document], dim=1)
         key_position = torch.cat([state.position, position], dim=1)
@@ -288,19 +295,24 @@ class Attention(Mixer):
         keys = key_document[rows], key_position[rows]
         causal = alike and t <= self.spec.context_window and self.spec.position != "alibi"
         visible = None if causal else visibility(*query, *keys, self.spec.window)
-        y = self._attend(q, k, v, query[1], keys[1], visible)
+        bias = self._bias(query[1], keys[1], x.dtype)
+        attend = attention_ref if self.backend == "reference" else attention
+        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
+        y = self.o_proj(y.transpose(1, 2).flatten(-2))
 
         last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
         if self.spec.window is not None:
-            return MixerOut(y, _ring(k, v, last, t, self.spec.window))
-        alive = (key_document == document[:, -1:]) & (last >= 0)[:, None]
-        return MixerOut(y, AttentionState(k, v, torch.where(alive, key_position, -1), last + 1))
+            after = _ring(k, v, last, t, self.spec.window)
+        else:
+            alive = (key_document == document[:, -1:]) & (last >= 0)[:, None]
+            after = AttentionState(k, v, torch.where(alive, key_position, -1), last + 1)
+        return MixerOut(y, after, shared=offered)
 
     def step(
         self, x: Tensor, state: AttentionState, *, shared: Mapping[str, Tensor] | None = None
     ) -> MixerOut:
         now = state.next_position[:, None]
-        q, k, v = self._project(x[:, None], now)
+        q, k, v, offered = self._project(x[:, None], now, shared)
         if self.spec.window is None:
             k, v = _append(state.k, k), _append(state.v, v)
             position = torch.cat([state.position, now], dim=1)
@@ -310,8 +322,12 @@ class Attention(Mixer):
             index = slot[:, None, :, None].expand_as(k)
             k = state.k.to(k.dtype).scatter(2, index, k)
             v = state.v.to(v.dtype).scatter(2, index, v)
-        y = self._attend(q, k, v, now, position, (position >= 0)[:, None, None])
-        return MixerOut(y[:, 0], AttentionState(k, v, position, state.next_position + 1))
+        visible = (position >= 0)[:, None, None]
+        bias = self._bias(now, position, x.dtype)
+        attend = attention_ref if self.backend == "reference" else attention_step
+        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
+        after = AttentionState(k, v, position, state.next_position + 1)
+        return MixerOut(self.o_proj(y.flatten(1)), after, shared=offered)
 
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
@@ -322,20 +338,28 @@ class Attention(Mixer):
         position = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
         return AttentionState(cache, cache, position, position.new_zeros(batch))
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (b, heads, t, head_dim), normalised and rotated."""
+    def _project(
+        self, x: Tensor, position: Tensor, shared: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
+        """Queries, keys and values (b, heads, t, head_dim), normalised and rotated.
+
+        Layers that rotate alike share one table: the first offers it to the others.
+        """
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.spec.position == "rope":
-            tables = self._rope(position, state_dtype(x.dtype))
-            q, k = rotate(q, *tables), rotate(k, *tables)
-        return q, k, v
+        if self.spec.position != "rope":
+            return q, k, v, {}
+        tables = shared.get(self.rope) if shared else None
+        if tables is None:
+            tables = self._rope_tables(position, state_dtype(x.dtype))
+        cos, sin = tables.unbind()
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, {self.rope: tables}
 
-    def _rope(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rope_tables(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         n, theta = self.spec.rope_dims or self.head_dim, self.spec.rope_theta
         scaling = self.spec.rope_scaling
         if scaling is None:
@@ -344,24 +368,13 @@ class Attention(Mixer):
         frequencies = scaling.frequencies(n, theta, device=position.device, dtype=dtype)
         return rope_tables(position, frequencies, scaling.scale)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        key_position: Tensor,
-        visible: Tensor | None,
-    ) -> Tensor:
-        bias = None
-        if self.spec.position == "alibi":
-            slopes = alibi_slopes(self.spec.n_heads, device=q.device, dtype=state_dtype(q.dtype))
-            bias = slopes[:, None, None] * (
-                key_position[:, None, None] - position[:, None, :, None]
-            )
-        attend = attention_ref if self.backend == "reference" else attention
-        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+    def _bias(self, position: Tensor, key_position: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """ALiBi's (b, n_heads, t, s), for positions (b, t) of queries and (b, s) of keys."""
+        if self.spec.position != "alibi":
+            return None
+        distance = key_position[:, None, None] - position[:, None, :, None]
+        slopes = alibi_slopes(self.spec.n_heads, device=distance.device, dtype=state_dtype(dtype))
+        return slopes[:, None, None] * distance
 
 
 def _append(old: Tensor, new: Tensor) -> Tensor:

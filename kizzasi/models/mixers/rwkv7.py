@@ -221,10 +221,10 @@ class RWKV7(Mixer):
         rate = (self.a0 + torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2).sigmoid()
         gate = (torch.addcmul(x, delta, self.x_g) @ self.g1).sigmoid() @ self.g2
 
-        heads = self.r_k.shape
-        removal = F.normalize((k * self.k_k).unflatten(-1, heads), dim=-1)
+        heads = (*x.shape[:-1], *self.r_k.shape)
+        removal = F.normalize((k * self.k_k).view(heads), dim=-1)
         k = k * torch.addcmul(1.0 - self.k_a, rate, self.k_a)
-        r, w, k, v, rate = (s.unflatten(-1, heads) for s in (r, w, k, v, rate))
+        r, w, k, v, rate = (s.view(heads) for s in (r, w, k, v, rate))
         return (r, w, k, v, -removal, removal * rate), gate, offer
 
     def _finish(self, y: Tensor, streams: Streams, gate: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ Symbols: n tokens, m jobs, e experts, d width, h hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kizzasi.errors import SpecError
 from kizzasi.models.ops.routing import Assignments
@@ -38,9 +39,6 @@ class SwiGLUWeights(NamedTuple):
     gate: Sequence[Tensor]
     up: Sequence[Tensor]
     down: Sequence[Tensor]
-
-    def experts(self) -> list[Expert]:
-        return [_swiglu(*weights) for weights in zip(*self, strict=True)]
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -64,30 +62,23 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> 
     Raises:
         SpecError: a backend that only SwiGLU experts of one width have.
     """
-    if backend not in ("masked", "sorted"):
+    if backend == "masked":
+        return _masked(x, to, experts)
+    if backend != "sorted":
         raise SpecError(
-            f"backend: {backend!r} stacks weights and needs plain SwiGLU experts of one width; "
+            f"backend: {backend!r} stacks weights, so it needs plain SwiGLU experts of one width; "
             'use "sorted" or "masked" for these experts'
         )
-    if backend == "masked":
-        groups = [(to.expert == i).nonzero()[:, 0] for i in range(len(experts))]
-    else:
-        order, counts = sort_by_expert(to, len(experts))
-        groups = order.split(counts.tolist())
-    y = None
-    for expert, jobs in zip(experts, groups, strict=True):
-        if len(jobs) or torch.is_grad_enabled() or y is None:
-            token = to.token[jobs]
-            out = expert(x.index_select(0, token))
-            wide = out * to.weight[jobs, None]
-            y = wide.new_zeros(x.shape[0], out.shape[1]) if y is None else y
-            y = y.index_add(0, token, wide)
-    assert y is not None, "no experts"
-    return y.to(x.dtype)
+    order, counts = sort_by_expert(to, len(experts))
+    token = to.token[order]
+    groups = zip(experts, x[token].split(counts.tolist()), strict=True)
+    out = torch.cat([expert(rows) for expert, rows in groups])
+    wide = out * to.weight[order, None]
+    return wide.new_zeros(x.shape[0], out.shape[1]).index_add(0, token, wide).to(x.dtype)
 
 
 def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str) -> Tensor:
-    """Send tokens to SwiGLU experts; arguments as `mix`, with all four backends.
+    """Send tokens to SwiGLU experts; arguments as in `mix`, with all four backends.
 
     Under autocast the products are taken in the autocast dtype.
     """
@@ -97,37 +88,31 @@ def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str)
         with torch.autocast(x.device.type, enabled=False):
             return mix_swiglu(x.to(dtype), to, cast, backend).to(x.dtype)
     if backend == "masked":
-        return mix(x, to, weights.experts(), backend)
+        return _masked(x, to, [_swiglu(*one) for one in zip(*weights, strict=True)])
     order, counts = sort_by_expert(to, len(weights.gate), keep_idle=backend == "grouped")
     token, weight = to.token[order], to.weight[order]
     if backend == "sorted":
         flat = [w for part in weights for w in part]
-        return _SortedSwiGLU.apply(x, weight, token, counts.tolist(), *flat)
-    wide = _padded(x, token, counts, weights) if backend == "padded" else None
-    if backend == "grouped":
-        busy = torch.arange(len(order), device=x.device) < counts.sum()
-        rows = torch.where(busy[:, None], x[token], 0)  # the kernel leaves idle rows unwritten,
-        wide = _grouped(rows, counts, weights)  # forward and backward: keep both from spreading
-        wide, weight = torch.where(busy[:, None], wide, 0), torch.where(busy, weight, 0)
-    assert wide is not None, f"unknown backend {backend}"
-    wide = wide * weight[:, None]
+        return _SortedSwiGLU.apply(x, weight, token, counts.tolist(), *flat)  # pyright: ignore[reportReturnType]
+    out = (_grouped if backend == "grouped" else _padded)(x, token, counts, weights)
+    wide = out * weight[:, None]
     return wide.new_zeros(x.shape).index_add(0, token, wide).to(x.dtype)
 
 
 def sort_by_expert(
     to: Assignments, n_experts: int, *, keep_idle: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Jobs in the order of their experts, and how many each expert has.
+    """Jobs in the order of their experts.
 
     Returns:
-        (m,) indices of jobs, those of nobody cut off (or kept at the end: no wait for the device),
-        and (e,) int64 counts.
+        (m,) indices of jobs, without those of nobody (`keep_idle` leaves them at the end, and so
+        does not wait for the device), and (e,) int64, how many jobs each expert has.
     """
     idle = (to.expert < 0) | (to.expert >= n_experts)
     key = torch.where(idle, n_experts, to.expert)
-    order = key.argsort(stable=True)
     counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=key.device)
     counts = counts.index_add(0, key, torch.ones_like(key))[:-1]
+    order = key.argsort(stable=True)
     return order if keep_idle else order[: int(counts.sum())], counts
 
 
@@ -135,37 +120,140 @@ def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Expert:
     return lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-class _SortedSwiGLU(torch.autograd.Function):
-    """One expert after the other, forward and backward, each on rows that fit the cache.
+def _masked(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
+    y = None
+    for i, expert in enumerate(experts):
+        jobs = (to.expert == i).nonzero()[:, 0]
+        wide = expert(x[to.token[jobs]]) * to.weight[jobs, None]
+        part = wide.new_zeros(len(x), wide.shape[1]).index_add(0, to.token[jobs], wide)
+        y = part if y is None else y + part
+    assert y is not None, "no experts"
+    return y.to(x.dtype)
 
-    Plain autograd would write every gathered row, result and gradient to memory once more, which
-    costs a third of the time with many small experts. Once differentiable.
+
+class _SortedSwiGLU(torch.autograd.Function):
+    """One expert after the other, forward and backward, on rows that stay in the cache.
+
+    Plain autograd writes every gathered row, result and gradient to memory once more, which costs
+    a quarter of the time with many small experts. Once differentiable.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, weight: Tensor, token: Tensor, counts: list[int], *flat: Tensor
     ) -> Tensor:
-        gates, ups, downs = (flat[i :: len(counts)] for i in range(0))  # placeholder
-        return x
+        y = torch.zeros_like(x, dtype=weight.dtype)
+        saved: list[Tensor] = []
+        for i, start, end in _busy(counts):
+            gate, up, down = flat[i :: len(counts)]
+            jobs = token[start:end]
+            rows = x.index_select(0, jobs)
+            a, c = rows @ gate.T, rows @ up.T
+            hidden = F.silu(a).mul_(c).mul_(weight[start:end, None])
+            y.index_add_(0, jobs, (hidden @ down.T).to(y.dtype))
+            saved += (a, c)
+        ctx.counts = counts
+        ctx.save_for_backward(x, weight, token, *flat, *saved)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        counts = ctx.counts
+        x, weight, token, *rest = ctx.saved_tensors
+        flat, saved = rest[: 3 * len(counts)], iter(rest[3 * len(counts) :])
+        grad_x = torch.zeros_like(x, dtype=weight.dtype)
+        grad_weight = torch.zeros_like(weight)
+        grads: list[Tensor | None] = [None] * len(flat)
+        for i, start, end in _busy(counts):
+            gate, up, down = flat[i :: len(counts)]
+            jobs, w = token[start:end], weight[start:end, None]
+            rows, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
+            a, c = next(saved), next(saved)
+            silu = F.silu(a)
+            hidden = silu * c
+            grad_hidden = grad @ down
+            grad_weight[start:end] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
+            grad_hidden.mul_(w)
+            grad_c = silu.mul_(grad_hidden)
+            grad_a = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
+            grads[i :: len(counts)] = grad_a.T @ rows, grad_c.T @ rows, grad.T @ hidden.mul_(w)
+            back = (grad_a @ gate).addmm_(grad_c, up)
+            grad_x.index_add_(0, jobs, back.to(grad_x.dtype))
+        full = (torch.zeros_like(p) if g is None else g for p, g in zip(flat, grads, strict=True))
+        return grad_x.to(x.dtype), grad_weight, None, None, *full
+
+
+def _busy(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Index, start and end of every group that is not empty."""
+    end = 0
+    for i, count in enumerate(counts):
+        start, end = end, end + count
+        if count:
+            yield i, start, end
 
 
 def _padded(x: Tensor, token: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:
-    """Results (m, d) of sorted jobs: groups in a (e, longest, d) block, three batched products."""
-    longest, n_experts = int(counts.max()), len(counts)
+    """Sorted jobs in a block (e, longest group, d), then three batched products."""
+    longest = int(counts.max())
+    expert = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
     first = counts.cumsum(0) - counts
-    expert = torch.repeat_interleave(counts)
     slot = torch.arange(len(token), device=x.device) - first[expert] + expert * longest
-    block = x.new_zeros(n_experts * longest, x.shape[1]).index_copy(0, slot, x[token])
-    block = block.view(n_experts, longest, -1)
-    gate, up, down = (torch.stack(tuple(part)).transpose(1, 2) for part in weights)
-    out = (F.silu(block @ gate) * (block @ up)) @ down
-    return out.flatten(0, 1)[slot]
+    block = x.new_zeros(len(counts) * longest, x.shape[1]).index_copy(0, slot, x[token])
+    block = block.unflatten(0, (len(counts), longest))
+    gate, up, down = (torch.stack(tuple(part)).mT for part in weights)
+    return ((F.silu(block @ gate) * (block @ up)) @ down).flatten(0, 1)[slot]
 
 
-def _grouped(rows: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:
+def _grouped(x: Tensor, token: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:
+    """Sorted jobs through three grouped products. Rows of idle jobs, at the end, are zero."""
     gate, up, down = (torch.stack(tuple(part)) for part in weights)
     ends = counts.cumsum(0).int()
-    return grouped_linear(
-        F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends), down, ends
-    )
+    # The kernel leaves idle rows unwritten, in the result and in the gradient: mask on both sides.
+    busy = (torch.arange(len(token), device=x.device) < ends[-1])[:, None]
+    rows = torch.where(busy, x[token], 0)
+    hidden = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
+    hidden = torch.where(busy, hidden, 0)
+    return torch.where(busy, grouped_linear(hidden, down, ends), 0)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """y[j] = weights[i] x[j] for every row j of group i, by `torch.nn.functional.grouped_mm`.
+
+    Rows are padded with zeros to 16 bytes, and gradients made contiguous: the kernel takes neither
+    other strides nor expanded tensors. Where there is no kernel (float64; float32 and float16 on
+    CUDA; float32 inside torch.compile; torch before 2.10) the groups are multiplied one by one.
+
+    Args:
+        x: (m, n_in), rows sorted by group.
+        weights: (e, n_out, n_in), in x's dtype.
+        ends: (e,) int32, where each group ends. Rows behind the last one come out arbitrary.
+
+    Returns:
+        (m, n_out).
+    """
+    if not _has_kernel(x):
+        ends_list = ends.tolist()
+        sizes = [b - a for a, b in zip([0, *ends_list], [*ends_list, len(x)], strict=True)]
+        *groups, behind = x.split(sizes)
+        parts = [F.linear(rows, w) for rows, w in zip(groups, weights.unbind(0), strict=True)]
+        return torch.cat([*parts, behind.new_zeros(len(behind), weights.shape[1])])
+    assert GROUPED_MM is not None
+    n_out, n_in = weights.shape[1:]
+    step = ALIGNMENT_BYTES // x.element_size()
+    if n_in % step or n_out % step:
+        x = F.pad(x, (0, -n_in % step))
+        weights = F.pad(weights, (0, -n_in % step, 0, -n_out % step))
+    y = GROUPED_MM(x, weights.mT, offs=ends)
+    if y.requires_grad:
+        y.register_hook(Tensor.contiguous)
+    return y[:, :n_out]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Where grouped_mm was seen to work, or is documented to."""
+    if GROUPED_MM is None or (torch.compiler.is_compiling() and x.dtype != torch.bfloat16):
+        return False
+    if x.device.type == "cpu":
+        return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.dtype == torch.bfloat16

@@ -79,15 +79,15 @@ def yarn_attention_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rope_tables(position: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def rope_tables(position: Tensor, frequencies: Tensor, scale: float = 1.0) -> Tensor:
     """Cosine and sine of every entry, for positions (b, t): the first of a pair turns backwards.
 
     Returns:
-        two (b, 1, t, n_rotated), in the dtype of the frequencies.
+        (2, b, 1, t, n_rotated) in the dtype of the frequencies.
     """
     angle = position[:, None, :, None] * torch.cat([-frequencies, frequencies])
-    cos, sin = angle.cos(), angle.sin()
-    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+    tables = torch.stack([angle.cos(), angle.sin()])
+    return tables if scale == 1.0 else tables * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (b, h, t, head_dim).
-        cos, sin: (b, 1, t, n_rotated) from `rope_tables`.
+        cos, sin: (b, 1, t, n_rotated), the parts of `rope_tables`.
 
     Returns:
         (b, h, t, head_dim) in x's dtype; the products are formed in at least the tables' dtype.

@@ -138,7 +138,8 @@ def expert_choice(probs: Tensor, per_token: float, real: Tensor | None) -> Assig
     Differs: the choice is within a row, not within a batch, so that rows stay independent.
     """
     batch, length, n_experts = probs.shape
-    real = torch.ones_like(probs[..., 0], dtype=torch.bool) if real is None else real
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=probs.device)
     seats = (real.sum(1) * per_token / n_experts).ceil().long()  # (b,)
     most = math.ceil(length * per_token / n_experts)
     ranking = probs.masked_fill(~real[..., None], -1.0)

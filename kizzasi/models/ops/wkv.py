@@ -14,10 +14,14 @@ Source: Peng et al. 2025, arXiv:2503.14456, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kizzasi.errors import ShapeError
 
@@ -90,41 +94,11 @@ def wkv7(
 
     Source: Yang et al. 2024, arXiv:2406.06484, section 3 (the WY form of the delta rule).
     Differs: a decay per channel, separate a and b, and documents that start anywhere in a chunk.
+        The adjoint is written out, for half the time and memory of autograd; it cannot be
+        differentiated again (`wkv7_ref` can).
     """
-    heads, s = r.shape[2], _empty(r) if s0 is None else s0
-    length, c = r.shape[1], min(CHUNK_SIZE, r.shape[1])
-    r, w, k, v, a, b = (_chunks(x, c) for x in _same_shape(r, w, k, v, a, b))
-    queries, keys, enter, leave = _rebase(r, w, k, a, b)
-    i = torch.arange(c, device=r.device)
-    seen = torch.cat([i[:, None] > i, i[:, None] >= i]).tile(1, 2)  # a before its token, r after it
-    from_entry, to_exit, carried = queries, keys, None
-    if starts is not None:
-        document = _chunks(starts[..., None, None].expand(-1, -1, heads, 1), c).cumsum(-2)
-        seen = seen & (document == document.mT).tile(2, 2)
-        from_entry = queries * (document == 0).unsqueeze(-3)
-        to_exit = keys * (document == document[..., -1:, :]).tile(2, 1)
-        carried = document[..., -1:, :] == 0
-    scores = queries.flatten(-3, -2) @ keys.mT * seen.to(r.dtype)
-    a_scores, r_scores = scores.chunk(2, -2)
-    a_b, a_k = a_scores.chunk(2, -1)
-    a, r = from_entry.unbind(-3)
-    # Of u, the part that the chunk itself determines, and the matrix that reads the rest from S.
-    own, read = torch.linalg.solve_triangular(
-        -a_b, torch.cat([a_k @ v, a], -1), upper=False, unitriangular=True
-    ).chunk(2, -1)
-
-    s = s.flatten(0, 1) * enter[0]
-    steps = torch.cat([leave[:-1] * enter[1:], leave[-1:]])
-    ys = []
-    for j, (own_j, read_j, v_j, r_j, scores_j, keys_j, step_j) in enumerate(
-        zip(*(x.unbind(0) for x in (own, read, v, r, r_scores, to_exit, steps)), strict=True)
-    ):
-        values = torch.cat([torch.baddbmm(own_j, read_j, s.mT), v_j], -2)
-        ys.append(torch.baddbmm(r_j @ s.mT, scores_j, values))
-        kept = s if carried is None else s * carried[j]
-        s = torch.baddbmm(kept, values.mT, keys_j) * step_j
-    y = rearrange(torch.stack(ys), "z (b h) c n -> b (z c) h n", h=heads)
-    return y[:, :length], s.unflatten(0, (-1, heads))
+    _same_shape(r, w, k, v, a, b)
+    return _WKV7.apply(r, w, k, v, a, b, _empty(r) if s0 is None else s0, starts)
 
 
 def wkv7_step(
@@ -141,37 +115,182 @@ def wkv7_flops(batch: int, seq_len: int, heads: int, n: int) -> int:
     """Work of the matrix products of `wkv7`; a multiply-add counts 2."""
     c = min(CHUNK_SIZE, seq_len)
     chunks = batch * heads * -(-seq_len // c)
-    within = 2 + 4 + 1 + 2  # in c c n: decays, scores, own values, outputs
-    with_memory = 1 + 1 + 2  # in c n n: answers, outputs, the new memory
+    within = 2 + 4 + 2 + 1 + 2  # in c c n: decays, scores, own u, reader of S, outputs
+    with_memory = 1 + 1 + 2  # in c n n: u, outputs, the new memory
     return 2 * chunks * c * n * (within * c + with_memory * n)
 
 
-def _rebase(
-    r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale both sides by the decay between them and the middle of their chunk.
+class _Sight(NamedTuple):
+    """What sees what, as factors 0 and 1; None is 1 everywhere.
+
+    seen: (.., 2c, 2c) the query sees the key.
+    entry: (zbh, 2c, 1) the query is of the document that the chunk was entered with.
+    exit: (zbh, 2c, 1) the key is of the document that the chunk is left with.
+    carried: z times (bh, 1, 1), those two are the same.
+    """
+
+    seen: Tensor
+    entry: Tensor | None
+    exit: Tensor | None
+    carried: Sequence[Tensor | None]
+
+
+class _WKV7(torch.autograd.Function):
+    """The chunked form and its adjoint. All chunks of all heads lie in one batch, (z b h).
+
+    queries Q (2c, n) stack a over r, and keys K stack b over k, both re-based; values (2c, n) stack
+    u over v. scores A (2c, 2c) are Q K^T where the key is seen, in blocks ab, ak, rb, rk. With the
+    solver T = (1 - A_ab)^-1, each chunk takes memory S to S' and gives
+
+        u = T (A_ak v + Q_a S^T),       y = A_r values + Q_r S^T,       S' = (S + values^T K) step
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        s0: Tensor,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shape, c = r.shape, min(CHUNK_SIZE, r.shape[1])
+        r, w, k, v, a, b = (_chunks(x, c) for x in (r, w, k, v, a, b))
+        z, n = r.shape[0], r.shape[-1]
+        decay = (_from_middle(c, w) @ w.reshape(-1, c, n)).exp_()
+        queries = torch.stack([a, r], 3).view_as(decay).mul_(decay)
+        keys = torch.stack([b, k], 3).view_as(decay)
+        keys.unflatten(1, (2, c)).div_(decay[:, None, c:])
+        sight = _look(starts, z, decay)
+        scores = torch.bmm(queries, keys.mT).mul_(sight.seen)
+        eye = torch.eye(c, dtype=w.dtype, device=w.device).expand(len(scores), c, c)
+        solver = torch.linalg.solve_triangular(
+            -scores[:, :c, :c], eye, upper=False, unitriangular=True
+        )
+        v = v.reshape(-1, c, n)
+        reads, writes = _times(queries, sight.entry), _times(keys, sight.exit)
+        own = torch.bmm(solver, torch.bmm(scores[:, :c, c:], v))
+        reader = torch.bmm(solver, reads[:, :c])
+
+        own, reader, v, writes = (x.unflatten(0, (z, -1)) for x in (own, reader, v, writes))
+        enter, step = _rescale(decay, z)
+        memory = decay.new_empty(z + 1, own.shape[1], n, n)
+        values = torch.empty_like(writes)
+        torch.mul(s0.flatten(0, 1), enter, out=memory[0])
+        for j in range(z):
+            u = torch.baddbmm(own[j], reader[j], memory[j].mT)
+            torch.cat([u, v[j]], 1, out=values[j])
+            kept = _times(memory[j], sight.carried[j])
+            torch.baddbmm(kept, values[j].mT, writes[j], out=memory[j + 1]).mul_(step[j])
+        y = torch.bmm(reads[:, c:], memory[:-1].flatten(0, 1).mT)
+        torch.baddbmm(y, scores[:, c:], values.flatten(0, 1), out=y)
+        ctx.save_for_backward(decay, queries, keys, scores, solver, values, memory, starts)
+        return _joined(y, ctx.shape), memory[-1].view(s0.shape).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor, ds: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        decay, queries, keys, scores, solver, values, memory, starts = ctx.saved_tensors
+        z, _, double, n = values.shape
+        c = double // 2
+        with torch.autocast(dy.device.type, enabled=False):
+            sight = _look(starts, z, decay)
+            enter, step = _rescale(decay, z)
+            dy = _chunks(dy, c).reshape(-1, c, n)
+            reads, writes = _times(queries, sight.entry), _times(keys, sight.exit)
+            own = torch.bmm(solver.mT, torch.bmm(scores[:, c:, :c].mT, dy))
+            reader = torch.bmm(solver.mT, writes[:, :c])
+
+            # The adjoint's own recurrence, from the last chunk to the first: ds is that of S'.
+            own, reader, dy, reads = (x.unflatten(0, (z, -1)) for x in (own, reader, dy, reads))
+            dmemory, dout = torch.empty_like(memory[1:]), torch.empty_like(values)
+            ds = ds.flatten(0, 1)
+            for j in reversed(range(z)):
+                torch.mul(ds, step[j], out=dmemory[j])
+                du = torch.baddbmm(own[j], reader[j], dmemory[j].mT)
+                torch.cat([du, dy[j]], 1, out=dout[j])
+                kept = _times(dmemory[j], sight.carried[j])
+                ds = torch.baddbmm(kept, dout[j].mT, reads[j])
+
+            at_steps = (dmemory * memory[1:]).sum(-2) / step.squeeze(-2)
+            at_entry = (ds * memory[0]).sum(-2)
+            dmemory, dout, values = (x.flatten(0, 1) for x in (dmemory, dout, values))
+            dscores = torch.bmm(dout, values.mT).mul_(sight.seen)
+            dqueries = _times(torch.bmm(dout, memory[:-1].flatten(0, 1)), sight.entry)
+            torch.baddbmm(dqueries, dscores, keys, out=dqueries)
+            dkeys = _times(torch.bmm(values, dmemory), sight.exit)
+            torch.baddbmm(dkeys, dscores.mT, queries, out=dkeys)
+            dv = torch.bmm(scores[:, :, c:].mT, dout)
+            torch.baddbmm(dv, writes[:, c:], dmemory.mT, out=dv)
+
+            dlog = dqueries * queries  # of the exponents, re-based as in `_from_middle`
+            dlog[:, c:] -= (dkeys * keys).unflatten(1, (2, c)).sum(1)
+            ends = dlog.unflatten(0, (z, -1))
+            ends[:, :, -1] += at_steps
+            ends[1:, :, 0] -= at_steps[:-1]
+            ends[0, :, 0] -= at_entry
+            dw = _from_middle(c, dlog).mT @ dlog
+            da, dr = dqueries.mul_(decay).chunk(2, 1)
+            db, dk = dkeys.unflatten(1, (2, c)).div_(decay[:, None, c:]).unbind(1)
+            grads = [_joined(x, ctx.shape) for x in (dr, dw, dk, dv, da, db)]
+            return *grads, (ds * enter).unflatten(0, (ctx.shape[0], -1)), None
+
+
+def _from_middle(c: int, like: Tensor) -> Tensor:
+    """(2c, c): sums log decays from the middle of a chunk to before, and to after, each token."""
+    upto = torch.ones(c, c, dtype=like.dtype, device=like.device).tril()
+    return torch.cat([upto.tril(-1), upto]) - upto[c // 2]
+
+
+def _rescale(decay: Tensor, z: int) -> tuple[Tensor, Tensor]:
+    """Factors that take the memory from the middle of one chunk to that of the next.
 
     Returns:
-        queries (z, bh, 2, c, n): a and r. keys (z, bh, 2c, n): b above k. The factors (z, bh, 1, n)
-        that bring the memory to the middle when it enters, and from there to the end.
+        (bh, 1, n) from s0 to the first middle; (z, bh, 1, n) from each middle to the next one, and
+        from the last one to the end.
     """
-    c = w.shape[-2]
-    upto = torch.ones(c, c, dtype=w.dtype, device=w.device).tril()
-    from_middle = torch.cat([upto - upto.diag().diag(), upto]) - upto[c // 2]
-    log = (from_middle @ w).unflatten(-2, (2, c))  # of P[t-1] and of P[t]
-    queries = torch.stack([a, r], -3) * log.exp()
-    to_middle = -log[..., 1, :, :]
-    keys = torch.stack([b, k], -3) * to_middle.exp().unsqueeze(-3)
-    enter, leave = (-log[..., 0, :1, :]).exp(), log[..., 1, -1:, :].exp()
-    return queries, keys.flatten(-3, -2), enter, leave
+    decay = decay.unflatten(0, (z, -1))
+    enter, leave = decay[:, :, :1].reciprocal(), decay[:, :, -1:]
+    return enter[0], torch.cat([leave[:-1] * enter[1:], leave[-1:]])
+
+
+def _look(starts: Tensor | None, z: int, decay: Tensor) -> _Sight:
+    c, dtype = decay.shape[1] // 2, decay.dtype
+    i = torch.arange(c, device=decay.device)
+    seen = torch.cat([i[:, None] > i, i[:, None] >= i]).tile(1, 2)  # a before its token, r after it
+    if starts is None:
+        return _Sight(seen.to(dtype), None, None, [None] * z)
+    heads = len(decay) // (z * len(starts))
+    starts = starts[..., None, None].expand(-1, -1, heads, 1)
+    document = _chunks(starts, c).cumsum(-2).flatten(0, 2)
+    last = document[:, -1:]
+    seen = seen & (document == document.mT).tile(1, 2, 2)
+    entry, exit = (document == 0).tile(1, 2, 1), (document == last).tile(1, 2, 1)
+    carried = (last == 0).to(dtype).unflatten(0, (z, -1)).unbind(0)
+    return _Sight(seen.to(dtype), entry.to(dtype), exit.to(dtype), carried)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
 
 
 def _chunks(x: Tensor, c: int) -> Tensor:
-    """(b, t, h, n) to (z, bh, c, n). Zeros fill the last chunk: they neither write nor decay."""
+    """(b, t, h, n) to (z, b, h, c, n). Zeros fill the last chunk: they neither write nor decay."""
     missing = -x.shape[1] % c
     if missing:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    return rearrange(x, "b (z c) h n -> z (b h) c n", c=c)
+    return rearrange(x, "b (z c) h n -> z b h c n", c=c)
+
+
+def _joined(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `_chunks` for (z b h, c, n)."""
+    b, t, h, _ = shape
+    return rearrange(x, "(z b h) c n -> b (z c) h n", b=b, h=h)[:, :t]
 
 
 def _empty(r: Tensor) -> Tensor:

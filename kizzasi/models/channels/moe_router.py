@@ -1,0 +1,127 @@
+"""The contract of routers: which experts work on a token, and how much each counts.
+
+Symbols: b batch, t time, d d_model, e experts, k = top_k choices per token.
+    weight        (e, d) W_g; logits h = W_g x, in at least float32 also under autocast
+    noise_weight  (e, d) W_noise
+    bias          (e,) b, added to the scores when choosing, never when weighing
+    planes        (d, n_bits), frozen
+
+The routers themselves are in moe_routers.py.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models import init
+from kizzasi.models.norm import KeepFloat32, full_precision
+from kizzasi.models.ops.routing import Assignments, Normalize
+from kizzasi.models.strict import Registered, join, require
+
+
+class Routing(NamedTuple):
+    """What a router decided about (b, t) tokens.
+
+    to      the jobs of the experts.
+    probs   (b, t, e), sums to 1 over e: the P of the balance losses.
+    logits  (b, t, e), None for a router that learns nothing.
+    load    (b, t, e), probability of being chosen (noisy top-k in training), else None.
+    """
+
+    to: Assignments
+    probs: Tensor
+    logits: Tensor | None = None
+    load: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """What every router is told; see `MoESpec` for the fields of the same names."""
+
+    d_model: int
+    n_experts: int
+    top_k: int
+    normalize: Normalize = "topk"
+    jitter: float = 0.0
+    expert_dropout: float = 0.0
+
+
+class Router(KeepFloat32, ABC):
+    """Base of all routers."""
+
+    float32_parameters = ("weight", "noise_weight", "bias", "planes")
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+    @abstractmethod
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
+        """Route (b, t, d); tokens where `real` (b, t) is False get nobody."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise; see each router."""
+
+
+class RouterSpec(Registered):
+    """Base of router specs: frozen dataclasses registered under `kind`."""
+
+    registry: ClassVar[dict[str, type]] = {}
+    causal: ClassVar[bool] = True  # False: a choice depends on later tokens, so no streaming
+
+    def check(self, choice: Choice, path: str) -> None:
+        """Raise SpecError for every rule broken; by default a learned choice of k."""
+        learns = choice.top_k > 1 or choice.normalize != "topk"
+        rule = 'top_k 1 with "topk" makes every weight 1, and the router learns nothing; use "all"'
+        require(learns or choice.n_experts == 1, join(path, "normalize"), rule)
+
+    def build(self, choice: Choice) -> Router:
+        raise AssertionError(f"{type(self).__name__} must define build")
+
+    def n_params(self, choice: Choice) -> int:
+        return choice.d_model * choice.n_experts
+
+    def flops(self, choice: Choice, n_tokens: int) -> int:
+        return 2 * n_tokens * choice.d_model * choice.n_experts
+
+    def n_jobs(self, choice: Choice, seq_len: int) -> int:
+        """Jobs that one row of seq_len real tokens makes."""
+        return seq_len * choice.top_k
+
+
+def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(full_precision(x), weight)
+
+
+class LinearRouter(Router):
+    """A router with logits: weight ~ U(-1/sqrt(d), 1/sqrt(d))."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        self.weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        init.uniform_(self.weight, self.choice.d_model**-0.5, generator)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, in training of an input multiplied by U(1 - jitter, 1 + jitter)."""
+        if self.training and self.choice.jitter:
+            x = full_precision(x)
+            jitter = self.choice.jitter
+            x = x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter)
+        return linear_logits(x, self.weight)
+
+    def rank(self, scores: Tensor) -> Tensor:
+        """In training each expert is out of the running for a token with p = expert_dropout."""
+        scores = scores.detach()
+        if not (self.training and self.choice.expert_dropout):
+            return scores
+        out = torch.rand_like(scores) < self.choice.expert_dropout
+        return scores.masked_fill(out, -math.inf)

@@ -1,0 +1,192 @@
+"""Mamba-1: a gated block around a selective state space.
+
+Symbols: b batch, t time, d d_model.
+
+| here | paper | meaning |
+|---|---|---|
+| d_inner | E D | channels of the state space, expand times d_model |
+| d_state, n | N | states per channel |
+| dt_rank | R | inner width of the map to step sizes |
+| u, z | x, z | input of the state space (after convolution), gate |
+| dt | Delta | step size per channel, softplus(dt_proj(.)) |
+| A_log (d_inner, n) | log(-A) | decay rates |
+
+Source: Gu & Dao 2023, arXiv:2312.00752, section 3; parameters are named as in state-spaces/mamba.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models.cost import Cost, dense, linear
+from kizzasi.models.init import linear_, softplus_inverse, uniform_
+from kizzasi.models.mixer import (
+    NO_DECAY,
+    LayerContext,
+    Mixer,
+    MixerOut,
+    MixerSpec,
+    document_starts,
+    state_dtype,
+)
+from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
+from kizzasi.models.strict import join, register, require
+
+
+@register
+@dataclass(frozen=True)
+class MambaSpec(MixerSpec):
+    """Mamba-1 mixer.
+
+    d_state: states per channel.
+    d_conv: length of the causal convolution.
+    expand: d_inner / d_model; their product is a whole number.
+    dt_rank: inner width of the step size map; None means d_model / 16, rounded up.
+    dt_min, dt_max: range of the initial step sizes, log-uniform. dt_floor: their smallest value.
+    conv_bias, bias: of the convolution; of in_proj and out_proj.
+    """
+
+    kind: ClassVar[str] = "mamba"
+    d_state: int = 16
+    d_conv: int = 4
+    expand: float = 2.0
+    dt_rank: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    conv_bias: bool = True
+    bias: bool = False
+
+    def check(self, d_model: int, path: str) -> None:
+        self.require_positive(path, "d_state", "d_conv", "expand", "dt_floor")
+        if self.dt_rank is not None:
+            self.require_positive(path, "dt_rank")
+        width = self.expand * d_model
+        whole = width >= 1 and math.isclose(width, round(width), rel_tol=1e-9)
+        message = f"{self.expand} times d_model {d_model} is {width:g}; make it a whole number"
+        require(whole, join(path, "expand"), message)
+        message = f"{self.dt_min} is not in (0, dt_max {self.dt_max}]"
+        require(0 < self.dt_min <= self.dt_max, join(path, "dt_min"), message)
+
+    def d_inner(self, d_model: int) -> int:
+        return round(self.expand * d_model)
+
+    def rank(self, d_model: int) -> int:
+        return math.ceil(d_model / 16) if self.dt_rank is None else self.dt_rank
+
+    def build(self, layer: LayerContext) -> Mixer:
+        return Mamba(self, layer)
+
+    def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        d, n, k, tokens = layer.d_model, self.d_state, self.d_conv, batch * seq_len
+        inner, rank = self.d_inner(d), self.rank(d)
+        return (
+            linear(tokens, d, 2 * inner, bias=self.bias)
+            + linear(tokens, inner, rank + 2 * n)
+            + linear(tokens, rank, inner, bias=True)
+            + linear(tokens, inner, d, bias=self.bias)
+            + dense(
+                params=inner * (k + self.conv_bias) + inner * n + inner,
+                flops=2 * tokens * inner * n,  # outputs from states
+                state_bytes=4 * batch * inner * (k - 1 + n),
+            )
+        )
+
+
+class MambaState(NamedTuple):
+    """conv: (b, d_inner, d_conv - 1) last inputs. ssm: (b, d_inner, n) states, at least float32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba(Mixer):
+    """u, z = in_proj(x);  u = silu(conv(u));  y = out_proj(selective_scan(u, ...) * silu(z))."""
+
+    float32_parameters = ("A_log", "D", "dt_proj.bias")
+    param_rules = {"A_log": NO_DECAY, "D": NO_DECAY, "dt_proj.bias": NO_DECAY}  # noqa: RUF012
+
+    def __init__(self, spec: MambaSpec, layer: LayerContext) -> None:
+        super().__init__()
+        self.spec = spec
+        d, n, k = layer.d_model, spec.d_state, spec.d_conv
+        self.d_inner, self.rank = inner, rank = spec.d_inner(d), spec.rank(d)
+        self.in_proj = nn.Linear(d, 2 * inner, bias=spec.bias)
+        self.conv1d = nn.Conv1d(inner, inner, k, groups=inner, bias=spec.conv_bias)
+        self.x_proj = nn.Linear(inner, rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, n))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, d, bias=spec.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        reference = self.backend == "reference"
+        conv = causal_conv1d_ref if reference else causal_conv1d
+        scan = selective_scan_ref if reference else selective_scan
+        before = MambaState(None, None) if state is None else state  # pyright: ignore[reportArgumentType]
+        starts = None if segment_ids is None else document_starts(segment_ids)
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv_state = conv(u, *self._filter(), before.conv, starts, silu=True)
+        y, ssm = scan(u, *self._select(u), self.D, before.ssm, starts)
+        return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
+
+    def step(
+        self, x: Tensor, state: MambaState, *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, conv_state = causal_conv1d_step(u, *self._filter(), state.conv, silu=True)
+        y, ssm = selective_scan_step(u, *self._select(u), self.D, state.ssm)
+        return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        inner, k, n = self.d_inner, self.spec.d_conv, self.spec.d_state
+        return MambaState(
+            torch.zeros(batch, inner, k - 1, device=device, dtype=dtype),
+            torch.zeros(batch, inner, n, device=device, dtype=state_dtype(dtype)),
+        )
+
+    def _filter(self) -> tuple[Tensor, Tensor | None]:
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt, A, B and C of the scan. The bias and softplus of dt are never below float32."""
+        n = self.spec.d_state
+        dt, B, C = self.x_proj(u).split([self.rank, n, n], -1)
+        dt = full_precision(F.linear(dt, self.dt_proj.weight)) + self.dt_proj.bias
+        return F.softplus(dt), -self.A_log.exp(), B, C
+
+    @torch.no_grad()
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Source: Gu & Dao 2023, section 3.6, and `_init_weights` of state-spaces/mamba."""
+        spec = self.spec
+        linear_(self.in_proj, generator)
+        linear_(self.x_proj, generator)
+        linear_(self.out_proj, generator, 1 / math.sqrt(n_layers))
+        for parameter in self.conv1d.parameters():
+            uniform_(parameter, spec.d_conv**-0.5, generator)
+        uniform_(self.dt_proj.weight, self.rank**-0.5, generator)
+        self.dt_proj.bias.uniform_(
+            math.log(spec.dt_min), math.log(spec.dt_max), generator=generator
+        )
+        dt = self.dt_proj.bias.exp().clamp(min=spec.dt_floor)
+        self.dt_proj.bias.copy_(softplus_inverse(dt))
+        self.A_log.copy_(torch.arange(1, spec.d_state + 1).log().expand_as(self.A_log))
+        self.D.fill_(1.0)

@@ -1,0 +1,203 @@
+"""Short causal convolution, one filter per channel, with a carried state and document starts.
+
+b batch · t time · c channels · k filter length (d_conv)
+
+On a CPU `F.conv1d` spends most of its time in transposes, and its backward is slower still. Here
+each tap is one fused multiply-add over a block of tokens that stays in the L2 cache: 4 to 6 times
+faster forward and backward for k = 4, without temporaries of the input's size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kizzasi.errors import ShapeError
+
+BLOCK_ELEMENTS = 2**17  # of (b, tokens, c) in a block: 512 KiB of float32
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mix each channel with its own last k values, then apply SiLU if asked.
+
+        y[t] = bias + sum_j weight[j] x[t - (k-1) + j],     j = 0 .. k-1
+
+    Values before the first token come from `state`, values of other documents count as zero.
+    This is the definition; `causal_conv1d` must agree with it.
+
+    Args:
+        x: (b, t, c) input, t >= 1.
+        weight: (c, k) filters, the newest token last (`conv1d.weight` without its middle 1).
+        bias: (c,) or None.
+        state: (b, c, k-1) the inputs before x, the newest last; zeros if None.
+        starts: (b, t) bool, True where a document starts.
+        silu: apply y sigmoid(y).
+
+    Returns:
+        y (b, t, c), and the state (b, c, k-1) after the last token, both in x's dtype. Sums are
+        formed in float64 if x is float64, else in float32.
+
+    Raises:
+        ShapeError: a shape disagrees with those of x and weight; the message shows both.
+    """
+    x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
+    y = _filter(torch.cat([before, x_], 1), taps, bias, _same_document(starts, len(taps)))
+    y = F.silu(y) if silu else y
+    return y.to(x.dtype), _last(x, before, starts)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    starts: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d_ref`, fast: the same arguments, results and errors. Differentiable once."""
+    x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
+    y = _Conv.apply(x_, taps, bias, before, _same_document(starts, len(taps)), silu)
+    return y.to(x.dtype), _last(x, before, starts)
+
+
+def causal_conv1d_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv1d_ref`: x (b, c), state (b, c, k-1) -> y (b, c), state."""
+    window = torch.cat([state, x.unsqueeze(-1)], -1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = (window * weight.to(wide)).sum(-1)
+    y = y if bias is None else y + bias
+    return (F.silu(y) if silu else y).to(x.dtype), window[..., 1:].to(x.dtype)
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check shapes; x (b, t, c), taps (k, c), bias (c,) and state (b, k-1, c) in one dtype."""
+    if x.ndim != 3 or weight.ndim != 2 or x.shape[1] == 0:
+        expected = "expected (b, t, c) with t >= 1 and (c, k)"
+        raise ShapeError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; {expected}")
+    (b, t, c), k = x.shape, weight.shape[1]
+    for name, v, shape in (
+        ("weight", weight, (c, k)),
+        ("bias", bias, (c,)),
+        ("state", state, (b, c, k - 1)),
+        ("starts", starts, (b, t)),
+    ):
+        if v is not None and v.shape != shape:
+            raise ShapeError(f"{name} is {tuple(v.shape)}; with x {(b, t, c)} expected {shape}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = x.new_zeros(c) if bias is None else bias
+    before = x.new_zeros(b, k - 1, c) if state is None else state.mT
+    return x.to(wide), weight.t().contiguous().to(wide), bias.to(wide), before.to(wide)
+
+
+def _same_document(starts: Tensor | None, k: int) -> Tensor | None:
+    """(k, b, t, 1) bool: False where a tap would reach back into another document."""
+    if starts is None:
+        return None
+    document = F.pad(starts.cumsum(1), (k - 1, 0)).unfold(1, k, 1)
+    return (document == document[..., -1:]).permute(2, 0, 1).unsqueeze(-1)
+
+
+def _last(x: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
+    """The state after x: its last k-1 values that belong to the last token's document."""
+    k1 = before.shape[1]
+    near = torch.cat([before.to(x.dtype), x[:, max(0, x.shape[1] - k1) :]], 1)
+    last = near[:, near.shape[1] - k1 :]
+    if starts is not None:
+        document = F.pad(starts.cumsum(1), (k1, 0))[:, x.shape[1] :]
+        last = last * (document == starts.sum(1, keepdim=True)).unsqueeze(-1)
+    return last.mT.contiguous()
+
+
+class _Conv(torch.autograd.Function):
+    """`causal_conv1d` for inputs of one dtype, block by block; backward recomputes a block."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        taps: Tensor,
+        bias: Tensor,
+        before: Tensor,
+        same: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, taps, bias, before, same)
+        ctx.silu = silu
+        y = x.new_empty(x.shape)
+        for here in _blocks(x):
+            window = _window(x, before, here, len(taps))
+            y_k = _filter(window, taps, bias, _at(same, here), out=y[:, here])
+            if silu:
+                F.silu(y_k, inplace=True)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, taps, bias, before, same = ctx.saved_tensors
+        k = len(taps)
+        dx, dtaps, dbias = x.new_empty(x.shape), torch.zeros_like(taps), torch.zeros_like(bias)
+        later = torch.zeros_like(before)  # what later blocks add to the last k-1 inputs of this one
+        for here in reversed(_blocks(x)):
+            g, window, same_k = dy[:, here], _window(x, before, here, k), _at(same, here)
+            if ctx.silu:
+                g = torch.ops.aten.silu_backward(g, _filter(window, taps, bias, same_k))
+            dbias += g.sum((0, 1))
+            size = g.shape[1]
+            dwindow = torch.zeros_like(window)
+            dwindow[:, size:] = later
+            for j in range(k):
+                g_j = g if same_k is None else g * same_k[j]
+                dtaps[j] += (g_j * window[:, j : j + size]).sum((0, 1))
+                dwindow[:, j : j + size].addcmul_(g_j, taps[j])
+            later, dx[:, here] = dwindow[:, : k - 1], dwindow[:, k - 1 :]
+        return dx, dtaps, dbias, later, None, None
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    b, t, c = x.shape
+    size = max(1, BLOCK_ELEMENTS // (b * c))
+    return [slice(start, min(start + size, t)) for start in range(0, t, size)]
+
+
+def _at(same: Tensor | None, here: slice) -> Tensor | None:
+    return None if same is None else same[:, :, here]
+
+
+def _window(x: Tensor, before: Tensor, here: slice, k: int) -> Tensor:
+    """The inputs of a block and the k-1 before them."""
+    if here.start >= k - 1:
+        return x[:, here.start - k + 1 : here.stop]
+    return torch.cat([before[:, here.start :], x[:, : here.stop]], 1)
+
+
+def _filter(
+    window: Tensor, taps: Tensor, bias: Tensor, same: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Outputs before SiLU of the last tokens of a window."""
+    size = window.shape[1] - len(taps) + 1
+    y: Tensor = bias
+    for j, tap in enumerate(taps):
+        x_j = window[:, j : j + size]
+        x_j = x_j if same is None else x_j * same[j]
+        y = torch.addcmul(y, x_j, tap, out=out)
+    return y

@@ -1,0 +1,429 @@
+"""Attention: fused kernels against the formula, caches against the whole, and against Llama."""
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kizzasi.errors import SpecError
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers.attention import AttentionSpec, RopeScaling
+from kizzasi.models.ops.attention import (
+    alibi_slopes,
+    attention,
+    attention_ref,
+    attention_step,
+    document_positions,
+    visibility,
+)
+
+LENGTHS = (1, 2, 7, 63, 64, 65, 100)
+D_MODEL = 16
+SPECS = {
+    "mha": AttentionSpec(2),
+    "gqa-norm": AttentionSpec(4, 2, qk_norm=True, qkv_bias=True),
+    "mqa-softcap": AttentionSpec(4, 1, softcap=2.0, position="none"),
+    "window": AttentionSpec(2, window=5),
+    "wide-window": AttentionSpec(2, window=200, rope_dims=4),
+    "alibi-window": AttentionSpec(3, head_dim=6, window=7, position="alibi", out_bias=True),
+    "alibi": AttentionSpec(2, position="alibi"),
+    "yarn": AttentionSpec(2, rope_scaling=RopeScaling("yarn", 4.0, 16)),
+    "window-1": AttentionSpec(2, window=1),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def build(spec, dtype=torch.float64, backend="torch", d_model=D_MODEL):
+    mixer = spec.build(LayerContext(d_model, n_layers=2))
+    mixer.reset_parameters(2, torch.Generator().manual_seed(0))
+    mixer.backend = backend
+    return mixer.to(dtype)
+
+
+def signal(b, t, seed=0, dtype=torch.float64, d_model=D_MODEL):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(b, t, d_model, generator=generator, dtype=dtype)
+
+
+def fold(mixer, x, state=None):
+    state = mixer.init_state(x.shape[0], x.device, x.dtype) if state is None else state
+    ys = []
+    for i in range(x.shape[1]):
+        out = mixer.step(x[:, i], state)
+        ys.append(out.y)
+        state = out.state
+    return torch.stack(ys, 1), state
+
+
+def assert_same_state(actual, expected):
+    for a, b, name in zip(actual, expected, actual._fields, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a.double(), b.double(), msg=name)
+
+
+def heads(h, s, seed, d=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, h, s, d, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def visible_to(t, window, packed):
+    starts = torch.zeros(2, t, dtype=torch.bool)
+    if packed:
+        starts[0, t // 3] = starts[1, t // 2] = starts[1, -1] = True
+    document, position = document_positions(starts, torch.tensor([0, 3]))
+    return visibility(document, position, document, position, window)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("window", "packed", "bias", "softcap"),
+    [
+        (None, False, False, None),
+        (5, False, False, None),
+        (1000, True, False, None),
+        (3, True, True, None),
+        (None, True, True, 1.5),
+    ],
+)
+def test_fused_equals_reference(length, window, packed, bias, softcap):
+    plain = not (window or packed or bias)
+    visible = None if plain else visible_to(length, window, packed)
+    weight = heads(4, length, 9).detach()
+    results = []
+    for attend in (attention, attention_ref):
+        q, k, v = heads(4, length, 1), heads(2, length, 2), heads(2, length, 3)
+        slopes = torch.rand(4, 1, length, generator=torch.Generator().manual_seed(4)).double()
+        added = slopes if bias else None
+        y = attend(q, k, v, visible=visible, bias=added, softcap=softcap)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("slots", LENGTHS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_single_query_equals_reference(slots, kv_heads, softcap):
+    visible = torch.rand(2, 1, 1, slots, generator=torch.Generator().manual_seed(5)) < 0.5
+    visible[..., -1] = True
+    bias = torch.rand(2, 4, 1, slots, dtype=torch.float64)
+    results = []
+    for attend in (attention_step, attention_ref):
+        q, k, v = heads(4, 1, 1), heads(kv_heads, slots, 2), heads(kv_heads, slots, 3)
+        y = attend(q, k, v, visible=visible, bias=bias, softcap=softcap)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+def test_documents_and_positions():
+    starts = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 1, 1]], dtype=torch.bool)
+    document, position = document_positions(starts, torch.tensor([7, 4]))
+    assert document.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 2, 3]]
+    assert position.tolist() == [[7, 8, 0, 1, 2], [0, 1, 2, 0, 0]]
+
+
+def test_alibi_slopes_of_the_paper():
+    eight = alibi_slopes(8, device=torch.device("cpu"), dtype=torch.float64)
+    assert_close(eight, 2.0 ** -torch.arange(1, 9).double())
+    twelve = alibi_slopes(12, device=torch.device("cpu"), dtype=torch.float64)
+    assert_close(twelve[:8], eight)
+    assert_close(twelve[8:], 2.0 ** -(torch.arange(4).double() + 0.5))
+
+
+@every_spec
+@pytest.mark.parametrize("length", LENGTHS)
+def test_forward_equals_fold_of_step(spec, length):
+    mixer, x = build(spec), signal(2, length)
+    out = mixer(x)
+    ys, state = fold(mixer, x)
+    assert_close(out.y, ys)
+    assert_same_state(out.state, state)
+    assert_same_state(mixer(x, mixer.init_state(2, dtype=x.dtype)).state, state)
+
+
+def leaves(mixer, x, state):
+    wanted = [x, *mixer.parameters()]
+    return wanted + [leaf for leaf in state if leaf.is_floating_point()]
+
+
+@every_spec
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("segments", ["none", "packed", "padded"])
+def test_reference_backend_agrees_in_values_gradients_and_state(spec, length, segments):
+    ids = torch.zeros(2, length, dtype=torch.int64)
+    if segments == "packed":
+        ids[0, length // 2 :] = 1
+        ids[1, -1:] = 1
+    elif segments == "padded":
+        ids[1, : length // 2] = -1
+        ids[1, length // 2 :] = 1
+    prefix = signal(2, 9, 7)
+    results = []
+    for backend in ("torch", "reference"):
+        mixer = build(spec, backend=backend)
+        before = [
+            leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in mixer(prefix).state
+        ]
+        state, x = type(mixer(prefix).state)(*before), signal(2, length).requires_grad_()
+        out = mixer(x, state, segment_ids=None if segments == "none" else ids)
+        weight = torch.linspace(-1, 1, out.y.numel(), dtype=torch.float64).view_as(out.y)
+        loss = (out.y * weight).sum() + out.state.k.square().sum() + out.state.v.sum()
+        grads = torch.autograd.grad(loss, leaves(mixer, x, state))
+        results.append((out, grads))
+    (a, ga), (b, gb) = results
+    assert_close(a.y, b.y)
+    assert_same_state(a.state, b.state)
+    for actual, expected in zip(ga, gb, strict=True):
+        assert expected.isfinite().all()
+        assert_close(actual, expected)
+
+
+@every_spec
+@pytest.mark.parametrize("splits", [(8, 8, 5), (1, 20), (20, 1), (7, 14)])
+def test_splits_equal_one_call(spec, splits):
+    mixer = build(spec)
+    results = []
+    for pieces in (splits, (21,)):
+        x, state, ys = signal(2, 21).requires_grad_(), None, []
+        for piece in x.split(list(pieces), dim=1):
+            out = mixer(piece, state)
+            state = out.state
+            ys.append(out.y)
+        loss = torch.cat(ys, 1).square().sum() + state.k.square().sum() + state.v.sum()
+        results.append((torch.cat(ys, 1), state, torch.autograd.grad(loss, x)[0]))
+    assert_close(results[0][0], results[1][0])
+    assert_same_state(results[0][1], results[1][1])
+    assert_close(results[0][2], results[1][2])
+
+
+@every_spec
+def test_documents_and_padding_leave_no_trace(spec):
+    mixer = build(spec)
+    documents = [signal(1, n, n) for n in (6, 1, 11)]
+    packed = torch.cat(documents, 1)
+    ids = torch.cat([torch.full((1, n), i) for i, n in ((1, 6), (2, 1), (3, 11))], 1)
+    alone = [mixer(x) for x in documents]
+    out = mixer(packed, segment_ids=ids)
+    assert_close(out.y, torch.cat([a.y for a in alone], 1))
+    more = signal(1, 9, 5)
+    assert_close(fold(mixer, more, out.state)[0], mixer(more, alone[-1].state).y)
+    padded = torch.cat([signal(1, 4, 8), documents[0]], 1).requires_grad_()
+    ids = torch.tensor([[-1] * 4 + [1] * 6])
+    out = mixer(padded, segment_ids=ids)
+    assert_close(out.y[:, 4:], alone[0].y)
+    assert out.y.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.y.sum(), padded)
+    assert gradient.isfinite().all()
+    assert_close(fold(mixer, more, out.state)[0], mixer(more, alone[0].state).y)
+    nothing = mixer(padded, segment_ids=torch.full((1, 10), -1)).state
+    assert (nothing.position == -1).all()
+    assert_close(mixer(more, nothing).y, mixer(more).y)
+
+
+def test_cache_and_ring_layout():
+    full = build(SPECS["mha"])(signal(1, 7)).state
+    assert full.position.tolist() == [list(range(7))]
+    assert full.k.shape == (1, 2, 7, 8)
+    ring = build(SPECS["window"])
+    out = ring(signal(1, 3))
+    assert out.state.position.tolist() == [[0, 1, 2, -1, -1]]
+    assert not out.state.k[:, :, 3:].any()
+    out = ring(signal(1, 9, 1), out.state)
+    assert out.state.position.tolist() == [[10, 11, 7, 8, 9]]
+    assert out.state.next_position.tolist() == [12]
+    assert fold(ring, signal(1, 40))[1].k.shape == (1, 2, 5, 8)
+    assert AttentionSpec(2, window=5).context_window == 5
+    assert AttentionSpec(2).context_window == math.inf
+
+
+def test_ring_forgets_what_left_the_window():
+    mixer, x = build(SPECS["window"]), signal(1, 20)
+    poisoned = x.clone()
+    poisoned[:, :10] = 1e6
+    a, b = mixer(x), mixer(poisoned)
+    assert_close(a.y[:, 14:], b.y[:, 14:])
+    assert_same_state(a.state, b.state)
+
+
+def test_layers_that_rotate_alike_share_one_table():
+    mixer, other, x = build(SPECS["mha"]), build(SPECS["gqa-norm"]), signal(1, 4)
+    offered = mixer(x).shared
+    assert len(offered) == 1
+    shifted = {key: table.roll(1, -1) for key, table in offered.items()}
+    assert not torch.equal(mixer(x, shared=shifted).y, mixer(x).y)
+    assert torch.equal(mixer(x, shared=offered).y, mixer(x).y)
+    assert torch.equal(other(x, shared=offered).y, other(x).y)  # another width, another name
+    assert not build(SPECS["alibi"])(x).shared
+
+
+@every_spec
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 64)])
+def test_cost_is_what_is_measured(spec, batch, length):
+    mixer = build(spec, torch.float32)
+    cost = spec.cost(LayerContext(D_MODEL), length, batch)
+    # The flop counter knows the fused kernels of CUDA and the plain form, not the CPU's fused one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = mixer(signal(batch, length, dtype=torch.float32))
+    assert cost.flops == counter.get_total_flops()
+    assert cost.params == cost.active_params == sum(p.numel() for p in mixer.parameters())
+    assert cost.state_bytes == sum(leaf.nbytes for leaf in out.state)
+
+
+@every_spec
+def test_low_precision(spec):
+    full, x = build(spec, torch.float32), signal(2, 33, dtype=torch.float32)
+    expected = full(x).y
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, stepped = full(x), fold(full, x)[0]
+        again = full(x, mixed.state).y
+    assert mixed.state.k.dtype == torch.bfloat16
+    low = build(spec, torch.bfloat16)
+    out = low(x.bfloat16())
+    for y in (mixed.y, stepped, out.y, fold(low, x.bfloat16())[0]):
+        assert y.dtype == torch.bfloat16
+        assert (y.float() - expected).abs().mean() < 0.05 * expected.std()
+    assert (again.float() - full(x, full(x).state).y).abs().mean() < 0.05 * expected.std()
+    out.y.float().sum().backward()
+    assert full(x, mixed.state).y.dtype == torch.float32
+
+
+def test_unequal_widths_of_heads_and_model():
+    spec = AttentionSpec(3, 1, head_dim=10)
+    mixer = build(spec)
+    assert mixer.q_proj.weight.shape == (30, 16)
+    assert mixer.v_proj.weight.shape == (10, 16)
+    assert mixer.o_proj.weight.shape == (16, 30)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AttentionSpec(3), r"m.n_heads: d_model 16 is not divisible by 3 heads; give a divisor"),
+        (AttentionSpec(0), r"m.n_heads: 0 is not positive"),
+        (AttentionSpec(4, 3), r"m.n_kv_heads: 3 does not divide n_heads 4"),
+        (AttentionSpec(4, 0), r"m.n_kv_heads: 0 is not positive"),
+        (AttentionSpec(4, window=0), r"m.window: 0 is not positive; give at least 1"),
+        (AttentionSpec(4, softcap=-1.0), r"m.softcap: -1.0 is not positive"),
+        (AttentionSpec(2, rope_dims=3), r"m.rope_dims: 3 of 8 entries .* give an even number"),
+        (AttentionSpec(2, rope_dims=10), r"m.rope_dims: 10 of 8 entries"),
+        (AttentionSpec(2, head_dim=5), r"m.rope_dims: 5 of 5 entries .* another head_dim"),
+        (AttentionSpec(2, rope_theta=1.0), r"m.rope_theta: 1.0 is not above 1"),
+        (AttentionSpec(2, position="none", rope_dims=4), r"m.position: 'none' takes no rope_dims"),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("linear", 0.5)),
+            r"m.rope_scaling.factor: 0.5 is below 1",
+        ),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("yarn", 2.0)),
+            r"m.rope_scaling.original_context: yarn needs it",
+        ),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("yarn", 2.0, 64, 1.0, 2.0)),
+            r"m.rope_scaling.beta_slow: outside",
+        ),
+        (
+            AttentionSpec(2, rope_dims=2, rope_scaling=RopeScaling("ntk", 2.0)),
+            r"m.rope_scaling: ntk cannot stretch 2",
+        ),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("linear", 2.0, original_context=64)),
+            r"m.rope_scaling.original_context: only yarn reads it",
+        ),
+    ],
+)
+def test_check_names_the_rule_and_the_remedy(spec, message):
+    with pytest.raises(SpecError, match=message):
+        spec.check(16, "m")
+
+
+def test_scaling_reads_from_plain_data():
+    data = {"kind": "attention", "n_heads": 2, "rope_scaling": {"method": "linear", "factor": 2}}
+    spec = AttentionSpec.from_dict(data)
+    assert spec == AttentionSpec(2, rope_scaling=RopeScaling("linear", 2.0))
+    assert AttentionSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(SpecError, match=r"rope_scaling\.facter: unknown; did you mean factor\?"):
+        AttentionSpec.from_dict({**data, "rope_scaling": {"method": "linear", "facter": 2}})
+
+
+class TestParity:
+    """The same layer of transformers, float32, whole sequences."""
+
+    T = 40
+
+    @pytest.fixture(autouse=True)
+    def _needs_transformers(self):
+        pytest.importorskip("transformers", reason="parity with transformers: it is not installed")
+
+    def compare(self, config, theirs, rotary, spec, window=None):
+        torch.manual_seed(0)
+        config._attn_implementation = "eager"
+        layer, tables = theirs(config, layer_idx=0).eval(), rotary(config)
+        ours = spec.build(LayerContext(config.hidden_size))
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_(0, 0.2)
+        ours.load_state_dict(layer.state_dict())
+        x = torch.randn(2, self.T, config.hidden_size)
+        position = torch.arange(self.T)
+        age = position[:, None] - position
+        hidden = (age < 0) | (age >= (window or self.T))
+        mask = torch.zeros(1, 1, self.T, self.T).masked_fill(hidden, torch.finfo().min)
+        cos_sin = tables(x, position.expand(2, -1))
+        expected = layer(x, position_embeddings=cos_sin, attention_mask=mask)[0]
+        assert_close(ours(x).y, expected)
+        assert_close(fold(ours, x)[0], expected)
+
+    @pytest.mark.parametrize(
+        ("scaling", "theirs"),
+        [
+            (None, {"rope_type": "default"}),
+            (RopeScaling("linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
+            (
+                RopeScaling("yarn", 8.0, 16),
+                {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+    def test_llama(self, scaling, theirs, n_kv_heads):
+        from transformers import LlamaConfig
+        from transformers.models.llama import modeling_llama as llama
+
+        config = LlamaConfig(
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_heads,
+            max_position_embeddings=128,
+            rope_parameters={"rope_theta": 500.0, **theirs},
+        )
+        spec = AttentionSpec(4, n_kv_heads, rope_theta=500.0, rope_scaling=scaling)
+        self.compare(config, llama.LlamaAttention, llama.LlamaRotaryEmbedding, spec)
+
+    def test_qwen3_norms_queries_and_keys(self):
+        from transformers import Qwen3Config
+        from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+        config = Qwen3Config(
+            hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+        )
+        theta = config.rope_parameters["rope_theta"]
+        spec = AttentionSpec(4, 2, head_dim=16, qk_norm=True, rope_theta=theta)
+        self.compare(config, qwen3.Qwen3Attention, qwen3.Qwen3RotaryEmbedding, spec)
+
+    def test_qwen2_has_biases_and_mistral_a_window(self):
+        from transformers import MistralConfig, Qwen2Config
+        from transformers.models.mistral import modeling_mistral as mistral
+        from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = Qwen2Config(**sizes)
+        spec = AttentionSpec(4, 2, qkv_bias=True, rope_theta=config.rope_parameters["rope_theta"])
+        self.compare(config, qwen2.Qwen2Attention, qwen2.Qwen2RotaryEmbedding, spec)
+        config = MistralConfig(**sizes, head_dim=8, sliding_window=6)
+        spec = AttentionSpec(4, 2, window=6, rope_theta=config.rope_parameters["rope_theta"])
+        rotary = mistral.MistralRotaryEmbedding
+        self.compare(config, mistral.MistralAttention, rotary, spec, window=6)

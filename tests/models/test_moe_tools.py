@@ -1,0 +1,212 @@
+"""The seed's face of mixtures, telemetry, expert layouts and upcycling."""
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_close
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kizzasi.errors import CheckpointError, DataError, ShapeError, SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.mixer import ChannelSpec, LayerContext
+from kizzasi.models.moe import (
+    MixtureOfExperts,
+    MoEConfig,
+    RoutingStrategy,
+    convert_experts,
+    revive_dead_experts,
+    upcycle,
+    watch_routing,
+)
+
+SWIGLU, MLP = ChannelSpec.registry["swiglu"], ChannelSpec.registry["mlp"]
+
+
+def config(**changes):
+    return MoEConfig(**{"num_experts": 4, "input_dim": 12, "output_dim": 12, **changes})
+
+
+def test_seed_defaults():
+    seed = MoEConfig()
+    assert (seed.num_experts, seed.top_k, seed.input_dim, seed.output_dim) == (8, 2, 256, 256)
+    assert seed.routing_strategy is RoutingStrategy.TOP_K
+    assert (seed.load_balance_coeff, seed.expert_dropout, seed.noise_std) == (0.01, 0.0, 1.0)
+    assert [str(s) for s in RoutingStrategy] == ["Softmax", "Top-K", "Noisy Top-K"]
+    assert MixtureOfExperts(seed).router.weights.shape == (256, 8)
+
+
+@pytest.mark.parametrize(("strategy", "n"), [("TOP_K", 2), ("SOFTMAX", 4), ("NOISY_TOP_K", 2)])
+def test_seed_routing(strategy, n):
+    moe = MixtureOfExperts(config(routing_strategy=RoutingStrategy[strategy]))
+    indices, weights = moe.router.route(torch.full((12,), 0.1))
+    assert len(indices) == len(set(indices)) == len(weights) == n
+    assert math.isclose(sum(weights), 1.0, abs_tol=1e-5)
+
+
+def test_seed_usage_dimensions_and_reset():
+    moe = MixtureOfExperts(config(output_dim=7))
+    for _ in range(10):
+        assert moe.step(torch.randn(12)).shape == (7,)
+    assert sum(moe.expert_usage_stats()) == 10 * 2
+    assert moe(torch.randn(3, 5, 12)).shape == (3, 5, 7)
+    assert sum(moe.expert_usage_stats()) == 25 * 2
+    assert moe.context_window == 1
+    moe.reset()
+    assert moe.expert_usage_stats() == [0] * 4
+    for call in (moe, moe.step, moe.router.route):
+        with pytest.raises(ShapeError, match=r"expected 12 values per vector, got shape \(6,\)"):
+            call(torch.randn(6))
+
+
+def test_seed_faults_are_gone():
+    moe = MixtureOfExperts(config())
+    x = torch.randn(64, 12)
+    y = moe(x)
+    assert y.abs().min(-1).values.max() > 0
+    assert min(moe.expert_usage_stats()) > 0
+    (gradient,) = torch.autograd.grad(moe.load_balance_loss(), [moe.layer.gate.weight])
+    assert gradient.any()
+    assert not torch.allclose(moe(2 * x), 2 * y)
+    with pytest.raises(SpecError, match="top_k: 0 is not positive"):
+        MixtureOfExperts(config(top_k=0))
+    with pytest.raises(SpecError, match="experts: 1 given, num_experts is 4"):
+        MixtureOfExperts(config(), [nn.Identity()])
+
+
+@pytest.mark.parametrize("strategy", RoutingStrategy)
+def test_seed_losses_are_weighted_by_the_coefficient(strategy):
+    losses = []
+    for coeff in (0.01, 0.03):
+        torch.manual_seed(0)
+        moe = MixtureOfExperts(config(routing_strategy=strategy, load_balance_coeff=coeff))
+        moe(torch.randn(16, 12))
+        losses.append(moe.load_balance_loss())
+    assert_close(losses[1], 3 * losses[0])
+    assert losses[0] > 0
+
+
+def test_any_modules_are_experts():
+    experts = [nn.Identity(), nn.Tanh(), nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.ReLU()]
+    moe = MixtureOfExperts(config(routing_strategy=RoutingStrategy.SOFTMAX), experts)
+    x = torch.randn(5, 12)
+    weights = (x @ moe.router.weights).softmax(-1)
+    want = sum(weights[:, i, None] * expert(x) for i, expert in enumerate(experts))
+    assert_close(moe(x), want)
+
+
+def model(channel, n_layers=2, **options):
+    block = BlockSpec(mixer=MLP(), channel=channel)
+    return build_model(ModelSpec(16, (block,) * n_layers, Tokens(13)), **options)
+
+
+IDS = torch.arange(24).view(2, 12) % 13
+
+
+def test_watch_counts_each_token_once():
+    moe = model(MoESpec(n_experts=4))
+    layer = moe.blocks[0].channel
+    with watch_routing(moe) as usage:
+        moe(IDS)
+        x = torch.randn(1, 6, 16, requires_grad=True)
+        checkpoint(lambda v: layer(v).y, x, use_reentrant=False).sum().backward()
+    moe(IDS)
+    names = ["blocks.0.channel", "blocks.1.channel"]
+    assert list(usage.layers()) == names
+    assert [int(usage[name].counts.sum()) for name in names] == [2 * 30, 2 * 24]
+    assert all(name in usage.table() for name in names)
+    with pytest.raises(DataError, match="no mixture of experts"), watch_routing(model(MLP())):
+        pass
+
+
+def test_telemetry_of_a_collapsed_and_a_balanced_router():
+    moe = MoESpec(n_experts=4, top_k=1, normalize="all", capacity_factor=1.0).build(LayerContext(4))
+    moe.reset_parameters(1)
+    with torch.no_grad():
+        moe.gate.weight.copy_(50 * torch.eye(4))
+    x = torch.eye(4).repeat(2, 1)[None]
+    for inputs, effective, violation, dead, drop in (
+        (x, 4, 0, 0, 0),
+        (x[:, :1].expand(1, 8, 4), 1, 3, 0.75, 0.75),
+    ):
+        with watch_routing(moe) as usage:
+            moe(inputs)
+        one = usage[""]
+        assert math.isclose(one.effective_experts, effective, rel_tol=1e-9)
+        assert math.isclose(one.entropy, math.log(effective), abs_tol=1e-9)
+        assert (one.max_violation, one.dead_fraction, one.drop_rate) == (violation, dead, drop)
+        assert math.isclose(one.logit_norm, 25, rel_tol=1e-6)
+
+
+def test_usage_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    moe = model(MoESpec(n_experts=4))
+    with watch_routing(moe) as usage:
+        moe(IDS)
+    usage.plot(tmp_path / "usage.png")
+    assert (tmp_path / "usage.png").stat().st_size > 1000
+
+
+def test_revival_shares_the_work_of_the_busiest():
+    moe = model(MoESpec(n_experts=4, top_k=1, normalize="all"), n_layers=1).eval()
+    layer = moe.blocks[0].channel
+    with torch.no_grad():
+        layer.gate.weight.mul_(0.1)
+        layer.gate.weight[3] -= 100 * layer.gate.weight[:3].sum(0)
+        layer.gate.weight[2] = layer.gate.weight[3]
+    with watch_routing(moe) as before:
+        moe(IDS)
+    dead = (before["blocks.0.channel"].counts == 0).nonzero()[:, 0].tolist()
+    assert dead
+    assert revive_dead_experts(moe, before, noise=0.01) == {"blocks.0.channel": dead}
+    busiest = int(before["blocks.0.channel"].counts.argmax())
+    a, b = layer.experts[dead[0]].up_proj.weight, layer.experts[busiest].up_proj.weight
+    assert 0 < (a - b).norm() / b.norm() < 0.05
+
+
+def test_layouts_round_trip_and_are_strict():
+    moe = MoESpec(n_experts=3, hidden=5).build(LayerContext(4))
+    moe.reset_parameters(1)
+    state = moe.state_dict()
+    for layout in ("packed", "mixtral", "list"):
+        there = convert_experts(state, 3, layout)
+        assert "gate.weight" in there
+        back = convert_experts(there, 3, "list")
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], state[name]) for name in state)
+    packed, mixtral = convert_experts(state, 3, "packed"), convert_experts(state, 3, "mixtral")
+    assert packed["experts.gate_up_proj"].shape == (3, 10, 4)
+    assert torch.equal(mixtral["experts.1.w3.weight"], state["experts.1.up_proj.weight"])
+    cases = [
+        (state, 4, r"missing \[\('down_proj', 3\)"),
+        (state, 2, r"unexpected \[\('down_proj', 2\)"),
+        (packed, 4, r"experts.gate_up_proj: expected \(4, 2h, d\), got \(3, 10, 4\)"),
+        ({**state, "experts.0.bias": state["gate.weight"]}, 3, "not a name of any known"),
+        ({**state, "experts.0.w1.weight": state["gate.weight"]}, 3, "two layouts at once"),
+        ({**state, "experts.0.up_proj.weight": torch.ones(4, 4)}, 3, r"experts.0: gate, up and"),
+    ]
+    for bad, n, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            convert_experts(bad, n, "list")
+
+
+@pytest.mark.parametrize("channel", [SWIGLU(hidden=20), MLP()])
+def test_upcycled_model_equals_the_dense_one(channel):
+    dense = model(channel, dtype=torch.float64)
+    sparse = upcycle(dense, 4, top_k=2, layers=[1])
+    assert sparse.spec.blocks[0].channel == channel
+    assert len(sparse.blocks[1].channel.experts) == 4
+    assert_close(sparse(IDS).logits, dense(IDS).logits)
+    for options in ({"noise": 0.1}, {"reinit": 0.5}):
+        other = upcycle(dense, 4, **options)
+        gap = (other(IDS).logits - dense(IDS).logits).abs().max()
+        assert gap > 1e-4
+    kept = other.blocks[0].channel.experts[2].state_dict()
+    share = [
+        (kept[n] == v).double().mean() for n, v in dense.blocks[0].channel.state_dict().items()
+    ]
+    assert all(0.3 < s < 0.7 for s in share if s not in (0, 1))
+    with pytest.raises(SpecError, match=r"blocks\[1\].channel: .* cannot be copied"):
+        upcycle(sparse, 2, layers=[1])

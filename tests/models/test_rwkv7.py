@@ -1,0 +1,319 @@
+"""RWKV-7's mixer and channel mix: contract, initialisation, cost, and parity with published code."""
+
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers.rwkv7 import RWKV7Spec
+
+REVERSE = (
+    Path(__file__).resolve().parents[3]
+    / "shared/data/rwkv7_reverse/reverse_L2_only_rwkv7.pth"
+)
+SPEC = RWKV7Spec(head_dim=4, decay_rank=3, a_rank=2, v_rank=3, gate_rank=5)
+FIRST = LayerContext(12, index=0, n_layers=3)
+LATER = LayerContext(12, index=2, n_layers=3, first_of_kind=False)
+CHANNEL = RWKVChannelSpec(hidden=20)
+PARTS = {"first": (SPEC, FIRST), "later": (SPEC, LATER), "channel": (CHANNEL, LATER)}
+every_part = pytest.mark.parametrize("part", list(PARTS))
+
+
+def build(part, dtype=torch.float64):
+    """A part whose parameters all matter: its initialisation plus noise."""
+    spec, layer = PARTS[part]
+    module = spec.build(layer)
+    g = torch.Generator().manual_seed(0)
+    module.reset_parameters(layer.n_layers, g)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=g))
+    return module.to(dtype)
+
+
+def draw(*shape, dtype=torch.float64, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def call(module, x, v_first, state=None, **kwargs):
+    return module(x, state, shared={"v_first": v_first}, **kwargs)
+
+
+def flat(state):
+    return torch.cat([leaf.flatten(1) for leaf in state], 1)
+
+
+@every_part
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_forward_is_a_fold_of_step_and_any_split_is_one_call(part, backend):
+    module, x, v_first = build(part), draw(2, 37, 12), draw(2, 37, 12, seed=2)
+    module.backend = backend
+    whole = call(module, x, v_first)
+    state, ys = module.init_state(2, dtype=torch.float64), []
+    for i in range(37):
+        out = module.step(x[:, i], state, shared={"v_first": v_first[:, i]})
+        state = out.state
+        ys.append(out.y)
+    assert_close(torch.stack(ys, 1), whole.y)
+    assert_close(flat(state), flat(whole.state))
+    head = call(module, x[:, :9], v_first[:, :9])
+    tail = call(module, x[:, 9:], v_first[:, 9:], head.state)
+    assert_close(torch.cat([head.y, tail.y], 1), whole.y)
+    assert_close(flat(tail.state), flat(whole.state))
+
+
+@every_part
+def test_backends_agree_in_every_gradient(part):
+    module, x, v_first = build(part), draw(2, 40, 12), draw(2, 40, 12, seed=2)
+    state = type(module.init_state(2))(*(draw(*s.shape, seed=3) for s in module.init_state(2)))
+    segments = torch.cat([torch.zeros(2, 11), torch.ones(2, 29)], 1).long()
+    leaves = [x, v_first, *state, *module.parameters()]
+    results = []
+    for backend in module.backends:
+        module.backend = backend
+        for leaf in leaves:
+            leaf.requires_grad_().grad = None
+        out = call(module, x, v_first, state, segment_ids=segments)
+        offers = [s.square().sum() for s in out.shared.values()]
+        sum([out.y.square().sum(), flat(out.state).square().sum(), *offers]).backward()
+        zero = torch.zeros(())
+        results.append([out.y, flat(out.state), *(zero if p.grad is None else p.grad for p in leaves)])
+    for fast, loop in zip(*results, strict=True):
+        assert_close(fast, loop)
+
+
+@every_part
+def test_a_packed_document_is_a_separate_one(part):
+    module, x, v_first = build(part), draw(1, 40, 12), draw(1, 40, 12, seed=2)
+    segments = torch.tensor([[-1] * 5 + [0] * 12 + [1] * 23])
+    out = call(module, x, v_first, segment_ids=segments)
+    for lo, hi in ((5, 17), (17, 40)):
+        alone = call(module, x[:, lo:hi], v_first[:, lo:hi])
+        assert_close(out.y[:, lo:hi], alone.y)
+    assert_close(flat(out.state), flat(alone.state))
+
+
+@every_part
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 64), (1, 100)])
+def test_cost_is_what_is_measured(part, batch, length):
+    spec, layer = PARTS[part]
+    module, x = build(part, torch.float32), draw(batch, length, 12, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = call(module, x, x)
+    cost = spec.cost(layer, length, batch)
+    assert cost.params == cost.active_params == sum(p.numel() for p in module.parameters())
+    assert cost.flops == counter.get_total_flops()
+    assert cost.state_bytes == sum(leaf.nbytes for leaf in out.state)
+
+
+def test_the_first_layer_offers_its_value_and_needs_none():
+    x = draw(2, 5, 12)
+    out = build("first")(x)
+    assert set(out.shared) == {"v_first"}
+    assert out.shared["v_first"].shape == (2, 5, 12)
+    assert not call(build("later"), x, x).shared
+
+
+def test_parameter_names_are_the_official_ones():
+    official = "x_r x_w x_k x_v x_a x_g w0 w1 w2 a0 a1 a2 g1 g2 k_k k_a r_k ln_x.weight ln_x.bias "
+    official += "receptance.weight key.weight value.weight output.weight"
+    assert set(build("first").state_dict()) == set(official.split())
+    assert set(build("later").state_dict()) == {*official.split(), "v0", "v1", "v2"}
+    assert set(build("channel").state_dict()) == {"x_k", "key.weight", "value.weight"}
+
+
+def test_only_linear_layers_decay_and_w0_learns_twice_as_fast():
+    block = BlockSpec(RWKV7Spec(head_dim=8), RWKVChannelSpec(), norm="layer")
+    model = build_model(ModelSpec(16, (block, block), Tokens(5), norm="layer"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in model.parameter_groups(lr=1.0, weight_decay=0.1):
+        for p in group["params"]:
+            name = names[id(p)]
+            assert (group["weight_decay"] > 0) == (p.ndim == 2 and name.endswith("weight")), name
+            assert group["lr"] == (2.0 if name.endswith("w0") else 1.0), name
+
+
+def test_the_ramps_of_the_initialisation():
+    """Against the formulas written per channel, in the middle of a model of 5 layers."""
+    d, n, index, n_layers = 16, 8, 2, 5
+    layer = LayerContext(d, index, n_layers, first_of_kind=False)
+    mixer, channel = RWKV7Spec(head_dim=n).build(layer), RWKVChannelSpec().build(layer)
+    for module in (mixer, channel):
+        module.reset_parameters(n_layers, torch.Generator().manual_seed(0))
+    depth, left = index / (n_layers - 1), 1 - index / n_layers
+    for i in range(d):
+        ramp, zigzag = i / (d - 1) - 0.5, (i % n - (n - 1) / 2) / ((n - 1) / 2)
+        zigzag *= abs(zigzag)
+        expected = {
+            "x_r": 1 - (i / d) ** (0.2 * left),
+            "x_w": 1 - (i / d) ** (0.9 * left),
+            "x_v": 1 - (i / d) ** (0.7 * left),
+            "w0": -6 + 6 * (i / (d - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag,
+            "a0": -0.19 + 0.3 * zigzag + 0.4 * ramp,
+            "v0": 0.73 - 0.4 * ramp,
+            "k_k": 0.71 - 0.1 * ramp,
+        }
+        for name, value in expected.items():
+            assert mixer.get_parameter(name)[i].item() == pytest.approx(value, abs=1e-5), name
+        assert channel.x_k[i].item() == pytest.approx(1 - (i / d) ** left**4, abs=1e-5)
+    assert (mixer.ln_x.weight == ((1 + index) / n_layers) ** 0.7).all()
+    for zero in (mixer.w1, mixer.a1, mixer.v1, mixer.g1, mixer.output.weight, channel.value.weight):
+        assert not zero.any()
+    assert mixer.key.weight.abs().max() <= 0.05 / math.sqrt(d)
+    gram = mixer.w2.T @ mixer.w2  # rank 32 over 16 channels
+    assert_close(gram, 0.01 * 2 * torch.eye(d))
+
+
+def test_bfloat16_keeps_the_recurrence_and_its_parameters_in_float32():
+    module = build("later", torch.float32)
+    x, v_first = draw(2, 30, 12, dtype=torch.float32), draw(2, 30, 12, dtype=torch.float32, seed=2)
+    expected = call(module, x, v_first).y
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = call(module, x, v_first)
+        step = module.step(x[:, 0], module.init_state(2), shared={"v_first": v_first[:, 0]})
+    assert mixed.y.dtype is step.y.dtype is torch.bfloat16
+    assert mixed.state.wkv.dtype is step.state.wkv.dtype is torch.float32
+    assert_close(mixed.y.float(), expected, torch.bfloat16)
+    module.to(torch.bfloat16)
+    kept = {name for name, p in module.named_parameters() if p.dtype is torch.float32}
+    assert kept == {*module.float32_parameters, "ln_x.weight", "ln_x.bias"}
+    low = call(module, x.bfloat16(), v_first)
+    assert low.y.dtype is torch.bfloat16
+    assert low.state.wkv.dtype is torch.float32
+    assert module.init_state(2, dtype=torch.bfloat16).wkv.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (RWKV7Spec(), "head_dim: 64 does not divide d_model 100; set d_model to 128, or head_dim"),
+        (RWKV7Spec(head_dim=1), "head_dim: 1 is too small"),
+        (RWKV7Spec(head_dim=50, gate_rank=0), "gate_rank: 0 is not positive"),
+        (RWKVChannelSpec(hidden=0), "hidden: 0 is not positive"),
+    ],
+)
+def test_broken_rules_are_named(spec, message):
+    with pytest.raises(SpecError, match=message):
+        spec.check(100, "mixer")
+
+
+def published_model(d=32, n=16, n_layers=3, vocab=19):
+    """A model of random weights, and the same weights under RWKV-LM's names."""
+    block = BlockSpec(RWKV7Spec(head_dim=n), RWKVChannelSpec(), norm="layer")
+    spec = ModelSpec(d, (block,) * n_layers, Tokens(vocab), norm="layer", embed_norm=True)
+    model = build_model(spec)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    places = {
+        "stem.embedding": "emb",
+        "stem.lm_head": "head",
+        "embed_norm": "blocks.0.ln0",
+        "mixer_norm": "ln1",
+        "channel_norm": "ln2",
+        "mixer.": "att.",
+        "channel.": "ffn.",
+    }
+    weights = {}
+    for name, p in model.state_dict().items():
+        if name.startswith("norm."):
+            name = "ln_out." + name.removeprefix("norm.")
+        for ours, theirs in places.items():
+            name = name.replace(ours, theirs)
+        weights[name] = p.clone()
+    return model, weights
+
+
+RUN_PACKAGE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from rwkv.model import RWKV
+path, tokens = sys.argv[1], [int(t) for t in sys.argv[2:]]
+model = RWKV(model=path, strategy="cpu fp32")
+at_once, state = model.forward(tokens, None, full_output=True)
+torch.save({"logits": at_once, "wkv": [state[i] for i in range(1, len(state), 3)]}, path + ".out")
+"""
+
+
+@pytest.mark.skipif(find_spec("rwkv") is None, reason="the package rwkv is not installed")
+def test_parity_with_the_rwkv_package(tmp_path):
+    model, weights = published_model()
+    torch.save(weights, tmp_path / "tiny.pth")
+    tokens = torch.randint(19, (1, 45), generator=torch.Generator().manual_seed(1))
+    command = [sys.executable, "-c", RUN_PACKAGE, str(tmp_path / "tiny"), *map(str, tokens[0].tolist())]
+    env = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=120)
+    theirs = torch.load(tmp_path / "tiny.out", weights_only=True)
+    with torch.no_grad():
+        ours = model(tokens)
+    assert_close(ours.logits[0], theirs["logits"])
+    for block, wkv in zip(ours.state.blocks, theirs["wkv"], strict=True):
+        assert_close(block.mixer.wkv[0], wkv)
+
+
+DIGITS = {c: i for i, c in enumerate("0123456789,#")}
+
+
+def reversal_tasks(count, length=129, seed=0):
+    """Rows "digits,reversed#" of 1 to 60 digits padded with #; and which next tokens count."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.full((count, length), DIGITS["#"])
+    counts = torch.zeros(count, length - 1, dtype=torch.bool)
+    for row, count in zip(rows, counts, strict=True):
+        k = int(torch.randint(1, 61, (), generator=g))
+        digits = torch.randint(10, (k,), generator=g)
+        if k > 1:
+            digits[0] = torch.randint(1, 10, (), generator=g)
+        row[: 2 * k + 1] = torch.cat([digits, torch.tensor([DIGITS[","]]), digits.flip(0)])
+        count[k : 2 * k + 1] = True  # what follows "," up to and including "#"
+    return rows, counts
+
+
+def reversal_logits(weights, ids):
+    """The published two-layer model: its own residual order, our mixer and channel mix."""
+
+    def norm(x, name):
+        return F.layer_norm(x, (32,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def load(spec, layer, prefix):
+        module = spec.build(layer)
+        own = module.state_dict()
+        module.load_state_dict({k: weights[f"{prefix}.{k}"].view_as(v) for k, v in own.items()})
+        return module
+
+    x, shared = F.embedding(ids, weights["e.weight"]), {}
+    for i in (1, 2):
+        layer = LayerContext(32, index=i - 1, n_layers=2, first_of_kind=i == 1)
+        ranks = {"decay_rank": 8, "a_rank": 8, "v_rank": 8, "gate_rank": 8}
+        mixed = load(RWKV7Spec(head_dim=16, **ranks), layer, f"rwkv{i}")(
+            norm(x, f"ln{i}a"), shared=shared
+        )
+        shared = {**shared, **mixed.shared}
+        x = x + mixed.y + weights[f"rosa{i}.o.bias"]
+        x = x + load(RWKVChannelSpec(), layer, f"ffn{i}")(norm(x, f"ln{i}b")).y
+    return F.linear(norm(x, "lno"), weights["o.weight"], weights["o.bias"])
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not REVERSE.exists(), reason=f"no trained weights at {REVERSE}")
+def test_a_trained_model_reverses_every_number_as_published():
+    weights = torch.load(REVERSE, map_location="cpu", weights_only=True)
+    rows, counts = reversal_tasks(300)
+    with torch.no_grad():
+        guesses = reversal_logits(weights, rows[:, :-1]).argmax(-1)
+    right = (guesses == rows[:, 1:])[counts]
+    assert right.all(), f"{int(right.sum())} of {len(right)} digits are right"

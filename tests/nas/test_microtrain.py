@@ -1,0 +1,170 @@
+"""Micro-training: honest scores, exact continuation, failures with reasons, no leak unseen."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from kizzasi.errors import CheckpointError, DataError, SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model
+from kizzasi.models.channels.mlp import MLPSpec
+from kizzasi.models.mixer import MixerOut
+from kizzasi.models.mixers.attention import Attention, AttentionSpec
+from kizzasi.nas.data import ByteCorpus, baselines, load_corpus
+from kizzasi.nas.leak import find_leak
+from kizzasi.nas.microtrain import MicroTrain, Recipe, Training
+
+
+@pytest.fixture(scope="module")
+def corpus() -> ByteCorpus:
+    return load_corpus(max_bytes=60_000)
+
+
+def small(vocab_size: int = 256, **changes) -> ModelSpec:
+    block = BlockSpec(AttentionSpec(n_heads=2), MLPSpec())
+    return ModelSpec(32, (block,), Tokens(vocab_size), dropout=0.0).replace(**changes)
+
+
+RECIPE = Recipe(horizon=16_384, seq_len=64, batch_size=8, lr=1e-2)
+
+
+def test_schedule_warms_up_then_falls_to_its_floor():
+    recipe = Recipe(horizon=100 * 512, seq_len=64, batch_size=8, warmup=0.1, min_lr=0.2)
+    factors = [recipe.factor(step) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[100] == pytest.approx(0.2)
+    assert recipe.steps(1) == 1
+    assert recipe.steps(512 * 7 + 511) == 7
+
+
+def test_an_untrained_uniform_model_costs_eight_bits(corpus):
+    model = build_model(small())
+    with torch.no_grad():
+        model.stem.lm_head.weight.zero_()
+    assert Training(model, corpus, RECIPE).score() == pytest.approx(8.0, abs=1e-5)
+
+
+def test_score_is_the_mean_over_every_held_out_byte(corpus):
+    model = build_model(small(), seed=4)
+    training = Training(model, corpus, RECIPE)
+    held_out = corpus.held_out.long()
+    before = torch.cat([torch.zeros(1, dtype=torch.long), held_out[:-1]])
+    nats = 0.0
+    for start in range(0, len(held_out), 64):
+        logits = model.eval()(before[None, start : start + 64]).logits[0].double()
+        nats -= logits.log_softmax(-1).gather(1, held_out[start : start + 64, None]).sum().item()
+    assert training.score() == pytest.approx(nats / len(held_out) / math.log(2), rel=1e-5)
+
+
+def test_training_beats_the_unigram_on_held_out_bytes(corpus):
+    measured = MicroTrain(corpus, replace(RECIPE, horizon=65_536))(small(), 65_536, seed=0)
+    assert measured.failure is None
+    assert measured.tokens == 65_536
+    assert measured.bits_per_byte < baselines(corpus)["unigram"] - 0.5
+    assert measured.curve[-1][1] < measured.curve[0][1]
+    assert measured.tokens_per_second == pytest.approx(65_536 / measured.seconds)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout):
+    evaluate, spec = MicroTrain(corpus, RECIPE, data_seed=5), small(dropout=dropout)
+    whole = evaluate(spec, 16_384, seed=1)
+    path = tmp_path / "trial.pt"
+    torch.rand(7)  # the caller's own random stream plays no part
+    first = evaluate(spec, 6_144, seed=1, checkpoint=path)
+    assert first.tokens == 6_144
+    second = evaluate(spec, 16_384, seed=1, checkpoint=path)
+    assert second.bits_per_byte == whole.bits_per_byte
+    assert second.tokens == whole.tokens
+    assert second.curve[-1] == whole.curve[-1]
+    again = evaluate(spec, 16_384, seed=1, checkpoint=path)
+    assert again.bits_per_byte == whole.bits_per_byte
+    assert again.tokens_per_second is None
+
+
+def test_seeds_of_data_and_initialisation_are_apart(corpus):
+    def run(data_seed, seed):
+        return MicroTrain(corpus, RECIPE, data_seed)(small(), 4_096, seed).bits_per_byte
+
+    assert run(0, 0) == run(0, 0)
+    assert len({run(0, 0), run(1, 0), run(0, 1)}) == 3
+
+
+def test_divergence_and_nan_stop_with_their_reason(corpus):
+    wild = replace(RECIPE, lr=1e6, warmup=0.0, clip=1e9)
+    measured = MicroTrain(corpus, wild)(small(), 16_384, seed=0)
+    assert measured.bits_per_byte is None
+    assert "lower the lr" in measured.failure
+    assert measured.tokens < 16_384
+    training = MicroTrain(corpus, RECIPE).training(small(), 0)
+    with torch.no_grad():
+        training.model.norm.weight.fill_(float("nan"))
+    assert "became nan" in training.run(16_384)
+
+
+def test_foreign_checkpoints_are_refused(corpus, tmp_path):
+    evaluate = MicroTrain(corpus, RECIPE)
+    evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
+        evaluate(small(d_model=64), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
+        evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+
+
+def test_data_that_does_not_fit_is_refused(corpus):
+    with pytest.raises(DataError, match="vocab_size=64"):
+        MicroTrain(corpus, RECIPE)(small(64), 2_048, seed=0)
+    with pytest.raises(SpecError, match="needs a token stem"):
+        Training(build_model(small(stem=Signal(1, 1))), corpus, RECIPE)
+    with pytest.raises(SpecError, match="lr: 0 must be above 0"):
+        MicroTrain(corpus, replace(RECIPE, lr=0))(small(), 2_048, seed=0)
+
+
+@dataclass(frozen=True)
+class LeakySpec(AttentionSpec):
+    """Not registered: attention whose parallel form sees the next token's input."""
+
+    kind: ClassVar[str] = "leaky"
+
+    def build(self, layer):
+        return Leaky(self, layer)
+
+
+class Leaky(Attention):
+    def forward(self, x, state=None, *, segment_ids=None, shared=None):
+        out = super().forward(x, state, segment_ids=segment_ids, shared=shared)
+        return MixerOut(out.y + 1e-3 * x.roll(-1, dims=1), out.state)
+
+
+class Drifting(Attention):
+    def step(self, x, state, *, shared=None):
+        out = super().step(x, state, shared=shared)
+        return MixerOut(out.y * 1.001, out.state)
+
+
+@dataclass(frozen=True)
+class DriftingSpec(LeakySpec):
+    def build(self, layer):
+        return Drifting(self, layer)
+
+
+def test_a_leak_is_found_before_any_score(corpus):
+    leaky = small(blocks=(BlockSpec(LeakySpec(n_heads=2)),))
+    measured = MicroTrain(corpus, RECIPE)(leaky, 2_048, seed=0)
+    assert measured.bits_per_byte is None
+    assert measured.tokens == 0
+    assert "leaks the future" in measured.failure
+    drifting = build_model(small(blocks=(BlockSpec(DriftingSpec(n_heads=2)),)))
+    assert "recurrent form differs" in find_leak(drifting)
+
+
+def test_honest_models_pass_the_gate():
+    model = build_model(small())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert find_leak(model) is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert find_leak(build_model(small(stem=Signal(2, 3)))) is None
