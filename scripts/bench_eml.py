@@ -9,7 +9,6 @@ peers    the same objective at equal evaluations: ours, Adam, and cma and neverg
 import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -17,12 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml import ToyEmlAttention
+from kizzasi.eml import EndToEndTrainConfig, ToyEmlAttention
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
+from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
+from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
+from kizzasi.eml.formula import search_tree, train_master_formula
+from kizzasi.eml.incremental import IncrementalTrials
 from kizzasi.eml.least_squares import GaussNewton
+from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, Optimizer, PatternSearch
 from kizzasi.eml.rows import output_rows
 from kizzasi.eml.tasks import Task, draw, identity, position_mean, r_squared
 from kizzasi.eml.trainer import ModuleObjective, minimize
+from kizzasi.eml.trials import FlatAttention, PlainTrials, descend, draw_trials
 from kizzasi.models.mixer import LayerContext
 
 # Trials per second of the seed's compiled Rust on the same kind of machine, and the factor wanted.
@@ -41,6 +46,7 @@ LEARNING: list[tuple[Task, tuple[int, int, int], int, float, int]] = [
     (position_mean, (256, 32, 64), 8, 0.8, 16),
     (identity, (8, 8, 4), 1, 0.95, 512),
 ]
+MAX_STARTS = 5
 JOINT_LIMIT = 1000  # parameters that are fitted together, at most
 
 
@@ -102,36 +108,56 @@ class Fit:
         self.evaluations += result.evaluations
 
 
-def fit(task: Task, sizes: tuple[int, int, int], heads: int, n_samples: int, seed: int):
-    """Train one layer without gradients; return held-out R2, evaluations and seconds."""
+def fit(
+    task: Task, sizes: tuple[int, int, int], heads: int, wanted: float, n_samples: int, seed: int
+) -> tuple[float, int, float]:
+    """Train one layer without gradients; return held-out R2, evaluations and seconds.
+
+    A small layer may get stuck, which its training error shows; it is then started afresh.
+    """
     d_model, head_dim, seq_len = sizes
-    layer = build(d_model, head_dim, heads, seed)
     x, y = draw(task, n_samples, seq_len, d_model, seed)
-    work = Fit(layer, x, y, seed)
     started = time.perf_counter()
-    n_params = sum(p.numel() for p in layer.parameters())
-    values = ["layer.v_proj.affine.weight", "layer.v_proj.affine.bias", "layer.v_proj.chain"]
-    if n_params <= JOINT_LIMIT:
-        work.joint(40, target=1e-3 * float(y.var()))
-    elif sum(p.numel() for p in layer.v_proj.parameters()) <= JOINT_LIMIT:
-        for _ in range(6):
+    evaluations, best, kept = 0, float("inf"), None
+    unexplained = (1 - wanted) * float(y.var())
+    for attempt in range(MAX_STARTS):
+        layer = build(d_model, head_dim, heads, seed + 1000 * attempt)
+        work = Fit(layer, x, y, seed)
+        _fit_in_stages(work, unexplained / 5)
+        evaluations += work.evaluations
+        with torch.no_grad():
+            error = float((layer(x).y - y).square().mean())
+        if error < best:
+            best, kept = error, layer
+        if best < unexplained / 2:
+            break
+    seconds = time.perf_counter() - started
+    assert kept is not None
+    fresh_x, fresh_y = draw(task, 128 if d_model > 8 else 2000, seq_len, d_model, 10**6 + seed)
+    with torch.no_grad():
+        score = r_squared(kept(fresh_x).y, fresh_y)
+    return score, evaluations, seconds
+
+
+def _fit_in_stages(work: Fit, target: float) -> None:
+    """Fit everything together where that is small enough, else outputs and values in turn."""
+    values = [f"layer.v_proj.{name}" for name in ("affine.weight", "affine.bias", "chain")]
+    if sum(p.numel() for p in work.layer.parameters()) <= JOINT_LIMIT:
+        work.joint(20, target=target)
+    elif sum(p.numel() for p in work.layer.v_proj.parameters()) <= JOINT_LIMIT:
+        for _ in range(3):
             work.rows(4)
             work.joint(1, values)
         work.rows(4)
     else:
         work.rows(5)
-    seconds = time.perf_counter() - started
-    fresh_x, fresh_y = draw(task, 128 if d_model > 8 else 2000, seq_len, d_model, 10**6 + seed)
-    with torch.no_grad():
-        score = r_squared(layer(fresh_x).y, fresh_y)
-    return score, work.evaluations, seconds
 
 
 def learn(seeds: int) -> None:
     print("Held-out R2 on fresh samples; no gradients. One evaluation of the larger layers tries")
     print("one candidate for each output channel at once.")
     for task, sizes, heads, wanted, n_samples in LEARNING:
-        runs = [fit(task, sizes, heads, n_samples, seed) for seed in range(seeds)]
+        runs = [fit(task, sizes, heads, wanted, n_samples, seed) for seed in range(seeds)]
         scores = [score for score, _, _ in runs]
         verdict = "ok" if min(scores) >= wanted else "MISSED"
         print(
@@ -142,3 +168,200 @@ def learn(seeds: int) -> None:
             f"seconds {statistics.median(s for _, _, s in runs):.1f}",
             flush=True,
         )
+
+
+def speed(seconds: float) -> None:
+    """Time trials of coordinate descent on 16 samples, float64, and check them first."""
+    print(f"threads {torch.get_num_threads()}; 16 samples, float64. 'batch': candidates per second")
+    print("in batches of 256. 'path': trials per second of the sequential path while descending on")
+    print("the mean task, whatever speculation discards; it depends on how many trials succeed.")
+    for sizes, (seed_speed, factor) in SEED_SPEED.items():
+        d_model, d_k, seq_len, depth = sizes
+        model = ToyEmlAttention("speed", d_model, d_k, seq_len, depth)
+        x, y = draw(position_mean, 16, seq_len, d_model, 0, torch.float64)
+        x, y = x.flatten(1), y.flatten(1)
+        q, k, v, softmax, out = model.trees()
+        attention = FlatAttention(q, k, v, out, seq_len)
+        parameters: list[Tensor] = [tree.params for tree in (q, k, v, softmax, out)]
+        fast = IncrementalTrials(attention, parameters, x, y)
+        plain = PlainTrials(attention, parameters, x, y)
+        random = np.random.default_rng(0)
+        index = random.integers(0, model.param_count, 256)
+        delta = random.normal(size=256) * 0.1
+        sample = slice(0, 32)
+        torch.testing.assert_close(
+            fast.evaluate(index[sample], delta[sample]),
+            plain.evaluate(index[sample], delta[sample]),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+        rates = []
+        for _ in range(7):
+            started = time.perf_counter()
+            fast.evaluate(index, delta)
+            rates.append(256 / (time.perf_counter() - started))
+        batch = statistics.median(rates)
+        path, success = _path_speed(fast, model.param_count, seconds)
+        print(
+            f"{model.param_count:7} parameters  seed {seed_speed:6}/s  "
+            f"batch {batch:8.0f}/s = {batch / seed_speed:5.1f}x (wanted {factor}x)  "
+            f"path {path:8.0f}/s = {path / seed_speed:5.1f}x at {success:.0%} success",
+            flush=True,
+        )
+
+
+def _path_speed(trials: IncrementalTrials, n_params: int, seconds: float) -> tuple[float, float]:
+    """Return trials per second and the share that succeeded, over a run of about `seconds`."""
+    done, accepted, started, round_ = 0, 0, time.perf_counter(), 0
+    config = EndToEndTrainConfig(trials=500, step_final=0.01)
+    while time.perf_counter() - started < seconds:
+        round_ += 1
+        accepted += descend(trials, *draw_trials(config, round_, n_params, "fixed"))[1]
+        done += config.trials
+    return done / (time.perf_counter() - started), accepted / done
+
+
+def recover(count: int) -> None:
+    """Recover random trees of one variable from 10 samples: by search, and by training."""
+    x = {"x": torch.linspace(0.3, 1.7, 10, dtype=torch.float64)}
+    for depth in (2, 3, 4, 5, 6):
+        targets = _random_targets(depth, count, x)
+        started = time.perf_counter()
+        found = sum(search_tree(x, value, depth).tree is not None for value in targets)
+        each = (time.perf_counter() - started) / count
+        print(f"search    depth {depth}: {found}/{count}  {each:.2f} s each", flush=True)
+    for depth in (2, 3, 4, 5):
+        targets = _random_targets(depth, count, x)
+        started, found = time.perf_counter(), 0
+        for value in targets:
+            # Up to 4 batches of 256 restarts; the first that fits ends the search.
+            found += any(
+                train_master_formula(x, value, depth, steps=200, seed=seed).tree is not None
+                for seed in range(4)
+            )
+        each = (time.perf_counter() - started) / count
+        print(f"training  depth {depth}: {found}/{count}  {each:.2f} s each", flush=True)
+
+
+def _random_targets(depth: int, count: int, x: dict[str, Tensor]) -> list[Tensor]:
+    """Draw values of random trees of exactly this depth, finite, moderate and not constant."""
+    generator = torch.Generator().manual_seed(depth)
+
+    def grow(levels: int) -> Tree:
+        if levels == 0:
+            return ONE if torch.rand(1, generator=generator) < 0.5 else leaf("x")
+        other = int(torch.randint(levels, (1,), generator=generator))
+        left, right = grow(levels - 1), grow(other)
+        swap = bool(torch.rand(1, generator=generator) < 0.5)
+        return node(right, left) if swap else node(left, right)
+
+    values: list[Tensor] = []
+    while len(values) < count:
+        value = evaluate(grow(depth), x)
+        if bool((value.abs() < 1e4).all()) and float(value.real.std()) > 1e-3:
+            values.append(value)
+    return values
+
+
+def peers(evaluations: int) -> None:
+    """Fit 329 parameters on the mean task at (8, 4, 4) with equal numbers of evaluations."""
+    x, y = draw(position_mean, 128, 4, 8, 0)
+    fresh_x, fresh_y = draw(position_mean, 1000, 4, 8, 10**6)
+    n = ModuleObjective(Output(build(8, 4, 1, 0)), torch.sum, x).start.shape[1]
+    ours: dict[str, Optimizer] = {
+        "Gauss-Newton": GaussNewton(n),
+        "block descent": BlockDescent(n),
+        "coordinate descent": CoordinateDescent(evaluations),
+        "pattern search": PatternSearch(),
+        "antithetic ES": AntitheticES(steps=evaluations // 64),
+        "SPSA with Adam": Spsa(pairs=8, lr=0.01, adam=True),
+        "separable CMA": SeparableCma(),
+    }
+    print(f"{n} parameters, {evaluations} evaluations, 128 samples; held-out R2")
+
+    def report(name: str, layer: EmlAttention, started: float) -> None:
+        with torch.no_grad():
+            score = r_squared(layer(fresh_x).y, fresh_y)
+        print(f"{name:24} {score:8.4f}  {time.perf_counter() - started:6.1f} s", flush=True)
+
+    for name, optimizer in ours.items():
+        layer, started = build(8, 4, 1, 0), time.perf_counter()
+
+        def criterion(output: Tensor, squares: bool = name != "Gauss-Newton") -> Tensor:
+            return (output - y).square().mean() if squares else (output - y).flatten()
+
+        objective = ModuleObjective(Output(layer), criterion, x, batch_size=32)
+        result = minimize(objective, optimizer, objective.start, evaluations=evaluations)
+        objective.assign(result.x[0])
+        report(name, layer, started)
+    layer, started = build(8, 4, 1, 0), time.perf_counter()
+    adam = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    for _ in range(evaluations // 3):  # a backward pass counts as two evaluations
+        loss = (layer(x).y - y).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    report("Adam (with gradients)", layer, started)
+    _foreign_peers(x, y, evaluations, report)
+
+
+def _foreign_peers(
+    x: Tensor, y: Tensor, evaluations: int, report: Callable[[str, EmlAttention, float], None]
+) -> None:
+    def prepared() -> tuple[EmlAttention, ModuleObjective, Callable[[np.ndarray], float]]:
+        layer = build(8, 4, 1, 0)
+        objective = ModuleObjective(Output(layer), lambda out: (out - y).square().mean(), x)
+
+        def loss(point: np.ndarray) -> float:
+            return float(objective(torch.from_numpy(point).float()[None, None]))
+
+        return layer, objective, loss
+
+    if importlib.util.find_spec("cma") is None:
+        print("cma: not installed; `pip install cma` to compare with it")
+    else:
+        import cma  # pyright: ignore[reportMissingImports]
+
+        layer, objective, loss = prepared()
+        started = time.perf_counter()
+        options = {"maxfevals": evaluations, "verbose": -9, "seed": 1}
+        best = cma.fmin2(loss, objective.start[0].numpy().astype(float), 0.1, options)[0]
+        objective.assign(torch.from_numpy(best).float())
+        report("cma", layer, started)
+    if importlib.util.find_spec("nevergrad") is None:
+        print("nevergrad: not installed; `pip install nevergrad` to compare with it")
+        return
+    import nevergrad  # pyright: ignore[reportMissingImports]
+
+    for name in ("CMA", "DE"):
+        layer, objective, loss = prepared()
+        started = time.perf_counter()
+        space = nevergrad.p.Array(init=objective.start[0].numpy().astype(float))
+        optimizer = nevergrad.optimizers.registry[name](space, budget=evaluations)
+        best = optimizer.minimize(loss).value
+        objective.assign(torch.from_numpy(best).float())
+        report(f"nevergrad {name}", layer, started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure EML attention.")
+    parser.add_argument("what", choices=["speed", "learn", "recover", "peers"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5, help="learn: runs per task")
+    parser.add_argument("--seconds", type=float, default=5.0, help="speed: per size")
+    parser.add_argument("--count", type=int, default=20, help="recover: targets per depth")
+    parser.add_argument("--evaluations", type=int, default=4000, help="peers: per optimiser")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "speed":
+        speed(arguments.seconds)
+    elif arguments.what == "learn":
+        learn(arguments.seeds)
+    elif arguments.what == "recover":
+        recover(arguments.count)
+    else:
+        peers(arguments.evaluations)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the parent imports no torch: a child's ru_maxrss starts from its parent's
-    import torch
     from torch import Tensor, nn
 
 VOCAB, D_MODEL, LAYERS = 256, 256, 4
@@ -248,7 +247,8 @@ def work(args: argparse.Namespace) -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if "mamba" in (args.check or args.measure) and importlib.util.find_spec("mambapy") is None:
+    needed = (args.check or args.measure) in ("mamba", "mambapy")
+    if needed and importlib.util.find_spec("mambapy") is None:
         sys.exit(MISSING)
     if args.check:
         check(args.check, args)

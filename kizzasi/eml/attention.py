@@ -1,4 +1,4 @@
-"""EML attention proper: any length, heads, masks; every projection ends in a chain of EML operators.
+"""EML attention proper: any length, heads, masks; every projection ends in EML operators.
 
     b, t, s, d   batch, queries, keys, d_model
     h, r         heads, head_dim

@@ -15,7 +15,9 @@ from torch import Tensor
 from kizzasi.eml.optimizers import _noise, _require, _usable
 
 
-def _keep_best(x: Tensor, best: Tensor, candidates: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_best(
+    x: Tensor, best: Tensor, candidates: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor]:
     low, where = losses.min(1)
     better = low < best
     chosen = candidates[torch.arange(len(low), device=low.device), where]

@@ -251,15 +251,17 @@ def _compile(at: ast.expr, text: str) -> Tree:
         return negate(inner) if isinstance(at.op, ast.USub) else inner
     if isinstance(at, ast.BinOp) and type(at.op) in _BINARY:
         left, right = _compile(at.left, text), _compile(at.right, text)
-        whole = isinstance(at.right, ast.Constant) and isinstance(at.right.value, int)
-        if isinstance(at.op, ast.Pow) and whole and 1 <= at.right.value <= _MAX_POWER:
-            return min(power(left, right), _whole_power(left, at.right.value), key=lambda t: t.size)
-        if isinstance(at.op, ast.Pow) and left is _E:
+        exponent = at.right.value if isinstance(at.right, ast.Constant) else None
+        is_power = isinstance(at.op, ast.Pow)
+        if is_power and isinstance(exponent, int) and 1 <= exponent <= _MAX_POWER:
+            return min(power(left, right), _whole_power(left, exponent), key=lambda t: t.size)
+        if is_power and left is _E:
             return exp_of(right)
         return _BINARY[type(at.op)](left, right)
-    known = isinstance(at, ast.Call) and isinstance(at.func, ast.Name) and at.func.id in _UNARY
-    if known and len(at.args) == 1 and not at.keywords:
-        return _UNARY[at.func.id](_compile(at.args[0], text))
+    if isinstance(at, ast.Call) and isinstance(at.func, ast.Name):
+        function = _UNARY.get(at.func.id)
+        if function is not None and len(at.args) == 1 and not at.keywords:
+            return function(_compile(at.args[0], text))
     raise SpecError(
         f"{ast.unparse(at)!r} in {text!r} cannot be compiled; "
         f"use + - * / ^, {', '.join(_UNARY)}, numbers, e and variables"

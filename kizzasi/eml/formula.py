@@ -213,7 +213,7 @@ def _mend(
 
 
 class TreeSet:
-    """Every EML tree up to some depth, with its values on the samples; duplicates by value fall out.
+    """Every EML tree up to some depth with its values on the samples, equal values once.
 
     Args:
         variables: name to (S) samples, as complex128 rows of `values` in the same order.

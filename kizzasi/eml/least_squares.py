@@ -22,7 +22,7 @@ from kizzasi.eml.optimizers import sweep_block
 
 
 class GaussNewtonState(NamedTuple):
-    """x (R, n), best (R), r (R, m), damping (R), moves (R, P, n) or None while probing, at, seed."""
+    """x (R, n), best (R), r (R, m), damping (R), moves (R, P, n), None while probing; at, seed."""
 
     x: Tensor
     best: Tensor

@@ -30,15 +30,15 @@ _MARGIN = 1e-12
 class Optimizer(Protocol):
     """What `minimize` needs. States are NamedTuples with at least `x` and `best`."""
 
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> Any:
+    def init(self, x: Tensor, loss: Tensor, /, seed: int) -> Any:
         """Start from points (R, n) whose losses (R) are known."""
         ...
 
-    def ask(self, state: Any) -> Tensor:
+    def ask(self, state: Any, /) -> Tensor:
         """Return (R, P, n) candidates; P = 0 ends the search."""
         ...
 
-    def tell(self, state: Any, candidates: Tensor, losses: Tensor) -> Any:
+    def tell(self, state: Any, candidates: Tensor, losses: Tensor, /) -> Any:
         """Return the state after the candidates' losses (R, P); nan and inf count as bad."""
         ...
 
@@ -59,9 +59,12 @@ def hashed_uniform(seed: int, *counters: Tensor) -> Tensor:
 
 
 def hashed_normal(seed: int, *counters: Tensor) -> Tensor:
-    """Return float64 standard normal numbers (Box-Muller), one per combination of counters."""
+    """Return standard normal numbers (Box-Muller), one per combination of counters.
+
+    They are rounded to float32, where the last bits of logarithm and cosine do not show.
+    """
     radius = torch.sqrt(-2.0 * torch.log1p(-hashed_uniform(seed, *counters)))
-    return radius * torch.cos(2.0 * math.pi * hashed_uniform(seed + 1, *counters))
+    return (radius * torch.cos(2.0 * math.pi * hashed_uniform(seed + 1, *counters))).float()
 
 
 def _noise(seed: int, step: int, count: int, x: Tensor) -> Tensor:
@@ -139,7 +142,8 @@ class CoordinateDescent:
             torch.arange(self.block, device=x.device),
         )
         index = (hashed_uniform(state.seed, *keys) * n).long()
-        step = self.step_init * (self.step_final / self.step_init) ** (trial / self.trials)
+        step = self.step_init * (self.step_final / self.step_init) ** (trial.double() / self.trials)
+        step = step.float().double()  # powers differ in the last bit between batch sizes
         change = (2 * hashed_uniform(state.seed + 1, *keys) - 1) * step[..., None]
         candidates = x[:, None].repeat(1, batch, 1)
         return candidates.scatter_add_(2, index, change.to(x.dtype))

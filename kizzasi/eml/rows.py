@@ -38,7 +38,8 @@ class OutputRows:
         weight, bias, chain = points.split(self.sizes, -1)
         z = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), self.features.T)
         chain = chain.flatten(0, 1).unflatten(-1, (-1, 3))[:, None]
-        residuals = torch.cat([soft_chain(*each) for each in zip(z.split(256), chain.split(256))])
+        pairs = zip(z.split(256), chain.split(256), strict=True)
+        residuals = torch.cat([soft_chain(*pair) for pair in pairs])
         return residuals.unflatten(0, points.shape[:2]).sub_(self.targets[:, None])
 
     @torch.no_grad()

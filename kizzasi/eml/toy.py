@@ -141,28 +141,30 @@ class ToyEmlAttention(nn.Module):
         if not 3 <= depth <= 5:
             raise SpecError(f"depth is {depth}; it must be in 3..=5")
         _check_limits(d_model, d_k, seq_len)
-        self.name, self.rng = name, rng
+        self.name = name
+        self.rng: Rng = rng
         self.d_model, self.d_k, self.seq_len = d_model, d_k, seq_len
         n_in, n_out = seq_len * d_model, seq_len * d_k
         self.q_model, self.k_model, self.v_model = (SafeTree(depth, n_in, n_out) for _ in range(3))
         self.softmax_model = SafeTree(min(depth, 4), seq_len, seq_len)
         self.out_model = SafeTree(depth, n_out, n_in)
-        _initialise(self._trees(), Lcg(_EML_SEED ^ d_model, rng))
+        _initialise(self.trees(), Lcg(_EML_SEED ^ d_model, rng))
         self.trained, self.tree_softmax = False, False
         self.training_rounds, self.last_accepts = 0, 0
         self.samples = _Samples(n_in)
         self.events: list[Event] = []
 
-    def _trees(self) -> list[SafeTree]:
+    def trees(self) -> list[SafeTree]:
+        """Return the trees in the order of their parameters."""
         return [getattr(self, name) for name in self.MODELS]
 
     def _attention(self) -> FlatAttention:
-        q, k, v, softmax, out = self._trees()
+        q, k, v, softmax, out = self.trees()
         return FlatAttention(q, k, v, out, self.seq_len, softmax if self.tree_softmax else None)
 
     @property
     def param_count(self) -> int:
-        return sum(tree.param_count for tree in self._trees())
+        return sum(tree.param_count for tree in self.trees())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (seq * d_model) or (batch, seq * d_model) to the same shape.
@@ -195,7 +197,7 @@ class ToyEmlAttention(nn.Module):
         """
         config = config or EndToEndTrainConfig()
         self.training_rounds += 1
-        parameters: list[Tensor] = [tree.params for tree in self._trees()]
+        parameters: list[Tensor] = [tree.params for tree in self.trees()]
         outcome = self.samples.train(
             self._attention(), parameters, config, self.training_rounds, self.rng, batch
         )
@@ -316,25 +318,27 @@ class BaselineAttention(nn.Module):
     def __init__(self, name: str, d_model: int, d_k: int, seq_len: int, rng: Rng = "fixed") -> None:
         super().__init__()
         _check_limits(d_model, d_k, seq_len)
-        self.name, self.rng = name, rng
+        self.name = name
+        self.rng: Rng = rng
         self.d_model, self.d_k, self.seq_len = d_model, d_k, seq_len
         n_in, n_out = seq_len * d_model, seq_len * d_k
         self.q, self.k, self.v = (SafeTree(0, n_in, n_out) for _ in range(3))
         self.out = SafeTree(0, n_out, n_in)
-        _initialise(self._trees(), Lcg(_AFFINE_SEED ^ d_model, rng))
+        _initialise(self.trees(), Lcg(_AFFINE_SEED ^ d_model, rng))
         self.trained = False
         self.training_rounds, self.last_accepts = 0, 0
         self.samples = _Samples(n_in)
 
-    def _trees(self) -> list[SafeTree]:
+    def trees(self) -> list[SafeTree]:
+        """Return the trees in the order of their parameters."""
         return [self.q, self.k, self.v, self.out]
 
     def _attention(self) -> FlatAttention:
-        return FlatAttention(*self._trees(), self.seq_len)
+        return FlatAttention(self.q, self.k, self.v, self.out, self.seq_len)
 
     @property
     def param_count(self) -> int:
-        return sum(tree.param_count for tree in self._trees())
+        return sum(tree.param_count for tree in self.trees())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (seq * d_model) or (batch, seq * d_model) to the same shape."""
@@ -351,7 +355,7 @@ class BaselineAttention(nn.Module):
         """Run one round of coordinate descent; see `ToyEmlAttention.train_end_to_end`."""
         config = config or EndToEndTrainConfig()
         self.training_rounds += 1
-        parameters: list[Tensor] = [tree.params for tree in self._trees()]
+        parameters: list[Tensor] = [tree.params for tree in self.trees()]
         outcome = self.samples.train(
             self._attention(), parameters, config, self.training_rounds, self.rng, batch
         )
@@ -381,7 +385,8 @@ class BaselineAttention(nn.Module):
         required |= {"scale", "trained", "training_rounds"}
         if set(fields) != required:
             raise CheckpointError(f"keys are {sorted(fields)}; they must be {sorted(required)}")
-        model = cls(fields["name"], *(fields[key] for key in ("d_model", "d_k", "seq_len")), rng)
+        d_model, d_k, seq_len = (fields[key] for key in ("d_model", "d_k", "seq_len"))
+        model = cls(fields["name"], d_model, d_k, seq_len, rng)
         for name in cls.LAYERS:
             tree, expected = tree_from_dict(fields[name], depth=0), getattr(model, name)
             if tree.extra_repr() != expected.extra_repr():

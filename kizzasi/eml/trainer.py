@@ -119,8 +119,8 @@ def minimize(
             overshoot.
         seed: of every random number.
         target: stop once every problem's loss is at or below it.
-        patience: stop after this many steps in which the mean best loss fell by less than the
-            fraction min_improvement; None never does.
+        patience: stop after this many steps in which the mean best loss fell by no more than
+            the fraction min_improvement; None never does.
         progress: show a bar.
         resume: what an earlier call returned.
     """
@@ -150,4 +150,4 @@ def _stalled(history: list[tuple[int, float]], patience: int, fraction: float) -
     if len(history) <= patience:
         return False
     before, now = history[-1 - patience][1], history[-1][1]
-    return before - now < fraction * abs(before)
+    return before - now <= fraction * abs(before)

@@ -7,6 +7,7 @@ width that comes nearest to a parameter budget: the unsearched architecture that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from kizzasi.errors import SpecError
@@ -46,30 +47,39 @@ def mamba_2_8b() -> ModelSpec:
     return mamba(2560, 64)
 
 
-def rwkv7(d_model: int, n_layers: int, vocab_size: int = 65536, head_dim: int = 64) -> ModelSpec:
+def rwkv7(
+    d_model: int,
+    n_layers: int,
+    vocab_size: int = 65536,
+    head_dim: int = 64,
+    ranks: tuple[int, int, int, int] | None = None,
+) -> ModelSpec:
     """RWKV-7 "Goose": heads of 64, channel mix of 4 d_model, LayerNorms, embeddings normalised.
+
+    `ranks` are those of decay, in-context rate, value and gate; None leaves the mixer's own rule.
 
     Source: Peng et al. 2025, arXiv:2503.14456, table 2.
     """
-    block = BlockSpec(RWKV7Spec(head_dim=head_dim), RWKVChannelSpec(), norm="layer")
-    blocks = (block,) * n_layers
+    decay, a, v, gate = ranks or (None,) * 4
+    mixer = RWKV7Spec(head_dim=head_dim, decay_rank=decay, a_rank=a, v_rank=v, gate_rank=gate)
+    blocks = (BlockSpec(mixer, RWKVChannelSpec(), norm="layer"),) * n_layers
     return ModelSpec(d_model, blocks, Tokens(vocab_size), norm="layer", embed_norm=True)
 
 
 def rwkv7_191m() -> ModelSpec:
-    return rwkv7(768, 12)
+    return rwkv7(768, 12, ranks=(64, 64, 32, 128))
 
 
 def rwkv7_450m() -> ModelSpec:
-    return rwkv7(1024, 24)
+    return rwkv7(1024, 24, ranks=(64, 64, 32, 128))
 
 
 def rwkv7_1_5b() -> ModelSpec:
-    return rwkv7(2048, 24)
+    return rwkv7(2048, 24, ranks=(96, 96, 64, 256))
 
 
 def rwkv7_2_9b() -> ModelSpec:
-    return rwkv7(2560, 32)
+    return rwkv7(2560, 32, ranks=(96, 96, 64, 320))
 
 
 def llama(
@@ -113,26 +123,28 @@ def s4d(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:
 
 def _small_llama(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:
     heads = d_model // 16
-    hidden = SwiGLUSpec().hidden_width(d_model)
+    hidden = SwiGLUSpec().width(d_model)
     return llama(d_model, n_layers, heads, heads, hidden, vocab_size)
 
 
-# Small models: heads of 16 and one layer per 32 of width, as deep for their width as the published.
+# Small models have heads of 16.
 SMALL: dict[str, Callable[[int, int, int], ModelSpec]] = {
     "mamba": mamba,
     "rwkv": lambda d_model, n_layers, vocab_size: rwkv7(d_model, n_layers, vocab_size, 16),
     "s4": s4d,
     "transformer": _small_llama,
 }
-SMALL_WIDTH_STEP = 16
-SMALL_DEPTHS = range(2, 13)
+WIDTH_STEP = 16
+USUAL_ASPECT = 32  # d_model per layer: that of mamba_130m, and near that of gpt2's 64
+CLOSE = 0.15
 
 
 def at_size(family: str, n_params: int, *, vocab_size: int) -> ModelSpec:
-    """The family's usual proportions at a parameter budget.
+    """The family's usual shape at a parameter budget.
 
-    Widths are multiples of 16; among depths of 2 to 12 layers the one nearest to width / 32 is
-    taken, then the width nearest to the budget.
+    For each depth of 2 to 12 layers the width (a multiple of 16) nearest to the budget is found.
+    Of the shapes within 15 % of the budget the one nearest to 32 channels per layer is taken; if
+    there is none, the shape nearest to the budget.
 
     Args:
         family: "mamba", "rwkv", "s4" or "transformer".
@@ -144,16 +156,25 @@ def at_size(family: str, n_params: int, *, vocab_size: int) -> ModelSpec:
     """
     if family not in SMALL:
         raise SpecError(f"family: {family!r} {unknown_name(family, SMALL)}")
-    best: tuple[float, ModelSpec] | None = None
-    for n_layers in SMALL_DEPTHS:
-        d_model = 32 * n_layers
-        for width in (d_model - SMALL_WIDTH_STEP, d_model):
-            spec = SMALL[family](width, n_layers, vocab_size)
-            miss = abs(spec.cost(1).params / n_params - 1)
-            if best is None or miss < best[0]:
-                best = miss, spec
-    assert best is not None
-    if best[0] > 1:
-        smallest = SMALL[family](16, 2, vocab_size).cost(1).params
+
+    def made(steps: int, n_layers: int) -> tuple[int, ModelSpec]:
+        spec = SMALL[family](steps * WIDTH_STEP, n_layers, vocab_size)
+        return spec.cost(1).params, spec
+
+    shapes: list[tuple[float, float, ModelSpec]] = []
+    for n_layers in range(2, 13):
+        low, high = 1, 2
+        while made(high, n_layers)[0] < n_params:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if made(middle, n_layers)[0] < n_params else (low, middle)
+        for params, spec in (made(low, n_layers), made(high, n_layers)):
+            aspect = abs(math.log(spec.d_model / n_layers / USUAL_ASPECT))
+            shapes.append((abs(params / n_params - 1), aspect, spec))
+    miss, _, nearest = min(shapes, key=lambda shape: shape[0])
+    if miss > 1:
+        smallest = made(1, 2)[0]
         raise SpecError(f"n_params: {n_params} is too few for {family}; give at least {smallest}")
-    return best[1]
+    close = [shape for shape in shapes if shape[0] <= CLOSE]
+    return min(close, key=lambda shape: shape[1])[2] if close else nearest

@@ -49,12 +49,19 @@ class Job:
 
 
 class Executor(Protocol):
-    """Runs jobs that do not depend on each other and yields each result as it is there."""
+    """Runs jobs that do not depend on each other and yields each result as it is there.
+
+    A context manager: leaving it stops what is still running.
+    """
 
     @property
     def evaluator(self) -> MicroTrain: ...
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]: ...
+
+    def __enter__(self) -> Executor: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 class Interrupted(BaseException):
@@ -75,18 +82,23 @@ def run_job(evaluator: MicroTrain, job: Job, on_step: Any) -> Measurement:
         return Measurement(None, 0, 0.0, None, (), traceback.format_exc(limit=8))
 
 
-@dataclass(frozen=True)
 class InProcess:
     """One job after the other, here: for CUDA, debugging and small machines."""
 
-    evaluator: MicroTrain
+    def __init__(self, evaluator: MicroTrain) -> None:
+        self.evaluator = evaluator
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
         for job in jobs:
             yield job, run_job(self.evaluator, job, bar.update)
 
+    def __enter__(self) -> InProcess:
+        return self
 
-@dataclass(frozen=True)
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 class Processes:
     """A pool of worker processes on the CPU; results do not depend on their number.
 
@@ -96,26 +108,27 @@ class Processes:
         n_threads: torch threads of each.
     """
 
-    evaluator: MicroTrain
-    n_workers: int
-    n_threads: int = 1
-
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
-        """Yield results as they come. On Ctrl-C the workers stop at their next step."""
+    def __init__(self, evaluator: MicroTrain, n_workers: int, n_threads: int = 1) -> None:
+        self.evaluator = evaluator
         context = multiprocessing.get_context("spawn")
-        tokens, stop = context.Value("q", 0), context.Event()
-        pool = ProcessPoolExecutor(
-            min(self.n_workers, len(jobs)) or 1,
+        self.tokens, self.stop = context.Value("q", 0), context.Event()
+        self.pool = ProcessPoolExecutor(
+            n_workers,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(self.evaluator, self.n_threads, tokens, stop),
+            initargs=(evaluator, n_threads, self.tokens, self.stop),
         )
+
+    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+        """Yield results as they come; the bar follows every step of every worker."""
+        shown = self.tokens.value
         try:
-            waiting: dict[Future[Measurement], Job] = {pool.submit(_work, j): j for j in jobs}
-            shown = 0
+            waiting: dict[Future[Measurement], Job] = {
+                self.pool.submit(_work, job): job for job in jobs
+            }
             while waiting:
                 finished, _ = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                trained: int = tokens.value
+                trained: int = self.tokens.value
                 bar.update(trained - shown)
                 shown = trained
                 for future in finished:
@@ -124,9 +137,14 @@ class Processes:
             raise StudyError(
                 "a worker process died (out of memory?); use fewer --workers and --resume"
             ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """After Ctrl-C the workers stop at their next step; nothing finished is lost."""
+        self.stop.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker: dict[str, Any] = {}

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from kizzasi.errors import SpecError, StudyError
@@ -128,12 +127,14 @@ class Search:
         corpus = load_corpus(self.config.data)
         if (self.folder / "journal.jsonl").exists() and not resume:
             raise StudyError(f"{self.folder}: holds a run already; use --resume or another name")
-        with Journal(self.folder / "journal.jsonl") as journal:
-            total = self._tokens_at_most()
-            with tqdm(total=total, unit="tok", unit_scale=True, desc="search") as bar:
-                study = Study(self.folder, journal, self._executor(corpus), bar)
-                self._begin(study, corpus)
-                self._run(study, corpus)
+        with (
+            Journal(self.folder / "journal.jsonl") as journal,
+            self._executor(corpus) as executor,
+            tqdm(total=self._tokens_at_most(), unit="tok", unit_scale=True, desc="search") as bar,
+        ):
+            study = Study(self.folder, journal, executor, bar)
+            self._begin(study, corpus)
+            self._run(study)
             write_report(self.folder, study.events)
         return study.events
 
@@ -169,10 +170,10 @@ class Search:
             given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
             raise StudyError(f"{self.folder}: cannot resume another search; {given:.300}")
 
-    def _run(self, study: Study, corpus: ByteCorpus) -> None:
+    def _run(self, study: Study) -> None:
         config = self.config
         entries = [self._entered(study, entry) for entry in self._entries()]
-        lrs = {family: self._sweep(study, entries, family) for family in _families(entries)}
+        lrs = self._sweep(study, entries)
 
         def trial(entry: Entry, rung: int) -> Trial:
             tokens, horizon = config.rungs[rung], config.rungs[-1]
@@ -291,24 +292,25 @@ class Search:
             )
         return list(inside.values()), list(outside.values())
 
-    def _sweep(self, study: Study, entries: list[Entry], family: str) -> float:
-        """The family's best learning rate at the lowest budget, on its first entry."""
+    def _sweep(self, study: Study, entries: list[Entry]) -> dict[str, float]:
+        """Each family's best learning rate at the lowest budget, on its first entry."""
         config = self.config
-        entry = next(e for e in entries if e.family == family)
-
-        def sweep() -> dict[str, Any]:
-            trials = {
-                lr: Trial(entry, "0", config.seed, lr, config.rungs[0], config.rungs[-1])
-                for lr in config.lrs
-            }
-            results = study.run(list(trials.values()))
-            scores = {lr: score_of(results[trial.id]) for lr, trial in trials.items()}
-            best = min(scores, key=scores.__getitem__)
-            study.forget([trial for lr, trial in trials.items() if lr != best])
+        first = {e.family: e for e in reversed(entries)}
+        trials = {
+            (family, lr): Trial(entry, "0", config.seed, lr, config.rungs[0], config.rungs[-1])
+            for family, entry in first.items()
+            for lr in config.lrs
+        }
+        results = study.run(list(trials.values()))
+        lrs = {}
+        for family, entry in first.items():
+            scores = {lr: score_of(results[trials[family, lr].id]) for lr in config.lrs}
+            lrs[family] = best = min(scores, key=scores.__getitem__)
+            study.forget([trials[family, lr] for lr in config.lrs if lr != best])
             named = {f"{lr:g}": None if s == float("inf") else s for lr, s in scores.items()}
-            return {"candidate": entry.id, "scores": named, "lr": best}
-
-        return study.once("lr", sweep, family=family)["lr"]
+            found = {"candidate": entry.id, "scores": named, "lr": best}
+            study.once("lr", lambda found=found: found, family=family)
+        return lrs
 
     def _tokens_at_most(self) -> int:
         """What the bar counts to: an upper bound, since failed trials stop early."""
@@ -321,10 +323,6 @@ class Search:
             total += n * (tokens - before)
             before, n = tokens, max(2, round(config.keep * n)) + 1
         return total + 2 * config.final_seeds * config.final_tokens
-
-
-def _families(entries: list[Entry]) -> list[str]:
-    return list(dict.fromkeys(e.family for e in entries))
 
 
 def _entry(

@@ -2,13 +2,14 @@
 
 Events of a run, one JSON object per line of journal.jsonl:
 
-| event | fields |
-|---|---|
-| study | config, corpus {name, digest, n_bytes, n_held_out, repeated}, baselines {name: bits/byte} |
-| candidate | id, group ("proxy", "random" or "preset"), name, family, spec, proxy, params, estimated_params, state_bytes |
-| lr | family, candidate, scores {lr: bits/byte or null}, lr |
-| trial | id, candidate, rung, seed, lr, tokens, bits_per_byte, seconds, tokens_per_second, curve, failure |
-| result | winner, winner_trials, preset, preset_trials (ids), ranking (candidate ids, best first) |
+study      config, corpus {name, digest, n_bytes, n_held_out, repeated}, baselines {name: bits/byte}
+candidate  id, group ("preset", "proxy", "random" or "outside" the band), name, family, spec, proxy,
+           params, estimated_params, state_bytes
+lr         family, candidate, scores {lr: bits/byte or null}, lr
+trial      id, candidate, rung ("0", "1", ... or "final"), seed, lr, tokens, bits_per_byte, seconds,
+           tokens_per_second, curve, failure
+result     winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
+           (candidate ids, best first)
 """
 
 from __future__ import annotations

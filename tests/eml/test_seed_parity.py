@@ -84,7 +84,7 @@ def test_published_comparison():
 
 
 def test_repaired_numbers_learn():
-    result = run_benchmark_with_trials(4, 2, 2, 3, 4000)
+    result = run_benchmark_with_trials(4, 2, 2, 3, 2500)
     assert result.phase2_converged
     assert result.phase2_mse_reduction > 0.9
 

@@ -69,9 +69,7 @@ def test_low_precision_is_rotated_in_float32():
 def test_ntk_stretches_the_slowest_pair_by_the_factor():
     n, theta, factor = 16, 10000.0, 4.0
     plain = rope_frequencies(n, theta, device=CPU, dtype=torch.float64)
-    stretched = rope_frequencies(
-        n, ntk_theta(theta, factor, n), device=CPU, dtype=torch.float64
-    )
+    stretched = rope_frequencies(n, ntk_theta(theta, factor, n), device=CPU, dtype=torch.float64)
     assert_close(plain[-1] / stretched[-1], torch.tensor(factor, dtype=torch.float64))
     assert_close(plain[0], stretched[0])
 

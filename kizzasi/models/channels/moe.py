@@ -109,6 +109,9 @@ class MoESpec(ChannelSpec):
         rule = "only the router noisy_top_k estimates its load; use balance_weight"
         noisy = self.router.kind == "noisy_top_k"
         require(noisy or self.load_weight == 0, join(path, "load_weight"), rule)
+        rule = "expert choice fills a fixed number of seats; leave it at 0"
+        limited = self.causal or self.capacity_factor == 0
+        require(limited, join(path, "capacity_factor"), rule)
         rule = "there is no shared expert to gate; set shared_hidden"
         require(not self.shared_gate or self.shared_hidden > 0, join(path, "shared_gate"), rule)
         self._check_experts(d_model, path)
@@ -255,7 +258,7 @@ class MoE(Mixer):
         routing = self.gate(x, real)
         to = routing.to
         if self.training and spec.capacity_factor:
-            to = ops.drop_over_capacity(to, t, n_choices, spec.capacity_factor, spec.top_k)
+            to = ops.drop_over_capacity(to, t, n_choices, spec.capacity_factor)
         y = self._mix(x.flatten(0, 1), to).unflatten(0, (b, t))
         if self.shared_expert is not None:
             extra = self.shared_expert(x).y
@@ -291,13 +294,12 @@ class MoE(Mixer):
         return partial(self._listeners.remove, hear)
 
     def _mix(self, x: Tensor, to: Assignments) -> Tensor:
-        weights, backend = self._swiglu_weights(), self.backend
-        if backend == "reference":
-            backend = "masked"
+        weights = self._swiglu_weights()
+        stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
+        backend = "masked" if self.backend == "reference" else self.backend
         if backend == "torch":
-            stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
             backend = dispatch.choose_backend(x.device, x.dtype) if stackable else "sorted"
-        if weights is None:
+        if weights is None or (backend in ("grouped", "padded") and not stackable):
             y = dispatch.mix(x, to, [partial(_call, expert) for expert in self.experts], backend)
         else:
             y = dispatch.mix_swiglu(x, to, weights, backend)

@@ -112,6 +112,9 @@ class RopeScaling(Strict):
         return self.attention_factor or yarn_attention_factor(self.factor)
 
 
+UNSCALED = RopeScaling("linear", 1.0)
+
+
 @register
 @dataclass(frozen=True)
 class AttentionSpec(MixerSpec):
@@ -332,11 +335,10 @@ class Attention(Mixer):
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
     ) -> AttentionState:
-        cache = torch.zeros(
-            batch, self.spec.kv_heads, slots, self.head_dim, device=device, dtype=dtype
-        )
+        shape = (batch, self.spec.kv_heads, slots, self.head_dim)
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         position = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
-        return AttentionState(cache, cache, position, position.new_zeros(batch))
+        return AttentionState(k, v, position, position.new_zeros(batch))
 
     def _project(
         self, x: Tensor, position: Tensor, shared: Mapping[str, Tensor] | None
@@ -361,10 +363,7 @@ class Attention(Mixer):
 
     def _rope_tables(self, position: Tensor, dtype: torch.dtype) -> Tensor:
         n, theta = self.spec.rope_dims or self.head_dim, self.spec.rope_theta
-        scaling = self.spec.rope_scaling
-        if scaling is None:
-            frequencies = rope_frequencies(n, theta, device=position.device, dtype=dtype)
-            return rope_tables(position, frequencies)
+        scaling = self.spec.rope_scaling or UNSCALED
         frequencies = scaling.frequencies(n, theta, device=position.device, dtype=dtype)
         return rope_tables(position, frequencies, scaling.scale)
 
@@ -389,15 +388,12 @@ def _ring(k: Tensor, v: Tensor, last: Tensor, t: int, window: int) -> AttentionS
         k, v: (b, n_kv_heads, s, head_dim), the earlier ring if there is one, then t new slots.
         last: (b,) int64, last position of the open document; -1 if none is open.
     """
-    s = k.shape[2]
+    _, h, s, d = k.shape
     slot = torch.arange(window, device=k.device)
     age = (last[:, None] - slot) % window
-    source = torch.where(age < t, s - 1 - age, slot).clamp(max=s - 1)  # else where it was before
     position = (last[:, None] - age).clamp(min=-1)
-    alive, index = ((x[:, None, :, None]) for x in (position >= 0, source))
-
-    def lay(cache: Tensor) -> Tensor:
-        picked = cache.gather(2, index.expand(-1, cache.shape[1], -1, cache.shape[3]))
-        return picked.masked_fill(~alive, 0.0)
-
-    return AttentionState(lay(k), lay(v), position, last + 1)
+    source = torch.where(age < t, s - 1 - age, slot).clamp(max=s - 1)  # new, or where it was
+    index = source[:, None, :, None].expand(-1, h, -1, d)
+    dead = (position < 0)[:, None, :, None]
+    k, v = (cache.gather(2, index).masked_fill(dead, 0.0) for cache in (k, v))
+    return AttentionState(k, v, position, last + 1)

@@ -139,11 +139,11 @@ class Mamba(Mixer):
         reference = self.backend == "reference"
         conv = causal_conv1d_ref if reference else causal_conv1d
         scan = selective_scan_ref if reference else selective_scan
-        before = MambaState(None, None) if state is None else state  # pyright: ignore[reportArgumentType]
+        conv_state, ssm = (None, None) if state is None else state
         starts = None if segment_ids is None else document_starts(segment_ids)
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv_state = conv(u, *self._filter(), before.conv, starts, silu=True)
-        y, ssm = scan(u, *self._select(u), self.D, before.ssm, starts)
+        u, conv_state = conv(u, *self._filter(), conv_state, starts, silu=True)
+        y, ssm = scan(u, *self._select(u), self.D, ssm, starts)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
 
     def step(

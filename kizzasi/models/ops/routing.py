@@ -159,9 +159,7 @@ def hash_ids(x: Tensor, planes: Tensor, k: int, n_experts: int) -> Tensor:
     return (bucket[..., None] + torch.arange(k, device=x.device)) % n_experts
 
 
-def drop_over_capacity(
-    to: Assignments, length: int, n_experts: int, factor: float, k: int
-) -> Assignments:
+def drop_over_capacity(to: Assignments, length: int, n_experts: int, factor: float) -> Assignments:
     """Leave every expert at most ceil(factor * k * real tokens / e) jobs of each row.
 
     Args:
@@ -169,7 +167,6 @@ def drop_over_capacity(
         length: tokens per row, t.
         n_experts: e.
         factor: capacity factor; 1 is just enough at perfect balance.
-        k: choices per token.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, section 2.2.
     Differs: capacity is counted within a row, so that rows stay independent.

@@ -1,0 +1,139 @@
+"""Exact trees: the compiler against direct evaluation, known sizes, and recovery from samples."""
+
+import cmath
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kizzasi.eml.exact import ONE, compile_expression, evaluate, formula, leaf, node, verify
+from kizzasi.eml.formula import MasterFormula, search_tree, train_master_formula
+from kizzasi.errors import SpecError
+
+SIZES = {
+    "exp(x)": (3, 1), "ln(x)": (7, 3), "0": (7, 3), "x - y": (11, 4), "-x": (17, 6),
+    "x * y": (17, 8), "x / y": (17, 8), "x + y": (19, 8), "x ^ y": (25, 9), "1 / x": (17, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES.items())
+def test_compiled_sizes(text, size):
+    tree = compile_expression(text)
+    assert (tree.size, tree.depth) == size
+    assert str(tree).count("eml(") == (tree.size - 1) / 2
+    assert tree.distinct <= tree.size
+    assert verify(tree, text).ok
+
+
+@pytest.mark.parametrize("text", ["x + y", "x - y", "x * y", "x / y", "-x", "x^2", "exp(-x)"])
+def test_identities_hold_for_negative_numbers(text):
+    assert verify(compile_expression(text), text, -2.0, 2.0).ok
+
+
+FORMULAS = [
+    "exp(-x^2 / 2) / sqrt(2)", "(x - 1) / (x + 1)", "ln(x) / ln(y)", "x*y + y*z - 2.5",
+    "1 / (1 + exp(-x))", "e^x - 3", "sqrt(x^2 + y^2)", "x^3 - 7*x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_compiler(text):
+    check = verify(compile_expression(text), text)
+    assert check.ok, check
+
+
+EXPRESSIONS = st.recursive(
+    st.sampled_from(["x", "y", "1", "2"]),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]}{t[1]}{t[2]})"),
+        inner.map(lambda t: f"ln({t})"),
+        inner.map(lambda t: f"exp({t})"),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(EXPRESSIONS)
+def test_compiler_on_random_expressions(text):
+    """Points are generic, so neither side meets a pole; huge intermediates may lose digits."""
+    tree = compile_expression(text)
+    x = {"x": torch.tensor([0.7312]).double(), "y": torch.tensor([1.3391]).double()}
+    value = evaluate(tree, x)
+    scope = {"x": complex(x["x"]), "y": complex(x["y"]), "exp": cmath.exp, "ln": cmath.log}
+    try:
+        direct = eval(text, scope)
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return
+    if abs(direct) < 1e3 and abs(direct) > 1e-3 and abs(direct.imag) < 3:
+        assert abs(complex(value) - direct) < 1e-4 * (1 + abs(direct))
+
+
+@pytest.mark.parametrize("text", ["sin(x)", "x +", "x if y else z", "f.x", "exp(x, y)", "'a'"])
+def test_refused_expressions(text):
+    with pytest.raises(SpecError):
+        compile_expression(text)
+
+
+def test_trees_are_shared_and_need_their_variables():
+    x = leaf("x")
+    assert node(x, ONE) is node(leaf("x"), ONE)
+    assert compile_expression("exp(ln(x))") is x
+    assert formula(compile_expression("ln(x)")) == "ln(x)"
+    assert formula(node(node(x, ONE), x)) == "(exp(exp(x)) - ln(x))"
+    with pytest.raises(SpecError, match="'x' has no value"):
+        evaluate(x, {"y": torch.ones(1)})
+
+
+def random_tree(depth, generator):
+    if depth == 0:
+        return ONE if torch.rand(1, generator=generator) < 0.5 else leaf("x")
+    other = int(torch.randint(depth, (1,), generator=generator))
+    pair = random_tree(depth - 1, generator), random_tree(other, generator)
+    return node(*(pair if torch.rand(1, generator=generator) < 0.5 else pair[::-1]))
+
+
+SAMPLES = {"x": torch.linspace(0.3, 1.7, 10, dtype=torch.float64)}
+
+
+def targets(depth, count):
+    generator = torch.Generator().manual_seed(depth)
+    found = []
+    while len(found) < count:
+        tree = random_tree(depth, generator)
+        value = evaluate(tree, SAMPLES)
+        if (value.abs() < 1e4).all() and value.real.std() > 1e-3:
+            found.append((tree, value))
+    return found
+
+
+@pytest.mark.parametrize(("depth", "count"), [(2, 5), (3, 5)])
+def test_search_recovers_every_tree(depth, count):
+    for tree, value in targets(depth, count):
+        found = search_tree(SAMPLES, value, depth)
+        assert found.tree is not None
+        assert found.error <= 1e-8
+        assert found.tree.size <= 2 ** (depth + 1) - 1
+        other = {"x": torch.linspace(0.35, 1.6, 7, dtype=torch.float64)}
+        difference = (evaluate(found.tree, other) - evaluate(tree, other)).abs()
+        assert (difference <= 1e-6 * (1 + evaluate(tree, other).abs())).all()
+
+
+def test_search_of_two_variables_and_of_nothing():
+    samples = SAMPLES | {"y": torch.linspace(2.0, 0.4, 10, dtype=torch.float64).sqrt()}
+    tree = node(node(leaf("x"), leaf("y")), node(leaf("y"), ONE))
+    assert search_tree(samples, evaluate(tree, samples), 2).tree is tree
+    assert search_tree(SAMPLES, torch.sin(9 * SAMPLES["x"]), 3).tree is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_master_formula_size(depth):
+    assert MasterFormula(depth, ["x"], 2).parameter_count == 5 * 2**depth - 6
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_training_recovers_trees(depth):
+    for _, value in targets(depth, 1):
+        found = train_master_formula(SAMPLES, value, depth, restarts=48, steps=60)
+        assert found.tree is not None

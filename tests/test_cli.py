@@ -1,0 +1,149 @@
+"""The program: every verb on real input, and every bad input of a user: one line, exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kizzasi.cli import VERBS, main
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.channels import MLPSpec
+from kizzasi.models.mixers import AttentionSpec
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    block = BlockSpec(AttentionSpec(n_heads=2), MLPSpec())
+    ModelSpec(16, (block,), Tokens(256)).to_file(tmp_path / "spec.yaml")
+    return tmp_path / "spec.yaml"
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 200)
+    return tmp_path / "text"
+
+
+def output(capsys, *arguments) -> str:
+    assert main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [x for x in captured.err.splitlines() if x.startswith("kizzasi ")]
+    return line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_and_the_common_options(capsys, verb):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("example:", "--seed", "--device", "--json"))
+
+
+def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):
+    run = tmp_path / "run"
+    options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--out", run, "--json"]
+    trained = json.loads(output(capsys, "train", spec_file, "--steps", 60, *options))
+    assert trained["bits_per_byte"] < 5
+    assert trained["baselines"].keys() == {"unigram", "bigram", "xz"}
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors"]
+    longer = json.loads(output(capsys, "train", run, "--steps", 60, *options))
+    assert longer["bits_per_byte"] < trained["bits_per_byte"]
+    text = output(capsys, "generate", run, "--prompt", "the ", "--tokens", 12, "--temperature", 0)
+    assert text.startswith("the ")
+    made = json.loads(output(capsys, "generate", run, "--prompt", "fox", "--json"))
+    assert made["text"].startswith("fox")
+    assert made["tokens_per_second"] > 0
+    info = json.loads(output(capsys, "info", run, "--json"))
+    spec = ModelSpec.from_file(spec_file)
+    assert info["total"] == spec.cost(1024)._asdict()
+    assert "0 attention" in output(capsys, "info", spec_file)
+    assert spec.digest in output(capsys, "validate", spec_file)
+
+
+def test_an_interrupted_training_resumes(capsys, monkeypatch, tmp_path, spec_file, data):
+    from kizzasi.nas.microtrain import Training
+
+    options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--steps", 20, "--json"]
+    whole = json.loads(output(capsys, "train", spec_file, *options, "--out", tmp_path / "whole"))
+    real = Training._step
+
+    def stop_at_step_7(self, *batch):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return real(self, *batch)
+
+    command = ["train", spec_file, *options, "--out", tmp_path / "parts"]
+    monkeypatch.setattr(Training, "_step", stop_at_step_7)
+    assert main([str(c) for c in command]) == 130
+    assert "--resume continues" in capsys.readouterr().err
+    monkeypatch.setattr(Training, "_step", real)
+    assert "unfinished training; use --resume" in refusal(capsys, *command)
+    resumed = json.loads(output(capsys, *command, "--resume"))
+    assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+
+
+def test_search_prints_its_table(capsys, tmp_path, data):
+    command = ["search", "--data", data, "--out", tmp_path / "run", "--workers", 1]
+    command += ["--params", 30_000, "--band", 0.5, "--candidates", 4, "--best", 1, "--random", 1]
+    command += ["--outside", 0, "--rungs", 256, 512, "--tokens", 512, "--seq-len", 32]
+    command += ["--batch-size", 4]
+    text = output(capsys, *command)
+    assert "bits/byte" in text
+    assert "report.html" in text
+    result = json.loads(output(capsys, *command, "--resume", "--json"))
+    assert result["best"] == str(tmp_path / "run" / "best")
+    assert "holds a run already" in refusal(capsys, *command)
+
+
+def test_users_errors_are_one_line_with_path_and_remedy(capsys, tmp_path, spec_file, data):
+    def edited(name, **changes):
+        spec = ModelSpec.from_file(spec_file).to_dict()
+        (tmp_path / name).write_text(json.dumps({**spec, **changes}))
+        return tmp_path / name
+
+    misspelt = edited("a.json", d_modle=3)
+    assert "a.json: d_modle: unknown; did you mean d_model?" in refusal(capsys, "info", misspelt)
+    uneven = edited("b.json", d_model=15)
+    assert "blocks[0].mixer" in refusal(capsys, "validate", uneven)
+    huge = edited("c.json", d_model=4 * 10**5)
+    out = ["--out", tmp_path / "out"]
+    assert "parameters need" in refusal(capsys, "train", huge, "--data", data, *out)
+    small = edited("d.json", stem={"kind": "tokens", "vocab_size": 100})
+    assert "vocab_size=100" in refusal(capsys, "train", small, "--data", data, *out)
+    assert "nowhere" in refusal(capsys, "train", spec_file, "--data", tmp_path / "nowhere", *out)
+    (tmp_path / "empty").touch()
+    assert "empty" in refusal(capsys, "search", "--data", tmp_path / "empty", *out)
+    assert "no config.json" in refusal(capsys, "generate", tmp_path / "none")
+    assert "no.yaml" in refusal(capsys, "validate", tmp_path / "no.yaml")
+    (tmp_path / "file").touch()
+    blocked = ["--out", tmp_path / "file" / "run"]
+    assert "file" in refusal(capsys, "search", "--data", data, *blocked)
+    assert "--device nope" in refusal(capsys, "generate", tmp_path, "--device", "nope")
+    build_model(ModelSpec.from_file(spec_file)).save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors" in refusal(capsys, "generate", tmp_path / "model")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_run_folder(capsys, tmp_path, data):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    line = refusal(capsys, "search", "--data", data, "--out", tmp_path / "locked" / "run")
+    assert "locked" in line
+
+
+def test_scripts_are_the_same_programs(tmp_path):
+    for verb in ("search", "train"):
+        script = os.path.join(os.path.dirname(__file__), "..", "scripts", f"{verb}.py")
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert f"kizzasi {verb}" in done.stdout
