@@ -20,10 +20,10 @@ from kizzasi.eml import EndToEndTrainConfig, ToyEmlAttention
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
 from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
 from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
-from kizzasi.eml.formula import search_tree, train_master_formula
 from kizzasi.eml.incremental import IncrementalTrials
 from kizzasi.eml.least_squares import GaussNewton
 from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, Optimizer, PatternSearch
+from kizzasi.eml.recovery import search_tree, train_master_formula
 from kizzasi.eml.rows import output_rows
 from kizzasi.eml.tasks import Task, draw, identity, position_mean, r_squared
 from kizzasi.eml.trainer import ModuleObjective, minimize

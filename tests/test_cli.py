@@ -52,7 +52,7 @@ def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):
     run = tmp_path / "run"
     options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--out", run, "--json"]
     trained = json.loads(output(capsys, "train", spec_file, "--steps", 60, *options))
-    assert trained["bits_per_byte"] < 5
+    assert trained["bits_per_byte"] < 6
     assert trained["baselines"].keys() == {"unigram", "bigram", "xz"}
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors"]
     longer = json.loads(output(capsys, "train", run, "--steps", 60, *options))
@@ -93,7 +93,7 @@ def test_an_interrupted_training_resumes(capsys, monkeypatch, tmp_path, spec_fil
 
 def test_search_prints_its_table(capsys, tmp_path, data):
     command = ["search", "--data", data, "--out", tmp_path / "run", "--workers", 1]
-    command += ["--params", 30_000, "--band", 0.5, "--candidates", 4, "--best", 1, "--random", 1]
+    command += ["--params", 100_000, "--band", 0.4, "--candidates", 4, "--best", 1, "--random", 1]
     command += ["--outside", 0, "--rungs", 256, 512, "--tokens", 512, "--seq-len", 32]
     command += ["--batch-size", 4]
     text = output(capsys, *command)

@@ -15,11 +15,11 @@ from kizzasi.eml.benchmark import (
 from kizzasi.eml.events import Drift, Event, Loaded, Prediction, Reset, Saved, Trained
 from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
 from kizzasi.eml.exact import compile_expression, evaluate, formula, verify
-from kizzasi.eml.formula import MasterFormula, search_tree, train_master_formula
 from kizzasi.eml.least_squares import GaussNewton
 from kizzasi.eml.model import EmlModel
 from kizzasi.eml.operator import eml, eml_safe, eml_soft, softmax3
 from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, PatternSearch
+from kizzasi.eml.recovery import MasterFormula, search_tree, train_master_formula
 from kizzasi.eml.rows import OutputRows, output_rows
 from kizzasi.eml.toy import BaselineAttention, ToyEmlAttention
 from kizzasi.eml.trainer import Minimum, ModuleObjective, minimize

@@ -171,7 +171,6 @@ class EmlAttention(Mixer):
 
     float32_parameters = ("log_temperature",)
     param_rules: ClassVar = {"log_temperature": NO_DECAY, "score_chain": NO_DECAY}
-    backends = ("torch",)
 
     def __init__(self, spec: EmlAttentionSpec, layer: LayerContext) -> None:
         super().__init__()

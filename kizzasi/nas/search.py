@@ -197,11 +197,13 @@ class Search:
         self._finish(study, standing, lrs)
 
     def _promoted(self, ranked: list[Entry], n_trained: int) -> list[Entry]:
-        """The better part of those inside the band, and always the best preset, the yardstick."""
+        """The better part of those inside the band; the best preset and the best searched one
+        always go on, so that there is something to compare."""
         inside = [e for e in ranked if e.group != "outside"]
-        n_kept = max(2, round(self.config.keep * n_trained))
-        best_preset = [e for e in inside if e.group == "preset"][:1]
-        return [e for e in inside if e in inside[:n_kept] or e in best_preset]
+        kept = inside[: max(2, round(self.config.keep * n_trained))]
+        kept += [e for e in inside if e.group == "preset"][:1]
+        kept += [e for e in inside if e.group != "preset"][:1]
+        return [e for e in inside if e in kept]
 
     def _finish(self, study: Study, standing: list[list[Entry]], lrs: dict[str, float]) -> None:
         """Retrain the winner and the best preset at the final budget and save the winner."""
@@ -275,7 +277,7 @@ class Search:
         low, high = (config.n_params * (1 + sign * config.band) for sign in (-1, 1))
         inside: dict[str, ArchCandidate] = {}
         outside: dict[str, ArchCandidate] = {}
-        for _ in range(50 * config.n_pool):
+        for _ in range(max(2000, 20 * config.n_pool)):
             candidate = self.space.sample(rng)
             try:
                 spec = candidate.to_spec(vocab_size=VOCAB)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.eml.exact import ONE, compile_expression, evaluate, formula, leaf, node, verify
-from kizzasi.eml.formula import MasterFormula, search_tree, train_master_formula
+from kizzasi.eml.recovery import MasterFormula, search_tree, train_master_formula
 from kizzasi.errors import SpecError
 
 SIZES = {

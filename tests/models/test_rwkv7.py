@@ -1,6 +1,5 @@
 """RWKV-7's mixer and channel mix: contract, initialisation, cost, parity with published code."""
 
-import math
 import os
 import random
 import subprocess
@@ -173,9 +172,10 @@ def test_the_ramps_of_the_initialisation():
     assert (mixer.ln_x.weight == ((1 + index) / n_layers) ** 0.7).all()
     for zero in (mixer.w1, mixer.a1, mixer.v1, mixer.g1, mixer.output.weight, channel.value.weight):
         assert not zero.any()
-    assert mixer.key.weight.abs().max() <= 0.05 / math.sqrt(d)
-    gram = mixer.w2.T @ mixer.w2  # rank 32 over 16 channels
-    assert_close(gram, 0.01 * 2 * torch.eye(d))
+    squares = {mixer.receptance: 1.0, mixer.key: 0.01, mixer.value: 1.0, channel.key: 1.0}
+    for linear, square in squares.items():
+        assert_close(linear.weight.T @ linear.weight, square * torch.eye(d))
+    assert_close(mixer.w2.T @ mixer.w2, 0.01 * 2 * torch.eye(d))  # rank 32 over 16 channels
 
 
 def test_bfloat16_keeps_the_recurrence_and_its_parameters_in_float32():

@@ -7,7 +7,6 @@ Source: Peng et al. 2025, arXiv:2503.14456, section 4.2; parameters are named as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.cost import Cost, dense, linear
-from kizzasi.models.init import uniform_
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, document_starts
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.strict import register
@@ -28,7 +26,8 @@ from kizzasi.models.strict import register
 class RWKVChannelSpec(ChannelSpec):
     """RWKV-7 channel mix.
 
-    hidden: inner width; None means 4 d_model.
+    Args:
+        hidden: inner width; None means 4 d_model.
     """
 
     kind: ClassVar[str] = "rwkv_channel"
@@ -96,12 +95,12 @@ class RWKVChannel(Mixer):
         return RWKVChannelState(torch.zeros(shape, device=device, dtype=dtype))
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
-        """RWKV-LM's start: deeper layers look back more, and the output is zero."""
+        """RWKV-LM's initialisation: deeper layers look back less; the output is zero."""
         d = self.layer.d_model
-        depth = 1.0 - self.layer.index / n_layers
+        left = 1.0 - self.layer.index / n_layers
         with torch.no_grad():
-            self.x_k.copy_(1.0 - (torch.arange(d) / d) ** depth**4)
-        uniform_(self.key.weight, 0.5 / math.sqrt(d), generator)
+            self.x_k.copy_(1.0 - (torch.arange(d) / d) ** left**4)
+        nn.init.orthogonal_(self.key.weight, generator=generator)
         nn.init.zeros_(self.value.weight)
 
     def _mix(self, x: Tensor, before: Tensor) -> Tensor:

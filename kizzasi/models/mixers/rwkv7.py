@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.cost import Cost, dense, linear
-from kizzasi.models.init import uniform_
 from kizzasi.models.mixer import (
     NO_DECAY,
     LayerContext,
@@ -53,9 +52,11 @@ GROUP_NORM_EPS = 64e-5  # the same for every head_dim in RWKV-LM
 class RWKV7Spec(MixerSpec):
     """RWKV-7 time mix.
 
-    head_dim: channels of a head; d_model is a multiple of it.
-    decay_rank, a_rank, v_rank, gate_rank: inner widths of the low-rank maps; None means RWKV-LM's
-        rule: 2.5, 2.5, 1.7 and 5 sqrt(d_model), to the nearest multiple of 32, at least 32.
+    Args:
+        head_dim: channels of a head; d_model is a multiple of it.
+        decay_rank, a_rank, v_rank, gate_rank: inner widths of the low-rank maps. None means
+            RWKV-LM's rule: 2.5, 2.5, 1.7 and 5 times sqrt(d_model), to the nearest multiple of 32,
+            at least 32.
     """
 
     kind: ClassVar[str] = "rwkv7"
@@ -235,9 +236,10 @@ class RWKV7(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
-        """RWKV-LM's start: ramps over the channels that depend on depth, and a zero output.
+        """RWKV-LM's initialisation: ramps over the channels that depend on depth, orthogonal
+        matrices, and a zero output.
 
-        Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py.
+        Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py, with `generate_init_weight`.
         """
         d, n, index = self.layer.d_model, self.spec.head_dim, self.layer.index
         depth, left = index / max(1, n_layers - 1), 1.0 - index / n_layers
@@ -259,8 +261,8 @@ class RWKV7(Mixer):
         self.k_k.copy_(0.71 - 0.1 * ramp)
         self.k_a.fill_(1.02)
         self.r_k.fill_(-0.04)
-        for layer, scale in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
-            uniform_(layer.weight, scale / math.sqrt(d), generator)
+        for layer, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
+            nn.init.orthogonal_(layer.weight, gain, generator)
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + index) / n_layers) ** 0.7)
         self.ln_x.bias.zero_()
