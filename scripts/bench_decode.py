@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,24 +35,26 @@ BLOCKS = {
 
 def peer(name: str) -> Callable[[Tensor, int], Tensor] | None:
     """Greedy `generate` of the transformers model of the same shape, or None without a peer."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        sys.exit("the peer is missing: pip install transformers")
 
     sizes = {"vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": LAYERS}
     no_ids = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
-    if name == "llama":
-        config = transformers.LlamaConfig(
-            **sizes, **no_ids, intermediate_size=688, num_attention_heads=8
-        )
-        model = transformers.LlamaForCausalLM(config)
-    elif name == "mamba":
-        config = transformers.MambaConfig(**sizes, **no_ids, state_size=16)
-        model = transformers.MambaForCausalLM(config)
-    else:
+    shapes: dict[str, tuple[str, dict[str, int]]] = {
+        "llama": ("Llama", {"intermediate_size": 688, "num_attention_heads": 8}),
+        "mamba": ("Mamba", {"state_size": 16}),
+    }
+    if name not in shapes:
         return None
-    model.eval()
+    family, own = shapes[name]
+    config = getattr(transformers, f"{family}Config")(**sizes, **no_ids, **own)
+    model: Any = getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
     def run(prompt: Tensor, n: int) -> Tensor:
-        return model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+        with torch.no_grad():
+            return model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
     return run
 
@@ -87,33 +91,23 @@ def main() -> None:
         spec = ModelSpec(D_MODEL, (block,) * LAYERS, Tokens(VOCAB))
         model = build_model(spec, seed=args.seed, device=args.device).eval()
         check(model, prompt)
-        try:
-            other = peer(name)
-        except ImportError:
-            sys.exit("the peer is missing: pip install transformers")
-        ours, theirs = [], []
-        for i in range(args.repeats + 1):  # the first of each is warm-up
-            ours.append(
-                rate(lambda m=model: m.generate(prompt, args.tokens, temperature=0), args.tokens)
-            )
-            if other is not None:
-                with torch.no_grad():
-                    theirs.append(rate(lambda o=other: o(prompt, args.tokens), args.tokens))
-        row = {"model": name, "tokens_per_second": statistics.median(ours[1:])}
-        if theirs:
-            row["transformers"] = statistics.median(theirs[1:])
-            row["ratio"] = row["tokens_per_second"] / row["transformers"]
+        runs = {"ours": partial(model.generate, prompt, args.tokens, temperature=0)}
+        if other := peer(name):
+            runs["transformers"] = partial(other, prompt, args.tokens)
+        rates: dict[str, list[float]] = {key: [] for key in runs}
+        for _ in range(args.repeats + 1):  # in turn, so that both meet the same machine
+            for key, run in runs.items():
+                rates[key].append(rate(run, args.tokens))
+        row = {"model": name, **{k: statistics.median(v[1:]) for k, v in rates.items()}}
+        if other:
+            row["ratio"] = row["ours"] / row["transformers"]
         rows.append(row)
     if args.json:
         print(json.dumps(rows))
         return
+    print("tokens/s, medians; the first of each is warm-up")
     for row in rows:
-        beside = (
-            f"transformers {row['transformers']:.0f}, ratio {row['ratio']:.2f}"
-            if "ratio" in row
-            else ""
-        )
-        print(f"{row['model']:6} {row['tokens_per_second']:7.0f} tokens/s  {beside}")
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else v for k, v in row.items()))
 
 
 if __name__ == "__main__":

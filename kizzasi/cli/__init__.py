@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     modules = {verb: importlib.import_module(f"kizzasi.cli.{verb}") for verb in VERBS}
     for verb, module in modules.items():
-        text = module.__doc__
+        text = module.__doc__ or ""
         own = verbs.add_parser(
             verb,
             help=text.splitlines()[0],

@@ -377,32 +377,6 @@ def test_backends_that_stack_refuse_unequal_experts():
     assert_close(moe(tokens(1, 4)).y, want)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"top_k": 9}, r"moe.top_k: 9 is more than the 8 choices"),
-        ({"top_k": 1}, r"moe.router.normalize: top_k 1 with \"topk\""),
-        ({"n_experts": 0}, r"moe.n_experts: 0 is not positive"),
-        ({"load_weight": 0.1}, r"moe.load_weight: only the router noisy_top_k"),
-        ({"balance_weight": -1.0}, r"moe.balance_weight: -1.0 is negative"),
-        ({"jitter": 1.0}, r"moe.jitter: 1.0 is outside"),
-        (
-            {"capacity_factor": 1.0, "router": ExpertChoice(), "normalize": "all"},
-            r"moe.capacity_factor: expert choice fills",
-        ),
-        ({"shared_gate": True}, r"moe.shared_gate: there is no shared expert"),
-        ({"router": TopK(n_groups=3)}, r"moe.router.n_groups: 3 does not divide"),
-        ({"router": TopK(n_groups=8)}, r"moe.router.top_groups: 1 of 8 groups hold fewer"),
-        ({"router": Softmax()}, r"moe.router.top_k: the softmax router uses all 8"),
-        ({"experts": (SWIGLU(),)}, r"moe.n_experts: 8, but `experts` lists 1"),
-        ({"n_experts": 2, "experts": (MoESpec(), SWIGLU())}, r"moe.experts\[0\]: 'moe' cannot be"),
-    ],
-)
-def test_refusals(changes, message):
-    with pytest.raises(SpecError, match=message):
-        MoESpec(**changes).check(D, "moe")
-
-
 def test_in_a_model_losses_reach_the_model_loss():
     block = BlockSpec(mixer=ChannelSpec.registry["mlp"](), channel=MoESpec())
     spec = ModelSpec(16, (block, block), Tokens(11))

@@ -23,10 +23,12 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
+from kizzasi.models.channels import moe_parallel
 from kizzasi.models.channels.moe_router import Choice, Router, RouterSpec, Routing
 from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.cost import Cost
@@ -105,7 +107,7 @@ class MoESpec(ChannelSpec):
         choice = self.choice(d_model)
         rule = f"{self.top_k} is more than the {choice.n_experts} choices; lower it"
         require(self.top_k <= choice.n_experts, join(path, "top_k"), rule)
-        self.router.check(choice, join(path, "router"))
+        self.router.check(choice, path)
         rule = "only the router noisy_top_k estimates its load; use balance_weight"
         noisy = self.router.kind == "noisy_top_k"
         require(noisy or self.load_weight == 0, join(path, "load_weight"), rule)
@@ -227,6 +229,7 @@ class MoE(Mixer):
         self._listeners: list[Callable[[Report], None]] = []
         built_swiglus = experts is None and all(expert.kind == "swiglu" for expert in specs)
         self._swiglu = type(self.experts[0]) if built_swiglus else None
+        self._group: dist.ProcessGroup | None = None
         self._passes = 0
         self._aux_used = False
 
@@ -293,22 +296,33 @@ class MoE(Mixer):
         self._listeners.append(hear)
         return partial(self._listeners.remove, hear)
 
+    def share_experts(self, group: dist.ProcessGroup) -> None:
+        """Keep this process's share of the experts only; see moe_parallel.py. For good."""
+        self.experts = moe_parallel.share_of(self.experts, group)
+        self._group = group
+
     def _mix(self, x: Tensor, to: Assignments) -> Tensor:
-        weights = self._swiglu_weights()
-        stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
-        backend = "masked" if self.backend == "reference" else self.backend
-        if backend == "torch":
-            backend = dispatch.choose_backend(x.device, x.dtype) if stackable else "sorted"
-        if weights is None or (backend in ("grouped", "padded") and not stackable):
-            y = dispatch.mix(x, to, [partial(_call, expert) for expert in self.experts], backend)
+        if self._group is None:
+            y = self._run(x, to)
         else:
-            y = dispatch.mix_swiglu(x, to, weights, backend)
+            n = self.spec.n_experts
+            y = moe_parallel.mix_over_processes(x, to, n, self._group, self._run)
         if self.spec.n_identity:
             first = self.spec.n_experts + self.spec.n_null
             weight = torch.where(to.expert >= first, to.weight, 0)
             share = weight.new_zeros(len(x)).index_add(0, to.token, weight)
             y = y + (x * share[:, None]).to(y.dtype)
         return y
+
+    def _run(self, x: Tensor, to: Assignments) -> Tensor:
+        weights = self._swiglu_weights()
+        stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
+        backend = "masked" if self.backend == "reference" else self.backend
+        if backend == "torch":
+            backend = dispatch.choose_backend(x.device, x.dtype) if stackable else "sorted"
+        if weights is None or (backend in ("grouped", "padded") and not stackable):
+            return dispatch.mix(x, to, [partial(_call, one) for one in self.experts], backend)
+        return dispatch.mix_swiglu(x, to, weights, backend)
 
     def _swiglu_weights(self) -> SwiGLUWeights | None:
         """The matrices, if every expert is a SwiGLU whose Linear layers nobody wrapped or hooked:

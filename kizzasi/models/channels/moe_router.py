@@ -76,7 +76,8 @@ class RouterSpec(Registered):
     causal: ClassVar[bool] = True  # False: a choice depends on later tokens, so no streaming
 
     def check(self, choice: Choice, path: str) -> None:
-        """Raise SpecError for every rule broken; by default a learned choice of k."""
+        """Raise SpecError for every rule broken; path is that of the mixture. By default the rule
+        of routers that learn a choice of k."""
         learns = choice.top_k > 1 or choice.normalize != "topk"
         rule = 'top_k 1 with "topk" makes every weight 1, and the router learns nothing; use "all"'
         require(learns or choice.n_experts == 1, join(path, "normalize"), rule)

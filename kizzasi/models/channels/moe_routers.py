@@ -58,12 +58,14 @@ class TopK(RouterSpec):
     def check(self, choice: Choice, path: str) -> None:
         super().check(choice, path)
         e, k, groups, top = choice.n_experts, choice.top_k, self.n_groups, self.top_groups
-        self.require_positive(path, "scale", "n_groups", "top_groups", "group_best")
-        require(self.bias_rate >= 0, join(path, "bias_rate"), f"{self.bias_rate} is negative")
+        self.require_positive(join(path, "router"), "scale", "n_groups", "top_groups", "group_best")
+        require(
+            self.bias_rate >= 0, join(path, "router.bias_rate"), f"{self.bias_rate} is negative"
+        )
         rule = f"{groups} does not divide the {e} choices; pick a divisor"
-        require(e % groups == 0, join(path, "n_groups"), rule)
+        require(e % groups == 0, join(path, "router.n_groups"), rule)
         rule = f"{top} of {groups} groups hold fewer than top_k = {k} experts; raise top_groups"
-        require(top <= groups and top * (e // groups) >= k, join(path, "top_groups"), rule)
+        require(top <= groups and top * (e // groups) >= k, join(path, "router.top_groups"), rule)
 
     def build(self, choice: Choice) -> Router:
         return TopKRouter(self, choice)
@@ -178,7 +180,7 @@ class NoisyTopK(RouterSpec):
 
     def check(self, choice: Choice, path: str) -> None:
         super().check(choice, path)
-        self.require_positive(path, "noise_std")
+        self.require_positive(join(path, "router"), "noise_std")
 
     def build(self, choice: Choice) -> Router:
         return NoisyTopKRouter(self, choice)
@@ -231,7 +233,7 @@ class Sinkhorn(RouterSpec):
 
     def check(self, choice: Choice, path: str) -> None:
         super().check(choice, path)
-        self.require_positive(path, "n_iterations")
+        self.require_positive(join(path, "router"), "n_iterations")
 
     def build(self, choice: Choice) -> Router:
         return SinkhornRouter(self, choice)
@@ -308,7 +310,7 @@ class Hash(RouterSpec):
 
     def check(self, choice: Choice, path: str) -> None:
         rule = f"{self.n_bits} is outside 1 .. 30"
-        require(1 <= self.n_bits <= 30, join(path, "n_bits"), rule)
+        require(1 <= self.n_bits <= 30, join(path, "router.n_bits"), rule)
 
     def build(self, choice: Choice) -> Router:
         return HashRouter(self, choice)

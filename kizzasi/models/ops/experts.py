@@ -22,8 +22,8 @@ scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32 un
     256, 256, 256, 16, 2      2.6     2.6      3.8     3.3     10
     first row in bfloat16     1.8     1.5      1.6     2.6     3.8
 
-On an idle core the first row's sorted is nearer to 1.8: small products suffer most from a shared
-cache. Of that, 1.5 is the price of products of 128 rows and of writing 16 times the gradients.
+The least times of the quietest run gave 1.8 for sorted in the first row. Products of 128 rows
+alone take 1.5 times as long as the dense ones.
 
 Symbols: n tokens, m jobs, e experts, d width, h hidden.
 """
