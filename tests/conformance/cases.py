@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import kizzasi.eml  # noqa: F401 (registers eml_attention)
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.mixer import ChannelSpec, MixerSpec
 
@@ -22,6 +23,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "alibi-window": {"n_heads": 2, "window": 5, "position": "alibi"},
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
     },
+    "eml_attention": {"two-heads": {"n_heads": 2}},
     "mamba": {"small": {"d_state": 4}, "expand1": {"d_state": 3, "expand": 1}},
     "rwkv7": {"two-heads": {"head_dim": 8}},
     "s4d": {kind: {"d_state": 8, "init": kind} for kind in ("lin", "inv", "legs", "real")},
