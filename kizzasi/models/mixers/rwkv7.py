@@ -223,7 +223,9 @@ class RWKV7(Mixer):
         gate = (torch.addcmul(x, delta, self.x_g) @ self.g1).sigmoid() @ self.g2
 
         heads = (*x.shape[:-1], *self.r_k.shape)
-        removal = F.normalize((k * self.k_k).view(heads), dim=-1)
+        removal = (k * self.k_k).view(heads)
+        length = torch.linalg.vector_norm(removal, dim=-1, keepdim=True)
+        removal = removal / length.clamp_min(1e-12)
         k = k * torch.addcmul(1.0 - self.k_a, rate, self.k_a)
         r, w, k, v, rate = (s.view(heads) for s in (r, w, k, v, rate))
         return (r, w, k, v, -removal, removal * rate), gate, offer
