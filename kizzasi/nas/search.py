@@ -35,7 +35,7 @@ from kizzasi.nas.study import Entry, Study, Trial, score_of
 VOCAB = 256
 STATE_LENGTH = 1024  # tokens at which state sizes are compared
 SMALL_SPACE = ArchSearchSpace(
-    d_model_options=(48, 64, 80, 96, 128, 160),
+    d_model_options=(48, 64, 80, 96, 112, 128),
     d_state_options=(8, 16, 32),
     n_layers_options=(2, 3, 4, 5, 6),
     model_types=("mamba", "rwkv", "s4", "transformer", "rwkv+transformer", "mamba+transformer"),
@@ -68,17 +68,17 @@ class SearchConfig(Strict):
     data: str | None = None
     n_params: int = 200_000
     band: float = 0.2
-    n_pool: int = 300
-    n_best: int = 6
-    n_random: int = 6
+    n_pool: int = 200
+    n_best: int = 4
+    n_random: int = 8
     n_outside: int = 2
     rungs: tuple[int, ...] = (32_768, 98_304)
     keep: float = 0.34
-    lrs: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     final_tokens: int = 262_144
     final_seeds: int = 1
     seq_len: int = 128
-    batch_size: int = 8
+    batch_size: int = 4
     seed: int = 0
 
     def check(self) -> None:

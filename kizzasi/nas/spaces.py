@@ -9,6 +9,7 @@ A family turns the searchers' genes into a `BlockSpec`. Every gene reaches the m
 | s4 | s4d | SSM state per channel | hidden / d_model | swiglu |
 | transformer | attention, RoPE | head width | hidden / d_model | swiglu |
 
+The head is tied to the embedding: at small sizes a second table is a large share of the budget.
 "a+b" alternates families over the depth, for example "mamba+transformer".
 """
 
@@ -80,6 +81,7 @@ def model_spec(
         stem=Tokens(vocab_size),
         norm=blocks[0].norm,
         embed_norm=names[0] == "rwkv",
+        tie_head=True,
         dropout=dropout,
     )
     spec.check()

@@ -104,10 +104,11 @@ def test_float32_parameters_survive_bfloat16():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expand": 1.3}, r"expand: 1.3 times d_model 12 is 15.6; make it a whole number"),
-        ({"expand": 0.0}, "expand: 0.0 is not positive"),
+        ({"expand": 1.3}, "expand: 1.3 times d_model 12 is 15.6, not a whole number"),
+        ({"expand": 0.0}, "expand: 0.0 times d_model 12 is 0, not a whole number >= 1"),
         ({"d_state": 0}, "d_state: 0 is not positive"),
         ({"dt_rank": -1}, "dt_rank: -1 is not positive"),
+        ({"dt_floor": 0.0}, "dt_floor: 0.0 is not positive"),
         ({"dt_min": 0.2}, r"dt_min: 0.2 is not in \(0, dt_max 0.1\]"),
     ],
 )

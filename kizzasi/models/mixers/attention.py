@@ -36,7 +36,6 @@ from kizzasi.models.ops.attention import (
     alibi_slopes,
     attention,
     attention_ref,
-    attention_step,
     document_positions,
     visibility,
 )
@@ -194,19 +193,11 @@ class AttentionSpec(MixerSpec):
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
         slots = seq_len if self.window is None else self.window
         cache = batch * (slots * (2 * d_kv * 4 + 8) + 8)  # float32 pairs, int64 positions
-        total = dense(
-            2 * head_dim if self.qk_norm else 0,
-            flops=2 * (2 * n * seq_len * d_q),  # q k^T and weights v, hidden keys included
-            state_bytes=cache,
-        )
-        for n_in, n_out, bias in (
-            (d, d_q, self.qkv_bias),
-            (d, d_kv, self.qkv_bias),
-            (d, d_kv, self.qkv_bias),
-            (d_q, d, self.out_bias),
-        ):
-            total += linear(n, n_in, n_out, bias=bias)
-        return total
+        norms = dense(2 * head_dim if self.qk_norm else 0)
+        scores = dense(0, flops=2 * (2 * n * seq_len * d_q), state_bytes=cache)  # masked ones too
+        q = linear(n, d, d_q, bias=self.qkv_bias)
+        k = v = linear(n, d, d_kv, bias=self.qkv_bias)
+        return q + k + v + norms + scores + linear(n, d_q, d, bias=self.out_bias)
 
     @property
     def context_window(self) -> float:
@@ -298,10 +289,7 @@ class Attention(Mixer):
         keys = key_document[rows], key_position[rows]
         causal = alike and t <= self.spec.context_window and self.spec.position != "alibi"
         visible = None if causal else visibility(*query, *keys, self.spec.window)
-        bias = self._bias(query[1], keys[1], x.dtype)
-        attend = attention_ref if self.backend == "reference" else attention
-        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
-        y = self.o_proj(y.transpose(1, 2).flatten(-2))
+        y = self._attend(q, k, v, visible, query[1], keys[1])
 
         last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
         if self.spec.window is not None:
@@ -326,11 +314,9 @@ class Attention(Mixer):
             k = state.k.to(k.dtype).scatter(2, index, k)
             v = state.v.to(v.dtype).scatter(2, index, v)
         visible = (position >= 0)[:, None, None]
-        bias = self._bias(now, position, x.dtype)
-        attend = attention_ref if self.backend == "reference" else attention_step
-        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
+        y = self._attend(q, k, v, visible, now, position)
         after = AttentionState(k, v, position, state.next_position + 1)
-        return MixerOut(self.o_proj(y.flatten(1)), after, shared=offered)
+        return MixerOut(y[:, 0], after, shared=offered)
 
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
@@ -367,13 +353,25 @@ class Attention(Mixer):
         frequencies = scaling.frequencies(n, theta, device=position.device, dtype=dtype)
         return rope_tables(position, frequencies, scaling.scale)
 
-    def _bias(self, position: Tensor, key_position: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """ALiBi's (b, n_heads, t, s), for positions (b, t) of queries and (b, s) of keys."""
-        if self.spec.position != "alibi":
-            return None
-        distance = key_position[:, None, None] - position[:, None, :, None]
-        slopes = alibi_slopes(self.spec.n_heads, device=distance.device, dtype=state_dtype(dtype))
-        return slopes[:, None, None] * distance
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
+        position: Tensor,
+        key_position: Tensor,
+    ) -> Tensor:
+        """The output (b, t, d), from heads and from the positions (b, t) and (b, s) for ALiBi."""
+        bias = None
+        if self.spec.position == "alibi":
+            dtype = state_dtype(q.dtype)
+            slopes = alibi_slopes(self.spec.n_heads, device=q.device, dtype=dtype)
+            distance = key_position[:, None, None] - position[:, None, :, None]
+            bias = slopes[:, None, None] * distance
+        attend = attention_ref if self.backend == "reference" else attention
+        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
 def _append(old: Tensor, new: Tensor) -> Tensor:

@@ -67,15 +67,17 @@ class MambaSpec(MixerSpec):
     bias: bool = False
 
     def check(self, d_model: int, path: str) -> None:
-        self.require_positive(path, "d_state", "d_conv", "expand", "dt_floor")
+        self.require_positive(path, "d_state", "d_conv")
         if self.dt_rank is not None:
             self.require_positive(path, "dt_rank")
         width = self.expand * d_model
         whole = width >= 1 and math.isclose(width, round(width), rel_tol=1e-9)
-        message = f"{self.expand} times d_model {d_model} is {width:g}; make it a whole number"
+        message = f"{self.expand} times d_model {d_model} is {width:g}, not a whole number >= 1"
         require(whole, join(path, "expand"), message)
         message = f"{self.dt_min} is not in (0, dt_max {self.dt_max}]"
         require(0 < self.dt_min <= self.dt_max, join(path, "dt_min"), message)
+        message = f"{self.dt_floor} is not positive; give a small step such as 1e-4"
+        require(self.dt_floor > 0, join(path, "dt_floor"), message)
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)

@@ -83,31 +83,6 @@ def attention(
     )
 
 
-def attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    visible: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`attention_ref` for a single query, t = 1: two small matrix products per key head.
-
-    The fused CPU kernel starts every thread however little there is to do, and waits: next to a
-    busy core that costs milliseconds. Here the queries of a group are the rows of one product.
-    """
-    group = q.shape[1] // k.shape[1]
-    rows = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, group)).squeeze(3)
-    scores = full_precision(rows @ k.mT)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.view(-1, k.shape[1], group, k.shape[2])
-    weights = torch.where(visible, scores, -torch.inf).softmax(dim=-1)
-    return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
-
-
 def document_positions(starts: Tensor, next_position: Tensor) -> tuple[Tensor, Tensor]:
     """Number the documents of every row, and the tokens of every document.
 

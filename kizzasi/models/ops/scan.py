@@ -6,7 +6,7 @@ u input (x) · dt step size (Delta) · A decay rates · B, C input and output ma
 What it costs on a CPU, per state (one of b t d n), on one AVX-512 core. The fast path is 5 torch
 calls over a block forward and 15 backward. A call over a block that sits in the L2 cache takes 0.06
 (products) to 0.2 ns (exp, multiply-add): 0.7 ns forward and 2.0 ns backward is the floor of plain
-torch. Measured: 1.4 and 4.1 ns, the rest being cache misses, page faults and 1.3 us per call; two
+torch. Measured: 1.5 and 4.3 ns, the rest being cache misses, page faults and 1.3 us per call; two
 cores give 1.2 and 3.0, as the recurrence itself is too short a call to be shared. Other layouts
 were slower: n innermost takes 1.06 instead of 0.82 ns for a block forward and twice the time for
 sums over n; scanning chunks in parallel and then adding what they carry takes 2.7 instead of 0.85
@@ -101,13 +101,16 @@ def selective_scan(
     b, _, d = u.shape
     groups = 1 if u.is_cuda else min(b, -(-b * d * A.shape[1] // ROW_STATES))
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (u_, dt, A, B, C, D, h0))
-    pieces = zip(
-        *(v.chunk(groups) for v in (u_, dt, B, C, h0)),
-        repeat(None) if starts is None else starts.chunk(groups),
-        strict=False,
-    )
-    outs = [_Scan.apply(u, dt, A, B, C, D, h0, s, keep) for u, dt, B, C, h0, s in pieces]
-    y, h = outs[0] if len(outs) == 1 else map(torch.cat, zip(*outs, strict=True))
+    if groups == 1:
+        y, h = _Scan.apply(u_, dt, A, B, C, D, h0, starts, keep)
+    else:
+        rows = (v.chunk(groups) for v in (u_, dt, B, C, h0))
+        starts_of = repeat(None) if starts is None else starts.chunk(groups)
+        outs = [
+            _Scan.apply(u_i, dt_i, A, B_i, C_i, D, h0_i, starts_i, keep)
+            for u_i, dt_i, B_i, C_i, h0_i, starts_i in zip(*rows, starts_of, strict=False)
+        ]
+        y, h = map(torch.cat, zip(*outs, strict=True))
     return y.to(u.dtype), h
 
 
