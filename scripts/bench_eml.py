@@ -30,7 +30,7 @@ from kizzasi.eml.trainer import ModuleObjective, minimize
 from kizzasi.eml.trials import FlatAttention, PlainTrials, descend, draw_trials
 from kizzasi.models.mixer import LayerContext
 
-# Trials per second of the seed's compiled Rust on the same kind of machine, and the factor wanted.
+# Trials per second of eml-core's compiled Rust on the same kind of machine, and the factor wanted.
 SEED_SPEED = {
     (4, 2, 2, 3): (37_500, 1),
     (8, 4, 4, 3): (9_500, 4),

@@ -1,4 +1,4 @@
-"""The README's code blocks run as they stand, and its commands exist."""
+"""The code blocks of README and docs run as they stand, and the README's commands exist."""
 
 import re
 import shlex
@@ -16,6 +16,15 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_docs_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    namespace: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page.name} block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))

@@ -1,6 +1,6 @@
 """EML attention: attention made of eml(x, y) = exp(x) - ln(y), trained without gradients.
 
-The seed's models and benchmark (`ToyEmlAttention`, `EmlModel`, `run_benchmark`) reproduce its
+eml-core's models and benchmark (`ToyEmlAttention`, `EmlModel`, `run_benchmark`) reproduce its
 figures under rng="seed" and really learn under the default rng="fixed".
 """
 

@@ -165,7 +165,7 @@ class EmlAttention(Mixer):
 
     where eml is a chain of soft EML operators, different for every channel.
 
-    Differs: the seed projects the flattened sequence, has one head and no masks, divides scores by
+    Differs: eml-core projects the flattened sequence, has one head and no masks, divides scores by
         sqrt(d_k), and clamps hard at 20.
     """
 

@@ -1,6 +1,6 @@
-"""The seed's four-phase benchmark and its comparison with affine attention.
+"""eml-core's four-phase benchmark and its comparison with affine attention.
 
-Both default to the repaired random numbers; `rng="seed"` gives the published figures. The seed's
+Both default to the repaired random numbers; `rng="seed"` gives the published figures. eml-core's
 "MSE reduction" compares fresh samples with the training subset and rewards removing a constant, so
 it says little about learning: `tasks.r_squared` on fresh samples does.
 """
@@ -35,7 +35,7 @@ class ScalingPoint:
 
 @dataclass(frozen=True)
 class AttentionBenchmark:
-    """What `run_benchmark` measured; the keys are the seed's."""
+    """What `run_benchmark` measured; the keys are eml-core's."""
 
     d_model: int
     seq_len: int
@@ -54,13 +54,13 @@ class AttentionBenchmark:
     phase4_scaling: list[ScalingPoint]
 
     def to_json(self) -> str:
-        """Return the seed's JSON."""
+        """Return eml-core's JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class AttentionComparison:
-    """EML against affine attention on equal data, trials and seeds; the keys are the seed's."""
+    """EML against affine attention on equal data, trials and seeds; the keys are eml-core's."""
 
     shape: tuple[int, int, int, int]
     trials: int
@@ -150,7 +150,7 @@ def compare_eml_vs_baseline(
     """Train EML and affine attention side by side on the per-position mean.
 
     The baseline errors are those of the new models on the first 16 of the 96 training samples;
-    the final ones are on the strided training subset, as in the seed.
+    the final ones are on the strided training subset, as in eml-core.
 
     Raises:
         SpecError: a size outside its limits.

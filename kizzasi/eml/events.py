@@ -1,4 +1,4 @@
-"""What happened to an EML model, as records that a caller can store. The shapes are the seed's.
+"""What happened to an EML model, as records that a caller can store. The shapes are eml-core's.
 
 Each record serialises as one tagged object, e.g. {"Trained": {"model_name": "t", ...}}.
 """

@@ -1,6 +1,6 @@
-"""EmlModel: the seed's general-purpose regressor, a fixed trunk of EML nodes with several heads.
+"""EmlModel: eml-core's general-purpose regressor, a fixed trunk of EML nodes with several heads.
 
-Glossary (the seed's levels):
+Glossary (eml-core's levels):
     level 0   8 nodes  a_i = softmax3(p) . (1, x_j, x_k),  (j, k) cycling through the inputs
     level 1   4 nodes  b_i = eml_safe(a_2i, a_2i+1)
     mix3      4 nodes  eml_safe of two softmax3 mixtures of the level below (depths 4 and 5)
@@ -60,21 +60,21 @@ def _mix4(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class EmlModel:
-    """The seed's multi-head EML regressor: 26 to 60 parameters or so, outputs at least 0.
+    """eml-core's multi-head EML regressor: 26 to 60 parameters or so, outputs at least 0.
 
-    Its limits are the seed's: heads see two trunk values only (at depth 2 half of level 0 is
+    Its limits are eml-core's: heads see two trunk values only (at depth 2 half of level 0 is
     dead), and inputs beyond the sixteenth are ignored.
 
     Args:
         depth: 2 to 5.
         input_count, head_count: widths, 1 or more.
         name: for events; "" for a name made of the sizes.
-        rng: "seed" for the seed's half-range random restarts.
+        rng: "seed" for eml-core's half-range random restarts.
 
     Raises:
         SpecError: depth or a width outside its range.
 
-    Source: the seed's repository, EmlModel.
+    Source: the Rust crate eml-core, EmlModel.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class EmlModel:
         others 0.3. 100 restarts (200 above 40 parameters), then sweeps of the steps +-0.1, +-0.01
         and +-0.001 over every parameter until one changes nothing.
 
-        Source: the seed's EmlModel::train.
+        Source: eml-core's EmlModel::train.
         """
         if len(self.samples) < _MIN_SAMPLES:
             return False
@@ -203,14 +203,14 @@ class EmlModel:
         return drained
 
     def to_json(self) -> str:
-        """Return the seed's JSON: depth, input_count, head_count, params, trained."""
+        """Return eml-core's JSON: depth, input_count, head_count, params, trained."""
         sizes = {key: getattr(self, key) for key in ("depth", "input_count", "head_count")}
         fields = sizes | {"params": self.params.tolist(), "trained": self.trained}
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "EmlModel":
-        """Rebuild a model from the seed's JSON.
+        """Rebuild a model from eml-core's JSON.
 
         Raises:
             CheckpointError: damaged, or a wrong number of params.

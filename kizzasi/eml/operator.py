@@ -42,7 +42,7 @@ def eml_safe(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         the broadcast shape, always finite for finite x.
 
-    Source: the seed's operator, to the digit in float64.
+    Source: eml-core's operator, to the digit in float64.
     """
     floor = torch.finfo(y.dtype).tiny
     y = torch.where(y > 0, y, torch.full_like(y, floor))

@@ -1,10 +1,10 @@
-"""The seed's linear congruential generator, with its fault and without.
+"""eml-core's linear congruential generator, with its fault and without.
 
     state <- 6364136223846793005 * state + 1442695040888963407   (mod 2^64),   raw = state >> 33
 
-raw has 31 bits. The seed divides it by 2^32, so its "unit" lies in [0, 0.5) and its "signed" number
+raw has 31 bits. eml-core divides it by 2^32, so its "unit" lies in [0, 0.5) and its "signed" number
 in [-1, 0): every step is negative and only the first half of the parameters is ever chosen.
-`rng="fixed"` divides by 2^31; `rng="seed"` keeps the fault, to reproduce the seed's figures.
+`rng="fixed"` divides by 2^31; `rng="seed"` keeps the fault, to reproduce eml-core's figures.
 """
 
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ from kizzasi.errors import SpecError
 Rng = Literal["fixed", "seed"]
 
 _MULTIPLIER, _INCREMENT, _MASK = 6364136223846793005, 1442695040888963407, (1 << 64) - 1
-# The two faulty divisors of the seed differ in the last digit; both matter for exact parity.
+# The two faulty divisors of eml-core differ in the last digit; both matter for exact parity.
 _UNIT_DIVISOR = {"fixed": 2.0**31, "seed": 2.0**32}
 _SAMPLE_DIVISOR = {"fixed": 2.0**30, "seed": (2**32 - 1) / 2.0}
 

@@ -1,4 +1,4 @@
-"""The seed's toy attention and its affine twin: same interface, limits, JSON and training."""
+"""eml-core's toy attention and its affine twin: same interface, limits, JSON and training."""
 
 import json
 from collections import deque
@@ -109,7 +109,7 @@ def _check_input(x: Tensor, width: int) -> None:
 
 
 class ToyEmlAttention(nn.Module):
-    """The seed's single-head attention of five SafeTrees over a flattened, fixed-length sequence.
+    """eml-core's single-head attention of five SafeTrees over a flattened, fixed-length sequence.
 
         q, k, v = trees(x);  C = softmax(q k^T / sqrt(d_k)) v;  y = out_model(C)
 
@@ -121,13 +121,13 @@ class ToyEmlAttention(nn.Module):
         d_k: 1 to d_model.
         seq_len: 1 to 8.
         depth: of the trees, 3 to 5 (the softmax tree has at most 4).
-        rng: "fixed", or "seed" for the seed's faulty half-range generator in initialisation and
+        rng: "fixed", or "seed" for eml-core's faulty half-range generator in initialisation and
             training, and its switch to the untrained softmax tree once `trained`.
 
     Raises:
         SpecError: a size outside its limits.
 
-    Source: the seed, ToyEmlAttention.
+    Source: the Rust crate eml-core, ToyEmlAttention.
     Differs: under "fixed" the numerical softmax, the one in use during training, stays in use
         afterwards, so the reported error is the deployed model's.
     """
@@ -217,10 +217,10 @@ class ToyEmlAttention(nn.Module):
         return drained
 
     def to_json(self) -> str:
-        """Return the seed's JSON, without samples and events.
+        """Return eml-core's JSON, without samples and events.
 
-        One more key, tree_softmax, is written where the seed's rule (the softmax tree is used
-        once trained) does not hold; the seed ignores it.
+        One more key, tree_softmax, is written where eml-core's rule (the softmax tree is used
+        once trained) does not hold; eml-core ignores it.
         """
         sizes = {key: getattr(self, key) for key in ("name", "d_model", "d_k", "seq_len")}
         models = {name: tree_to_dict(getattr(self, name)) for name in self.MODELS}
@@ -232,7 +232,7 @@ class ToyEmlAttention(nn.Module):
 
     @classmethod
     def from_json(cls, text: str, rng: Rng = "fixed") -> "ToyEmlAttention":
-        """Rebuild a model from the seed's JSON or from `to_json`; `rng` rules later training.
+        """Rebuild a model from eml-core's JSON or from `to_json`; `rng` rules later training.
 
         Raises:
             CheckpointError: damaged, or sizes that contradict each other.
@@ -310,7 +310,7 @@ class BaselineAttention(nn.Module):
     Raises:
         SpecError: a size outside its limits.
 
-    Source: the seed's repository, BaselineAttention.
+    Source: the Rust crate eml-core, BaselineAttention.
     """
 
     LAYERS = ("q", "k", "v", "out")
@@ -366,7 +366,7 @@ class BaselineAttention(nn.Module):
         return outcome.mse_after
 
     def to_json(self) -> str:
-        """Return the seed's JSON, without samples."""
+        """Return eml-core's JSON, without samples."""
         sizes = {key: getattr(self, key) for key in ("name", "d_model", "d_k", "seq_len")}
         layers = {n: tree_to_dict(getattr(self, n), ("inputs", "heads")) for n in self.LAYERS}
         tail = {"scale": self.d_k**-0.5, "trained": self.trained}
@@ -375,7 +375,7 @@ class BaselineAttention(nn.Module):
 
     @classmethod
     def from_json(cls, text: str, rng: Rng = "fixed") -> "BaselineAttention":
-        """Rebuild a model from `to_json` or from the seed's JSON.
+        """Rebuild a model from `to_json` or from eml-core's JSON.
 
         Raises:
             CheckpointError: damaged, or sizes that contradict each other.

@@ -1,6 +1,6 @@
 """SafeTree: an affine map, then a short chain of guarded EML operators per output.
 
-Glossary (the seed's names):
+Glossary (eml-core's names):
     inputs, heads  width in and width out
     W, b           level 0: (heads, inputs) weights and (heads) biases
     c0, c1, c2     per head and level: scale, shift, and the offset of the logarithm's guard
@@ -28,7 +28,8 @@ def tree_chain(v: Tensor, coefficients: Tensor) -> Tensor:
     Returns:
         (..., heads).
 
-    Source: the seed, SafeTree. Its claim that the guard is at least 1 holds only for c2 >= 0.
+    Source: the Rust crate eml-core, SafeTree. Its claim that the guard is at least 1 holds only
+        for c2 >= 0.
     """
     for level in range(coefficients.shape[-2]):
         c0, c1, c2 = coefficients[..., level, :].unbind(-1)
@@ -37,16 +38,16 @@ def tree_chain(v: Tensor, coefficients: Tensor) -> Tensor:
 
 
 class SafeTree(nn.Module):
-    """The seed's composable layer, on batches: affine, then `depth` EML operators per head.
+    """eml-core's composable layer, on batches: affine, then `depth` EML operators per head.
 
         v = W x + b;    depth times:  v <- eml_safe(v * c0 + c1, |v| + c2 + 1)
 
-    Depth 0 is the affine map alone. Parameters start at zero, as the seed's do.
+    Depth 0 is the affine map alone. Parameters start at zero, as eml-core's do.
 
     Args:
         depth: levels, 0 or more.
         inputs, heads: widths, 1 or more.
-        device, dtype: of the parameters; float64 by default, since the seed is float64.
+        device, dtype: of the parameters; float64 by default, since eml-core is float64.
 
     Raises:
         SpecError: a width below 1 or a negative depth.
@@ -92,12 +93,12 @@ class SafeTree(nn.Module):
         return tree_chain(torch.nn.functional.linear(x, weight, bias), chain)
 
     def to_json(self) -> str:
-        """Return the seed's JSON: depth, inputs, heads, params."""
+        """Return eml-core's JSON: depth, inputs, heads, params."""
         return json.dumps(tree_to_dict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "SafeTree":
-        """Rebuild a tree from the seed's JSON.
+        """Rebuild a tree from eml-core's JSON.
 
         Raises:
             CheckpointError: not JSON, a key missing, or a wrong number of params.

@@ -29,7 +29,7 @@ _ROUND_STRIDE = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class EndToEndTrainConfig:
-    """How `train_end_to_end` searches; names and defaults are the seed's.
+    """How `train_end_to_end` searches; names and defaults are eml-core's.
 
     Args:
         trials: parameters tried per round.
@@ -120,7 +120,7 @@ def descend(
 
 @dataclass
 class FlatAttention:
-    """Attention whose projections see the whole sequence at once, as the seed's do.
+    """Attention whose projections see the whole sequence at once, as eml-core's do.
 
     q, k, v = trees of the flattened x;  C = softmax(q k^T scale) v;  y = out tree of flattened C.
 
