@@ -14,6 +14,7 @@ from cases import (
     tokens,
 )
 from tolerance import assert_close
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kizzasi.errors import ShapeError
@@ -319,3 +320,17 @@ def test_parameter_groups_hold_every_parameter_once(name):
     assert all(p.ndim >= 2 for p in decayed)
     assert {m.backend for m in model.modules() if isinstance(m, Mixer)} == {"torch"}
     assert len(model.blocks) == LAYERS
+
+
+@pytest.mark.parametrize("name", [n for n in (*MIXERS, *CHANNELS) if not n.startswith("moe")])
+def test_flops_can_be_counted_on_the_meta_device(name):
+    """Nothing is allocated. A mixture of experts routes by data, which meta tensors lack."""
+    spec = model_spec(name)
+    model = build_model(spec, device="meta")
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        model(torch.zeros(2, 7, dtype=torch.long, device="meta"))
+    assert counter.get_total_flops() == spec.cost(7, 2).flops

@@ -37,7 +37,8 @@ from kizzasi.models.mixer import (
     document_starts,
     state_dtype,
 )
-from kizzasi.models.norm import KeepFloat32, full_precision
+from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv import wkv7, wkv7_flops, wkv7_ref, wkv7_step
 from kizzasi.models.strict import register, require
@@ -180,7 +181,7 @@ class RWKV7(Mixer):
         before, last = token_shift(x, None if state is None else state.shift, starts)
         streams, gate, offer = self._project(x, before, shared)
         run = wkv7_ref if self.backend == "reference" else wkv7
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, s = run(*streams, None if state is None else state.wkv, starts)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(last, s), shared=offer)
 
@@ -188,7 +189,7 @@ class RWKV7(Mixer):
         self, x: Tensor, state: RWKV7State, *, shared: Mapping[str, Tensor] | None = None
     ) -> MixerOut:
         streams, gate, offer = self._project(x, state.shift, shared)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, s = wkv7_step(state.wkv, *streams)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(x, s), shared=offer)
 

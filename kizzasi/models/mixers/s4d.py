@@ -31,7 +31,6 @@ from kizzasi.models.mixer import (
     document_starts,
     state_dtype,
 )
-from kizzasi.models.norm import full_precision
 from kizzasi.models.ops.s4 import (
     Discretization,
     S4DInit,
@@ -42,6 +41,7 @@ from kizzasi.models.ops.s4 import (
     s4d_scan_ref,
     s4d_step,
 )
+from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.strict import join, register, require
 
 
@@ -147,7 +147,7 @@ class S4D(Mixer):
         starts = None if segment_ids is None else document_starts(segment_ids)
         scan = s4d_scan_ref if self.backend == "reference" else s4d_scan
         u = full_precision(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y, h = scan(u, *self._system(), h0, starts)
         return MixerOut(self._readout(x, y + self.D * u), S4DState(h))
 
