@@ -1,7 +1,11 @@
 """Settings of the whole suite."""
 
+import torch
 from hypothesis import settings
 
-# Machines are shared and slow at times; a test is wrong when its claim is, not when it is late.
+# Small tensors on a shared machine: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+# A test is wrong when its claim is, not when it is late.
 settings.register_profile("kizzasi", deadline=None)
 settings.load_profile("kizzasi")

@@ -60,19 +60,19 @@ def generate(
         with torch.inference_mode():
             out = model(rows, mask=mask)
             logits, state = out.logits[:, -1], out.state
-            tokens, done = [rows], torch.zeros(len(rows), dtype=torch.bool)
+            tokens, done = [], torch.zeros(len(rows), dtype=torch.bool)
             for i in range(max_new_tokens):
                 chosen = pick(logits, temperature, top_k, top_p, generator)
                 if eos is not None:
                     chosen = chosen.masked_fill(done, eos)
                     done = done | (chosen == eos)
-                tokens.append(chosen[:, None].to(rows))
-                if done.all() or i == max_new_tokens - 1:
+                tokens.append(chosen.to(rows))
+                if i == max_new_tokens - 1 or (eos is not None and done.all()):
                     break
-                logits, state, _ = model.step(tokens[-1][:, 0], state)
+                logits, state, _ = model.step(tokens[-1], state)
     finally:
         model.train(training)
-    full = torch.cat(tokens, dim=1)
+    full = torch.cat([rows, torch.stack(tokens, dim=1)], dim=1)
     return full[0] if prompt.ndim == 1 else full
 
 

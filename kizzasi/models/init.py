@@ -8,6 +8,7 @@
 | norms | weight 1, bias 0 | |
 | Mamba-1 A_log | log(1..n) in every channel | Gu & Dao 2023, 3.6 |
 | Mamba-1 dt_proj | U(+-rank^-0.5); softplus(bias) log-uniform in [1e-3, 1e-1] | same |
+| Mamba-1 conv1d | weight and bias U(+-d_conv^-0.5) | torch's Conv1d |
 | Mamba-1 out_proj | U(+-1/sqrt(n_in)) / sqrt(n_layers) | state-spaces/mamba |
 | Mamba-1 D | 1 | same |
 | S4D A, B, C, dt | ops/s4.py: lin, inv, legs, real | Gu et al. 2022, arXiv:2206.11893 |

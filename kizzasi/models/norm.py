@@ -48,6 +48,8 @@ class Norm(KeepFloat32):
     def __init__(self, kind: NormKind, d: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.kind, self.d, self.eps = kind, d, eps
+        # A CPU scalar of no dimension: operations take it with any dtype, as they take a number.
+        self._eps = torch.tensor(eps, dtype=torch.float64, device="cpu")
         self.weight = nn.Parameter(torch.empty(d))
         self.bias = nn.Parameter(torch.empty(d)) if kind == "layer" else None
 
@@ -60,7 +62,12 @@ class Norm(KeepFloat32):
         wide = full_precision(x)
         if self.bias is not None:
             return F.layer_norm(wide, (self.d,), self.weight, self.bias, self.eps).to(x.dtype)
-        return F.rms_norm(wide, (self.d,), self.weight, self.eps).to(x.dtype)
+        if not x.is_cpu:
+            return F.rms_norm(wide, (self.d,), self.weight, self.eps).to(x.dtype)
+        # The CPU has no fused kernel: torch runs eight small ones, and decoding waits for each.
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, size, size, value=1 / self.d).rsqrt()
+        return (wide * self.weight * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.d}, eps={self.eps}"

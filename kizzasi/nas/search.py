@@ -39,7 +39,7 @@ SMALL_SPACE = ArchSearchSpace(
     d_state_options=(8, 16, 32),
     n_layers_options=(2, 3, 4, 5, 6),
     model_types=("mamba", "rwkv", "s4", "transformer", "rwkv+transformer", "mamba+transformer"),
-    expand_factor_options=(1.0, 2.0, 3.0, 4.0),
+    expand_factor_options=(1.0, 1.5, 2.0, 3.0, 4.0),
     dropout_options=(0.0,),
 )
 
@@ -70,7 +70,7 @@ class SearchConfig(Strict):
     band: float = 0.2
     n_pool: int = 200
     n_best: int = 4
-    n_random: int = 8
+    n_random: int = 12
     n_outside: int = 2
     rungs: tuple[int, ...] = (32_768, 98_304)
     keep: float = 0.34

@@ -212,7 +212,8 @@ def test_documents_and_padding_leave_no_trace(spec):
 
 def test_cache_and_ring_layout():
     full = build(SPECS["mha"])(signal(1, 7)).state
-    assert full.position.tolist() == [list(range(7))]
+    assert full.position.shape == (1, 0)
+    assert full.positions().tolist() == [list(range(7))]
     assert full.k.shape == (1, 2, 7, 8)
     ring = build(SPECS["window"])
     out = ring(signal(1, 3))
@@ -226,6 +227,21 @@ def test_cache_and_ring_layout():
     assert fold(ring, signal(1, 40))[1].k.shape == (1, 2, 5, 8)
     assert AttentionSpec(2, window=5).context_window == 5
     assert AttentionSpec(2).context_window == math.inf
+
+
+@every_spec
+@torch.no_grad()
+def test_a_cache_in_order_and_its_written_out_form_are_one(spec):
+    mixer, prefix, more = build(spec), signal(2, 9), signal(2, 4, 1)
+    short = mixer(prefix).state
+    assert short.in_order == (spec.window is None)
+    written = short._replace(position=short.positions())
+    assert_close(fold(mixer, more, short)[0], fold(mixer, more, written)[0])
+    assert_close(mixer(more, short).y, mixer(more, written).y)
+    ids = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    packed = [mixer(more, state, segment_ids=ids) for state in (short, written)]
+    assert_close(packed[0].y, packed[1].y)
+    assert_same_state(packed[0].state, packed[1].state)
 
 
 def test_ring_forgets_what_left_the_window():

@@ -14,7 +14,7 @@ QK-norm: Henry et al. 2020, arXiv:2010.04245, in the form of Qwen3, arXiv:2505.0
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -192,7 +192,8 @@ class AttentionSpec(MixerSpec):
         head_dim = self.width(d)
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
         slots = seq_len if self.window is None else self.window
-        cache = batch * (slots * (2 * d_kv * 4 + 8) + 8)  # float32 pairs, int64 positions
+        places = 1 if self.window is None else slots + 1  # int64; see AttentionState
+        cache = batch * (slots * 2 * d_kv * 4 + places * 8)
         norms = dense(2 * head_dim if self.qk_norm else 0)
         scores = dense(0, flops=2 * (2 * n * seq_len * d_q), state_bytes=cache)  # masked ones too
         q = linear(n, d, d_q, bias=self.qkv_bias)
@@ -218,6 +219,8 @@ class AttentionState(NamedTuple):
     k, v           (b, n_kv_heads, s, head_dim), keys after norm and rotation. Without a window one
                    slot per token; with one, a ring of `window` slots, position p in p % window.
     position       (b, s) int64, place in the open document; -1: dead, of another document or empty.
+                   (b, 0) where slot i holds position i of every row, so that no slot is dead: the
+                   shape alone says that nothing need be masked.
     next_position  (b,) int64, position of the next token.
     """
 
@@ -225,6 +228,18 @@ class AttentionState(NamedTuple):
     v: Tensor
     position: Tensor
     next_position: Tensor
+
+    @property
+    def in_order(self) -> bool:
+        """Slot i holds position i of every row; `position` is left out."""
+        return self.position.shape[1] == 0
+
+    def positions(self) -> Tensor:
+        """(b, s), written out."""
+        if not self.in_order:
+            return self.position
+        slots = torch.arange(self.k.shape[2], device=self.k.device)
+        return slots.expand(self.k.shape[0], -1)
 
 
 class Attention(Mixer):
@@ -275,25 +290,30 @@ class Attention(Mixer):
         b, t, _ = x.shape
         if state is None:
             state = self._empty(b, 0, x.device, x.dtype)
-        alike = segment_ids is None and state.position.shape[1] == 0  # rows differ in nothing
+        alike = segment_ids is None and state.in_order  # rows differ in nothing
         if segment_ids is None:
             segment_ids = torch.zeros(b, t, dtype=torch.int64, device=x.device)
         document, position = document_positions(document_starts(segment_ids), state.next_position)
         q, k, v, offered = self._project(x, position, shared)
         k, v = _append(state.k, k), _append(state.v, v)
-        key_document = torch.cat([state.position.clamp(-1, 0), document], dim=1)
-        key_position = torch.cat([state.position, position], dim=1)
+        before = state.positions()
+        key_document = torch.cat([before.clamp(-1, 0), document], dim=1)
+        key_position = torch.cat([before, position], dim=1)
 
         rows = slice(1) if alike else slice(None)
         query = document[rows], position[rows]
         keys = key_document[rows], key_position[rows]
-        causal = alike and t <= self.spec.context_window and self.spec.position != "alibi"
+        plain = alike and self.spec.position != "alibi"
+        causal = plain and k.shape[2] == t <= self.spec.context_window
         visible = None if causal else visibility(*query, *keys, self.spec.window)
-        y = self._attend(q, k, v, visible, query[1], keys[1])
+        y = self._attend(q, k, v, visible, query[1], lambda: keys[1])
+        y = self.o_proj(y.transpose(1, 2).flatten(-2))
 
         last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
         if self.spec.window is not None:
             after = _ring(k, v, last, t, self.spec.window)
+        elif alike:
+            after = AttentionState(k, v, state.position, last + 1)
         else:
             alive = (key_document == document[:, -1:]) & (last >= 0)[:, None]
             after = AttentionState(k, v, torch.where(alive, key_position, -1), last + 1)
@@ -303,20 +323,22 @@ class Attention(Mixer):
         self, x: Tensor, state: AttentionState, *, shared: Mapping[str, Tensor] | None = None
     ) -> MixerOut:
         now = state.next_position[:, None]
-        q, k, v, offered = self._project(x[:, None], now, shared)
+        q, k, v, offered = self._project(x, now, shared)
+        position = state.position
         if self.spec.window is None:
             k, v = _append(state.k, k), _append(state.v, v)
-            position = torch.cat([state.position, now], dim=1)
+            if not state.in_order:
+                position = torch.cat([position, now], dim=1)
         else:
             slot = now % self.spec.window
-            position = state.position.scatter(1, slot, now)
+            position = position.scatter(1, slot, now)
             index = slot[:, None, :, None].expand_as(k)
             k = state.k.to(k.dtype).scatter(2, index, k)
             v = state.v.to(v.dtype).scatter(2, index, v)
-        visible = (position >= 0)[:, None, None]
-        y = self._attend(q, k, v, visible, now, position)
         after = AttentionState(k, v, position, state.next_position + 1)
-        return MixerOut(y[:, 0], after, shared=offered)
+        visible = None if after.in_order else (position >= 0)[:, None, None]
+        y = self._attend(q, k, v, visible, now, after.positions)
+        return MixerOut(self.o_proj(y.flatten(1)), after, shared=offered)
 
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
@@ -331,12 +353,13 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
         """Queries, keys and values (b, heads, t, head_dim), normalised and rotated.
 
+        x is (b, t, d), or (b, d) for t = 1; position is (b, t).
         Layers that rotate alike share one table: the first offers it to the others.
         """
-        heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        heads = (x.shape[0], position.shape[1], -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)
+        k = self.k_proj(x).view(heads).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.position != "rope":
@@ -360,18 +383,17 @@ class Attention(Mixer):
         v: Tensor,
         visible: Tensor | None,
         position: Tensor,
-        key_position: Tensor,
+        key_positions: Callable[[], Tensor],
     ) -> Tensor:
-        """The output (b, t, d), from heads and from the positions (b, t) and (b, s) for ALiBi."""
+        """`attention` with ALiBi's bias, which alone asks for the positions (b, s) of the keys."""
         bias = None
         if self.spec.position == "alibi":
+            distance = key_positions()[:, None, None] - position[:, None, :, None]
             dtype = state_dtype(q.dtype)
             slopes = alibi_slopes(self.spec.n_heads, device=q.device, dtype=dtype)
-            distance = key_position[:, None, None] - position[:, None, :, None]
             bias = slopes[:, None, None] * distance
         attend = attention_ref if self.backend == "reference" else attention
-        y = attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))
+        return attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap)
 
 
 def _append(old: Tensor, new: Tensor) -> Tensor:

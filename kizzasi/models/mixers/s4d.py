@@ -31,6 +31,7 @@ from kizzasi.models.mixer import (
     document_starts,
     state_dtype,
 )
+from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.s4 import (
     Discretization,
     S4DInit,
@@ -41,7 +42,6 @@ from kizzasi.models.ops.s4 import (
     s4d_scan_ref,
     s4d_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.strict import join, register, require
 
 

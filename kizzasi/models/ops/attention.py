@@ -41,7 +41,7 @@ def attention_ref(
         q: (b, h, t, d).
         k, v: (b, h_kv, s, d) with h_kv a divisor of h.
         visible: bool, broadcastable to (b, h, t, s), True where a query may look at a key; every
-            query must see a key. None: causal, with s = t.
+            query must see a key. None: causal, the last query sees every key.
         bias: broadcastable to (b, h, t, s), added to the scores.
         softcap: bound on the size of the scores.
 
@@ -51,7 +51,8 @@ def attention_ref(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     if visible is None:
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        t, s = q.shape[2], k.shape[2]
+        visible = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     scores = full_precision(q @ k.mT) / math.sqrt(q.shape[-1])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -73,13 +74,19 @@ def attention(
     """`attention_ref` by torch's fused kernels, except for capped scores, which they lack."""
     if softcap is not None:
         return attention_ref(q, k, v, visible=visible, bias=bias, softcap=softcap)
+    t, s = q.shape[2], k.shape[2]
+    assert visible is not None or t == 1 or (s == t and bias is None), "what the kernels can say"
     mask = visible
     if bias is not None:
-        assert visible is not None, "a bias comes with the keys it applies to"
-        mask = bias.to(q.dtype).masked_fill(~visible, -torch.inf)
-    grouped = q.shape[1] != k.shape[1]
+        mask = bias.to(q.dtype)
+        mask = mask if visible is None else mask.masked_fill(~visible, -torch.inf)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=visible is None and t > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
