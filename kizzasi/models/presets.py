@@ -127,24 +127,24 @@ def _small_llama(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:
     return llama(d_model, n_layers, heads, heads, hidden, vocab_size)
 
 
-# Small models have heads of 16.
+# Small models have small heads: 8 wide in RWKV, 16 in attention.
 SMALL: dict[str, Callable[[int, int, int], ModelSpec]] = {
     "mamba": mamba,
-    "rwkv": lambda d_model, n_layers, vocab_size: rwkv7(d_model, n_layers, vocab_size, 16),
+    "rwkv": lambda d_model, n_layers, vocab_size: rwkv7(d_model, n_layers, vocab_size, 8),
     "s4": s4d,
     "transformer": _small_llama,
 }
-WIDTH_STEP = 16
+WIDTH_STEP = {"mamba": 8, "rwkv": 8, "s4": 8, "transformer": 16}
 USUAL_ASPECT = 32  # d_model per layer: that of mamba_130m, and near that of gpt2's 64
-CLOSE = 0.15
+CLOSE = 0.08
 
 
 def at_size(family: str, n_params: int, *, vocab_size: int) -> ModelSpec:
     """The family's usual shape at a parameter budget.
 
-    For each depth of 2 to 12 layers the width (a multiple of 16) nearest to the budget is found.
-    Of the shapes within 15 % of the budget the one nearest to 32 channels per layer is taken; if
-    there is none, the shape nearest to the budget.
+    For each depth of 2 to 12 layers the width (a multiple of 8 or 16) nearest to the
+    budget is found. Of the shapes within 8 % of the budget the one nearest to 32 channels per layer
+    is taken; if there is none, the shape nearest to the budget.
 
     Args:
         family: "mamba", "rwkv", "s4" or "transformer".
@@ -158,7 +158,7 @@ def at_size(family: str, n_params: int, *, vocab_size: int) -> ModelSpec:
         raise SpecError(f"family: {family!r} {unknown_name(family, SMALL)}")
 
     def made(steps: int, n_layers: int) -> tuple[int, ModelSpec]:
-        spec = SMALL[family](steps * WIDTH_STEP, n_layers, vocab_size)
+        spec = SMALL[family](steps * WIDTH_STEP[family], n_layers, vocab_size)
         return spec.cost(1).params, spec
 
     shapes: list[tuple[float, float, ModelSpec]] = []

@@ -67,7 +67,7 @@ class SearchConfig(Strict):
 
     data: str | None = None
     n_params: int = 200_000
-    band: float = 0.2
+    band: float = 0.1
     n_pool: int = 200
     n_best: int = 4
     n_random: int = 12
