@@ -9,7 +9,7 @@ from kizzasi.models.ops import experts
 from kizzasi.models.ops.experts import SwiGLUWeights, grouped_linear, mix, mix_swiglu
 from kizzasi.models.ops.routing import Assignments
 
-BACKENDS = ("masked", "sorted", "grouped", "padded")
+BACKENDS = ("masked", "sorted", "grouped", "padded", "dense")
 TIGHT = {torch.float64: (1e-9, 1e-11), torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2)}
 
 

@@ -212,7 +212,7 @@ class MoE(Mixer):
             come initialised, and the spec's cost does not describe them.
     """
 
-    backends = ("torch", "reference", "masked", "sorted", "grouped", "padded")
+    backends = ("torch", "reference", "masked", "sorted", "grouped", "padded", "dense")
 
     def __init__(
         self, spec: MoESpec, layer: LayerContext, experts: Sequence[nn.Module] | None = None
@@ -319,7 +319,7 @@ class MoE(Mixer):
         stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
         backend = "masked" if self.backend == "reference" else self.backend
         if backend == "torch":
-            backend = dispatch.choose_backend(x.device, x.dtype) if stackable else "sorted"
+            backend = dispatch.choose_backend(x.device, x.dtype, stackable)
         if weights is None or (backend in ("grouped", "padded") and not stackable):
             return dispatch.mix(x, to, [partial(_call, one) for one in self.experts], backend)
         return dispatch.mix_swiglu(x, to, weights, backend)
@@ -366,8 +366,8 @@ class MoE(Mixer):
 
     def _watch_aux(self, y: Tensor, aux: Mapping[str, Tensor]) -> None:
         """Warn once if gradients keep coming through y and never through aux."""
-        if self._aux_used or not aux or not y.requires_grad:
-            return
+        if self._aux_used or not aux or not y.requires_grad or torch.compiler.is_compiling():
+            return  # a traced graph has no memory from one pass to the next
         for loss in aux.values():
             if loss.requires_grad:
                 loss.register_hook(self._use_aux)

@@ -1,4 +1,4 @@
-"""Four ways to send tokens to their experts and to bring the results back. All are equal.
+"""Five ways to send tokens to their experts and to bring the results back. All are equal.
 
     y[t] = sum over jobs j with token[j] = t of weight[j] * expert_{expert[j]}(x[t])
 
@@ -6,12 +6,15 @@
     sorted    jobs sorted by expert, one dense product per group
     grouped   jobs sorted by expert, one `grouped_mm` for all groups
     padded    groups padded to the longest, one batched product
+    dense     every expert works on every token, e / k times the work
 
 Sums over jobs are taken in at least float32. Every parameter of every expert gets a gradient, zero
 where the expert had no job, so that data-parallel training never waits for one.
 
 The rule (`choose_backend`): sorted, except grouped for bfloat16 on CUDA, where a loop over experts
 would wait for the device and many small kernels would not fill it (not measured here: no GPU).
+While a graph is traced (torch.compile, torch.export) the rule is dense: only there do no shapes
+depend on how many tokens an expert has.
 
 Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 12 by
 scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32 unless named:
@@ -54,9 +57,11 @@ class SwiGLUWeights(NamedTuple):
     down: Sequence[Tensor]
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(device: torch.device, dtype: torch.dtype, stackable: bool) -> str:
     """The written rule behind backend="torch"; the module's docstring has the measurements."""
-    bfloat16_on_cuda = device.type == "cuda" and dtype == torch.bfloat16
+    if torch.compiler.is_compiling():
+        return "dense"
+    bfloat16_on_cuda = stackable and device.type == "cuda" and dtype == torch.bfloat16
     return "grouped" if bfloat16_on_cuda and GROUPED_MM is not None else "sorted"
 
 
@@ -67,7 +72,7 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> 
         x: (n, d).
         to: the jobs.
         experts: each maps (m, d) to (m, d_out) for any m >= 0.
-        backend: "masked" or "sorted".
+        backend: "masked", "sorted" or "dense".
 
     Returns:
         (n, d_out), in x's dtype.
@@ -75,8 +80,8 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> 
     Raises:
         SpecError: a backend that only SwiGLU experts of one width have.
     """
-    if backend == "masked":
-        return _masked(x, to, experts)
+    if backend in ("masked", "dense"):
+        return (_masked if backend == "masked" else _dense)(x, to, experts)
     if backend != "sorted":
         raise SpecError(
             f"backend: {backend!r} stacks weights, so it needs plain SwiGLU experts of one width; "
@@ -91,7 +96,7 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> 
 
 
 def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str) -> Tensor:
-    """Send tokens to SwiGLU experts; arguments as in `mix`, with all four backends.
+    """Send tokens to SwiGLU experts; arguments as in `mix`, with all five backends.
 
     Under autocast the products are taken in the autocast dtype.
     """
@@ -100,8 +105,8 @@ def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str)
         cast = SwiGLUWeights(*([w.to(dtype) for w in part] for part in weights))
         with torch.autocast(x.device.type, enabled=False):
             return mix_swiglu(x.to(dtype), to, cast, backend).to(x.dtype)
-    if backend == "masked":
-        return _masked(x, to, [_swiglu(*one) for one in zip(*weights, strict=True)])
+    if backend in ("masked", "dense"):
+        return mix(x, to, [_swiglu(*one) for one in zip(*weights, strict=True)], backend)
     order, counts = sort_by_expert(to, len(weights.gate), keep_idle=backend == "grouped")
     token, weight = to.token[order], to.weight[order]
     if backend == "sorted":
@@ -142,6 +147,16 @@ def _masked(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
         y = part if y is None else y + part
     assert y is not None, "no experts"
     return y.to(x.dtype)
+
+
+def _dense(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
+    """The weights of all jobs as a table (n, e), mostly zeros."""
+    idle = (to.expert < 0) | (to.expert >= len(experts))
+    place = torch.where(idle, 0, to.token * len(experts) + to.expert)
+    table = to.weight.new_zeros(len(x) * len(experts))
+    table = table.index_add(0, place, torch.where(idle, 0, to.weight)).view(len(x), -1)
+    parts = [expert(x) * table[:, i, None] for i, expert in enumerate(experts)]
+    return torch.stack(parts).sum(0).to(x.dtype)
 
 
 class _SortedSwiGLU(torch.autograd.Function):

@@ -155,7 +155,8 @@ def _prepare(
 def _steps(u: Tensor, n: int) -> int:
     """Tokens per block."""
     b, t, d = u.shape
-    fit = MAX_STEPS if u.is_cuda else torch.get_num_threads() * BLOCK_STATES // (b * d * n)
+    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+    fit = MAX_STEPS if u.is_cuda else threads * BLOCK_STATES // (b * d * n)
     return min(t, MAX_STEPS, max(MIN_STEPS, fit))
 
 
