@@ -2,21 +2,21 @@
 
 example:
   kizzasi train my_model.yaml --data ~/notes --steps 2000 --out runs/notes
+
+on several GPUs, and on several machines with torchrun's own options:
+  torchrun --nproc-per-node 8 scripts/train.py my_model.yaml --device cuda --parallel fsdp
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kizzasi.cli.common import check_device, read_spec
 from kizzasi.errors import StudyError
-
-SAVE_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
     parser.add_argument("--out", default="runs/train", help="folder (default runs/train)")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption")
+    parser.add_argument(
+        "--save-every", type=int, default=200, help="steps between checkpoints (default 200)"
+    )
+    parser.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun (default ddp)"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -35,49 +41,52 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from kizzasi.models import build_model, load
     from kizzasi.nas.data import baselines, load_corpus
+    from kizzasi.nas.distributed import join, leave
     from kizzasi.nas.leak import find_leak
     from kizzasi.nas.microtrain import Recipe, Training
 
-    check_device(args.device)
+    ranks, device = join(args.device, args.parallel)
+    check_device(device)
     tokens = args.steps * args.seq_len * args.batch_size
     recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
     recipe.check()
     corpus = load_corpus(args.data)
     if Path(args.spec).is_dir():
-        model = load(args.spec, device=args.device)
+        model = load(args.spec, device=device)
     else:
-        model = build_model(read_spec(args.spec), seed=args.seed, device=args.device)
+        model = build_model(read_spec(args.spec), seed=args.seed, device=device)
     if leak := find_leak(model):
         raise StudyError(f"{args.spec}: {leak}")
-    training = Training(model, corpus, recipe, args.seed)
+    training = Training(model, corpus, recipe, args.seed, ranks)
     folder = Path(args.out)
     state = folder / "training.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
-        if not args.resume:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if not (args.resume or restarted):
             raise StudyError(f"{state}: an unfinished training; use --resume or another --out")
         training.restore(state)
-    saved = time.monotonic()
-    with tqdm(total=tokens, initial=training.tokens, unit="tok", unit_scale=True) as bar:
+    options: dict[str, Any] = {"unit": "tok", "unit_scale": True, "disable": ranks.rank > 0}
+    with tqdm(total=tokens, initial=training.tokens, **options) as bar:
 
         def on_step(n: int) -> None:
-            nonlocal saved
             bar.update(n)
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if training.step % args.save_every == 0:
                 training.save(state)
-                saved = time.monotonic()
 
         try:
             failure = training.run(tokens, on_step)
         except KeyboardInterrupt:
-            training.save(state)
+            if ranks.world == 1:  # several processes are seldom stopped at the same step
+                training.save(state)
             raise
     if failure:
         raise StudyError(failure)
-    model.eval().save_pretrained(folder)
     score, beside = training.score(), baselines(corpus)
-    if state.exists():
-        os.remove(state)
+    whole = ranks.whole(model)
+    leave(ranks)
+    whole.eval().save_pretrained(folder)
+    state.unlink(missing_ok=True)
     result = {
         "folder": str(folder),
         "bits_per_byte": score,

@@ -25,6 +25,7 @@ from torch import Tensor
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
 from kizzasi.nas.data import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
+from kizzasi.nas.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.nas.leak import find_leak
 from kizzasi.nas.storage import derive_seed
 
@@ -119,18 +120,26 @@ class Training:
         corpus: what to learn from.
         recipe: how.
         data_seed: which windows are drawn; apart from the seed of the initialisation.
+        ranks: the processes that train the model together; see distributed.py.
     """
 
     def __init__(
-        self, model: SequenceModel, corpus: ByteCorpus, recipe: Recipe, data_seed: int = 0
+        self,
+        model: SequenceModel,
+        corpus: ByteCorpus,
+        recipe: Recipe,
+        data_seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         recipe.check()
+        check_batch(ranks, recipe.batch_size)
         if not isinstance(model.spec.stem, Tokens):
             raise SpecError("stem: training on bytes needs a token stem; use Tokens(256)")
         self.vocab_size = model.spec.stem.vocab_size
         check_vocab(self.vocab_size, corpus)
-        self.model, self.recipe, self.data_seed = model, recipe, data_seed
+        self.model, self.recipe, self.data_seed, self.ranks = model, recipe, data_seed, ranks
         self.device = next(model.parameters()).device
+        self.shared_model = ranks.share(model)
         self.train_tokens = corpus.train.to(self.device)
         self.held_out = corpus.held_out.to(self.device)
         groups = model.parameter_groups(recipe.lr, recipe.weight_decay)
@@ -138,6 +147,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         self.step = 0
         self.curve: list[tuple[int, float]] = []
+        self.losses: list[Tensor] = []  # since the curve's last point
 
     @property
     def tokens(self) -> int:
@@ -157,28 +167,28 @@ class Training:
         shape = (recipe.seq_len, recipe.batch_size)
         stream = batches(self.train_tokens, *shape, self.data_seed, self.step)
         ceiling = 2 * math.log(self.vocab_size)
-        losses: list[Tensor] = []
         self.model.train()
         while self.step < last:
-            losses.append(self._step(*next(stream)))
-            if on_step is not None:
-                on_step(recipe.tokens_per_step)
+            self.losses.append(self._step(*next(stream)))
             if self.step % CHECK_EVERY == 0 or self.step == last:
-                mean = torch.stack(losses).mean().item()
-                losses.clear()
+                mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
+                self.losses.clear()
                 self.curve.append((self.tokens, mean / LN2))
                 if not math.isfinite(mean):
                     return f"the loss became {mean} before step {self.step}; lower the lr"
                 if mean > ceiling:
                     return f"diverged: {mean:.3g} nats at step {self.step}; lower the lr"
+            if on_step is not None:
+                on_step(recipe.tokens_per_step)
         return None
 
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         factor = self.recipe.factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
+        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
         with self._autocast(), self._chance():
-            loss = self.model(inputs).loss(targets)
+            loss = self.shared_model(inputs).loss(targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -192,40 +202,44 @@ class Training:
         inputs, targets = held_out_windows(self.held_out, self.recipe.seq_len)
         wanted = min(self.recipe.score_windows or len(inputs), len(inputs))
         chosen = torch.linspace(0, len(inputs) - 1, wanted, device=self.device).round().long()
+        inputs, targets = inputs[chosen], targets[chosen]
+        idle = -wanted % self.ranks.world  # every process runs equally often
+        inputs = F.pad(inputs, (0, 0, 0, idle))
+        targets = F.pad(targets, (0, 0, 0, idle), value=IGNORE)
+        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
         self.model.eval()
         nats = count = 0.0
-        for rows in chosen.split(self.recipe.batch_size):
+        for x, y in zip(*(v.split(self.recipe.batch_size) for v in (inputs, targets)), strict=True):
             with self._autocast():
-                logits = self.model(inputs[rows]).logits
+                logits = self.shared_model(x).logits
             flat = logits.flatten(0, 1).float()
-            each = F.cross_entropy(
-                flat, targets[rows].flatten(), ignore_index=IGNORE, reduction="sum"
-            )
+            each = F.cross_entropy(flat, y.flatten(), ignore_index=IGNORE, reduction="sum")
             nats += each.item()
-            count += (targets[rows] != IGNORE).sum().item()
-        return nats / count / LN2
+            count += (y != IGNORE).sum().item()
+        total = self.ranks.sum(torch.tensor([nats, count], dtype=torch.float64).to(self.device))
+        return (total[0] / total[1]).item() / LN2
 
     def save(self, path: Path) -> None:
         """Write everything that `restore` needs, in one move."""
-        partial = path.with_suffix(".partial")
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "curve": self.curve,
-            },
-            partial,
-        )
-        os.replace(partial, path)
+        saved = {
+            "model": gather(self.model.state_dict()),
+            "optimizer": gather(self.optimizer.state_dict()),
+            "step": self.step,
+            "curve": self.curve,
+            "losses": [self.ranks.mean(loss) for loss in self.losses],
+        }
+        if self.ranks.rank == 0:
+            partial = path.with_suffix(".partial")
+            torch.save(saved, partial)
+            os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of the same spec and recipe. Raises CheckpointError."""
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            scatter(self.model, self.optimizer, saved)
             self.step, self.curve = saved["step"], [tuple(pair) for pair in saved["curve"]]
+            self.losses = saved["losses"]
         except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot continue from it: {error}") from error
 
@@ -237,7 +251,8 @@ class Training:
             return
         on_cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_cuda):
-            torch.random.manual_seed(derive_seed(self.data_seed, "dropout", self.step))
+            own = (self.ranks.rank,) if self.ranks.rank else ()
+            torch.random.manual_seed(derive_seed(self.data_seed, "dropout", self.step, *own))
             yield
 
     def _autocast(self) -> torch.autocast:
