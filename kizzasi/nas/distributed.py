@@ -44,7 +44,8 @@ class Ranks:
 
         for block in model.blocks:
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
 
     def rows(self, batch: Tensor) -> Tensor:
         """This process's share of a batch's rows."""
@@ -62,7 +63,7 @@ class Ranks:
         return x
 
     def whole(self, model: SequenceModel) -> SequenceModel:
-        """The model with all its parameters, on the CPU if it was sharded. Every process calls it."""
+        """The model with all its parameters, on the CPU if it was sharded. All processes call it."""
         if self.world == 1 or self.how == "ddp":
             return model
         state = gather(model.state_dict())

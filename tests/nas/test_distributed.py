@@ -103,5 +103,5 @@ def test_a_killed_process_and_then_any_number_of_processes(spec_file, alone, tmp
 
 
 def test_a_batch_must_be_shared_evenly():
-    with pytest.raises(SpecError, match="batch_size: 6 .*multiple of 4"):
+    with pytest.raises(SpecError, match=r"batch_size: 6 .*multiple of 4"):
         check_batch(Ranks(0, 4), 6)
