@@ -63,7 +63,7 @@ class Ranks:
         return x
 
     def whole(self, model: SequenceModel) -> SequenceModel:
-        """The model with all its parameters, on the CPU if it was sharded. All processes call it."""
+        """The model with all its parameters, on the CPU if it was sharded. All ranks call it."""
         if self.world == 1 or self.how == "ddp":
             return model
         state = gather(model.state_dict())
