@@ -10,7 +10,6 @@ on several GPUs, and on several machines with torchrun's own options:
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tqdm import tqdm
 
+    from kizzasi.cli.torchrun import join, leave, restarted
     from kizzasi.models import build_model, load
     from kizzasi.nas.data import baselines, load_corpus
-    from kizzasi.nas.distributed import join, leave
     from kizzasi.nas.leak import find_leak
     from kizzasi.nas.microtrain import Recipe, Training
 
@@ -62,8 +61,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     state = folder / "training.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if not (args.resume or restarted):
+        if not (args.resume or restarted()):
             raise StudyError(f"{state}: an unfinished training; use --resume or another --out")
         training.restore(state)
     options: dict[str, Any] = {"unit": "tok", "unit_scale": True, "disable": ranks.rank > 0}

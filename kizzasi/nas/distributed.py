@@ -11,7 +11,6 @@ number of processes, or by one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,33 +72,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def join(device: str, how: Parallel) -> tuple[Ranks, str]:
-    """Meet the other processes that torchrun started, if it did.
-
-    Args:
-        device: "cpu" (gloo) or "cuda" (NCCL, the GPU of this process's local rank).
-
-    Returns:
-        This process's place, and its device.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ALONE, device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), how), device
-
-
-def leave(ranks: Ranks) -> None:
-    """Part from the other processes; all but the first end here, their work being done."""
-    if ranks.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-        if ranks.rank:
-            raise SystemExit(0)
 
 
 def check_batch(ranks: Ranks, batch_size: int) -> None:
