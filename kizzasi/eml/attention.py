@@ -109,7 +109,7 @@ class EmlAttentionSpec(MixerSpec):
     head_dim: int | None = None
     depth: int = 3
     softmax: Literal["numerical", "trained"] = "numerical"
-    causal: bool = True
+    causal: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
     temperature: float = 10.0
 
     def check(self, d_model: int, path: str) -> None:

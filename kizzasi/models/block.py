@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kizzasi.models.mixer import LayerContext, Mixer, MixerOut
+from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, add_losses
 from kizzasi.models.norm import Norm
 from kizzasi.models.spec import BlockSpec
 from kizzasi.models.state import BlockState
@@ -68,10 +68,3 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-
-def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Sum auxiliary losses by name."""
-    if not (a and b):
-        return a or b
-    return {name: sum(d[name] for d in (a, b) if name in d) for name in {**a, **b}}  # pyright: ignore[reportReturnType]

@@ -40,4 +40,4 @@ def linear(n_tokens: int, n_in: int, n_out: int, *, bias: bool = False) -> Cost:
 
 def norm(kind: str, d: int) -> Cost:
     """An RMSNorm (weight) or LayerNorm (weight and bias)."""
-    return dense(d if kind == "rms" else 2 * d)
+    return dense(2 * d if kind == "layer" else d)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,7 +34,17 @@ class LayerContext:
     d_model: int
     index: int = 0  # 0-based depth
     n_layers: int = 1
-    first_of_kind: bool = True  # no earlier block has a mixer of this kind
+    first_of_kind: bool = True  # no mixer of this kind ran before
+    earlier: frozenset[str] = frozenset()  # kinds of the mixers that ran before
+
+    def place(self, mixers: Sequence[MixerSpec]) -> list[LayerContext]:
+        """Where each of several mixers stands that take this place and run in this order."""
+        places, earlier = [], self.earlier
+        for mixer in mixers:
+            first = mixer.kind not in earlier
+            places.append(replace(self, first_of_kind=first, earlier=earlier))
+            earlier |= mixer.kinds
+        return places
 
 
 class ParamRule(NamedTuple):
@@ -61,6 +71,13 @@ class MixerOut(NamedTuple):
     state: Any
     aux: Mapping[str, Tensor] = {}  # read-only
     shared: Mapping[str, Tensor] = {}
+
+
+def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Sum auxiliary losses by name."""
+    if not (a and b):
+        return a or b
+    return {name: sum(d[name] for d in (a, b) if name in d) for name in {**a, **b}}  # pyright: ignore[reportReturnType]
 
 
 class Mixer(KeepFloat32, ABC):
@@ -147,11 +164,22 @@ class _Part(Registered):
         """How many tokens up to and including the present one an output can depend on."""
         return math.inf
 
+    @property
+    def causal(self) -> bool:
+        """False if an output depends on later tokens. A model with such a part has a parallel form
+        only: no step, no state carried over, no generation."""
+        return True
+
 
 class MixerSpec(_Part):
     """Base of sequence mixer specs: frozen dataclasses registered under `kind`."""
 
     registry: ClassVar[dict[str, type]] = {}
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Its kind, and those of the mixers inside it that share tensors with other layers."""
+        return frozenset({self.kind})
 
 
 class ChannelSpec(_Part):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.generate import generate
-from kizzasi.models.mixer import NO_DECAY, Mixer, ParamRule
+from kizzasi.models.mixer import NO_DECAY, Mixer, ParamRule, document_starts
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.attention import document_positions
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
@@ -61,7 +62,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self._causal = spec, spec.causal
         self.stem = spec.stem.build(spec.d_model, spec.tie_head)
         self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
         self.blocks = nn.ModuleList(
@@ -89,13 +90,18 @@ class SequenceModel(nn.Module):
                 padding mean nothing.
 
         Raises:
-            ShapeError: inputs, segment_ids or mask do not fit.
+            ShapeError: inputs, segment_ids or mask do not fit, or a document is longer than the
+                positions that the stem knows.
+            SpecError: a state was given to a model that is not causal.
         """
+        if state is not None:
+            self._require_causal("a carried state")
         self.stem.check(inputs, time=True)
         shape = (inputs.shape[0], inputs.shape[1])
         self._check_batch(state, shape[0])
         segments = canonical_segments(shape, state, segment_ids, mask)
-        x = self._embed(inputs)
+        position = self._positions(shape, state, segments)
+        x = self._embed(inputs, position)
         aux: Mapping[str, Tensor] = {}
         shared: Mapping[str, Tensor] = {}
         states: list[BlockState] = []
@@ -104,14 +110,24 @@ class SequenceModel(nn.Module):
             out = block(x, block_state, segment_ids=segments, shared=shared)
             x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
             states.append(out.state)
-        after = self._next_state(tuple(states), state, shape, segment_ids, mask)
+        segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
+        if segment_ids is not None:
+            segment = segment_ids[:, -1].long()
+        after = ModelState(tuple(states), position[:, -1] + 1, segment)
+        if mask is not None:
+            after = self._forget_padding(after)
         return ModelOutput(self.stem.head(self.norm(x)), after, aux)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
-        """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step."""
+        """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step.
+
+        Raises SpecError if the model is not causal.
+        """
+        self._require_causal("step")
         self.stem.check(inputs, time=False)
         self._check_batch(state, inputs.shape[0])
-        x = self._embed(inputs)
+        self._check_positions(state.position)
+        x = self._embed(inputs, state.position)
         aux: Mapping[str, Tensor] = {}
         shared: Mapping[str, Tensor] = {}
         states: list[BlockState] = []
@@ -172,7 +188,11 @@ class SequenceModel(nn.Module):
         ]
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue a prompt; see `kizzasi.models.generate.generate` for the sampling arguments."""
+        """Continue a prompt; see `kizzasi.models.generate.generate` for the sampling arguments.
+
+        Raises SpecError if the model is not causal.
+        """
+        self._require_causal("generate")
         return generate(self, prompt, max_new_tokens, **sampling)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -189,8 +209,17 @@ class SequenceModel(nn.Module):
         backends = sorted({m.backend for m in self.modules() if isinstance(m, Mixer)})
         return f"backend={'+'.join(backends)}, params={self.n_params:,}, {self.spec.digest[:12]}"
 
-    def _embed(self, inputs: Tensor) -> Tensor:
-        x = self.stem.embed(inputs)
+    def _require_causal(self, wish: str) -> None:
+        """Refuse what needs results that no later token can change."""
+        if not self._causal:
+            path, part = next((p, s) for p, s in self.spec.parts() if not s.causal)
+            raise SpecError(
+                f"{path}: {part.kind!r} lets a result depend on later tokens, which rules out "
+                f"{wish}; pass whole sequences to forward, or choose a causal part"
+            )
+
+    def _embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        x = self.stem.embed(inputs, position)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def _check_batch(self, state: ModelState | None, batch: int) -> None:
@@ -198,23 +227,28 @@ class SequenceModel(nn.Module):
             rows = state.position.shape[0]
             raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
 
-    def _next_state(
-        self,
-        blocks: tuple[BlockState, ...],
-        state: ModelState | None,
-        shape: tuple[int, int],
-        segment_ids: Tensor | None,
-        mask: Tensor | None,
-    ) -> ModelState:
+    def _positions(
+        self, shape: tuple[int, int], state: ModelState | None, segments: Tensor | None
+    ) -> Tensor:
+        """(b, t) int64: place of every token in its document, -1 at padding."""
         batch, length = shape
         device = next(self.stem.parameters()).device
-        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
-        position, segment = (zeros, zeros) if state is None else (state.position, state.segment)
-        position = position + (length if mask is None else mask.bool().sum(1))
-        if segment_ids is not None:
-            segment = segment_ids[:, -1].long()
-        after = ModelState(blocks, position, segment)
-        return after if mask is None else self._forget_padding(after)
+        index = torch.arange(length, device=device).expand(batch, -1)
+        position = index if state is None else index + state.position[:, None]
+        if segments is not None:
+            starts = document_starts(segments)
+            position = document_positions(starts, position[:, 0])[1].masked_fill(segments < 0, -1)
+        if state is not None or length > (self.stem.max_positions or length):
+            self._check_positions(position)
+        return position
+
+    def _check_positions(self, position: Tensor) -> None:
+        known = self.stem.max_positions
+        if known is not None and int(position.max()) >= known:
+            raise ShapeError(
+                f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
+                f"max_positions {known}; give shorter documents"
+            )
 
     def _forget_padding(self, state: ModelState) -> ModelState:
         """Rows that have seen nothing but padding get back the zero state."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.ops.precision import LOW_PRECISION, full_precision
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
 
 
 class KeepFloat32(nn.Module):
@@ -37,7 +37,12 @@ class KeepFloat32(nn.Module):
 
 
 class Norm(KeepFloat32):
-    """RMSNorm, y = w x / sqrt(mean(x^2) + eps), or LayerNorm, y = w (x - mean) / std + b.
+    """RMSNorm or LayerNorm over the last dimension.
+
+        rms            y = w x / sqrt(mean(x^2) + eps)
+        rms_plus_one   the same with 1 + w, so that decay pulls the scale to 1 (Gemma; Qwen3-Next's
+                       "zero-centered" norm)
+        layer          y = w (x - mean) / std + b
 
     Args (forward):
         x: (..., d). The result has x's dtype; statistics are computed in at least float32.
@@ -54,7 +59,7 @@ class Norm(KeepFloat32):
         self.bias = nn.Parameter(torch.empty(d)) if kind == "layer" else None
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.kind == "rms_plus_one" else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -62,12 +67,35 @@ class Norm(KeepFloat32):
         wide = full_precision(x)
         if self.bias is not None:
             return F.layer_norm(wide, (self.d,), self.weight, self.bias, self.eps).to(x.dtype)
+        weight = 1 + self.weight if self.kind == "rms_plus_one" else self.weight
         if not x.is_cpu:
-            return F.rms_norm(wide, (self.d,), self.weight, self.eps).to(x.dtype)
+            return F.rms_norm(wide, (self.d,), weight, self.eps).to(x.dtype)
         # The CPU has no fused kernel: torch runs eight small ones, and decoding waits for each.
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, size, size, value=1 / self.d).rsqrt()
-        return (wide * self.weight * scale).to(x.dtype)
+        return (wide * weight * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.d}, eps={self.eps}"
+
+
+class HeadNorm(KeepFloat32):
+    """GroupNorm with one group per head, over (..., h, n), in at least float32.
+
+    Args:
+        d: h n, the channels of all heads.
+        eps: every RWKV, whatever its n, divides by 8 and then takes 1e-5: 64e-5 undivided.
+    """
+
+    float32_parameters = ("weight", "bias")
+
+    def __init__(self, d: int, eps: float = 64e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d))
+        self.bias = nn.Parameter(torch.empty(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape[-2:]
+        x = F.layer_norm(full_precision(x), shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))

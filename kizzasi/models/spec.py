@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class ModelSpec(Strict):
     Args:
         d_model: width of the residual stream.
         blocks: one BlockSpec per layer, first to last.
-        stem: `Tokens(vocab_size)` or `Signal(n_in, n_out)`.
+        stem: `Tokens(vocab_size, max_positions)` or `Signal(n_in, n_out)`.
         norm: kind of the final norm, and of `embed_norm`.
         norm_eps: epsilon of every norm outside the mixers.
         embed_norm: normalise the embeddings too (RWKV's ln0).
@@ -104,9 +104,8 @@ class ModelSpec(Strict):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def layer_context(self, index: int) -> LayerContext:
-        kinds = [block.mixer.kind for block in self.blocks[: index + 1]]
-        first = kinds.index(kinds[-1]) == index
-        return LayerContext(self.d_model, index, len(self.blocks), first)
+        mixers = [block.mixer for block in self.blocks[: index + 1]]
+        return LayerContext(self.d_model, index, len(self.blocks)).place(mixers)[-1]
 
     def check(self) -> None:
         """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
@@ -115,10 +114,8 @@ class ModelSpec(Strict):
         require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         self.stem.check("stem", self.tie_head)
-        for i, block in enumerate(self.blocks):
-            block.mixer.check(self.d_model, f"blocks[{i}].mixer")
-            if block.channel is not None:
-                block.channel.check(self.d_model, f"blocks[{i}].channel")
+        for path, part in self.parts():
+            part.check(self.d_model, path)
 
     def cost(self, seq_len: int, batch: int = 1) -> Cost:
         """Analytic cost of one forward pass over (batch, seq_len) inputs; see `Cost`."""
@@ -138,8 +135,19 @@ class ModelSpec(Strict):
     @property
     def context_window(self) -> float:
         """How many inputs up to and including the present one an output can depend on."""
-        parts = [p for b in self.blocks for p in (b.mixer, b.channel) if p is not None]
-        return 1 + sum(part.context_window - 1 for part in parts)
+        return 1 + sum(part.context_window - 1 for _, part in self.parts())
+
+    @property
+    def causal(self) -> bool:
+        """False if an output depends on later inputs; see `MixerSpec.causal`."""
+        return all(part.causal for _, part in self.parts())
+
+    def parts(self) -> Iterator[tuple[str, MixerSpec | ChannelSpec]]:
+        """Every mixer and channel with its path, for example "blocks[3].mixer"."""
+        for i, block in enumerate(self.blocks):
+            yield f"blocks[{i}].mixer", block.mixer
+            if block.channel is not None:
+                yield f"blocks[{i}].channel", block.channel
 
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed."""

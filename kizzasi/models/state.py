@@ -43,7 +43,8 @@ class ModelState(NamedTuple):
     """What a model remembers of the tokens so far.
 
     blocks    one BlockState per layer.
-    position  (b,) int64, real tokens seen by each row; padding does not count.
+    position  (b,) int64, place of each row's next token in its open document: 0 until a real token
+              is seen, and never again after that.
     segment   (b,) int64, the last segment id seen; 0 if none was given.
     """
 

@@ -22,15 +22,20 @@ EMBEDDING_STD = 0.02
 
 
 class Stem(nn.Module, ABC):
-    """Both ends of a model: `embed` and `head`."""
+    """Both ends of a model: `embed` and `head`.
+
+    max_positions: how many positions of a document `embed` knows; None if it reads none.
+    """
+
+    max_positions: int | None = None
 
     @abstractmethod
     def check(self, inputs: Tensor, *, time: bool) -> None:
         """Raise ShapeError unless inputs fit; with `time` they have a time dimension."""
 
     @abstractmethod
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Inputs to (..., d)."""
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        """Inputs to (..., d). position: (...) int64, from 0 in every document, -1 at padding."""
 
     @abstractmethod
     def head(self, x: Tensor) -> Tensor:
@@ -58,20 +63,29 @@ class StemSpec(Registered):
 @register
 @dataclass(frozen=True)
 class Tokens(StemSpec):
-    """Integer ids in, logits over the same vocabulary out."""
+    """Integer ids in, logits over the same vocabulary out.
+
+    Args:
+        vocab_size: how many ids there are.
+        max_positions: positions with a learned embedding, added to the token's (GPT-2): the longest
+            document. None adds nothing; positions are then the mixers' concern.
+    """
 
     kind: ClassVar[str] = "tokens"
     vocab_size: int
+    max_positions: int | None = None
 
     def check(self, path: str, tie_head: bool) -> None:
         self.require_positive(path, "vocab_size")
+        if self.max_positions is not None:
+            self.require_positive(path, "max_positions")
 
     def build(self, d_model: int, tie_head: bool) -> Stem:
-        return TokenStem(self.vocab_size, d_model, tie_head)
+        return TokenStem(self, d_model, tie_head)
 
     def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
-        table = dense(0 if tie_head else self.vocab_size * d_model)
-        return table + linear(n_tokens, d_model, self.vocab_size)
+        tables = (0 if tie_head else self.vocab_size) + (self.max_positions or 0)
+        return dense(tables * d_model) + linear(n_tokens, d_model, self.vocab_size)
 
 
 @register
@@ -96,10 +110,14 @@ class Signal(StemSpec):
 
 
 class TokenStem(Stem):
-    def __init__(self, vocab_size: int, d_model: int, tie_head: bool) -> None:
+    def __init__(self, spec: Tokens, d_model: int, tie_head: bool) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.lm_head = None if tie_head else nn.Linear(d_model, vocab_size, bias=False)
+        self.max_positions = spec.max_positions
+        self.embedding = nn.Embedding(spec.vocab_size, d_model)
+        self.position_embedding = (
+            None if spec.max_positions is None else nn.Embedding(spec.max_positions, d_model)
+        )
+        self.lm_head = None if tie_head else nn.Linear(d_model, spec.vocab_size, bias=False)
 
     def check(self, inputs: Tensor, *, time: bool) -> None:
         wanted = "(b, t)" if time else "(b,)"
@@ -108,16 +126,19 @@ class TokenStem(Stem):
             given = f"{tuple(inputs.shape)} {inputs.dtype}"
             raise ShapeError(f"expected token ids {wanted} of an integer dtype, got {given}")
 
-    def embed(self, inputs: Tensor) -> Tensor:
-        return self.embedding(inputs)
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
+        x = self.embedding(inputs)
+        if self.position_embedding is None:
+            return x
+        return x + self.position_embedding(position.clamp(min=0))
 
     def head(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        normal_(self.embedding.weight, EMBEDDING_STD, generator)
-        if self.lm_head is not None:
-            normal_(self.lm_head.weight, EMBEDDING_STD, generator)
+        for part in (self.embedding, self.lm_head, self.position_embedding):
+            if part is not None:
+                normal_(part.weight, EMBEDDING_STD, generator)
 
 
 class SignalStem(Stem):
@@ -134,7 +155,7 @@ class SignalStem(Stem):
             given = f"{tuple(inputs.shape)} {inputs.dtype}"
             raise ShapeError(f"expected frames {wanted} of a floating dtype, got {given}")
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         return self.in_proj(inputs)
 
     def head(self, x: Tensor) -> Tensor:

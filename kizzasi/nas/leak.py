@@ -27,6 +27,8 @@ def find_leak(model: SequenceModel, seq_len: int = 48) -> str | None:
     Returns:
         None if nothing leaks, else the reason in one sentence.
     """
+    if not model.spec.causal:
+        return "declares that outputs depend on later inputs"
     probe = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():

@@ -14,6 +14,9 @@ from kizzasi.models.mixer import ChannelSpec, MixerSpec
 
 D_MODEL, VOCAB, LAYERS = 16, 23, 2
 
+MAMBA, HEADS = {"kind": "mamba", "d_state": 3}, {"kind": "attention", "n_heads": 2}
+RWKV7 = {"kind": "rwkv7", "head_dim": 8}
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "attention": {
         "mha": {"n_heads": 2},
@@ -22,15 +25,90 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "window": {"n_heads": 2, "window": 5},
         "alibi-window": {"n_heads": 2, "window": 5, "position": "alibi"},
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
+        "encoder": {"n_heads": 4, "n_kv_heads": 2, "causal": False},
+        "full-norm-clip": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "full", "clip_qkv": 0.5},
+        "gate": {"n_heads": 2, "gate": True, "qk_norm": True, "qk_norm_kind": "rms_plus_one"},
+        "longrope": {
+            "n_heads": 2,
+            "rope_scaling": {
+                "method": "longrope",
+                "factor": 4,
+                "original_context": 16,
+                "divisors": [1, 2, 3, 4],
+            },
+        },
+        "llama3-rope": {
+            "n_heads": 2,
+            "rope_scaling": {"method": "llama3", "factor": 8, "original_context": 16},
+        },
+    },
+    "bidirectional": {
+        "sum": {"mixer": MAMBA},
+        "concat": {"mixer": MAMBA, "combine": "concat"},
+        "tied": {"mixer": MAMBA, "combine": "mean", "tied": True},
+        "sharing": {"mixer": RWKV7},
     },
     "eml_attention": {"two-heads": {"n_heads": 2}},
-    "mamba": {"small": {"d_state": 4}, "expand1": {"d_state": 3, "expand": 1}},
+    "gated_delta": {
+        "two-heads": {"n_heads": 2},
+        "shared-keys": {"n_heads": 4, "n_key_heads": 2, "key_head_dim": 3, "value_head_dim": 5},
+        "negative": {"n_heads": 2, "negative_eigenvalues": True},
+        "ungated": {"n_heads": 2, "gated": False},
+    },
+    "gla": {
+        "two-heads": {"n_heads": 2, "gate_rank": 3},
+        "fast-decay": {"n_heads": 1, "expand_k": 0.25, "expand_v": 1.5, "gate_normalizer": 0.1},
+    },
+    "kda": {"two-heads": {"n_heads": 2}},
+    "long_conv": {"short": {"max_len": 9, "n_bands": 3}, "long": {"max_len": 128, "d_conv": 1}},
+    "mamba": {
+        "small": {"d_state": 4},
+        "expand1": {"d_state": 3, "expand": 1},
+        "jamba": {"d_state": 4, "dt_rank": 3, "inner_norm": "rms"},
+        "falcon": {"d_state": 4, "dt_rank": 3, "inner_norm": "weightless"},
+    },
+    "mamba2": {
+        "small": {"d_state": 5, "head_dim": 8},
+        "groups": {"d_state": 3, "head_dim": 4, "n_groups": 2, "dt_limit": [0.01, 0.1]},
+        "bare": {"d_state": 4, "head_dim": 8, "expand": 1.5, "rms_norm": False, "bias": True},
+        "norm-first": {"d_state": 4, "head_dim": 8, "norm_before_gate": True, "conv_bias": False},
+    },
+    "mamba3": {
+        "small": {"d_state": 6, "head_dim": 8},
+        "groups": {"d_state": 4, "head_dim": 8, "n_groups": 2, "rope_fraction": 1.0},
+        "heavy-tail": {"d_state": 4, "head_dim": 4, "expand": 1, "a_activation": "heavy_tail"},
+    },
+    "parallel": {
+        **{mode: {"mixers": [MAMBA, HEADS], "combine": mode} for mode in ("sum", "weighted")},
+        "concat": {"mixers": [RWKV7, RWKV7, HEADS], "combine": "concat"},
+    },
+    "routed": {
+        "top1": {"mixers": [MAMBA, HEADS]},
+        "top2": {"mixers": [MAMBA, HEADS, RWKV7], "top_k": 2, "temperature": 0.5},
+    },
+    "retention": {"two-heads": {"n_heads": 2}, "narrow": {"n_heads": 4, "expand_v": 0.5}},
+    "mla": {
+        "direct": {**LATENT, "n_heads": 2},
+        "q-latent-yarn": {
+            **LATENT,
+            "n_heads": 4,
+            "q_lora_rank": 7,
+            "scale": 0.4,
+            "rope_scaling": {"method": "yarn", "factor": 4, "original_context": 16},
+        },
+    },
+    "rwkv4": {"square": {}, "wide": {"d_inner": 24}},
+    "rwkv5": {"two-heads": {"head_dim": 8}},
+    "rwkv6": {"two-heads": {"head_dim": 8, "mix_rank": 3, "decay_rank": 5}},
     "rwkv7": {"two-heads": {"head_dim": 8}},
+    "s4": {kind: {"d_state": 8, "init": kind} for kind in ("legs", "fourier")},
     "s4d": {kind: {"d_state": 8, "init": kind} for kind in ("lin", "inv", "legs", "real")},
+    "s5": {"one-block": {"d_state": 6, "n_blocks": 1}, "blocks": {"d_state": 8, "n_blocks": 2}},
 }
 CHANNEL_VARIANTS: dict[str, dict[str, dict]] = {
     "mlp": {"gelu": {}, "relu2": {"activation": "relu2"}},
     "moe": {"top2": {"n_experts": 4, "top_k": 2}},
+    "rwkv_channel": {f"v{n}": {"hidden": 40, "version": n} for n in (4, 6, 7)},
 }
 
 
@@ -60,6 +138,9 @@ def model_spec(name: str, *, hybrid: bool = False) -> ModelSpec:
 
 
 every_part = pytest.mark.parametrize("name", [*MIXERS, *CHANNELS])
+CAUSAL = {name: part.causal for name, part in {**MIXERS, **CHANNELS}.items()}
+causal_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if CAUSAL[name]])
+other_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if not CAUSAL[name]])
 devices = pytest.mark.parametrize(
     "device",
     [

@@ -8,9 +8,9 @@ from tolerance import assert_close
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kizzasi.errors import SpecError
+from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.mixer import LayerContext
-from kizzasi.models.mixers.attention import AttentionSpec, RopeScaling
+from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.ops.attention import (
     alibi_slopes,
     attention,
@@ -18,6 +18,7 @@ from kizzasi.models.ops.attention import (
     document_positions,
     visibility,
 )
+from kizzasi.models.rope_scaling import RopeScaling
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 100)
 D_MODEL = 16
@@ -31,8 +32,17 @@ SPECS = {
     "alibi": AttentionSpec(2, position="alibi"),
     "yarn": AttentionSpec(2, rope_scaling=RopeScaling("yarn", 4.0, 16)),
     "window-1": AttentionSpec(2, window=1),
+    "full-norm-clip": AttentionSpec(4, 2, qk_norm="full", qk_norm_kind="layer", clip_qkv=0.5),
+    "gate": AttentionSpec(4, 2, head_dim=6, gate=True, qk_norm=True, qk_norm_kind="rms_plus_one"),
+}
+ENCODERS = {
+    "encoder": AttentionSpec(4, 2, causal=False),
+    "encoder-window": AttentionSpec(2, window=5, causal=False, position="none", softcap=2.0),
+    "encoder-alibi": AttentionSpec(2, position="alibi", causal=False),
+    "encoder-wide-window": AttentionSpec(2, window=200, causal=False, gate=True),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+every_encoder = pytest.mark.parametrize("spec", ENCODERS.values(), ids=ENCODERS)
 
 
 def build(spec, dtype=torch.float64, backend="torch", d_model=D_MODEL):
@@ -312,6 +322,7 @@ def test_unequal_widths_of_heads_and_model():
         (AttentionSpec(4, 0), r"m.n_kv_heads: 0 is not positive"),
         (AttentionSpec(4, window=0), r"m.window: 0 is not positive; give at least 1"),
         (AttentionSpec(4, softcap=-1.0), r"m.softcap: -1.0 is not positive"),
+        (AttentionSpec(4, clip_qkv=0.0), r"m.clip_qkv: 0.0 is not positive"),
         (AttentionSpec(2, rope_dims=3), r"m.rope_dims: 3 of 8 entries .* give an even number"),
         (AttentionSpec(2, rope_dims=10), r"m.rope_dims: 10 of 8 entries"),
         (AttentionSpec(2, head_dim=5), r"m.rope_dims: 5 of 5 entries .* another head_dim"),
@@ -330,12 +341,24 @@ def test_unequal_widths_of_heads_and_model():
             r"m.rope_scaling.beta_slow: outside",
         ),
         (
+            AttentionSpec(2, rope_scaling=RopeScaling("llama3", 2.0, 64, low_freq_factor=4.0)),
+            r"m.rope_scaling.low_freq_factor: outside \(0, high_freq_factor\)",
+        ),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("longrope", 2.0, 64, divisors=(1.0, 2.0))),
+            r"m.rope_scaling.divisors: give 4 positive numbers",
+        ),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("llama3", 2.0, 64, attention_factor=1.0)),
+            r"m.rope_scaling.attention_factor: llama3 does not read it",
+        ),
+        (
             AttentionSpec(2, rope_dims=2, rope_scaling=RopeScaling("ntk", 2.0)),
             r"m.rope_scaling: ntk cannot stretch 2",
         ),
         (
             AttentionSpec(2, rope_scaling=RopeScaling("linear", 2.0, original_context=64)),
-            r"m.rope_scaling.original_context: only yarn reads it",
+            r"m.rope_scaling.original_context: linear does not read it; leave it out",
         ),
     ],
 )
@@ -351,6 +374,85 @@ def test_scaling_reads_from_plain_data():
     assert AttentionSpec.from_dict(spec.to_dict()) == spec
     with pytest.raises(SpecError, match=r"rope_scaling\.facter: unknown; did you mean factor\?"):
         AttentionSpec.from_dict({**data, "rope_scaling": {"method": "linear", "facter": 2}})
+
+
+@every_encoder
+@pytest.mark.parametrize("length", LENGTHS)
+def test_an_encoder_sees_both_ways(spec, length):
+    """Fused and reference agree in values and gradients; the mirror image has the mirrored output.
+
+    Rotary, ALiBi and no positions know distances only, and the window is symmetric.
+    """
+    x = signal(2, length).requires_grad_()
+    weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)
+    results = []
+    for backend in ("torch", "reference"):
+        mixer = build(spec, backend=backend)
+        y = mixer(x).y
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *mixer.parameters()))))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+    mixer = build(spec)
+    if spec.position != "rope":
+        assert_close(mixer(x.flip(1)).y, mixer(x).y.flip(1))
+    if length > 2:
+        other = torch.cat([x[:, :1], x[:, 1:2] + 1, x[:, 2:]], 1)
+        changed = (mixer(other).y - mixer(x).y).abs().amax((0, 2)) > 1e-9
+        reach = spec.window or length
+        assert changed.tolist() == [abs(t - 1) < reach for t in range(length)]
+
+
+@every_encoder
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_encoder_honours_documents_and_padding(spec, backend):
+    mixer = build(spec, backend=backend)
+    documents = [signal(1, n, n) for n in (6, 1, 11)]
+    ids = torch.tensor([[-1] * 4 + [1] * 6 + [2] + [3] * 11])
+    packed = torch.cat([signal(1, 4, 8), *documents], 1).requires_grad_()
+    out = mixer(packed, segment_ids=ids)
+    assert_close(out.y[:, 4:], torch.cat([mixer(x).y for x in documents], 1))
+    (gradient,) = torch.autograd.grad(out.y.sum(), packed)
+    assert gradient.isfinite().all()
+    both = torch.cat([documents[2], documents[2].flip(0)])
+    assert_close(mixer(both, segment_ids=torch.tensor([[0] * 11, [4] * 11])).y, mixer(both).y)
+
+
+@every_encoder
+def test_an_encoder_has_no_state(spec):
+    mixer, x = build(spec), signal(2, 7)
+    out = mixer(x)
+    assert not spec.causal
+    assert out.state == mixer.init_state(2) == ()
+    with pytest.raises(ShapeError, match=r"state: this attention is not causal.* whole sequences"):
+        mixer(x, out.state)
+    with pytest.raises(ShapeError, match=r"step: this attention is not causal"):
+        mixer.step(x[:, 0], out.state)
+    cost = spec.cost(LayerContext(D_MODEL), 7, 2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        mixer(x)
+    assert cost.flops == counter.get_total_flops()
+    assert (cost.params, cost.state_bytes) == (sum(p.numel() for p in mixer.parameters()), 0)
+
+
+def test_gates_of_a_head_follow_its_queries():
+    spec = SPECS["gate"]
+    mixer, plain = build(spec), build(AttentionSpec(4, 2, 6, qk_norm=True))
+    q, gate = mixer.q_proj.weight.view(4, 2, 6, D_MODEL).unbind(1)
+    with torch.no_grad():
+        plain.q_proj.weight.copy_(q.flatten(0, 1))
+        for name in ("k_proj", "v_proj"):
+            getattr(plain, name).weight.copy_(getattr(mixer, name).weight)
+        plain.o_proj.weight.copy_(torch.eye(16, 24))
+        mixer.o_proj.weight.copy_(torch.eye(16, 24))
+    x = signal(2, 9)
+    gates = torch.sigmoid(x @ gate.flatten(0, 1).T)[..., :16]
+    assert_close(mixer(x).y, plain(x).y * gates)
+
+
+def test_clipping_bounds_queries_keys_and_values():
+    mixer = build(AttentionSpec(2, clip_qkv=0.1, position="none"))
+    state = mixer(signal(1, 9)).state
+    assert state.k.abs().max() == state.v.abs().max() == 0.1
 
 
 class TestParity:
@@ -417,6 +519,41 @@ class TestParity:
         theta = config.rope_parameters["rope_theta"]
         spec = AttentionSpec(4, 2, head_dim=16, qk_norm=True, rope_theta=theta)
         self.compare(config, qwen3.Qwen3Attention, qwen3.Qwen3RotaryEmbedding, spec)
+
+    def test_olmoe_norms_all_heads_together_and_clips(self):
+        from transformers import OlmoeConfig
+        from transformers.models.olmoe import modeling_olmoe as olmoe
+
+        config = OlmoeConfig(
+            hidden_size=32, num_attention_heads=4, num_key_value_heads=2, clip_qkv=0.3
+        )
+        theta = config.rope_parameters["rope_theta"]
+        spec = AttentionSpec(
+            4, 2, qk_norm="full", qk_norm_eps=config.rms_norm_eps, clip_qkv=0.3, rope_theta=theta
+        )
+        self.compare(config, olmoe.OlmoeAttention, olmoe.OlmoeRotaryEmbedding, spec)
+
+    def test_qwen3_next_gates_and_norms_by_one_plus_the_weight(self):
+        from transformers import Qwen3NextConfig
+        from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
+        config = Qwen3NextConfig(
+            hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+        )
+        rope = config.rope_parameters
+        spec = AttentionSpec(
+            4,
+            2,
+            head_dim=16,
+            gate=True,
+            qk_norm=True,
+            qk_norm_kind="rms_plus_one",
+            qk_norm_eps=config.rms_norm_eps,
+            rope_theta=rope["rope_theta"],
+            rope_dims=int(16 * rope["partial_rotary_factor"]),
+        )
+        rotary = qwen3_next.Qwen3NextRotaryEmbedding
+        self.compare(config, qwen3_next.Qwen3NextAttention, rotary, spec)
 
     def test_qwen2_has_biases_and_mistral_a_window(self):
         from transformers import MistralConfig, Qwen2Config

@@ -95,7 +95,8 @@ def test_tensors_that_do_not_fit_are_named(folder):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("format"), "not a kizzasi checkpoint"),
+        (lambda c: c.pop("format"), "unknown format"),
+        (lambda c: c.update(format="kizzasi/99"), "not a kizzasi checkpoint"),
         (lambda c: c["spec"].update(d_modle=1), "d_modle: unknown"),
         (lambda c: c["spec"].update(d_model=10**6), r"model\.safetensors: does not fit"),
         (lambda c: c["spec"].update(d_model=10**10), r"cannot fit its config: .* GiB"),
@@ -111,7 +112,7 @@ def test_configs_that_lie(folder, edit, message):
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 10**6])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 10**6, "9" * 10**4])
 def test_configs_that_are_not_json(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):

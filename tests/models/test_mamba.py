@@ -36,10 +36,60 @@ def test_equals_transformers(dtype, bias, monkeypatch):
         hidden_size=12, state_size=4, num_hidden_layers=1, use_bias=bias, use_conv_bias=bias
     )
     theirs = MambaMixer(config, layer_idx=0).to(dtype)
+    shake(theirs)
+    assert_parity(make(MambaSpec(d_state=4, bias=bias, conv_bias=bias), dtype=dtype), theirs, dtype)
+
+
+def hold_to_float64(monkeypatch):
+    """transformers' norms and scans round to float32."""
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda x, *args, **kwargs: to(
+            x, *[torch.float64 if a is torch.float32 else a for a in args], **kwargs
+        ),
+    )
+
+
+def test_weightless_inner_norm_equals_falcon_mamba(monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+
+    hold_to_float64(monkeypatch)
+    config = transformers.FalconMambaConfig(
+        hidden_size=12, state_size=4, time_step_rank=3, num_hidden_layers=1, mixer_rms_eps=1e-2
+    )
+    # Its own initialisation asks for norms that do not exist yet.
+    theirs = FalconMambaMixer(config, layer_idx=0, initialize_mixer_weights=False).double()
+    shake(theirs)
+    spec = MambaSpec(d_state=4, dt_rank=3, inner_norm="weightless", inner_norm_eps=1e-2)
+    assert_parity(make(spec), theirs, torch.float64)
+
+
+def test_inner_norm_with_weights_equals_jamba(monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+    hold_to_float64(monkeypatch)
+    config = transformers.JambaConfig(
+        hidden_size=12, mamba_d_state=4, mamba_dt_rank=3, num_hidden_layers=1, rms_norm_eps=1e-2
+    )
+    theirs = JambaMambaMixer(config, layer_idx=0).double()
+    shake(theirs)
+    spec = MambaSpec(d_state=4, dt_rank=3, inner_norm="rms", inner_norm_eps=1e-2)
+    assert_parity(make(spec), theirs, torch.float64)
+
+
+def shake(module):
     with torch.no_grad():
-        for seed, p in enumerate(theirs.parameters()):
-            p.copy_(0.3 * inputs(*p.shape, dtype=dtype, seed=seed))
-    ours = make(MambaSpec(d_state=4, bias=bias, conv_bias=bias), dtype=dtype)
+        for seed, p in enumerate(module.parameters()):
+            p.copy_(0.3 * inputs(*p.shape, dtype=p.dtype, seed=seed))
+
+
+def assert_parity(ours, theirs, dtype):
+    """Outputs and every gradient, from the same random weights."""
     ours.load_state_dict(theirs.state_dict())
     x, y = (inputs(2, 19, 12, dtype=dtype).requires_grad_() for _ in range(2))
     out, expected = ours(x).y, theirs(y)
@@ -109,6 +159,8 @@ def test_float32_parameters_survive_bfloat16():
         ({"d_state": 0}, "d_state: 0 is not positive"),
         ({"dt_rank": -1}, "dt_rank: -1 is not positive"),
         ({"dt_floor": 0.0}, "dt_floor: 0.0 is not positive"),
+        ({"inner_norm": "layer"}, "inner_norm: 'layer' is not one of"),
+        ({"inner_norm_eps": 0.0}, "inner_norm_eps: 0.0 is not positive"),
         ({"dt_min": 0.2}, r"dt_min: 0.2 is not in \(0, dt_max 0.1\]"),
     ],
 )

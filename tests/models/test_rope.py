@@ -6,14 +6,15 @@ import pytest
 import torch
 from tolerance import assert_close
 
-from kizzasi.models.mixers.attention import RopeScaling
 from kizzasi.models.ops.rope import (
     ntk_theta,
     rope_frequencies,
     rope_tables,
     rotate,
+    split_pairs,
     yarn_attention_factor,
 )
+from kizzasi.models.rope_scaling import RopeScaling
 
 CPU = torch.device("cpu")
 
@@ -48,6 +49,16 @@ def test_scores_depend_on_the_distance_only():
 
     assert_close(score(7, 3), score(1007, 1003))
     assert not torch.allclose(score(7, 3), score(7, 4))
+
+
+def test_interleaved_pairs_are_turned_as_the_paper_turns_them():
+    x = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    position = torch.tensor([[0, 1, 7]])
+    got = turn(split_pairs(x), position, theta=16.0)
+    frequencies = rope_frequencies(8, 16.0, device=CPU, dtype=torch.float64)
+    angle = position[0, :, None] * frequencies
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(angle * 0 + 1, angle)
+    assert_close(got, torch.cat([turned.real, turned.imag], -1))
 
 
 def test_partial_rotation_leaves_the_rest():
@@ -115,6 +126,16 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
                 "attention_factor": 0.7,
             },
         ),
+        (
+            RopeScaling("llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0),
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize(("head_dim", "theta"), [(32, 10000.0), (64, 500000.0), (6, 100.0)])
@@ -133,3 +154,30 @@ def test_scaling_equals_transformers(scaling, theirs, head_dim, theta):
     ours = scaling.frequencies(head_dim, theta, device=CPU, dtype=torch.float64)
     torch.testing.assert_close(ours.float(), frequencies, rtol=1e-6, atol=0)
     assert scaling.scale == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize(("seq_len", "chosen"), [(256, "long_factor"), (64, "short_factor")])
+def test_longrope_equals_transformers(seq_len, chosen):
+    pytest.importorskip("transformers", reason="parity with transformers: it is not installed")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    lists = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 4.0, 9.0, 16.0]}
+    config = LlamaConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_theta": 100.0,
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 64,
+            "factor": 8.0,
+            **lists,
+        },
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS["longrope"](config, CPU, seq_len=seq_len)
+    ours = RopeScaling("longrope", 8.0, 64, divisors=tuple(lists[chosen]))
+    got = ours.frequencies(8, 100.0, device=CPU, dtype=torch.float64)
+    torch.testing.assert_close(got.float(), frequencies, rtol=1e-6, atol=0)
+    assert ours.scale == pytest.approx(scale, rel=1e-12)
+    assert RopeScaling.from_dict(ours.to_dict()) == ours

@@ -15,7 +15,7 @@ from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.mixer import ChannelSpec, MixerSpec
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
-from kizzasi.models.strict import join
+from kizzasi.models.strict import field_types, join
 
 
 def small(**changes) -> ModelSpec:
@@ -133,8 +133,21 @@ def test_pattern_tiles_over_depth_in_python_and_in_files():
 
 @pytest.mark.parametrize("family", [MixerSpec, ChannelSpec])
 def test_every_part_survives_json(family):
+    needed = {
+        "bidirectional": {"mixer": {"kind": "mamba"}},
+        "mla": {
+            "n_heads": 2,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 5,
+        },
+        "parallel": {"mixers": [{"kind": "mamba"}, {"kind": "s4d"}]},
+        "routed": {"mixers": [{"kind": "mamba"}], "channels": [{"kind": "mlp"}]},
+    }
     for kind, cls in family.registry.items():
-        data = {"kind": kind, **({"n_heads": 2} if kind == "attention" else {})}
+        heads = {"n_heads": 2} if "n_heads" in field_types(cls) else {}
+        data = {"kind": kind, **needed.get(kind, heads)}
         part = family.from_dict(data)
         assert type(part) is cls
         assert family.from_dict(json.loads(part.canonical_json())) == part

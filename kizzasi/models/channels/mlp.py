@@ -22,7 +22,9 @@ from kizzasi.models.strict import register
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
 }
 
 
@@ -33,13 +35,14 @@ class MLPSpec(ChannelSpec):
 
     Args:
         hidden: inner width; None means 4 d_model.
-        activation: "gelu", "gelu_tanh" (the approximation that GPT-2 was trained with) or "relu2".
+        activation: "gelu", "gelu_tanh" (the approximation that GPT-2 was trained with), "relu",
+            "relu2" or "silu".
         bias: of both layers.
     """
 
     kind: ClassVar[str] = "mlp"
     hidden: int | None = None
-    activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = "gelu"
     bias: bool = False
 
     def check(self, d_model: int, path: str) -> None:

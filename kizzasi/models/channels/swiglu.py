@@ -27,10 +27,12 @@ class SwiGLUSpec(ChannelSpec):
     Args:
         hidden: inner width; None means 8/3 d_model (as many parameters as an MLP of 4 d_model),
             rounded up to a multiple of 8.
+        bias: of all three layers.
     """
 
     kind: ClassVar[str] = "swiglu"
     hidden: int | None = None
+    bias: bool = False
 
     def check(self, d_model: int, path: str) -> None:
         if self.hidden is not None:
@@ -41,7 +43,8 @@ class SwiGLUSpec(ChannelSpec):
 
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
         d, hidden, n = layer.d_model, self.width(layer.d_model), batch * seq_len
-        return linear(n, d, hidden) + linear(n, d, hidden) + linear(n, hidden, d)
+        enter = linear(n, d, hidden, bias=self.bias)
+        return enter + enter + linear(n, hidden, d, bias=self.bias)
 
     @property
     def context_window(self) -> float:
@@ -58,9 +61,9 @@ class SwiGLU(Mixer):
     def __init__(self, spec: SwiGLUSpec, layer: LayerContext) -> None:
         super().__init__()
         d, hidden = layer.d_model, spec.width(layer.d_model)
-        self.gate_proj = nn.Linear(d, hidden, bias=False)
-        self.up_proj = nn.Linear(d, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d, bias=False)
+        self.gate_proj = nn.Linear(d, hidden, bias=spec.bias)
+        self.up_proj = nn.Linear(d, hidden, bias=spec.bias)
+        self.down_proj = nn.Linear(hidden, d, bias=spec.bias)
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         init.linear_(self.gate_proj, generator)

@@ -8,8 +8,23 @@ from pathlib import Path
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import native
+from kizzasi.models.checkpoints import foreign, gguf, gpt2, llama, mixtures, native, rwkv_hf, rwkv_pth
 from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.strict import unknown_name
+
+__all__ = [
+    "foreign",
+    "formats",
+    "gguf",
+    "gpt2",
+    "llama",
+    "load",
+    "mixtures",
+    "native",
+    "rwkv_hf",
+    "rwkv_pth",
+    "save",
+]
 
 
 def load(
@@ -18,18 +33,63 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
+    quantized: bool = False,
 ) -> SequenceModel:
-    """Load a checkpoint folder that `save_pretrained` wrote.
+    """Load a checkpoint: one that `save` or `save_pretrained` wrote, one of `formats()`, or GGUF.
+
+    The model is in evaluation mode, as after `model.eval()`.
 
     Args:
-        path: the folder.
+        path: a folder with config.json and weights, or a single file of weights that tells its
+            format by the names in it.
         device, backend: as for `build_model`.
-        dtype: None keeps the stored dtype.
+        dtype: None keeps the stored dtype; of several, the widest.
+        quantized: keep the weights that a GGUF file stores in 4, 5 or 8 bits in that form, for fast
+            decoding on the CPU. Scales, and inputs and outputs of those layers, are then rounded to
+            bfloat16; see `kizzasi.models.quantized`. False reads every weight in full.
 
     Raises:
-        CheckpointError: no checkpoint there, damaged, or tensors that do not fit the config.
+        CheckpointError: no checkpoint there, of an unknown format, damaged, with a config that asks
+            for what this library lacks, or with tensors that do not fit the config.
     """
-    folder = Path(path)
-    if not (folder / native.CONFIG).is_file():
-        raise CheckpointError(f"{folder}: no {native.CONFIG} there; give a folder with one")
-    return native.load(folder, device=device, dtype=dtype, backend=backend)
+    path = Path(path)
+    config = path / native.CONFIG
+    if not (path.is_file() or config.is_file()):
+        raise CheckpointError(
+            f"{path}: no {native.CONFIG} there; give a folder with one, or a file"
+        )
+    if path.is_file() and gguf.is_gguf(path):
+        options = {"device": device, "dtype": dtype, "backend": backend, "quantized": quantized}
+        return gguf.read(path, **options).eval()
+    if quantized:
+        raise CheckpointError(f"{path}: quantized: only GGUF files hold such weights; leave it out")
+    read = native.load if config.is_file() and native.is_native(config) else foreign.read
+    return read(path, device=device, dtype=dtype, backend=backend).eval()
+
+
+def save(model: SequenceModel, folder: str | os.PathLike[str], format: str = native.NAME) -> None:
+    """Write a checkpoint folder.
+
+    What a format cannot express is refused, but for the weights of losses that only training reads
+    (a router's z-loss): those it has no key for are left out.
+
+    Args:
+        model: of any spec, if the format is our own; else of a spec that the format can express.
+        folder: made if need be; files of the same names are replaced.
+        format: "kizzasi", or one of `formats()`, such as "llama".
+
+    Raises:
+        CheckpointError: an unknown format, one that cannot express the model, or an unwritable
+            folder.
+    """
+    if format == native.NAME:
+        native.save(model, folder)
+    elif format in foreign.FAMILIES:
+        foreign.write(model, folder, foreign.FAMILIES[format])
+    else:
+        raise CheckpointError(f"format: {format!r} {unknown_name(format, formats())}")
+
+
+def formats() -> list[str]:
+    """The formats that `load` finds out and `save` writes, our own first."""
+    return [native.NAME, *sorted(foreign.FAMILIES)]

@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.models.checkpoints.storage import read_json
 from kizzasi.models.model import Backend, SequenceModel, build_model
-from kizzasi.models.spec import MAX_FILE_BYTES, ModelSpec
+from kizzasi.models.spec import ModelSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT = "kizzasi/1"
+NAME = "kizzasi"
+FORMAT = f"{NAME}/1"
 
 
 def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
@@ -56,15 +58,15 @@ def load(
     return model.to(device)
 
 
+def is_native(path: Path) -> bool:
+    """Whether a config.json is one of ours, of whatever version. Raises CheckpointError."""
+    return str(read_json(path).get("format")).startswith(NAME)
+
+
 def read_spec(path: Path) -> ModelSpec:
     """The spec inside a config.json. Raises CheckpointError."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a config")
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(path)
+    if config.get("format") != FORMAT:
         raise CheckpointError(f'{path}: not a kizzasi checkpoint: "format" is not "{FORMAT}"')
     try:
         spec = ModelSpec.from_dict(config.get("spec", {}))

@@ -1,8 +1,45 @@
 """Sequence mixers: one architecture, one file, one line here."""
 
 from kizzasi.models.mixers.attention import AttentionSpec
+from kizzasi.models.mixers.bidirectional import BidirectionalSpec
+from kizzasi.models.mixers.gated_delta import GatedDeltaSpec
+from kizzasi.models.mixers.gla import GLASpec
+from kizzasi.models.mixers.kda import KDASpec
+from kizzasi.models.mixers.long_conv import LongConvSpec
 from kizzasi.models.mixers.mamba import MambaSpec
+from kizzasi.models.mixers.mamba2 import Mamba2Spec
+from kizzasi.models.mixers.mamba3 import Mamba3Spec
+from kizzasi.models.mixers.mla import MLASpec
+from kizzasi.models.mixers.parallel import ParallelSpec
+from kizzasi.models.mixers.retention import RetentionSpec
+from kizzasi.models.mixers.routed import RoutedSpec
+from kizzasi.models.mixers.rwkv4 import RWKV4Spec
+from kizzasi.models.mixers.rwkv5 import RWKV5Spec
+from kizzasi.models.mixers.rwkv6 import RWKV6Spec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
+from kizzasi.models.mixers.s4 import S4Spec
 from kizzasi.models.mixers.s4d import S4DSpec
+from kizzasi.models.mixers.s5 import S5Spec
 
-__all__ = ["AttentionSpec", "MambaSpec", "RWKV7Spec", "S4DSpec"]
+__all__ = [
+    "AttentionSpec",
+    "BidirectionalSpec",
+    "GLASpec",
+    "GatedDeltaSpec",
+    "KDASpec",
+    "LongConvSpec",
+    "MLASpec",
+    "Mamba2Spec",
+    "Mamba3Spec",
+    "MambaSpec",
+    "ParallelSpec",
+    "RWKV4Spec",
+    "RWKV5Spec",
+    "RWKV6Spec",
+    "RWKV7Spec",
+    "RetentionSpec",
+    "RoutedSpec",
+    "S4DSpec",
+    "S4Spec",
+    "S5Spec",
+]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from kizzasi.models.mixer import (
     document_starts,
     state_dtype,
 )
+from kizzasi.models.norm import Norm
 from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
@@ -53,6 +54,8 @@ class MambaSpec(MixerSpec):
     dt_rank: inner width of the step size map; None means d_model / 16, rounded up.
     dt_min, dt_max: range of the initial step sizes, log-uniform. dt_floor: their smallest value.
     conv_bias, bias: of the convolution; of in_proj and out_proj.
+    inner_norm: RMS norm of dt (before dt_proj), B and C: "rms" with weights (Jamba), "weightless"
+        without (FalconMamba), or None. inner_norm_eps: its epsilon.
     """
 
     kind: ClassVar[str] = "mamba"
@@ -65,6 +68,8 @@ class MambaSpec(MixerSpec):
     dt_floor: float = 1e-4
     conv_bias: bool = True
     bias: bool = False
+    inner_norm: Literal["rms", "weightless"] | None = None
+    inner_norm_eps: float = 1e-6
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "d_state", "d_conv")
@@ -78,6 +83,8 @@ class MambaSpec(MixerSpec):
         require(0 < self.dt_min <= self.dt_max, join(path, "dt_min"), message)
         message = f"{self.dt_floor} is not positive; give a small step such as 1e-4"
         require(self.dt_floor > 0, join(path, "dt_floor"), message)
+        message = f"{self.inner_norm_eps} is not positive; give a small number such as 1e-6"
+        require(self.inner_norm_eps > 0, join(path, "inner_norm_eps"), message)
 
     def d_inner(self, d_model: int) -> int:
         return round(self.expand * d_model)
@@ -91,13 +98,14 @@ class MambaSpec(MixerSpec):
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
         d, n, k, tokens = layer.d_model, self.d_state, self.d_conv, batch * seq_len
         inner, rank = self.d_inner(d), self.rank(d)
+        norms = rank + 2 * n if self.inner_norm == "rms" else 0
         return (
             linear(tokens, d, 2 * inner, bias=self.bias)
             + linear(tokens, inner, rank + 2 * n)
             + linear(tokens, rank, inner, bias=True)
             + linear(tokens, inner, d, bias=self.bias)
             + dense(
-                params=inner * (k + self.conv_bias) + inner * n + inner,
+                params=inner * (k + self.conv_bias) + inner * n + inner + norms,
                 flops=2 * tokens * inner * n,  # outputs from states
                 state_bytes=4 * batch * inner * (k - 1 + n),
             )
@@ -129,6 +137,10 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.empty(inner, n))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, d, bias=spec.bias)
+        if spec.inner_norm is not None:
+            self.dt_layernorm = self._norm(rank)
+            self.b_layernorm = self._norm(n)
+            self.c_layernorm = self._norm(n)
 
     def forward(
         self,
@@ -165,6 +177,12 @@ class Mamba(Mixer):
             torch.zeros(batch, inner, n, device=device, dtype=state_dtype(dtype)),
         )
 
+    def _norm(self, d: int) -> Norm | nn.RMSNorm:
+        eps = self.spec.inner_norm_eps
+        if self.spec.inner_norm == "rms":
+            return Norm("rms", d, eps)
+        return nn.RMSNorm(d, eps, elementwise_affine=False)
+
     def _filter(self) -> tuple[Tensor, Tensor | None]:
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
@@ -172,6 +190,8 @@ class Mamba(Mixer):
         """dt, A, B and C of the scan. The bias and softplus of dt are never below float32."""
         n = self.spec.d_state
         dt, B, C = self.x_proj(u).split([self.rank, n, n], -1)
+        if self.spec.inner_norm is not None:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt = full_precision(F.linear(dt, self.dt_proj.weight)) + self.dt_proj.bias
         return F.softplus(dt), -self.A_log.exp(), B, C
 
@@ -192,3 +212,6 @@ class Mamba(Mixer):
         self.dt_proj.bias.copy_(softplus_inverse(dt))
         self.A_log.copy_(torch.arange(1, spec.d_state + 1).log().expand_as(self.A_log))
         self.D.fill_(1.0)
+        if spec.inner_norm is not None:
+            for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm):
+                norm.reset_parameters()

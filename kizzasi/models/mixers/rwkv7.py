@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.cost import Cost, dense, linear
@@ -37,7 +36,7 @@ from kizzasi.models.mixer import (
     document_starts,
     state_dtype,
 )
-from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv import wkv7, wkv7_flops, wkv7_ref, wkv7_step
@@ -45,7 +44,6 @@ from kizzasi.models.strict import register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b
 MAX_DECAY = math.exp(-0.5)  # a memory fades by at most exp(-MAX_DECAY) per token
-GROUP_NORM_EPS = 64e-5  # the same for every head_dim in RWKV-LM
 
 
 @register
@@ -116,22 +114,6 @@ class RWKV7State(NamedTuple):
 
     shift: Tensor
     wkv: Tensor
-
-
-class HeadNorm(KeepFloat32):
-    """GroupNorm with one group per head, over (..., h, n), in at least float32."""
-
-    float32_parameters = ("weight", "bias")
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d))
-        self.bias = nn.Parameter(torch.empty(d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(full_precision(x), x.shape[-1:], eps=GROUP_NORM_EPS)
-        shape = x.shape[-2:]
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
 
 
 class RWKV7(Mixer):

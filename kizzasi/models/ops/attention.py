@@ -13,8 +13,6 @@ arXiv:2305.13245. ALiBi: Press et al. 2021, arXiv:2108.12409. Soft cap: Gemma 2,
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,36 +28,41 @@ def attention_ref(
     visible: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    causal: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
     """Attend by the formula, with the scores written out.
 
-        z = q k^T / sqrt(d);    z = c tanh(z / c) if softcap c;    y = softmax(z + bias) v
+        z = scale q k^T;    z = c tanh(z / c) if softcap c;    y = softmax(z + bias) v
 
     This is the definition; `attention` must agree with it. O(t s) memory.
 
     Args:
         q: (b, h, t, d).
-        k, v: (b, h_kv, s, d) with h_kv a divisor of h.
+        k: (b, h_kv, s, d) with h_kv a divisor of h.
+        v: (b, h_kv, s, any width).
         visible: bool, broadcastable to (b, h, t, s), True where a query may look at a key; every
-            query must see a key. None: causal, the last query sees every key.
+            query must see a key. None: as `causal` says.
         bias: broadcastable to (b, h, t, s), added to the scores.
         softcap: bound on the size of the scores.
+        causal: the last query sees every key, each one before it one key less; False: all see all.
+        scale: of the scores; None means 1 / sqrt(d).
 
     Returns:
-        (b, h, t, d) in q's dtype. The softmax is taken in at least float32.
+        (b, h, t, width of v) in q's dtype. The softmax is taken in at least float32.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if visible is None:
-        t, s = q.shape[2], k.shape[2]
-        visible = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    scores = full_precision(q @ k.mT) / math.sqrt(q.shape[-1])
+    if visible is None and causal:
+        visible = _earlier(q, k)
+    scores = full_precision(q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    weights = torch.where(visible, scores, -torch.inf).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+    if visible is not None:
+        scores = torch.where(visible, scores, -torch.inf)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def attention(
@@ -70,12 +73,17 @@ def attention(
     visible: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    causal: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
     """`attention_ref` by torch's fused kernels, except for capped scores, which they lack."""
     if softcap is not None:
-        return attention_ref(q, k, v, visible=visible, bias=bias, softcap=softcap)
-    t, s = q.shape[2], k.shape[2]
-    assert visible is not None or t == 1 or (s == t and bias is None), "what the kernels can say"
+        return attention_ref(
+            q, k, v, visible=visible, bias=bias, softcap=softcap, causal=causal, scale=scale
+        )
+    causal = causal and visible is None and q.shape[2] > 1
+    if causal and (bias is not None or q.shape[2] != k.shape[2]):  # what the kernels cannot say
+        visible, causal = _earlier(q, k), False
     mask = visible
     if bias is not None:
         mask = bias.to(q.dtype)
@@ -85,9 +93,16 @@ def attention(
         k,
         v,
         attn_mask=mask,
-        is_causal=visible is None and t > 1,
+        is_causal=causal,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _earlier(q: Tensor, k: Tensor) -> Tensor:
+    """(t, s) bool: the last query sees every key, each one before it one key less."""
+    t, s = q.shape[2], k.shape[2]
+    return torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
 
 
 def document_positions(starts: Tensor, next_position: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,17 +126,22 @@ def visibility(
     key_document: Tensor,
     key_position: Tensor,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """(b, 1, t, s) bool: same document, not later, and among the latest `window` positions.
 
     Args:
         query_document, query_position: (b, t).
         key_document, key_position: (b, s).
+        window: positions that a query sees, its own included; None means all.
+        causal: if False, later keys are seen too, as far ahead as behind.
     """
     age = query_position[:, :, None] - key_position[:, None]
-    visible = (query_document[:, :, None] == key_document[:, None]) & (age >= 0)
+    visible = query_document[:, :, None] == key_document[:, None]
+    if causal:
+        visible = visible & (age >= 0)
     if window is not None:
-        visible = visible & (age < window)
+        visible = visible & ((age if causal else age.abs()) < window)
     return visible[:, None]
 
 

@@ -4,7 +4,8 @@
     n_rotated    d, how many entries of a head are rotated (all, or the first few)
     position     m, counted from 0 in every document
 
-Pairs are entries (i, i + n_rotated / 2), as Llama stores its weights; the paper pairs (2i, 2i + 1).
+Pairs are entries (i, i + n_rotated / 2), as Llama stores its weights; the paper pairs (2i, 2i + 1),
+and so does DeepSeek: `split_pairs` takes one order to the other.
 
 Source: Su et al. 2021, arXiv:2104.09864. YaRN: Peng et al. 2023, arXiv:2309.00071.
 """
@@ -71,6 +72,26 @@ def yarn_frequencies(
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
 
+def llama3_frequencies(
+    frequencies: Tensor,
+    factor: float,
+    original_context: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
+) -> Tensor:
+    """Like `yarn_frequencies`, but blended by the turns themselves instead of the pair's index.
+
+        f'[i] = f[i] (r[i] + (1 - r[i]) / factor),    r = (turns - low) / (high - low) in [0, 1]
+
+    with turns = f[i] original_context / (2 pi).
+
+    Source: Dubey et al. 2024, arXiv:2407.21783; the formula is that of its published code.
+    """
+    turns = frequencies * (original_context / (2 * math.pi))
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * kept + frequencies / factor * (1 - kept)
+
+
 def yarn_attention_factor(factor: float) -> float:
     """Scale of the rotated queries and keys that keeps attention as sharp as before the stretch.
 
@@ -104,3 +125,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if n < x.shape[-1]:
         return torch.cat([rotate(x[..., :n], cos, sin), x[..., n:]], dim=-1)
     return torch.addcmul(x * cos, x.roll(n // 2, -1), sin).to(x.dtype)
+
+
+def split_pairs(x: Tensor) -> Tensor:
+    """Entries (2i, 2i + 1) of the last dimension to places (i, i + n / 2)."""
+    return x.unflatten(-1, (-1, 2)).mT.flatten(-2)

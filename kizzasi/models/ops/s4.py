@@ -49,10 +49,25 @@ def s4d_poles(init: S4DInit, d_state: int) -> tuple[Tensor, Tensor]:
     elif init == "inv":
         frequency = d_state / math.pi * (d_state / (2 * half + 1) - 1)
     else:
-        p = (n + 0.5).sqrt()  # A + p p^T = -1/2 + skew: the low-rank term makes LegS normal
-        skew = torch.triu(p[:, None] * p, 1) - torch.tril(p[:, None] * p, -1)
-        frequency = torch.linalg.eigvalsh(1j * skew)[d_state // 2 :]
+        frequency, _ = legs_modes(d_state)
     return torch.full_like(half, -0.5), frequency
+
+
+def legs_modes(d_state: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of HiPPO-LegS once a rank-1 term p p^T has made it normal, float64.
+
+        A + p p^T = -1/2 + S,    S v = i w v,    p = sqrt(n + 1/2),    n = 0 .. d_state - 1
+
+    Eigenvectors are free in their phase; here v* p > 0, so that every machine finds the same ones.
+
+    Returns:
+        w > 0 (d_state / 2,), ascending, and the v as columns (d_state, d_state / 2), complex.
+    """
+    p = (torch.arange(d_state, dtype=torch.float64) + 0.5).sqrt()
+    skew = torch.triu(p[:, None] * p, 1) - torch.tril(p[:, None] * p, -1)
+    w, v = torch.linalg.eigh(-1j * skew)
+    w, v = w[d_state // 2 :], v[:, d_state // 2 :]
+    return w, v * (p.to(v.dtype) @ v).sgn().conj()
 
 
 def expm1(z: Tensor) -> Tensor:
@@ -129,17 +144,30 @@ def s4d_scan(
     origin = Bbar[None] if h0 is None else torch.cat([Bbar[None], Abar * h0])
     response = free_response(origin, C, table)
     kernel, echo = response[0], response[1:].transpose(1, 2)
+    y = convolve(u, kernel, None if h0 is None else echo, starts)
+    return y, last_state(*last_document(u, h0, starts), Abar, Bbar, table)
+
+
+def convolve(u: Tensor, kernel: Tensor, echo: Tensor | None, starts: Tensor | None) -> Tensor:
+    """Convolve every document with the kernel (d, t); add echo (b, t, d) to what continues."""
     if starts is None:
         y = fft_convolve(u, kernel)
-        y = y if h0 is None else y + echo
-        return y, last_state(u, Abar, Bbar, h0, table)
+        return y if echo is None else y + echo
     y = convolve_documents(u, kernel, starts)
+    carried = starts.cumsum(dim=1) == 0
+    return y if echo is None else y + torch.where(carried[:, :, None], echo, 0)
+
+
+def last_document(
+    u: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """u and h0 with zeros wherever the last document of a row cannot see them."""
+    if starts is None:
+        return u, h0
     document = starts.cumsum(dim=1)
     if h0 is not None:
-        y = y + torch.where(document[:, :, None] == 0, echo, 0)
         h0 = torch.where(document[:, -1, None, None] == 0, h0, 0)
-    u = torch.where((document == document[:, -1:])[:, :, None], u, 0)
-    return y, last_state(u, Abar, Bbar, h0, table)
+    return torch.where((document == document[:, -1:])[:, :, None], u, 0), h0
 
 
 class PowerTable(NamedTuple):
@@ -165,18 +193,18 @@ def power_table(Abar: Tensor, t: int) -> PowerTable:
     Products of Abar, not exponentials of multiples: the rounding is then that of the recurrence.
     """
     c, j = block_lengths(t)
-    fine, stride = _powers(Abar, c)
-    coarse, _ = _powers(stride, j)
+    fine, stride = powers(Abar, c)
+    coarse, _ = powers(stride, j)
     return PowerTable(fine, coarse, t)
 
 
-def _powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """a ** 0 .. a ** (count - 1) as (d, count, n), and a ** (the next power of two)."""
-    powers = torch.ones_like(a)[:, None]
-    while powers.shape[1] < count:
-        powers = torch.cat([powers, powers * a[:, None]], dim=1)
+    table = torch.ones_like(a)[:, None]
+    while table.shape[1] < count:
+        table = torch.cat([table, table * a[:, None]], dim=1)
         a = a * a
-    return powers[:, :count], a
+    return table[:, :count], a
 
 
 def free_response(h: Tensor, C: Tensor, table: PowerTable) -> Tensor:
@@ -190,18 +218,18 @@ def free_response(h: Tensor, C: Tensor, table: PowerTable) -> Tensor:
     """
     fine, coarse, t = table
     ahead = (C * h)[:, :, None] * coarse  # (b, d, j, n): the state at every block's first token
-    blocks = _real_rows(ahead.conj().transpose(0, 1).flatten(1, 2)) @ _real_rows(fine).mT
+    blocks = real_rows(ahead.conj().transpose(0, 1).flatten(1, 2)) @ real_rows(fine).mT
     return blocks.unflatten(1, (h.shape[0], -1)).flatten(2)[..., :t].transpose(0, 1)
 
 
 def last_state(
-    u: Tensor, Abar: Tensor, Bbar: Tensor, h0: Tensor | None, table: PowerTable
+    u: Tensor, h0: Tensor | None, Abar: Tensor, Bbar: Tensor, table: PowerTable
 ) -> Tensor:
     """h[t-1] = sum_s Abar ** (t-1-s) Bbar u[s] + Abar ** t h0, block by block: (b, d, n)."""
     fine, coarse, t = table
     j, c = coarse.shape[1], fine.shape[1]
     blocks = F.pad(u.permute(2, 0, 1), (j * c - t, 0)).unflatten(2, (j, c))  # (d, b, j, c)
-    sums = blocks.flatten(1, 2) @ _real_rows(fine.flip(1))
+    sums = blocks.flatten(1, 2) @ real_rows(fine.flip(1))
     if Abar.is_complex():
         sums = torch.view_as_complex(sums.unflatten(2, (-1, 2)))
     h = (sums.unflatten(1, (-1, j)) * coarse.flip(1)[:, None]).sum(2)
@@ -211,7 +239,7 @@ def last_state(
     return h + Abar * fine[:, (t - 1) % c] * coarse[:, -1] * h0
 
 
-def _real_rows(z: Tensor) -> Tensor:
+def real_rows(z: Tensor) -> Tensor:
     """(..., n) as real (..., 2 n), re and im in turn: conj(x) . y there is Re(x y) here."""
     return torch.view_as_real(z.resolve_conj()).flatten(-2) if z.is_complex() else z
 

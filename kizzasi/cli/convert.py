@@ -1,0 +1,45 @@
+"""Rewrite a checkpoint in another format: ours, or one that transformers reads.
+
+The input's format is found out. What the other format cannot express is an error, not a loss.
+
+example:
+  kizzasi convert downloads/smollm2 runs/smollm2
+  kizzasi convert runs/smollm2 exports/smollm2 --format llama
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kizzasi.cli.common import check_device
+from kizzasi.errors import CheckpointError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", help="a checkpoint folder, or a single file of weights")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument(
+        "--format", default="kizzasi", help='"kizzasi" (default), "llama", "gpt2", ...'
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from kizzasi.models.checkpoints import load, save
+
+    check_device(args.device)
+    if Path(args.input).resolve() == Path(args.output).resolve():
+        raise CheckpointError(f"{args.output}: would replace the input; give another folder")
+    model = load(args.input, device=args.device)
+    save(model, args.output, args.format)
+    spec, params = model.spec, model.n_params
+    result = {
+        "output": args.output,
+        "format": args.format,
+        "params": params,
+        "dtype": str(next(model.stem.parameters()).dtype).removeprefix("torch."),
+        "digest": spec.digest,
+    }
+    layers = f"{len(spec.blocks)} layers, {params:,} parameters, {result['dtype']}"
+    return result, f"{args.output}: {args.format}, {layers}"

@@ -1,0 +1,107 @@
+"""Bamba, as transformers stores it: Mamba-2 and attention with half-rotated heads, dense channels.
+
+The program turns half of every head whatever the config says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kizzasi.models.channels.swiglu import SwiGLUSpec
+from kizzasi.models.checkpoints import llama
+from kizzasi.models.checkpoints.config import Config
+from kizzasi.models.checkpoints.foreign import Family, register
+from kizzasi.models.checkpoints.jamba import TRUNK, attention_keys
+from kizzasi.models.checkpoints.mamba_hf import (
+    d_model_of,
+    only_mixer,
+    step_limit,
+    step_limit_key,
+    without_steps,
+)
+from kizzasi.models.checkpoints.names import renamed
+from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.mixers.attention import AttentionSpec
+from kizzasi.models.mixers.mamba2 import Mamba2Spec
+from kizzasi.models.spec import BlockSpec, ModelSpec
+
+KINDS = {"full_attention": True, "attention": True, "linear_attention": False, "mamba": False}
+
+
+def _spec(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers = llama.depth(config, shapes)
+    attends = set(config.get("attn_layer_indices", tuple[int, ...], ()))
+    if not attends <= set(range(n_layers)):
+        config.refuse("attn_layer_indices", f"{sorted(attends)!r:.80} for {n_layers} layers")
+    for key in ("layer_types", "layers_block_type"):
+        kinds = [i in attends for i in range(n_layers)]
+        said = config.get(key, tuple[str, ...], None)
+        if said is not None and [KINDS.get(kind) for kind in said] != kinds:
+            config.refuse(key, f"{list(said)!r:.80} is not what attn_layer_indices say")
+    heads = llama.attention(config, n_kv_heads=8, rotated=0.5)
+    bias = config.get("attention_bias", bool, False)
+    heads = replace(heads, qkv_bias=bias, out_bias=bias)
+    if config.get("attn_rotary_emb", int, heads.rope_dims) != heads.rope_dims:
+        config.refuse("attn_rotary_emb", f"only half of every head, {heads.rope_dims}, can turn")
+    mamba = _mamba(config, d_model_of(config, shapes))
+    channel = llama.swiglu(config, bias=config.get("mlp_bias", bool, False))
+    config.skip("num_logits_to_keep", "z_loss_coefficient")  # of the output; of training
+    blocks = [BlockSpec(heads if i in attends else mamba, channel) for i in range(n_layers)]
+    return llama.trunk(config, blocks, eps=1e-5)
+
+
+def _mamba(config: Config, d_model: int) -> Mamba2Spec:
+    inner = int(config.get("mamba_expand", float, 2.0) * d_model)
+    n_heads = config.get("mamba_n_heads", int, 128)
+    if n_heads < 1 or inner % n_heads:
+        config.refuse("mamba_n_heads", f"{n_heads} does not divide {inner} channels")
+    config.only("mamba_d_head", inner // n_heads, "auto")
+    config.skip("mamba_chunk_size")  # speed
+    return Mamba2Spec(
+        d_state=config.get("mamba_d_state", int, 256),
+        d_conv=config.get("mamba_d_conv", int, 4),
+        expand=inner / d_model,
+        head_dim=inner // n_heads,
+        n_groups=config.get("mamba_n_groups", int, 1),
+        dt_limit=step_limit(config, "time_step_limit"),
+        norm_eps=config.get("rms_norm_eps", float, 1e-5),
+        conv_bias=config.get("mamba_conv_bias", bool, True),
+        bias=config.get("mamba_proj_bias", bool, False),
+    )
+
+
+def _keys(spec: ModelSpec) -> dict[str, Any]:
+    mamba, heads = only_mixer(spec, Mamba2Spec), only_mixer(spec, AttentionSpec)
+    n_heads, channel = mamba.n_heads(spec.d_model), spec.blocks[0].channel
+    attends = [i for i, b in enumerate(spec.blocks) if isinstance(b.mixer, AttentionSpec)]
+    return {
+        "architectures": ["BambaForCausalLM"],
+        "model_type": "bamba",
+        **attention_keys(spec),
+        "attention_bias": heads.qkv_bias,
+        "mlp_bias": isinstance(channel, SwiGLUSpec) and channel.bias,
+        "attn_layer_indices": attends,
+        "mamba_n_heads": n_heads,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.n_groups,
+        "mamba_d_state": mamba.d_state,
+        "mamba_d_conv": mamba.d_conv,
+        "mamba_expand": n_heads * mamba.head_dim // spec.d_model,
+        "mamba_conv_bias": mamba.conv_bias,
+        "mamba_proj_bias": mamba.bias,
+        "time_step_limit": step_limit_key(mamba),
+    }
+
+
+BAMBA = register(
+    Family(
+        "bamba",
+        _spec,
+        lambda _: [renamed(TRUNK)],
+        _keys,
+        ignored=llama.ROTARY_BUFFERS,
+        tied=llama.TIED,
+        canonical=without_steps,
+    )
+)

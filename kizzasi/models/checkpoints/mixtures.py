@@ -1,0 +1,210 @@
+"""Mixtures of experts with Llama's trunk, as transformers stores them: mixtral, qwen3_moe, olmoe.
+
+Experts are stored one by one; stacked, as transformers 5 holds them in memory, they are read too.
+
+Differs: the balance loss of transformers is one for all layers together, ours one per layer. Ours
+are weighted so that their sum is theirs when all layers are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kizzasi.errors import SpecError
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.channels.moe_layouts import MIXTRAL as MIXTRAL_PARTS
+from kizzasi.models.channels.moe_layouts import PARTS
+from kizzasi.models.channels.swiglu import SwiGLUSpec
+from kizzasi.models.checkpoints.config import Config
+from kizzasi.models.checkpoints.foreign import Rules
+from kizzasi.models.checkpoints.llama import (
+    GATED,
+    LAYER,
+    TRUNK,
+    attention,
+    depth,
+    dialect,
+    first,
+    heads,
+    normalised,
+    swiglu,
+    trunk,
+    used_window,
+)
+from kizzasi.models.checkpoints.names import STACKED, Form, Rule, renamed
+from kizzasi.models.checkpoints.storage import Shapes, count_values
+from kizzasi.models.spec import BlockSpec, ModelSpec
+
+EXPERT = "blocks.#.channel.experts"
+
+
+def _write_pairs(ours: list[Tensor]) -> list[Tensor]:
+    gates, ups = ours[: len(ours) // 2], ours[len(ours) // 2 :]
+    return [torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)]
+
+
+def _read_pairs(theirs: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+    gates, ups = theirs[0].chunk(2, dim=1)
+    return [*gates.unbind(), *ups.unbind()]
+
+
+STACKED_PAIRS = Form(_write_pairs, _read_pairs)  # (e, 2h, d) of all gates, then all ups
+
+
+def _one_by_one(block: str, parts: Mapping[Any, str]) -> Rules:
+    experts = {
+        f"{EXPERT}.#.{ours}.weight": f"{LAYER}{block}.experts.#.{part}.weight"
+        for ours, part in parts.items()
+    }
+    gate = {"blocks.#.channel.gate.weight": f"{LAYER}{block}.gate.weight"}
+    return renamed(TRUNK | GATED | gate | experts)
+
+
+def _stacked() -> Rules:
+    gate, up, down = (f"{EXPERT}.*.{part}.weight" for part in PARTS)
+    return [
+        *renamed(TRUNK | GATED | {"blocks.#.channel.gate.weight": f"{LAYER}mlp.gate.weight"}),
+        Rule((gate, up), f"{LAYER}mlp.experts.gate_up_proj", STACKED_PAIRS),
+        Rule(down, f"{LAYER}mlp.experts.down_proj", STACKED),
+    ]
+
+
+LIKE_MIXTRAL = (_one_by_one("block_sparse_moe", MIXTRAL_PARTS), _stacked())
+LIKE_QWEN = (_one_by_one("mlp", {part: part for part in PARTS}), _stacked())
+
+
+def read_mixture(
+    config: Config, shapes: Shapes, n_mixtures: int, *, hidden: int, experts: int, top_k: int
+) -> MoESpec:
+    """The channel; the keywords are what silence of the config means."""
+    most = count_values(shapes) // n_mixtures  # an expert has at least one value in every layer
+    old, new = (config.get(key, int, None) for key in ("num_experts", "num_local_experts"))
+    if None not in (old, new) and old != new:
+        config.refuse("num_experts", f"{old}, but num_local_experts is {new}")
+    count = old or new or experts
+    if not 1 <= count <= most:
+        config.refuse("num_experts", f"{count} cannot be: the tensors allow 1 to {most}")
+    top_k = config.get("num_experts_per_tok", int, top_k)
+    weight = config.get("router_aux_loss_coef", float, 0.0) * top_k / n_mixtures
+    config.only("hidden_act", "silu", "swish")
+    config.skip("output_router_logits")  # of the output only
+    return MoESpec(
+        n_experts=count,
+        top_k=top_k,
+        hidden=hidden,
+        jitter=config.get("router_jitter_noise", float, 0.0),
+        balance_weight=float(f"{weight:.12g}"),  # so that both ways agree in the last digit
+        z_loss_weight=0.0,
+    )
+
+
+def mixtures_of(spec: ModelSpec) -> list[MoESpec]:
+    found = [b.channel for b in spec.blocks if isinstance(b.channel, MoESpec)]
+    if not found:
+        raise SpecError("no block has a mixture of experts; use another format")
+    return found
+
+
+def mixture_keys(spec: ModelSpec) -> dict[str, Any]:
+    mixtures = mixtures_of(spec)
+    mixture = mixtures[0]
+    return {
+        **heads(spec),
+        "num_experts_per_tok": mixture.top_k,
+        "router_aux_loss_coef": mixture.balance_weight * len(mixtures) / mixture.top_k,
+    }
+
+
+def expert_width(spec: ModelSpec) -> int:
+    """Of an expert."""
+    expert = mixtures_of(spec)[0].expert_specs(spec.d_model)[0]
+    if not isinstance(expert, SwiGLUSpec):
+        raise SpecError(f"an expert is {expert.kind}, and the format knows swiglu only")
+    return expert.width(spec.d_model)
+
+
+def _mixtral(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers = depth(config, shapes)
+    hidden = config.get("intermediate_size", int)
+    channel = read_mixture(config, shapes, n_layers, hidden=hidden, experts=8, top_k=2)
+    window = config.get("sliding_window", int, None)
+    mixer = replace(attention(config, n_kv_heads=8, theta=1e6), window=window)
+    return trunk(config, [BlockSpec(mixer, channel)] * n_layers, eps=1e-5)
+
+
+def _mixtral_keys(spec: ModelSpec) -> dict[str, Any]:
+    mixture = mixtures_of(spec)[0]
+    return {
+        **mixture_keys(spec),
+        "intermediate_size": expert_width(spec),
+        "num_local_experts": mixture.n_experts,
+        "router_jitter_noise": mixture.jitter,
+        "sliding_window": first(spec).window,
+    }
+
+
+def _qwen3_moe(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers, every = depth(config, shapes), config.get("decoder_sparse_step", int, 1)
+    dense = set(config.get("mlp_only_layers", tuple[int, ...], ()))
+    if every < 1:
+        config.refuse("decoder_sparse_step", f"{every} is below 1")
+    mixed = [i not in dense and (i + 1) % every == 0 for i in range(n_layers)]
+    if not any(mixed):
+        config.refuse("mlp_only_layers", "leave no mixture of experts; this is a qwen3")
+    hidden = config.get("moe_intermediate_size", int)
+    mixture = read_mixture(config, shapes, sum(mixed), hidden=hidden, experts=128, top_k=8)
+    norm = "topk" if config.get("norm_topk_prob", bool, False) else "all"
+    sparse, channel = replace(mixture, normalize=norm), swiglu(config)
+    config.skip("max_window_layers")  # of qwen3; this family does not read it
+    mixer = normalised(attention(config, n_kv_heads=4), config)
+    mixer = replace(mixer, window=used_window(config))
+    return trunk(config, [BlockSpec(mixer, sparse if here else channel) for here in mixed])
+
+
+def _qwen3_moe_keys(spec: ModelSpec) -> dict[str, Any]:
+    mixture, window = mixtures_of(spec)[0], first(spec).window
+    blocks = enumerate(spec.blocks)
+    return {
+        **mixture_keys(spec),
+        "moe_intermediate_size": expert_width(spec),
+        "num_experts": mixture.n_experts,
+        "norm_topk_prob": mixture.normalize == "topk",
+        "mlp_only_layers": [i for i, b in blocks if not isinstance(b.channel, MoESpec)],
+        "decoder_sparse_step": 1,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "attention_bias": first(spec).qkv_bias,
+    }
+
+
+def _olmoe(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers = depth(config, shapes)
+    hidden = config.get("intermediate_size", int)
+    mixture = read_mixture(config, shapes, n_layers, hidden=hidden, experts=64, top_k=8)
+    norm = "topk" if config.get("norm_topk_prob", bool, False) else "all"
+    mixer = normalised(attention(config), config, "full", eps=1e-5)
+    mixer = replace(mixer, clip_qkv=config.get("clip_qkv", float, None))
+    block = BlockSpec(mixer, replace(mixture, normalize=norm))
+    return trunk(config, [block] * n_layers, eps=1e-5)
+
+
+def _olmoe_keys(spec: ModelSpec) -> dict[str, Any]:
+    mixture = mixtures_of(spec)[0]
+    return {
+        **mixture_keys(spec),
+        "intermediate_size": expert_width(spec),
+        "num_experts": mixture.n_experts,
+        "norm_topk_prob": mixture.normalize == "topk",
+        "attention_bias": first(spec).qkv_bias,
+        "clip_qkv": first(spec).clip_qkv,
+    }
+
+
+MIXTRAL = dialect("mixtral", "MixtralForCausalLM", _mixtral, _mixtral_keys, LIKE_MIXTRAL)
+QWEN3_MOE = dialect("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe, _qwen3_moe_keys, LIKE_QWEN)
+OLMOE = dialect("olmoe", "OlmoeForCausalLM", _olmoe, _olmoe_keys, LIKE_QWEN)

@@ -1,0 +1,164 @@
+"""The cache of attention, and who sees whom in one call.
+
+    s         slots of the cache
+    slot      one remembered key and value with its position; position -1 marks a dead slot
+    window    how many positions a query sees, its own included
+
+Positions restart at 0 in every document of every row, so padding and packing leave no trace.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kizzasi.models.mixer import document_starts
+from kizzasi.models.ops.attention import document_positions, visibility
+
+
+class AttentionState(NamedTuple):
+    """The cache.
+
+    k, v           (b, n_kv_heads, s, width), keys after norm and rotation. Without a window one
+                   slot per token; with one, a ring of `window` slots, position p in p % window.
+    position       (b, s) int64, place in the open document; -1: dead, of another document or empty.
+                   (b, 0) where slot i holds position i of every row, so that no slot is dead: the
+                   shape alone says that nothing need be masked.
+    next_position  (b,) int64, position of the next token.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    next_position: Tensor
+
+    @property
+    def in_order(self) -> bool:
+        """Slot i holds position i of every row; `position` is left out."""
+        return self.position.shape[1] == 0
+
+    @property
+    def alive(self) -> Tensor | None:
+        """(b, 1, 1, s) which slots the last token sees; None means all."""
+        return None if self.in_order else (self.position >= 0)[:, None, None]
+
+    def positions(self) -> Tensor:
+        """(b, s), written out."""
+        if not self.in_order:
+            return self.position
+        slots = torch.arange(self.k.shape[2], device=self.k.device)
+        return slots.expand(self.k.shape[0], -1)
+
+    def add(self, k: Tensor, v: Tensor, window: int | None = None) -> AttentionState:
+        """The cache with one more token, k and v (b, n_kv_heads, 1, width)."""
+        now, position = self.next_position[:, None], self.position
+        if window is None:
+            k, v = append(self.k, k), append(self.v, v)
+            if not self.in_order:
+                position = torch.cat([position, now], dim=1)
+        else:
+            slot = now % window
+            position = position.scatter(1, slot, now)
+            index = slot[:, None, :, None]
+            k = self.k.to(k.dtype).scatter(2, index.expand_as(k), k)
+            v = self.v.to(v.dtype).scatter(2, index.expand_as(v), v)
+        return AttentionState(k, v, position, self.next_position + 1)
+
+
+def empty_cache(
+    batch: int,
+    n_kv_heads: int,
+    slots: int,
+    widths: tuple[int, int],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> AttentionState:
+    """A cache of dead slots for keys and values of the given widths."""
+    k, v = (
+        torch.zeros(batch, n_kv_heads, slots, width, device=device, dtype=dtype) for width in widths
+    )
+    position = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
+    return AttentionState(k, v, position, position.new_zeros(batch))
+
+
+class Layout(NamedTuple):
+    """Where the t tokens of a call stand, and the s slots of the cache before them.
+
+    document, position          (b, t) of the tokens; see `document_positions`.
+    key_document, key_position  (b, s + t) of all that they may see.
+    last                        (b,) position of the last token, -1 if it is padding.
+    alike                       no slot is dead and no row differs from another: the first four have
+                                one row for all.
+    """
+
+    document: Tensor
+    position: Tensor
+    key_document: Tensor
+    key_position: Tensor
+    last: Tensor
+    alike: bool
+
+    def visible(self, window: int | None = None, causal: bool = True) -> Tensor | None:
+        """(b or 1, 1, t, s + t) bool; None where `attention` knows it from `causal` alone."""
+        t, s = self.position.shape[1], self.key_position.shape[1]
+        if self.alike and s == t and (window is None or t <= window):
+            return None
+        return visibility(
+            self.document, self.position, self.key_document, self.key_position, window, causal
+        )
+
+    def cache(self, k: Tensor, v: Tensor, window: int | None = None) -> AttentionState:
+        """What is kept of all slots and tokens, k and v (b, n_kv_heads, s + t, width)."""
+        if window is not None:
+            return _ring(k, v, self.last, self.position.shape[1], window)
+        if self.alike:
+            return AttentionState(k, v, self.last.new_empty(len(self.last), 0), self.last + 1)
+        alive = (self.key_document == self.document[:, -1:]) & (self.last >= 0)[:, None]
+        position = torch.where(alive, self.key_position, -1)
+        return AttentionState(k, v, position, self.last + 1)
+
+
+def layout(state: AttentionState, segment_ids: Tensor | None, length: int) -> Layout:
+    """Lay out a call on `length` tokens; segment_ids as in `Mixer.forward`.
+
+    Padding is a document of its own: it sees itself, so that nothing is ever divided by zero.
+    """
+    alike = segment_ids is None and state.in_order
+    rows = slice(1) if alike else slice(None)
+    start, before = state.next_position[rows], state.positions()[rows]
+    if segment_ids is None:
+        segment_ids = start.new_zeros(len(start), length)
+    document, position = document_positions(document_starts(segment_ids), start)
+    key_document = torch.cat([before.clamp(-1, 0), document], dim=1)
+    key_position = torch.cat([before, position], dim=1)
+    last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
+    last = last.expand(len(state.next_position))
+    return Layout(document, position, key_document, key_position, last, alike)
+
+
+def append(old: Tensor, new: Tensor) -> Tensor:
+    """Join along the slots, in the dtype of the new ones: autocast may have changed since."""
+    return torch.cat([old.to(new.dtype), new], dim=2) if old.shape[2] else new
+
+
+def _ring(k: Tensor, v: Tensor, last: Tensor, t: int, window: int) -> AttentionState:
+    """The last `window` tokens of the open document, position p in slot p % window.
+
+    Args:
+        k, v: (b, n_kv_heads, s, width), the earlier ring if there is one, then t new slots.
+        last: (b,) int64, last position of the open document; -1 if none is open.
+    """
+    s = k.shape[2]
+    slot = torch.arange(window, device=k.device)
+    age = (last[:, None] - slot) % window
+    position = (last[:, None] - age).clamp(min=-1)
+    source = torch.where(age < t, s - 1 - age, slot).clamp(max=s - 1)  # new, or where it was
+    index, dead = source[:, None, :, None], (position < 0)[:, None, :, None]
+
+    def take(slots: Tensor) -> Tensor:
+        there = index.expand(-1, slots.shape[1], -1, slots.shape[3])
+        return slots.gather(2, there).masked_fill(dead, 0.0)
+
+    return AttentionState(take(k), take(v), position, last + 1)

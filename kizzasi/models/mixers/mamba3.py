@@ -1,0 +1,287 @@
+"""Mamba-3: a state space with the trapezoidal rule, rotating keys and no convolution (SISO form).
+
+Symbols: b batch, t time, d d_model.
+
+| here | paper | meaning |
+|---|---|---|
+| d_inner | E D | channels of the state space: h heads of head_dim p |
+| d_state, n | N | states per channel |
+| n_groups, g | G | groups of heads that share B and C up to their biases |
+| x, z | x, z | input of the state space, gate |
+| dt (b,t,h) | Delta | step size per head, softplus(. + dt_bias) |
+| log_decay | Delta A | A per token and head, -a_activation(.) but at most -A_floor |
+| share | lambda | weight of a step's right end, sigmoid(.) |
+| speed, angle (b,t,h,s) | theta, its sum | turn of a pair of states at a token; in total |
+| k, v | B, x | what the last token wrote: its rotated key B, and its x |
+
+Source: arXiv:2603.15569, section 3; parameters are named as in state-spaces/mamba.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models.cost import Cost, dense, linear
+from kizzasi.models.init import linear_, softplus_inverse
+from kizzasi.models.mixer import (
+    NO_DECAY,
+    LayerContext,
+    Mixer,
+    MixerOut,
+    MixerSpec,
+    document_starts,
+    state_dtype,
+)
+from kizzasi.models.norm import Norm
+from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.ssd import (
+    TrapezoidState,
+    ssd_flops,
+    trapezoid,
+    trapezoid_ref,
+    trapezoid_step,
+)
+from kizzasi.models.strict import join, register, require
+
+TURN = 2 * math.pi
+NORM_EPS = 1e-5
+
+
+@register
+@dataclass(frozen=True)
+class Mamba3Spec(MixerSpec):
+    """Mamba-3 mixer with one input and one output per head (SISO).
+
+    d_state: states per channel.
+    expand: d_inner / d_model. Any ratio that gives whole heads.
+    head_dim: channels of a head; it divides d_inner.
+    n_groups: groups of heads that share B and C; it divides the number of heads.
+    rope_fraction: share of the states that rotate.
+    a_activation: what makes a decay rate positive, "softplus" as in the paper, or "heavy_tail",
+        1 + x for x >= 0 and 1 / (1 - x) below, as published since June 2026. Weights trained with
+        one are wrong with the other.
+    A_floor: the smallest decay rate.
+    dt_min, dt_max: range of the initial step sizes, log-uniform. dt_floor: their smallest value.
+    """
+
+    kind: ClassVar[str] = "mamba3"
+    d_state: int = 128
+    expand: float = 2.0
+    head_dim: int = 64
+    n_groups: int = 1
+    rope_fraction: float = 0.5
+    a_activation: Literal["softplus", "heavy_tail"] = "softplus"
+    A_floor: float = 1e-4
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+
+    def check(self, d_model: int, path: str) -> None:
+        self.require_positive(path, "d_state", "head_dim", "n_groups")
+        p, heads = self.head_dim, self.expand * d_model / self.head_dim
+        message = (
+            f"{self.expand} times d_model {d_model} makes {heads:g} heads of {p} channels; "
+            f"a whole number >= 1 is needed, such as expand = {max(1, round(heads)) * p / d_model}"
+        )
+        whole = heads >= 0.5 and math.isclose(heads, round(heads), rel_tol=1e-9)
+        require(whole, join(path, "expand"), message)
+        heads = self.n_heads(d_model)
+        message = f"{self.n_groups} does not divide the {heads} heads"
+        require(heads % self.n_groups == 0, join(path, "n_groups"), message)
+        share = self.rope_fraction
+        message = f"{share} of d_state {self.d_state} is not at least one pair, or more than all"
+        require(share <= 1 and self.n_angles >= 1, join(path, "rope_fraction"), message)
+        message = f"{self.dt_min} is not in (0, dt_max {self.dt_max}]"
+        require(0 < self.dt_min <= self.dt_max, join(path, "dt_min"), message)
+        for name in ("A_floor", "dt_floor"):
+            message = f"{getattr(self, name)} is not positive; give a small number such as 1e-4"
+            require(getattr(self, name) > 0, join(path, name), message)
+
+    def n_heads(self, d_model: int) -> int:
+        return round(self.expand * d_model / self.head_dim)
+
+    @property
+    def n_angles(self) -> int:
+        """How many pairs of states rotate."""
+        return int(self.d_state * self.rope_fraction) // 2
+
+    def build(self, layer: LayerContext) -> Mixer:
+        return Mamba3(self, layer)
+
+    def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        d, n, p, tokens = layer.d_model, self.d_state, self.head_dim, batch * seq_len
+        heads, angles = self.n_heads(d), self.n_angles
+        inner = heads * p
+        return (
+            linear(tokens, d, 2 * inner + 2 * self.n_groups * n + 3 * heads + angles)
+            + linear(tokens, inner, d)
+            + dense(
+                params=2 * heads + 2 * heads * n + 2 * n,
+                flops=ssd_flops(batch, seq_len, heads, heads, p, n),
+                state_bytes=4 * batch * heads * (angles + p * n + n + p),
+            )
+        )
+
+
+class Mamba3State(NamedTuple):
+    """What a Mamba-3 layer carries, all in at least float32.
+
+    angle  (b, h, s) in [0, 2 pi)
+    ssm    (b, h, p, n) the memory
+    k, v   (b, h, n) and (b, h, p), key and value that the last token wrote
+    """
+
+    angle: Tensor
+    ssm: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Mamba3(Mixer):
+    """z, x, B, C, dt, A, trap, angles = in_proj(u);  y = out_proj((trapezoid(...) + D x) silu(z)).
+
+    B and C are normalised, biased per head, and rotated by the angles summed so far.
+    """
+
+    float32_parameters = ("D", "dt_bias", "B_bias", "C_bias")
+    param_rules = {"B_bias": NO_DECAY, "C_bias": NO_DECAY}  # noqa: RUF012
+
+    def __init__(self, spec: Mamba3Spec, layer: LayerContext) -> None:
+        super().__init__()
+        self.spec = spec
+        d, g, n = layer.d_model, spec.n_groups, spec.d_state
+        self.n_heads = h = spec.n_heads(d)
+        inner = h * spec.head_dim
+        self.widths = [inner, inner, g * n, g * n, h, h, h, spec.n_angles]
+        self.in_proj = nn.Linear(d, sum(self.widths), bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.B_bias = nn.Parameter(torch.empty(h, 1, n))
+        self.C_bias = nn.Parameter(torch.empty(h, 1, n))
+        self.B_norm = Norm("rms", n, NORM_EPS)
+        self.C_norm = Norm("rms", n, NORM_EPS)
+        self.D = nn.Parameter(torch.empty(h))
+        self.out_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba3State | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        run = trapezoid_ref if self.backend == "reference" else trapezoid
+        starts = None if segment_ids is None else document_starts(segment_ids)
+        angle, *memory = self.init_state(len(x), x.device, x.dtype) if state is None else state
+        z, u, dt, log_decay, share, B, C, speed = self._streams(x)
+        angles = summed_angles(speed, angle, starts)
+        B, C = rotate_pairs(B, angles), rotate_pairs(C, angles)
+        before = TrapezoidState(memory[0], memory[1], memory[2])
+        with without_autocast(x):
+            y, after = run(u, dt, log_decay, share, B, C, before, starts)
+        return MixerOut(self._finish(y, u, z), Mamba3State(angles[:, -1].clone(), *after))
+
+    def step(
+        self, x: Tensor, state: Mamba3State, *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        z, u, dt, log_decay, share, B, C, speed = self._streams(x)
+        angle = (state.angle + speed).remainder(TURN)
+        B, C = rotate_pairs(B, angle), rotate_pairs(C, angle)
+        before = TrapezoidState(state.ssm, state.k, state.v)
+        y, after = trapezoid_step(before, u, dt, log_decay, share, B, C)
+        return MixerOut(self._finish(y, u, z), Mamba3State(angle, *after))
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Mamba3State:
+        s, p, n = self.spec.n_angles, self.spec.head_dim, self.spec.d_state
+        return Mamba3State(
+            *(
+                torch.zeros(batch, self.n_heads, *shape, device=device, dtype=state_dtype(dtype))
+                for shape in ((s,), (p, n), (n,), (p,))
+            )
+        )
+
+    def _streams(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z (..., d_inner); x (..., h, p); dt, log_decay, share (..., h); B, C (..., h, n) before
+        rotation; speed (..., h, s)."""
+        z, *rest = self.in_proj(x).split(self.widths, -1)
+        u, B, C, dt, A, share, turn = (full_precision(v) for v in rest)
+        dt = F.softplus(dt + self.dt_bias)
+        activation = F.softplus if self.spec.a_activation == "softplus" else heavy_tail
+        log_decay = -activation(A).clamp(min=self.spec.A_floor) * dt
+        speed = math.pi * turn.tanh().unsqueeze(-2) * dt.unsqueeze(-1)
+        B = self._key(B, self.B_norm, self.B_bias)
+        C = self._key(C, self.C_norm, self.C_bias)
+        u = u.unflatten(-1, (self.n_heads, -1))
+        return z, u, dt, log_decay, share.sigmoid(), B, C, speed
+
+    def _key(self, v: Tensor, norm: Norm, bias: Tensor) -> Tensor:
+        """Normalise (..., g n) per group and add the bias of every head: (..., h, n)."""
+        g, n = self.spec.n_groups, self.spec.d_state
+        v = norm(v.unflatten(-1, (g, n))).unsqueeze(-2)
+        return (v + bias.view(g, -1, n)).flatten(-3, -2)
+
+    def _finish(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        y = torch.addcmul(y, u, self.D.unsqueeze(-1)).flatten(-2)
+        return self.out_proj((y * F.silu(full_precision(z))).to(z.dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Biases of B and C one, dt log-uniform in [dt_min, dt_max], D one.
+
+        Source: `Mamba3` and `_init_weights` of state-spaces/mamba.
+        """
+        spec = self.spec
+        linear_(self.in_proj, generator)
+        linear_(self.out_proj, generator, 1 / math.sqrt(n_layers))
+        self.dt_bias.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
+        self.dt_bias.copy_(softplus_inverse(self.dt_bias.exp().clamp(min=spec.dt_floor)))
+        for ones in (self.B_bias, self.C_bias, self.D):
+            ones.fill_(1.0)
+        self.B_norm.reset_parameters()
+        self.C_norm.reset_parameters()
+
+
+def heavy_tail(x: Tensor) -> Tensor:
+    """1 + x for x >= 0, 1 / (1 - x) below: positive and smooth, with slower tails than softplus."""
+    return torch.where(x >= 0, 1.0 + x, 1.0 / (1.0 - x.clamp(max=0.0)))
+
+
+def summed_angles(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
+    """Angles after each token: the sum of speeds since the document's start, modulo 2 pi.
+
+    Summed in float64: a long input's angle is large, and only its remainder counts.
+
+    Args:
+        speed: (b, t, h, s).
+        angle: (b, h, s) reached before the first token.
+        starts: (b, t) bool, True where a document starts from angle zero.
+
+    Returns:
+        (b, t, h, s) in [0, 2 pi), in speed's dtype.
+    """
+    carried = angle.double().unsqueeze(1)
+    total = carried + speed.double().cumsum(1)
+    if starts is not None:
+        first = torch.arange(1, starts.shape[1] + 1, device=starts.device)
+        first = torch.where(starts, first, 0).cummax(1).values  # 0: the carried document
+        before = torch.cat([torch.zeros_like(carried), carried, total[:, :-1]], 1)
+        total = total - before.gather(1, first[..., None, None].expand_as(total))
+    return total.remainder(TURN).to(speed.dtype)
+
+
+def rotate_pairs(v: Tensor, angle: Tensor) -> Tensor:
+    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by angle (..., s); the rest passes."""
+    turning, still = v.tensor_split([2 * angle.shape[-1]], -1)
+    x, y = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
+    return torch.cat([turned, still], -1)

@@ -1,0 +1,181 @@
+"""Every token chooses a few of several mixers, which then make its output together.
+
+    p = softmax(W_g x / temperature)
+    y = sum over the top_k largest p_i of p_i y_i                       ties: the one listed first
+    loss = balance_weight n sum_i f_i P_i,   f_i share of all choices, P_i mean of p_i
+
+What is saved depends on the mixer. A sequence mixer must see every token, chosen or not, or its
+memory of the sequence would have holes: it runs densely, and only its output is weighted. Channel
+mixers without memory run on the tokens that chose them and on no others.
+
+Symbols: b batch, t time, d d_model, n experts (mixers, then channels), k = top_k.
+Source: Shazeer et al. 2017, arXiv:1701.06538, section 2; the loss and the weights, which keep a
+gradient at k = 1: Fedus et al. 2021, arXiv:2101.03961, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kizzasi.models import init
+from kizzasi.models.branches import Branches, BranchesOut, kinds_with
+from kizzasi.models.cost import Cost, linear
+from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
+from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.routing import mean_over, switch_loss
+from kizzasi.models.strict import join, register, require
+
+
+@register
+@dataclass(frozen=True)
+class RoutedSpec(MixerSpec):
+    """A router over mixers.
+
+    Args:
+        mixers: sequence mixers; all run on every token.
+        channels: further choices, which run on the tokens that chose them only: stateless channels.
+        top_k: how many make a token's output.
+        temperature: divides the router's logits; low ones make choices sharp.
+        balance_weight: of the loss that evens out the choices.
+    """
+
+    kind: ClassVar[str] = "routed"
+    mixers: tuple[MixerSpec, ...]
+    channels: tuple[ChannelSpec, ...] = ()
+    top_k: int = 1
+    temperature: float = 1.0
+    balance_weight: float = 0.01
+
+    def check(self, d_model: int, path: str) -> None:
+        n = len(self.experts)
+        require(n > 0, join(path, "mixers"), "empty; give at least one mixer")
+        rule = f"{self.top_k} is not between 1 and the {n} there are to choose from"
+        require(1 <= self.top_k <= n, join(path, "top_k"), rule)
+        rule = f"{self.temperature} is not positive; 1.0 is usual"
+        require(self.temperature > 0, join(path, "temperature"), rule)
+        rule = f"{self.balance_weight} is negative; give 0 or more"
+        require(self.balance_weight >= 0, join(path, "balance_weight"), rule)
+        for i, mixer in enumerate(self.mixers):
+            mixer.check(d_model, join(path, f"mixers[{i}]"))
+        for i, channel in enumerate(self.channels):
+            where = join(path, f"channels[{i}]")
+            rule = f"{channel.kind!r} looks at several tokens; choose a stateless channel, no moe"
+            require(channel.context_window == 1 and channel.kind != "moe", where, rule)
+            channel.check(d_model, where)
+
+    def build(self, layer: LayerContext) -> Mixer:
+        return Routed(self, layer)
+
+    def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        """See `Cost`. For the channels flops and active_params suppose perfect balance; they are
+        exact where all experts are equal channels."""
+        tokens, n, k = batch * seq_len, len(self.experts), self.top_k
+        total = linear(tokens, layer.d_model, n)
+        for mixer, place in zip(self.mixers, layer.place(self.mixers), strict=True):
+            total += mixer.cost(place, seq_len, batch)
+        each = [channel.cost(layer, 1, 1) for channel in self.channels]
+        return total + Cost(
+            sum(one.params for one in each),
+            sum(one.active_params for one in each) * k // n,
+            sum(one.flops for one in each) * tokens * k // n,
+        )
+
+    @property
+    def experts(self) -> tuple[MixerSpec | ChannelSpec, ...]:
+        return (*self.mixers, *self.channels)
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """For each expert whether it runs only on the tokens that chose it."""
+        return (False,) * len(self.mixers) + (True,) * len(self.channels)
+
+    @property
+    def context_window(self) -> float:
+        return max(expert.context_window for expert in self.experts)
+
+    @property
+    def causal(self) -> bool:
+        return all(mixer.causal for mixer in self.mixers)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return kinds_with(self.kind, self.mixers)
+
+
+class Routed(Mixer):
+    """See `RoutedSpec`. Its state is the tuple of the mixers' states."""
+
+    float32_parameters = ("gate.weight",)
+
+    def __init__(self, spec: RoutedSpec, layer: LayerContext) -> None:
+        super().__init__()
+        self.spec = spec
+        self.gate = nn.Linear(layer.d_model, len(spec.experts), bias=False)
+        self.mixers = Branches(spec.mixers, layer)
+        self.channels = nn.ModuleList(channel.build(layer) for channel in spec.channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[Any, ...] | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> MixerOut:
+        real = None if segment_ids is None else segment_ids >= 0
+        return self._combine(x, self.mixers(x, state, segment_ids, shared), real)
+
+    def step(
+        self, x: Tensor, state: tuple[Any, ...], *, shared: Mapping[str, Tensor] | None = None
+    ) -> MixerOut:
+        out = self.mixers.step(x, state, shared)
+        out = self._combine(x[:, None], out._replace(ys=[y[:, None] for y in out.ys]), None)
+        return out._replace(y=out.y[:, 0])
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        return self.mixers.init_state(batch, device, dtype)
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        init.linear_(self.gate, generator)
+        self.mixers.reset_parameters(n_layers, generator)
+        for channel in self.channels:
+            channel.reset_parameters(n_layers, generator)  # pyright: ignore[reportCallIssue]
+
+    def extra_repr(self) -> str:
+        kinds = [expert.kind for expert in self.spec.experts]
+        n = len(self.spec.mixers)
+        return f"top_k={self.spec.top_k}, every token: {kinds[:n]}, chosen tokens: {kinds[n:]}"
+
+    def _combine(self, x: Tensor, out: BranchesOut, real: Tensor | None) -> MixerOut:
+        """Weighted sum of the outputs (b, t, d), and the loss over tokens where `real`."""
+        probs, chosen = self._route(x)
+        weights = probs * chosen
+        y = torch.zeros_like(full_precision(x))
+        for i, one in enumerate(out.ys):
+            y = torch.addcmul(y, one, weights[..., i, None])
+        for i, channel in enumerate(self.channels, len(out.ys)):
+            here = chosen[..., i] if real is None else chosen[..., i] & real
+            done = channel(x[here][None]).y[0] * weights[here][:, i, None]
+            y = y.index_put(here.nonzero(as_tuple=True), done.to(y.dtype), accumulate=True)
+        aux = out.aux
+        if self.training and self.spec.balance_weight:
+            load = mean_over(chosen.to(probs.dtype), real) / self.spec.top_k
+            balance = self.spec.balance_weight * switch_loss(load, mean_over(probs, real))
+            aux = add_losses(aux, {"routed_balance": balance})
+        return MixerOut(y.to(x.dtype), out.state, aux, out.shared)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (b, t, n) in at least float32, and which n were chosen."""
+        with without_autocast(x):
+            logits = F.linear(full_precision(x), self.gate.weight)
+            probs = (logits / self.spec.temperature).softmax(-1)
+            best = probs.argsort(dim=-1, descending=True, stable=True)[..., : self.spec.top_k]
+        return probs, torch.zeros_like(probs, dtype=torch.bool).scatter(-1, best, True)

@@ -1,0 +1,116 @@
+"""Kimi delta attention: parity with transformers, names as on disk, initialisation, rules."""
+
+import pytest
+import torch
+from tolerance import assert_close
+
+from kizzasi.errors import SpecError
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers.kda import KDASpec
+
+D_MODEL = 24
+LAYER = LayerContext(D_MODEL, n_layers=3)
+SPECS = [KDASpec(n_heads=3), KDASpec(n_heads=2, head_dim=5, d_conv=3, norm_eps=1e-3)]
+
+
+def build(spec):
+    """A mixer whose parameters all matter: its initialisation plus noise."""
+    mixer = spec.build(LAYER)
+    generator = torch.Generator().manual_seed(0)
+    mixer.reset_parameters(3, generator)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return mixer
+
+
+def kimi_linear(spec, ours):
+    """The layer of transformers with our weights, and an empty cache for it."""
+    pytest.importorskip("transformers.models.kimi_linear")
+    from transformers.cache_utils import DynamicCache
+    from transformers.models.kimi_linear import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    config = KimiLinearConfig(
+        hidden_size=D_MODEL,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        mlp_layer_types=["dense"],
+        linear_num_heads=spec.n_heads,
+        linear_head_dim=spec.width(D_MODEL),
+        linear_conv_kernel_dim=spec.d_conv,
+        rms_norm_eps=spec.norm_eps,
+    )
+    theirs, weights = KimiLinearDeltaAttention(config, 0), ours.state_dict()
+    convs = [weights.pop(f"{name}_conv1d.weight") for name in "qkv"]
+    for name in ("f_a_proj.weight", "f_b_proj.weight", "dt_bias", "A_log"):
+        weights[f"forget_gate.{name}"] = weights.pop(name)
+    weights["forget_gate.A_log"] = weights["forget_gate.A_log"].view(1, 1, -1, 1)
+    theirs.load_state_dict({**weights, "conv1d.weight": torch.cat(convs)})
+    return theirs, DynamicCache(config=config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spec", SPECS)
+def test_parity_with_kimi_linear(spec):
+    """Prefill of 70 tokens and 3 steps, in float32: transformers casts to it within the layer."""
+    ours = build(spec)
+    theirs, cache = kimi_linear(spec, ours)
+    x = torch.randn(2, 73, D_MODEL, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = ours(x[:, :70])
+        assert_close(out.y, theirs(x[:, :70], cache_params=cache))
+        assert_close(out.state.memory, cache.get_recurrent_state(0, state_idx=0))
+        state = out.state
+        for t in range(70, 73):
+            y, state, *_ = ours.step(x[:, t], state)
+            assert_close(y, theirs(x[:, t : t + 1], cache_params=cache)[:, 0])
+        assert_close(state.memory, cache.get_recurrent_state(0, state_idx=0))
+        last = cache.get_conv_state(0, state_idx=0)[..., 1 - spec.d_conv :]
+        assert_close(state.conv, last)
+
+
+def test_parameters_are_named_as_on_disk():
+    matrices = "q_proj k_proj v_proj q_conv1d k_conv1d v_conv1d f_a_proj f_b_proj b_proj g_a_proj "
+    matrices += "g_b_proj o_norm o_proj"
+    names = {f"{name}.weight" for name in matrices.split()}
+    assert set(build(SPECS[0]).state_dict()) == {*names, "A_log", "dt_bias"}
+
+
+def test_every_channel_fades_at_its_own_rate():
+    mixer = build(SPECS[0])
+    with torch.no_grad():
+        mixer.dt_bias.copy_(torch.linspace(-20, 1, 24))
+        mixer.f_b_proj.weight.zero_()
+        mixer.b_proj.weight.zero_()
+        mixer.k_conv1d.weight.zero_()
+    state = mixer.init_state(1)
+    state = state._replace(memory=torch.ones_like(state.memory))
+    memory = mixer(torch.ones(1, 4, D_MODEL), state).state.memory[0]
+    dt = torch.nn.functional.softplus(mixer.dt_bias.detach()).view(3, 8)
+    kept = (-4 * mixer.A_log.detach().exp().unsqueeze(-1) * dt).exp()
+    assert_close(memory, kept.unsqueeze(-1).expand_as(memory))
+
+
+def test_initial_decays_and_steps():
+    mixer = KDASpec(n_heads=500, head_dim=2).build(LAYER)
+    mixer.reset_parameters(3, torch.Generator().manual_seed(0))
+    rates, dt = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+    assert 0.99 < rates.min() < 1.2
+    assert 15 < rates.max() < 16.01
+    assert 0.9e-3 < dt.min() < 1.1e-3
+    assert 0.09 < dt.max() < 0.101
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (KDASpec(5), "n_heads: d_model 24 is not divisible by 5 heads"),
+        (KDASpec(4, head_dim=0), "head_dim: 0 is not positive"),
+        (KDASpec(0), "n_heads: 0 is not positive"),
+        (KDASpec(4, norm_eps=0.0), "norm_eps: 0.0 is not positive"),
+    ],
+)
+def test_broken_rules_are_named(spec, message):
+    with pytest.raises(SpecError, match=message):
+        spec.check(D_MODEL, "mixer")
