@@ -1,10 +1,11 @@
-"""Decoding speed of `model.step` beside transformers' `generate`, same shapes, one run.
+"""Prefill and decoding speed beside transformers: the same weights, shapes and machine, one run.
 
-4 layers, d_model 256, vocabulary 256, batch 1, prompt 16, float32. First the tokens of the
-recurrent form are checked against the parallel form; no ratio is printed unless they are equal.
+4 layers, d_model 256, vocabulary 256, batch 1, float32. Each peer is saved by transformers and
+loaded by `kizzasi.models.load`; its logits, and the greedy tokens that follow, are compared first,
+and no ratio is printed unless they agree.
 
 example:
-  python scripts/bench_decode.py --tokens 128 --repeats 5
+  python scripts/bench_decode.py --tokens 128 --prefill 512 --repeats 5
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,91 +23,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kizzasi.models import BlockSpec, ModelSpec, SequenceModel, Tokens, build_model
-from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
-from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec
+from kizzasi.models import SequenceModel, load
 
-VOCAB, D_MODEL, LAYERS, PROMPT = 256, 256, 4, 16
-BLOCKS = {
-    "llama": BlockSpec(AttentionSpec(n_heads=8), SwiGLUSpec(hidden=688)),
-    "mamba": BlockSpec(MambaSpec()),
-    "rwkv7": BlockSpec(RWKV7Spec(), RWKVChannelSpec(), norm="layer"),
+SIZES = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4}
+NO_IDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+HEADS = {"intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 8}
+PEERS: dict[str, dict[str, Any]] = {
+    "llama": HEADS,
+    "mamba": {"state_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 64},
+    "rwkv": {"attention_hidden_size": 256, "intermediate_size": 1024, "context_length": 4096},
+    "mixtral": {**HEADS, "intermediate_size": 344, "num_local_experts": 4},
 }
+PROMPT = 16
 
 
-def peer(name: str) -> Callable[[Tensor, int], Tensor] | None:
-    """Greedy `generate` of the transformers model of the same shape, or None without a peer."""
+def pair(name: str, device: str) -> tuple[Any, SequenceModel]:
+    """A random model of transformers, and ours with its weights."""
     try:
         import transformers
     except ImportError:
-        sys.exit("the peer is missing: pip install transformers")
-
-    sizes = {"vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": LAYERS}
-    no_ids = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
-    shapes: dict[str, tuple[str, dict[str, int]]] = {
-        "llama": ("Llama", {"intermediate_size": 688, "num_attention_heads": 8}),
-        "mamba": ("Mamba", {"state_size": 16}),
-    }
-    if name not in shapes:
-        return None
-    family, own = shapes[name]
-    config = getattr(transformers, f"{family}Config")(**sizes, **no_ids, **own)
-    model: Any = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-    def run(prompt: Tensor, n: int) -> Tensor:
-        with torch.no_grad():
-            return model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-
-    return run
+        sys.exit("the peers are missing: pip install transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = transformers.AutoConfig.for_model(name, **{**SIZES, **NO_IDS, **PEERS[name]})
+    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        return peer.to(device), load(folder, device=device)
 
 
-def check(model: SequenceModel, prompt: Tensor) -> None:
-    """Greedy tokens by steps must be the argmax of one parallel pass."""
-    out = model.generate(prompt, 48, temperature=0)
+@torch.no_grad()
+def check(name: str, peer: Any, model: SequenceModel, prompt: Tensor) -> None:
+    """Exits unless both give the same logits, and our steps agree with our parallel form."""
+    off = (peer(prompt).logits - model(prompt).logits).abs().max()
+    out = model.generate(prompt[:, :PROMPT], 48, temperature=0)
     logits = model(out).logits[:, PROMPT - 1 : -1]
     chosen = logits.gather(-1, out[:, PROMPT:, None])[..., 0]
-    if (logits.amax(-1) - chosen).max() > 1e-4:
-        sys.exit("the recurrent form differs from the parallel form; no speed is printed")
+    if off > 1e-4 or (logits.amax(-1) - chosen).max() > 1e-4:
+        sys.exit(f"{name}: the logits differ by {off:.1e}; no speed is printed")
 
 
+@torch.no_grad()
 def rate(run: Callable[[], object], n_tokens: int) -> float:
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return n_tokens / (time.perf_counter() - start)
+
+
+def measure(runs: dict[str, Callable[[], object]], n_tokens: int, repeats: int) -> dict[str, float]:
+    """Median tokens/s, in turn, so that both meet the same machine; the first is warm-up."""
+    rates: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in range(repeats + 1):
+        for key, run in runs.items():
+            rates[key].append(rate(run, n_tokens))
+    return {key: statistics.median(values[1:]) for key, values in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--models", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--tokens", type=int, default=128, help="decoded after a prompt of 16")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens read at once")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    generator = torch.Generator().manual_seed(args.seed)
-    prompt = torch.randint(VOCAB, (1, PROMPT), generator=generator).to(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    long = torch.randint(256, (1, args.prefill), device=args.device)
+    prompt = long[:, :PROMPT]
     rows = []
-    for name, block in BLOCKS.items():
-        spec = ModelSpec(D_MODEL, (block,) * LAYERS, Tokens(VOCAB))
-        model = build_model(spec, seed=args.seed, device=args.device).eval()
-        check(model, prompt)
-        runs = {"ours": partial(model.generate, prompt, args.tokens, temperature=0)}
-        if other := peer(name):
-            runs["transformers"] = partial(other, prompt, args.tokens)
-        rates: dict[str, list[float]] = {key: [] for key in runs}
-        for _ in range(args.repeats + 1):  # in turn, so that both meet the same machine
-            for key, run in runs.items():
-                rates[key].append(rate(run, args.tokens))
-        row = {"model": name, **{k: statistics.median(v[1:]) for k, v in rates.items()}}
-        if other:
-            row["ratio"] = row["ours"] / row["transformers"]
-        rows.append(row)
+    for name in args.models:
+        peer, model = pair(name, args.device)
+        check(name, peer, model, long)
+        n = {"max_new_tokens": args.tokens}
+        theirs = partial(peer.generate, prompt, min_new_tokens=args.tokens, do_sample=False, **n)
+        tasks = {
+            "decode": ({"ours": partial(model.generate, prompt, temperature=0, **n)}, theirs),
+            "prefill": ({"ours": partial(model, long)}, partial(peer, long, use_cache=True)),
+        }
+        for task, (runs, other) in tasks.items():
+            n_tokens = args.tokens if task == "decode" else args.prefill
+            found = measure({**runs, "transformers": other}, n_tokens, args.repeats)
+            ratio = found["ours"] / found["transformers"]
+            rows.append({"model": name, "task": task, **found, "ratio": ratio})
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
         return
-    print("tokens/s, medians; the first of each is warm-up")
+    print(f"tokens/s, medians of {args.repeats}, {torch.get_num_threads()} threads")
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else v for k, v in row.items()))
 

@@ -106,7 +106,13 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "s5": {"one-block": {"d_state": 6, "n_blocks": 1}, "blocks": {"d_state": 8, "n_blocks": 2}},
 }
 CHANNEL_VARIANTS: dict[str, dict[str, dict]] = {
-    "mlp": {"gelu": {}, "relu2": {"activation": "relu2"}},
+    "mlp": {
+        "gelu": {},
+        "relu2": {"activation": "relu2"},
+        "silu-bias": {"activation": "silu", "bias": True},
+        "relu": {"activation": "relu"},
+    },
+    "swiglu": {"plain": {}, "bias": {"bias": True}},
     "moe": {"top2": {"n_experts": 4, "top_k": 2}},
     "rwkv_channel": {f"v{n}": {"hidden": 40, "version": n} for n in (4, 6, 7)},
 }

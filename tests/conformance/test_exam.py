@@ -4,6 +4,8 @@ A part whose spec says that it is not causal has no state and no step: it is ask
 must refuse both.
 """
 
+import json
+
 import pytest
 import torch
 from cases import (
@@ -25,7 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kizzasi.errors import ShapeError, SpecError
-from kizzasi.models import build_model, list_channels, list_mixers, load, load_state
+from kizzasi.models import (
+    ModelSpec,
+    build_model,
+    list_channels,
+    list_mixers,
+    load,
+    load_state,
+)
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.state import map_state, named_leaves
 
@@ -335,6 +344,17 @@ def test_low_precision(name, device):
     stepped, _ = fold(low, x) if CAUSAL[name] else low(x)[:2]
     assert (stepped.float() - expected).abs().mean() < 0.1 * scale
     out.logits.float().sum().backward()
+
+
+@every_part
+def test_spec_survives_json_and_says_what_is_misspelt(name):
+    spec = model_spec(name)
+    data = json.loads(json.dumps(spec.to_dict()))
+    assert ModelSpec.from_dict(data) == spec
+    where = "mixer" if name in MIXERS else "channel"
+    data["blocks"][1][where]["widht"] = 3
+    with pytest.raises(SpecError, match=rf"blocks\[1\]\.{where}\.widht: unknown"):
+        ModelSpec.from_dict(data)
 
 
 @every_part
