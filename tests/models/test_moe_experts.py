@@ -1,10 +1,12 @@
-"""The four dispatch backends are one function: outputs, gradients, and grouped_mm's failures."""
+"""The dispatch backends are one function: outputs, gradients, and grouped_mm's failures."""
 
 import pytest
 import torch
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.mixer import LayerContext
 from kizzasi.models.ops import experts
 from kizzasi.models.ops.experts import SwiGLUWeights, grouped_linear, mix, mix_swiglu
 from kizzasi.models.ops.routing import Assignments
@@ -124,3 +126,24 @@ def test_idle_experts_get_zero_gradients():
         assert all(g is not None for g in grads), backend
         assert not grads[3].any()
         assert grads[2].any()
+
+
+@pytest.mark.parametrize("ids", [[2, 0], [4, 5], [-1, 9]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_token_alone_gets_what_it_gets_among_others(ids, dtype):
+    """Ids 5 and up and below 0 are choices without an expert."""
+    x, flat, to = make(n=1, dtype=dtype)
+    to = to._replace(expert=torch.tensor(ids))
+    split = SwiGLUWeights(flat[:5], flat[5:10], flat[10:])
+    each = [experts._swiglu(*one) for one in zip(*split, strict=True)]
+    torch.testing.assert_close(experts.mix_one(x, to, each), mix(x, to, each, "masked"))
+
+
+def test_decoding_without_gradients_equals_the_parallel_form():
+    spec = MoESpec(n_experts=4, top_k=3, hidden=8, n_null=1, n_identity=1, shared_hidden=8)
+    moe = spec.build(LayerContext(6)).eval()
+    moe.reset_parameters(1, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        steps = torch.stack([moe.step(x[:, t], ()).y for t in range(9)], 1)
+        assert_close(steps, moe(x).y)

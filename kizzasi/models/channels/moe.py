@@ -315,6 +315,9 @@ class MoE(Mixer):
         return y
 
     def _run(self, x: Tensor, to: Assignments) -> Tensor:
+        decoding = len(x) == 1 and x.is_cpu and not torch.is_grad_enabled()
+        if decoding and self.backend == "torch" and not torch.compiler.is_compiling():
+            return dispatch.mix_one(x, to, [partial(_call, one) for one in self.experts])
         weights = self._swiglu_weights()
         stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
         backend = "masked" if self.backend == "reference" else self.backend

@@ -13,6 +13,7 @@ where the expert had no job, so that data-parallel training never waits for one.
 
 The rule (`choose_backend`): sorted, except grouped for bfloat16 on CUDA, where a loop over experts
 would wait for the device and many small kernels would not fill it (not measured here: no GPU).
+One token alone, in decoding, visits its experts one after the other: nothing is sorted.
 While a graph is traced (torch.compile, torch.export) the rule is dense: only there do no shapes
 depend on how many tokens an expert has.
 
@@ -93,6 +94,16 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> 
     out = torch.cat([expert(rows) for expert, rows in groups])
     wide = out * to.weight[order, None]
     return wide.new_zeros(x.shape[0], out.shape[1]).index_add(0, token, wide).to(x.dtype)
+
+
+def mix_one(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
+    """`mix` for a single token, x (1, d), without gradients."""
+    y = None
+    for job, i in enumerate(to.expert.tolist()):
+        if 0 <= i < len(experts):
+            part = experts[i](x) * to.weight[job, None]
+            y = part if y is None else y + part
+    return torch.zeros_like(x) if y is None else y.to(x.dtype)
 
 
 def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str) -> Tensor:

@@ -63,7 +63,7 @@ def assign(ids: Tensor, weights: Tensor, real: Tensor | None) -> Assignments:
     if real is not None:
         ids = ids.masked_fill(~real[..., None], -1)
     n_tokens, k = ids.shape[0] * ids.shape[1], ids.shape[2]
-    token = torch.arange(n_tokens, device=ids.device).repeat_interleave(k)
+    token = torch.arange(n_tokens, device=ids.device)[:, None].expand(-1, k).flatten()
     return Assignments(token, ids.flatten(), weights.flatten())
 
 
