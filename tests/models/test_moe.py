@@ -20,7 +20,8 @@ from kizzasi.models.channels.moe_routers import (
     Softmax,
     TopK,
 )
-from kizzasi.models.mixer import ChannelSpec, LayerContext
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.ops.routing import smooth_load
 
 D = 24
@@ -378,7 +379,7 @@ def test_backends_that_stack_refuse_unequal_experts():
 
 
 def test_in_a_model_losses_reach_the_model_loss():
-    block = BlockSpec(mixer=ChannelSpec.registry["mlp"](), channel=MoESpec())
+    block = BlockSpec(mixer=AttentionSpec(n_heads=2), channel=MoESpec())
     spec = ModelSpec(16, (block, block), Tokens(11))
     model = build_model(spec, dtype=torch.float64)
     ids = torch.randint(0, 11, (2, 6))
