@@ -20,7 +20,7 @@ from kizzasi.models.channels.moe_routers import (
     Softmax,
     TopK,
 )
-from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixer import ChannelSpec, LayerContext
 from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.ops.routing import smooth_load
 
