@@ -11,9 +11,19 @@ import math
 from collections.abc import Callable
 
 from kizzasi.errors import SpecError
-from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
-from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
-from kizzasi.models.spec import BlockSpec, ModelSpec
+from kizzasi.models.channels import MLPSpec, RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.mixers import (
+    AttentionSpec,
+    GatedDeltaSpec,
+    Mamba2Spec,
+    MambaSpec,
+    RWKV4Spec,
+    RWKV6Spec,
+    RWKV7Spec,
+    S4DSpec,
+)
+from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.stems import Tokens
 from kizzasi.models.strict import unknown_name
 
@@ -45,6 +55,91 @@ def mamba_1_4b() -> ModelSpec:
 
 def mamba_2_8b() -> ModelSpec:
     return mamba(2560, 64)
+
+
+def falcon_mamba_7b() -> ModelSpec:
+    """FalconMamba-7B: Mamba-1 with normalised step sizes, B and C, and a head of its own.
+
+    Source: Zuo et al. 2024, arXiv:2410.05355.
+    """
+    spec = mamba(4096, 64, 65024).replace(tie_head=False)
+    return spec.replace(blocks=(BlockSpec(MambaSpec(inner_norm="weightless")),) * 64)
+
+
+def mamba2(d_model: int, n_layers: int, vocab_size: int = 50288) -> ModelSpec:
+    """Mamba-2 as published: d_state 128, heads of 64, one group, no channel mixer, tied head.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060; vocabulary padded to a multiple of 16.
+    """
+    block = BlockSpec(Mamba2Spec())
+    return ModelSpec(d_model, (block,) * n_layers, Tokens(vocab_size), tie_head=True)
+
+
+def mamba2_130m() -> ModelSpec:
+    return mamba2(768, 24)
+
+
+def mamba2_370m() -> ModelSpec:
+    return mamba2(1024, 48)
+
+
+def mamba2_780m() -> ModelSpec:
+    return mamba2(1536, 48)
+
+
+def mamba2_1_3b() -> ModelSpec:
+    return mamba2(2048, 48)
+
+
+def mamba2_2_7b() -> ModelSpec:
+    return mamba2(2560, 64)
+
+
+def rwkv4(d_model: int, n_layers: int, vocab_size: int = 50277) -> ModelSpec:
+    """RWKV-4 "Dove": channel mix of 4 d_model, LayerNorms, embeddings normalised.
+
+    Source: Peng et al. 2023, arXiv:2305.13048.
+    """
+    blocks = (BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=4), norm="layer"),) * n_layers
+    return ModelSpec(d_model, blocks, Tokens(vocab_size), norm="layer", embed_norm=True)
+
+
+def rwkv4_169m() -> ModelSpec:
+    return rwkv4(768, 12)
+
+
+def rwkv4_430m() -> ModelSpec:
+    return rwkv4(1024, 24)
+
+
+def rwkv4_1_5b() -> ModelSpec:
+    return rwkv4(2048, 24)
+
+
+def rwkv4_3b() -> ModelSpec:
+    return rwkv4(2560, 32)
+
+
+def rwkv4_7b() -> ModelSpec:
+    return rwkv4(4096, 32)
+
+
+def rwkv4_14b() -> ModelSpec:
+    return rwkv4(5120, 40)
+
+
+def rwkv6(d_model: int, n_layers: int, vocab_size: int = 65536) -> ModelSpec:
+    """RWKV-6 "Finch": heads of 64, channel mix of 7/2 d_model, a multiple of 32.
+
+    Source: Peng et al. 2024, arXiv:2404.05892.
+    """
+    channel = RWKVChannelSpec(hidden=7 * d_model // 64 * 32, version=6)
+    blocks = (BlockSpec(RWKV6Spec(), channel, norm="layer"),) * n_layers
+    return ModelSpec(d_model, blocks, Tokens(vocab_size), norm="layer", embed_norm=True)
+
+
+def rwkv6_1_6b() -> ModelSpec:
+    return rwkv6(2048, 24)
 
 
 def rwkv7(
@@ -110,6 +205,63 @@ def smollm2_135m() -> ModelSpec:
 def llama_7b() -> ModelSpec:
     """LLaMA-7B. Source: Touvron et al. 2023, arXiv:2302.13971, table 2."""
     return llama(4096, 32, 32, 32, 11008, 32000)
+
+
+def gpt2_124m() -> ModelSpec:
+    """GPT-2, the smallest. Source: Radford et al. 2019, table 2 (there with another count)."""
+    attention = AttentionSpec(12, position="none", qkv_bias=True, out_bias=True)
+    block = BlockSpec(attention, MLPSpec(activation="gelu_tanh", bias=True), norm="layer")
+    return ModelSpec(768, (block,) * 12, Tokens(50257, 1024), norm="layer", tie_head=True)
+
+
+def mixtral_8x7b() -> ModelSpec:
+    """Mixtral-8x7B: Llama's attention, and 2 of 8 experts. Source: arXiv:2401.04088, table 1."""
+    attention = AttentionSpec(n_heads=32, n_kv_heads=8, rope_theta=1e6)
+    block = BlockSpec(attention, MoESpec(n_experts=8, top_k=2, hidden=14336))
+    return ModelSpec(4096, (block,) * 32, Tokens(32000))
+
+
+def jamba_52b() -> ModelSpec:
+    """Jamba-v0.1: 7 of 8 layers are Mamba-1, and every other one has 2 of 16 experts.
+
+    Source: Lieber et al. 2024, arXiv:2403.19887, section 3.
+    """
+    mamba = MambaSpec(inner_norm="rms")
+    attention = AttentionSpec(n_heads=32, n_kv_heads=8, position="none")
+    dense = SwiGLUSpec(14336)
+    sparse = MoESpec(n_experts=16, top_k=2, hidden=14336, normalize="all")
+    blocks = pattern(
+        "mMmMaMmM",
+        n_layers=32,
+        m=BlockSpec(mamba, dense),
+        M=BlockSpec(mamba, sparse),
+        a=BlockSpec(attention, dense),
+    )
+    return ModelSpec(4096, blocks, Tokens(65536), norm_eps=1e-6)
+
+
+def qwen3_next_80b() -> ModelSpec:
+    """Qwen3-Next-80B-A3B: 3 of 4 layers are Gated DeltaNet, the fourth is gated attention; 10 of
+    512 experts, and one that all tokens share. Source: its config.json."""
+    delta = GatedDeltaSpec(32, n_key_heads=16, key_head_dim=128)
+    attention = AttentionSpec(
+        16,
+        2,
+        head_dim=256,
+        rope_theta=1e7,
+        rope_dims=64,
+        qk_norm=True,
+        qk_norm_kind="rms_plus_one",
+        gate=True,
+    )
+    mixture = MoESpec(n_experts=512, top_k=10, hidden=512, shared_hidden=512, shared_gate=True)
+    blocks = pattern(
+        "ddda",
+        n_layers=48,
+        d=BlockSpec(delta, mixture, "rms_plus_one"),
+        a=BlockSpec(attention, mixture, "rms_plus_one"),
+    )
+    return ModelSpec(2048, blocks, Tokens(151936), norm="rms_plus_one", norm_eps=1e-6)
 
 
 def s4d(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:

@@ -8,7 +8,9 @@ bfloat16 inputs, scales and zeros, to bfloat16 outputs. Wider levels are cut in 
     level = 16 high + low,      W x = [W_high, W_low] [x; x],
 
 which one call sums up. So levels are exact, and what is rounded to bfloat16 (8 bits) are the scales
-once, and inputs and outputs at every call.
+once, and inputs and outputs at every call: a layer's result differs by less than 1% of its size. On
+SmolLM2-135M (Q4_1) logits, of -33 to 39, differ by 0.08 on average, the next token's distribution
+by 0.0004 to 0.001 nats, and 98 of 100 likeliest tokens are the same.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ class QuantizedLinear(nn.Module):
         bias: (n,), kept as it is.
     """
 
+    packed: Tensor
+    scales: Tensor
+
     def __init__(self, weight: LevelTensor, bias: Tensor | None = None) -> None:
         super().__init__()
         level, scale, zero = _planes(weight)
@@ -76,9 +81,9 @@ class QuantizedLinear(nn.Module):
         k = self.scales.shape[0] * GROUP // self.n_planes
         return f"in={k}, out={self.scales.shape[1]}, bits={4 * self.n_planes}"
 
-    def _save_to_state_dict(self, *args: object) -> None:
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         rule = "quantized weights are not saved; keep the file they came from, or load it in full"
-        raise CheckpointError(f"state_dict: {rule}")
+        raise CheckpointError(f"{prefix[:-1]}: {rule}")
 
 
 class QuantizedHead(nn.Module):
@@ -92,7 +97,7 @@ class QuantizedHead(nn.Module):
         levels: the same in integers.
     """
 
-    def __init__(self, weight: nn.Parameter, levels: LevelTensor) -> None:
+    def __init__(self, weight: Tensor, levels: LevelTensor) -> None:
         super().__init__()
         self.weight, self.coarse = weight, QuantizedLinear(levels)
 
@@ -132,9 +137,12 @@ def quantize(model: SequenceModel, weights: Mapping[str, LevelTensor]) -> None:
             setattr(model.get_submodule(parent), name, layer)
     stem = model.stem
     assert isinstance(stem, TokenStem), "files of levels hold language models"
-    source, full = ("embedding", stem.embedding) if stem.lm_head is None else ("lm_head", stem.lm_head)
+    source, full = (
+        ("embedding", stem.embedding) if stem.lm_head is None else ("lm_head", stem.lm_head)
+    )
     if f"stem.{source}.weight" in fitting:
-        stem.lm_head = QuantizedHead(full.weight, fitting[f"stem.{source}.weight"])
+        head = QuantizedHead(full.weight, fitting[f"stem.{source}.weight"])
+        stem.lm_head = head  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _planes(weight: LevelTensor) -> tuple[Tensor, Tensor, Tensor]:

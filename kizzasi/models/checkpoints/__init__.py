@@ -8,22 +8,41 @@ from pathlib import Path
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import foreign, gguf, gpt2, llama, mixtures, native, rwkv_hf, rwkv_pth
+from kizzasi.models.checkpoints import (
+    bamba,
+    foreign,
+    gguf,
+    gpt2,
+    jamba,
+    llama,
+    mamba_hf,
+    mixtures,
+    native,
+    qwen3_next,
+    rwkv_hf,
+    rwkv_pth,
+    state_spaces,
+)
 from kizzasi.models.model import Backend, SequenceModel
 from kizzasi.models.strict import unknown_name
 
 __all__ = [
+    "bamba",
     "foreign",
     "formats",
     "gguf",
     "gpt2",
+    "jamba",
     "llama",
     "load",
+    "mamba_hf",
     "mixtures",
     "native",
+    "qwen3_next",
     "rwkv_hf",
     "rwkv_pth",
     "save",
+    "state_spaces",
 ]
 
 

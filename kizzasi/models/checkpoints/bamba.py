@@ -1,6 +1,6 @@
 """Bamba, as transformers stores it: Mamba-2 and attention with half-rotated heads, dense channels.
 
-The program turns half of every head whatever the config says.
+Half of every head turns. `rope_parameters` may say another part; that is read, and never written.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
         said = config.get(key, tuple[str, ...], None)
         if said is not None and [KINDS.get(kind) for kind in said] != kinds:
             config.refuse(key, f"{list(said)!r:.80} is not what attn_layer_indices say")
+    config.only("partial_rotary_factor", 0.5)
     heads = llama.attention(config, n_kv_heads=8, rotated=0.5)
     bias = config.get("attention_bias", bool, False)
     heads = replace(heads, qkv_bias=bias, out_bias=bias)
-    if config.get("attn_rotary_emb", int, heads.rope_dims) != heads.rope_dims:
-        config.refuse("attn_rotary_emb", f"only half of every head, {heads.rope_dims}, can turn")
+    if heads.rope_dims is not None:
+        config.only("attn_rotary_emb", heads.rope_dims)
     mamba = _mamba(config, d_model_of(config, shapes))
     channel = llama.swiglu(config, bias=config.get("mlp_bias", bool, False))
     config.skip("num_logits_to_keep", "z_loss_coefficient")  # of the output; of training

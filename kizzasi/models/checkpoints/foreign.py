@@ -71,6 +71,11 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+# What a ModelSpec would need, of formats that people will try.
+LACKING = {
+    "zamba2": "it runs one Transformer block at several depths, on the embeddings beside the "
+    "stream, and gives the result to one mixer only; a spec has layers of their own"
+}
 
 
 def register(family: Family) -> Family:
@@ -172,8 +177,8 @@ def _recognise(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
     if kind is not None:
         if isinstance(kind, str) and kind in FAMILIES:
             return FAMILIES[kind]
-        known = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(f"{path}: model_type {kind!r:.60} is not supported; only {known}")
+        reason = LACKING.get(str(kind), f"only {', '.join(sorted(FAMILIES))}")
+        raise CheckpointError(f"{path}: model_type {kind!r:.60} is not supported; {reason}")
     for family in FAMILIES.values():
         if family.signature and shapes.keys() >= set(family.signature):
             return family
@@ -184,9 +189,7 @@ def _recognise(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
     )
 
 
-def read_spec(
-    family: Family, data: Mapping[str, Any], shapes: Shapes, where: object
-) -> ModelSpec:
+def read_spec(family: Family, data: Mapping[str, Any], shapes: Shapes, where: object) -> ModelSpec:
     """What a config in the words of the family says. Raises CheckpointError."""
     config = Config(data, str(where))
     try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
@@ -65,9 +66,13 @@ class Matrix(NamedTuple):
         found = None if unpack is None else unpack(self.tensor.data.view(self.tensor.kind.layout))
         if found is None or found.level.shape[-1] != GROUP:
             return None
-        n = self.tensor.shape[0]
-        parts = (None if p is None else torch.from_numpy(p).view(n, -1, p.shape[-1]) for p in found)
-        return LevelTensor(*(None if p is None else self._in_order(p) for p in parts))  # pyright: ignore[reportArgumentType]
+        minimum = None if found.minimum is None else self._by_rows(found.minimum)
+        return LevelTensor(self._by_rows(found.level), self._by_rows(found.scale), minimum)
+
+    def _by_rows(self, groups: NDArray) -> Tensor:
+        """(blocks, groups, size) to (n, groups of a row, size), copied: the file is read-only."""
+        rows = torch.from_numpy(np.array(groups))
+        return self._in_order(rows.view(self.tensor.shape[0], -1, groups.shape[-1]))
 
     def _in_order(self, rows: Tensor) -> Tensor:
         if not self.heads:

@@ -119,14 +119,18 @@ SIX = (("low", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), D)
 TYPES = {
     0: BlockType("F32", 1, np.dtype("<f4")),
     1: BlockType("F16", 1, np.dtype("<f2")),
-    2: BlockType("Q4_0", 32, _layout(D, NIBBLES), lambda b: _groups(_nibbles(b["low"]) - 8, b["d"])),
+    2: BlockType(
+        "Q4_0", 32, _layout(D, NIBBLES), lambda b: _groups(_nibbles(b["low"]) - 8, b["d"])
+    ),
     3: BlockType(
         "Q4_1",
         32,
         _layout(D, ("m", "<f2"), NIBBLES),
         lambda b: _groups(_nibbles(b["low"]), b["d"], b["m"]),
     ),
-    6: BlockType("Q5_0", 32, _layout(D, HIGH, NIBBLES), lambda b: _groups(_fifth_bits(b) - 16, b["d"])),
+    6: BlockType(
+        "Q5_0", 32, _layout(D, HIGH, NIBBLES), lambda b: _groups(_fifth_bits(b) - 16, b["d"])
+    ),
     7: BlockType(
         "Q5_1",
         32,

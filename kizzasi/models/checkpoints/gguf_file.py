@@ -176,7 +176,9 @@ class _Reader:
             self._short(f"{what}: {count} of at least {size} bytes")
 
     def _short(self, what: str) -> Any:
-        self._refuse(f"{what}, but the file has {len(self.data)}; truncated or damaged, get it anew")
+        self._refuse(
+            f"{what}, but the file has {len(self.data)}; truncated or damaged, get it anew"
+        )
 
     def _refuse(self, reason: str) -> Any:
         raise CheckpointError(f"{self.path}: {reason}")

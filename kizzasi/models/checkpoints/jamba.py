@@ -139,9 +139,9 @@ def _mixture(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec | None:
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     mamba = only_mixer(spec, MambaSpec)
     sparse = [isinstance(block.channel, MoESpec) for block in spec.blocks]
-    keys = {"num_experts": 1, **attention_keys(spec)}
+    keys = {**attention_keys(spec), "num_experts": 1}
     if any(sparse):
-        keys |= mixtures.mixture_keys(spec) | attention_keys(spec)
+        keys |= mixtures.mixture_keys(spec)
         keys["num_experts"] = mixtures.mixtures_of(spec)[0].n_experts
         keys["intermediate_size"] = mixtures.expert_width(spec)
     for rotary in ("rope_theta", "rope_scaling"):

@@ -13,7 +13,6 @@ from the spec. `time_step_limit` bounds the steps of a finished model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -61,15 +60,18 @@ def d_model_of(config: Config, shapes: Shapes, key: str = "hidden_size") -> int:
 
 def step_rank(config: Config, key: str) -> int | None:
     """`dt_rank`; "auto" is None."""
-    return None if config.data.get(key) == "auto" else config.get(key, int, None)
+    if config.data.get(key) != "auto":
+        return config.get(key, int, None)
+    config.skip(key)
+    return None
 
 
 def step_limit(config: Config, key: str) -> tuple[float | None, float | None]:
     """`dt_limit` of Mamba-2."""
-    bounds = config.get(key, tuple[object, ...], ())
-    low, high = bounds if len(bounds) == 2 else (0.0, None)
-    if len(bounds) not in (0, 2):
+    bounds = config.get(key, tuple[object, ...], (0.0, None))
+    if len(bounds) != 2:
         config.refuse(key, f"{list(bounds)!r:.80} is not a lower and an upper bound")
+    low, high = bounds
     high = None if high in NO_BOUND else high
     return coerce(low, float, f"{key}[0]"), coerce(high, float | None, f"{key}[1]")
 
@@ -96,14 +98,13 @@ def canonical(spec: ModelSpec) -> ModelSpec:
 
 def without_steps(spec: ModelSpec) -> ModelSpec:
     """`canonical`, for formats that say nothing of fresh weights."""
-    blocks: list[BlockSpec] = []
-    for block in canonical(spec).blocks:
-        usual = MambaSpec()
-        if isinstance(block.mixer, (MambaSpec, Mamba2Spec)):
-            steps = {name: getattr(usual, name) for name in STEPS}
-            block = replace(block, mixer=replace(block.mixer, **steps))
-        blocks.append(block)
-    return canonical(spec).replace(blocks=tuple(blocks))
+    spec, blocks = canonical(spec), []
+    for block in spec.blocks:
+        mixer = block.mixer
+        if isinstance(mixer, (MambaSpec, Mamba2Spec)):
+            mixer = replace(mixer, **{name: getattr(MambaSpec(), name) for name in STEPS})
+        blocks.append(replace(block, mixer=mixer))
+    return spec.replace(blocks=tuple(blocks))
 
 
 def _plain_mixer(mixer: MixerSpec, d_model: int) -> MixerSpec:
@@ -121,7 +122,7 @@ def _plain_mixer(mixer: MixerSpec, d_model: int) -> MixerSpec:
     return mixer
 
 
-def _steps(config: Config) -> dict[str, float]:
+def _steps(config: Config) -> dict[str, Any]:
     usual = MambaSpec()
     return {ours: config.get(key, float, getattr(usual, ours)) for ours, key in STEPS.items()}
 
@@ -177,7 +178,9 @@ def _mamba2(config: Config, shapes: Shapes) -> ModelSpec:
     n_heads, head_dim = config.get("num_heads", int, 128), config.get("head_dim", int, 64)
     inner = n_heads * head_dim
     if config.get("expand", float, 2.0) * d_model != inner:
-        rule = f"times hidden_size {d_model} it is not num_heads {n_heads} times head_dim {head_dim}"
+        rule = (
+            f"times hidden_size {d_model} it is not num_heads {n_heads} times head_dim {head_dim}"
+        )
         config.refuse("expand", f"{config.data.get('expand', 2)} is not supported: {rule}")
     config.only("intermediate_size", inner)
     # The first is Mamba-1's. transformers never read the second: the gate always comes first.
@@ -247,17 +250,18 @@ def _mamba2_keys(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _register(families: Iterable[tuple[str, Any, Any]]) -> None:
-    for name, spec, keys in families:
-        tied = ("lm_head.weight", "backbone.embeddings.weight")
-        rules = renamed(NAMES)
-        register(Family(name, spec, lambda _: [rules], keys, tied=tied, canonical=canonical))
-
-
-_register(
-    (
-        ("mamba", _mamba, lambda spec: _mamba_keys(spec, "mamba", "MambaForCausalLM")),
-        ("falcon_mamba", _falcon_mamba, _falcon_mamba_keys),
-        ("mamba2", _mamba2, _mamba2_keys),
+for _name, _spec, _config in (
+    ("mamba", _mamba, lambda spec: _mamba_keys(spec, "mamba", "MambaForCausalLM")),
+    ("falcon_mamba", _falcon_mamba, _falcon_mamba_keys),
+    ("mamba2", _mamba2, _mamba2_keys),
+):
+    register(
+        Family(
+            _name,
+            _spec,
+            lambda _: [renamed(NAMES)],
+            _config,
+            tied=("lm_head.weight", "backbone.embeddings.weight"),
+            canonical=canonical,
+        )
     )
-)

@@ -114,7 +114,6 @@ def mixture_keys(spec: ModelSpec) -> dict[str, Any]:
     mixtures = mixtures_of(spec)
     mixture = mixtures[0]
     return {
-        **heads(spec),
         "num_experts_per_tok": mixture.top_k,
         "router_aux_loss_coef": mixture.balance_weight * len(mixtures) / mixture.top_k,
     }
@@ -140,6 +139,7 @@ def _mixtral(config: Config, shapes: Shapes) -> ModelSpec:
 def _mixtral_keys(spec: ModelSpec) -> dict[str, Any]:
     mixture = mixtures_of(spec)[0]
     return {
+        **heads(spec),
         **mixture_keys(spec),
         "intermediate_size": expert_width(spec),
         "num_local_experts": mixture.n_experts,
@@ -148,14 +148,33 @@ def _mixtral_keys(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(config: Config, shapes: Shapes) -> ModelSpec:
-    n_layers, every = depth(config, shapes), config.get("decoder_sparse_step", int, 1)
+def mixed_layers(config: Config, n_layers: int) -> list[bool]:
+    """Which layers of qwen3_moe and qwen3_next have experts."""
+    every = config.get("decoder_sparse_step", int, 1)
     dense = set(config.get("mlp_only_layers", tuple[int, ...], ()))
     if every < 1:
         config.refuse("decoder_sparse_step", f"{every} is below 1")
     mixed = [i not in dense and (i + 1) % every == 0 for i in range(n_layers)]
     if not any(mixed):
         config.refuse("mlp_only_layers", "leave no mixture of experts; this is a qwen3")
+    return mixed
+
+
+def sparse_keys(spec: ModelSpec) -> dict[str, Any]:
+    """What qwen3_moe and qwen3_next say of experts."""
+    mixture, blocks = mixtures_of(spec)[0], enumerate(spec.blocks)
+    return {
+        **mixture_keys(spec),
+        "moe_intermediate_size": expert_width(spec),
+        "num_experts": mixture.n_experts,
+        "norm_topk_prob": mixture.normalize == "topk",
+        "mlp_only_layers": [i for i, b in blocks if not isinstance(b.channel, MoESpec)],
+        "decoder_sparse_step": 1,
+    }
+
+
+def _qwen3_moe(config: Config, shapes: Shapes) -> ModelSpec:
+    mixed = mixed_layers(config, depth(config, shapes))
     hidden = config.get("moe_intermediate_size", int)
     mixture = read_mixture(config, shapes, sum(mixed), hidden=hidden, experts=128, top_k=8)
     norm = "topk" if config.get("norm_topk_prob", bool, False) else "all"
@@ -167,15 +186,10 @@ def _qwen3_moe(config: Config, shapes: Shapes) -> ModelSpec:
 
 
 def _qwen3_moe_keys(spec: ModelSpec) -> dict[str, Any]:
-    mixture, window = mixtures_of(spec)[0], first(spec).window
-    blocks = enumerate(spec.blocks)
+    window = first(spec).window
     return {
-        **mixture_keys(spec),
-        "moe_intermediate_size": expert_width(spec),
-        "num_experts": mixture.n_experts,
-        "norm_topk_prob": mixture.normalize == "topk",
-        "mlp_only_layers": [i for i, b in blocks if not isinstance(b.channel, MoESpec)],
-        "decoder_sparse_step": 1,
+        **heads(spec),
+        **sparse_keys(spec),
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "attention_bias": first(spec).qkv_bias,
@@ -196,6 +210,7 @@ def _olmoe(config: Config, shapes: Shapes) -> ModelSpec:
 def _olmoe_keys(spec: ModelSpec) -> dict[str, Any]:
     mixture = mixtures_of(spec)[0]
     return {
+        **heads(spec),
         **mixture_keys(spec),
         "intermediate_size": expert_width(spec),
         "num_experts": mixture.n_experts,

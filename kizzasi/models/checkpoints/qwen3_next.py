@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.moe_layouts import PARTS
 from kizzasi.models.checkpoints import llama, mixtures
 from kizzasi.models.checkpoints.config import Config
@@ -92,7 +91,9 @@ def _attends(config: Config, n_layers: int) -> list[bool]:
     every = config.get("full_attention_interval", int, 4)
     if every < 1:
         config.refuse("full_attention_interval", f"{every} is below 1")
-    usual = tuple("linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers))
+    usual = tuple(
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
+    )
     kinds = config.get("layer_types", tuple[str, ...], usual)
     if len(kinds) != n_layers or not set(kinds) <= KINDS.keys():
         config.refuse("layer_types", f"{list(kinds)!r:.80} are not {n_layers} of {list(KINDS)}")

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, Rules, register
@@ -43,14 +41,14 @@ HIDDEN_MULTIPLE = 128  # of GatedMLP
 STEPS = {"dt_min": "dt_min", "dt_max": "dt_max", "dt_floor": "dt_init_floor"}
 
 
-def _twice(ours: list[Tensor]) -> list[Tensor]:
-    return [*ours, *ours]
-
-
-TWICE = Form(_twice, lambda theirs, shapes: theirs[:1])
+TWICE = Form(lambda ours: [*ours, *ours], lambda theirs, shapes: theirs[:1])
 RULES = [
     *(
-        Rule([f"blocks.#.mixer.{q}_proj.{leaf}" for q in "qkv"], f"{LAYER}mixer.in_proj.{leaf}", CONCATENATED)
+        Rule(
+            [f"blocks.#.mixer.{q}_proj.{leaf}" for q in "qkv"],
+            f"{LAYER}mixer.in_proj.{leaf}",
+            CONCATENATED,
+        )
         for leaf in ("weight", "bias")
     ),
     Rule(

@@ -1,0 +1,145 @@
+"""Text to ids and back, with the tokenizer that a checkpoint carries.
+
+A GGUF file has its vocabulary and merges among the metadata; a folder in transformers' layout has a
+tokenizer.json. Both are run by the package tokenizers (`pip install kizzasi[tokenizers]`). Without
+either, ids are bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kizzasi.errors import CheckpointError, DataError
+from kizzasi.models.checkpoints import gguf, native
+from kizzasi.models.checkpoints.gguf_file import open_gguf
+from kizzasi.models.checkpoints.storage import read_json
+
+TOKENIZER = "tokenizer.json"
+KEY = "tokenizer.ggml."
+SINGLE_DIGITS = {"smollm": True, "gpt-2": False}  # by the name of what splits text before merging
+SPECIAL = (3, 4)  # token types: control, and user-defined
+
+
+class Tokenizer(ABC):
+    """eos: the id that ends a text, if one does."""
+
+    eos: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError for text that the vocabulary cannot express."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Incomplete UTF-8 becomes U+FFFD; special tokens become nothing."""
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids are bytes; those beyond the vocabulary's end are refused."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        ids = list(text.encode())
+        if max(ids, default=0) >= self.vocab_size:
+            raise DataError(f"{text!r:.60}: has bytes beyond the vocabulary of {self.vocab_size}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(min(i, 255) for i in ids).decode("utf-8", errors="replace")
+
+
+class PackagedTokenizer(Tokenizer):
+    """A tokenizer of the package tokenizers; bos, if given, comes before every text."""
+
+    def __init__(self, inner: Any, eos: int | None = None, bos: int | None = None) -> None:
+        self.inner, self.eos, self.bos = inner, eos, bos
+
+    def encode(self, text: str) -> list[int]:
+        return ([] if self.bos is None else [self.bos]) + self.inner.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(list(ids))
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        path: what `kizzasi.models.load` takes.
+        vocab_size: of the model; what decides where the checkpoint has no tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer is damaged or of an unknown kind, the package that runs it is
+            missing, or there is none and the ids cannot be bytes.
+    """
+    if path.is_file() and gguf.is_gguf(path):
+        return from_gguf(open_gguf(path).metadata, str(path))
+    if (path / TOKENIZER).is_file():
+        eos = read_json(path / native.CONFIG).get("eos_token_id")
+        return PackagedTokenizer(_read(path / TOKENIZER), eos if isinstance(eos, int) else None)
+    if vocab_size > 2 * 256:
+        raise CheckpointError(
+            f"{path}: no {TOKENIZER} there, and {vocab_size} ids are no bytes; put it in the folder"
+        )
+    return ByteTokenizer(vocab_size)
+
+
+def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) of a file.
+
+    Raises:
+        CheckpointError: as in `load_tokenizer`.
+    """
+    own = {key.removeprefix(KEY): v for key, v in metadata.items() if key.startswith(KEY)}
+    model, split = own.get("model"), own.get("pre", "gpt-2")
+    if model != "gpt2" or split not in SINGLE_DIGITS:
+        raise CheckpointError(
+            f"{where}: a tokenizer {model!r:.40} that splits text like {split!r:.40} is not "
+            f"supported; only gpt2 with {', '.join(SINGLE_DIGITS)}"
+        )
+    tokens, merges = own.get("tokens"), own.get("merges")
+    types = own.get("token_type")
+    kinds = [1] * len(tokens or ()) if types is None else list(types)
+    pairs = [tuple(merge.split(" ")) for merge in merges or ()]
+    if not (isinstance(tokens, list) and len(kinds) == len(tokens) == len(set(tokens))):
+        raise CheckpointError(f"{where}: {KEY}tokens: missing, doubled, or without a type; damaged")
+    known = set(tokens)
+    if any(len(pair) != 2 or not known >= {*pair, "".join(pair)} for pair in pairs):
+        raise CheckpointError(f"{where}: {KEY}merges: one is not of two known tokens; damaged")
+    package = _package()
+    inner = package.Tokenizer(package.models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
+    byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [package.pre_tokenizers.Digits(individual_digits=True)] * SINGLE_DIGITS[split]
+    inner.pre_tokenizer = package.pre_tokenizers.Sequence([*digits, byte_level])
+    inner.decoder = package.decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in SPECIAL:
+            added = package.AddedToken(token, special=bool(kind == 3), normalized=False)
+            inner.add_special_tokens([added]) if kind == 3 else inner.add_tokens([added])
+    bos = own.get("bos_token_id") if own.get("add_bos_token") else None
+    return PackagedTokenizer(inner, own.get("eos_token_id"), bos)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return _package().Tokenizer.from_str(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot read it: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+
+
+def _package() -> Any:
+    if importlib.util.find_spec("tokenizers") is None:
+        raise CheckpointError(
+            "the checkpoint's tokenizer needs the package tokenizers; pip install tokenizers"
+        )
+    import tokenizers
+
+    return tokenizers
