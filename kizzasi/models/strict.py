@@ -55,7 +55,8 @@ class Strict:
         require(isinstance(data, Mapping), path, f"expected a mapping, got {data!r:.80}")
         hints = field_types(cls)
         for key in data:
-            require(key in hints, join(path, str(key)), unknown_name(key, hints))
+            if key not in hints:  # names are compared only now: a search reads many specs
+                raise SpecError(f"{join(path, str(key))}: {unknown_name(key, hints)}")
         for f in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
             optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
             require(optional or f.name in data, join(path, f.name), "missing; give a value")
@@ -92,7 +93,8 @@ class Registered(Strict):
         registry: dict[str, type] = cls.registry  # pyright: ignore[reportAttributeAccessIssue]
         require("kind" in data, join(path, "kind"), f"missing; choose from {sorted(registry)}")
         kind = data["kind"]
-        require(kind in registry, join(path, "kind"), f"{kind!r} {unknown_name(kind, registry)}")
+        if kind not in registry:
+            raise SpecError(f"{join(path, 'kind')}: {kind!r} {unknown_name(kind, registry)}")
         return registry[kind].from_dict(data, path)
 
     def to_dict(self) -> dict[str, Any]:

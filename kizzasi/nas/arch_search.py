@@ -160,6 +160,11 @@ class ArchSearchSpace:
         genes = zip(_genes(a), _genes(b), strict=True)
         return ArchCandidate(*[x if rng.next_f64() < 0.5 else y for x, y in genes])
 
+    def build(self, decide: Callable[[str, int], int]) -> ArchCandidate:
+        """Take option number `decide(gene, n_options)` for each gene."""
+        axes = zip(fields(ArchCandidate), self._axes(), strict=True)
+        return ArchCandidate(*[axis[decide(gene.name, len(axis))] for gene, axis in axes])
+
     def iterate(self, limit: int | None = None) -> Combinations[ArchCandidate]:
         """Return the grid, the last list turning fastest; candidates are made when looked at."""
         return Combinations(ArchCandidate, self._axes(), range(self.size)[:limit])

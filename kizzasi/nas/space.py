@@ -31,6 +31,14 @@ class Space(Protocol[C]):
         """Draw a candidate at random."""
         ...
 
+    def build(self, decide: Callable[[str, int], int]) -> C:
+        """Make a candidate by asking `decide(gene, n_options)` for an option of every gene.
+
+        Raises:
+            SpecError: the options do not fit each other.
+        """
+        ...
+
     def mutate(self, candidate: C, rng: Xorshift64, prob: float) -> C:
         """Redraw each gene of `candidate` with probability `prob`."""
         ...

@@ -1,4 +1,9 @@
-"""The families that a search space may name, as blocks of a real model.
+"""Ready-made search spaces, and the families that a space of families may name.
+
+`tiny`, `hybrid`, `mamba_rwkv` and `moe` are spaces of models with holes: each layer chooses its own
+mixer and channel. They are made for small models, 32 to 192 wide; see `ModelSpace` for others.
+
+Families are the blocks of an `ArchSearchSpace`, which gives all layers the same genes.
 
 A family turns the searchers' genes into a `BlockSpec`. Every gene reaches the model:
 
@@ -16,12 +21,15 @@ The head is tied to the embedding: at small sizes a second table is a large shar
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
 from kizzasi.models.strict import unknown_name
+from kizzasi.nas.holes import choice, repeat
+from kizzasi.nas.model_space import ModelSpace
 
 
 def _mamba(d_model: int, d_state: int, expand: float) -> BlockSpec:
@@ -86,3 +94,71 @@ def model_spec(
     )
     spec.check()
     return spec
+
+
+def tiny(vocab_size: int = 256) -> ModelSpace:
+    """One to three layers of Mamba or attention: 1,752 models, few enough to train them all."""
+    mamba = {"mixer": {"kind": "mamba", "d_state": choice(8, 16)}}
+    attention = {
+        "mixer": {"kind": "attention", "n_heads": choice(2, 4)},
+        "channel": choice(None, {"kind": "swiglu"}, {"kind": "swiglu", "hidden": 64}),
+    }
+    return _space(vocab_size, choice(32, 48, 64), repeat(choice(mamba, attention), 1, 3))
+
+
+def hybrid(vocab_size: int = 256) -> ModelSpace:
+    """Two to eight layers; each is recurrent, state-space or attention, with a channel mixer."""
+    heads = choice(2, 4, 8)
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
+        {"kind": "mamba2", "d_state": choice(16, 32, 64), "head_dim": choice(16, 32)},
+        {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
+        {"kind": "gla", "n_heads": heads, "expand_k": choice(0.5, 1.0)},
+        {"kind": "gated_delta", "n_heads": heads},
+        {"kind": "retention", "n_heads": heads},
+        {"kind": "s4d", "d_state": choice(16, 64)},
+        {"kind": "attention", "n_heads": heads, "window": choice(None, 32, 128)},
+    )
+    block = {"mixer": mixer, "channel": _channel(None)}
+    return _space(vocab_size, choice(48, 64, 96, 128, 192), repeat(block, 2, 8))
+
+
+def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
+    """Two to eight layers of the Mamba and RWKV families: a state of constant size."""
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
+        {"kind": "mamba2", "d_state": choice(16, 32, 64), "head_dim": choice(16, 32)},
+        {"kind": "rwkv6", "head_dim": choice(8, 16, 32)},
+        {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
+    )
+    block = {"mixer": mixer, "channel": _channel(None, {"kind": "rwkv_channel"})}
+    return _space(vocab_size, choice(48, 64, 96, 128, 192), repeat(block, 2, 8))
+
+
+def moe(vocab_size: int = 256) -> ModelSpace:
+    """Two to six layers of Mamba or attention, each with a dense channel mixer or experts."""
+    experts = {
+        "kind": "moe",
+        "n_experts": choice(4, 8),
+        "top_k": choice(1, 2),
+        "hidden": choice(32, 64, 128),
+        "shared_hidden": choice(0, 64),
+    }
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16), "expand": choice(1.0, 2.0)},
+        {"kind": "attention", "n_heads": choice(2, 4, 8), "window": choice(None, 64)},
+    )
+    block = {"mixer": mixer, "channel": _channel(experts)}
+    return _space(vocab_size, choice(48, 64, 96, 128), repeat(block, 2, 6))
+
+
+def _channel(*more: Any) -> dict[str, Any]:
+    """A SwiGLU of some width, an MLP, or one of `more`."""
+    swiglu = {"kind": "swiglu", "hidden": choice(64, 128, 256, 384)}
+    mlp = {"kind": "mlp", "hidden": choice(128, 256), "activation": "relu2"}
+    return choice(swiglu, mlp, *more)
+
+
+def _space(vocab_size: int, d_model: Any, blocks: Any) -> ModelSpace:
+    stem = {"kind": "tokens", "vocab_size": vocab_size}
+    return ModelSpace({"d_model": d_model, "stem": stem, "tie_head": True, "blocks": blocks})

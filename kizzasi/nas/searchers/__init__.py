@@ -2,17 +2,35 @@
 
 from kizzasi.nas.searchers.evolution import Evolution
 from kizzasi.nas.searchers.grid import Grid
+from kizzasi.nas.searchers.local import LocalSearch
+from kizzasi.nas.searchers.nsga2 import NSGA2, pareto_front
 from kizzasi.nas.searchers.random import Random
-from kizzasi.nas.searchers.search import History, Proposals, Search, Searcher, one_by_one, run
+from kizzasi.nas.searchers.regularized import RegularizedEvolution
+from kizzasi.nas.searchers.search import (
+    History,
+    Proposals,
+    Score,
+    Search,
+    Searcher,
+    one_by_one,
+    run,
+)
+from kizzasi.nas.searchers.tpe import TPE
 
 __all__ = [
+    "NSGA2",
+    "TPE",
     "Evolution",
     "Grid",
     "History",
+    "LocalSearch",
     "Proposals",
     "Random",
+    "RegularizedEvolution",
+    "Score",
     "Search",
     "Searcher",
     "one_by_one",
+    "pareto_front",
     "run",
 ]

@@ -2,6 +2,9 @@
 
 A searcher is a generator: it yields batches of candidates whose choice does not depend on each
 other's scores, and is sent their scores. So a search is a function of its seed and its history.
+
+A score is a float, higher is better; or, for searchers of several objectives, a tuple of floats,
+each lower is better.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Generic, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,14 +22,15 @@ from kizzasi.nas.space import Space
 
 C = TypeVar("C")
 
-Proposals: TypeAlias = Generator[Sequence[C], Sequence[float], None]
+Score: TypeAlias = "float | tuple[float, ...]"
+Proposals: TypeAlias = Generator[Sequence[C], Sequence[Any], None]  # is sent one Score for each
 
 
 class Searcher(Protocol):
     """Settings of a search strategy; all its state lives in the generator it starts."""
 
     def proposals(self, space: Space[C]) -> Proposals[C]:
-        """Yield non-empty batches of candidates; receive one score for each, higher is better.
+        """Yield non-empty batches of candidates; receive one score for each.
 
         Raises:
             SpecError: a setting is out of range (at the first batch).
@@ -41,22 +45,29 @@ def require_at_least(least: int, **settings: int) -> None:
             raise SpecError(f"{name}: {value} is too small; give at least {least}")
 
 
-class History(Sequence[tuple[C, float]], Generic[C]):
+def require_chance(**settings: float) -> None:
+    """Raise a SpecError that names the first of `settings` that is no probability."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise SpecError(f"{name}: {value} is not in 0 .. 1; give a chance")
+
+
+class History(Sequence[tuple[C, Any]], Generic[C]):
     """Every (candidate, score) of a search in the order asked; candidates stay as lazy as given."""
 
     def __init__(self) -> None:
         self.batches: list[Sequence[C]] = []
         self.starts: list[int] = []
-        self.scores: list[float] = []
+        self.scores: list[Any] = []
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @overload
-    def __getitem__(self, index: int) -> tuple[C, float]: ...
+    def __getitem__(self, index: int) -> tuple[C, Any]: ...
     @overload
-    def __getitem__(self, index: slice) -> list[tuple[C, float]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[C, float] | list[tuple[C, float]]:
+    def __getitem__(self, index: slice) -> list[tuple[C, Any]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[C, Any] | list[tuple[C, Any]]:
         positions = range(len(self.scores))[index]
         if isinstance(positions, range):
             return [self[position] for position in positions]
@@ -72,8 +83,13 @@ class History(Sequence[tuple[C, float]], Generic[C]):
         """Return the highest score and its candidate: the last one if several share it.
 
         NaN ranks below every number, so a failed trial never wins.
+
+        Raises:
+            StudyError: the scores are tuples, which have a front and no best.
         """
         assert self.scores, "best() of a search without a trial"
+        if isinstance(self.scores[0], tuple):
+            raise StudyError("best: several objectives have no best trial; use pareto_front")
         scores = np.array(self.scores)
         scores[np.isnan(scores)] = -math.inf
         return self[len(scores) - 1 - int(np.argmax(scores[::-1]))]
@@ -107,12 +123,14 @@ class Search(Generic[C]):
         """Record the scores of the first len(scores) candidates of the last `ask`, in its order.
 
         Args:
-            scores: (n,) floats, higher is better; NaN is recorded, and ranks below every number.
+            scores: (n,) floats, higher is better, or (n, objectives), lower is better; NaN is
+                recorded, and ranks below every number.
 
         Raises:
             StudyError: there is no score, or more of them than candidates to be scored.
         """
-        new = np.asarray(scores, dtype=np.float64).tolist()
+        rows = np.asarray(scores, dtype=np.float64).tolist()
+        new = [tuple(row) if isinstance(row, list) else row for row in rows]
         waiting = self._start + len(self._batch) - len(self.history)
         if not 0 < len(new) <= waiting:
             raise StudyError(
@@ -121,7 +139,7 @@ class Search(Generic[C]):
             )
         self.history.scores += new
 
-    def replay(self, history: Iterable[tuple[C, float]]) -> None:
+    def replay(self, history: Iterable[tuple[C, Score]]) -> None:
         """Continue a recorded search: take its scores as told, without evaluating anything.
 
         Raises:
@@ -144,8 +162,7 @@ class Search(Generic[C]):
             if not self.history.batches:
                 self._batch = next(self._proposals)
             else:
-                ranked = [-math.inf if math.isnan(score) else score for score in told]
-                self._batch = self._proposals.send(ranked)
+                self._batch = self._proposals.send([_without_nan(score) for score in told])
         except StopIteration:
             self._batch = ()
             return
@@ -154,7 +171,30 @@ class Search(Generic[C]):
         self.history.starts.append(self._start)
 
 
-def one_by_one(evaluate: Callable[[C], float]) -> Callable[[Sequence[C]], list[float]]:
+def _without_nan(score: Any) -> Any:
+    """What a searcher is told: a failure is the worst there is."""
+    if isinstance(score, tuple):
+        return tuple(math.inf for _ in score) if any(map(math.isnan, score)) else score
+    return -math.inf if math.isnan(score) else score
+
+
+def fresh(draw: Callable[[], C], known: set[C], n: int, tries: int = 100) -> list[C]:
+    """Draw `n` candidates that are not `known` and add them to it.
+
+    Fewer come, or none, when `tries` draws in a row bring nothing new.
+    """
+    found: list[C] = []
+    misses = 0
+    while len(found) < n and misses < tries:
+        candidate = draw()
+        misses = misses + 1 if candidate in known else 0
+        if candidate not in known:
+            known.add(candidate)
+            found.append(candidate)
+    return found
+
+
+def one_by_one(evaluate: Callable[[C], Score]) -> Callable[[Sequence[C]], list[Score]]:
     """Turn a function of one candidate into a function of a batch."""
     return lambda batch: [evaluate(candidate) for candidate in batch]
 
@@ -163,7 +203,7 @@ def run(
     searcher: Searcher,
     space: Space[C],
     evaluate_batch: Callable[[Sequence[C]], ArrayLike],
-    history: Iterable[tuple[C, float]] = (),
+    history: Iterable[tuple[C, Score]] = (),
 ) -> History[C]:
     """Run a search to its end and return all its trials.
 
@@ -173,7 +213,7 @@ def run(
     Args:
         searcher: strategy and seed.
         space: where it searches.
-        evaluate_batch: scores a batch, higher is better; `one_by_one(f)` makes one of any f.
+        evaluate_batch: scores a batch; `one_by_one(f)` makes one of any f.
         history: trials of an earlier run of the same search, not evaluated again.
     """
     search = Search(searcher, space)

@@ -1,0 +1,23 @@
+"""Schedulers: which candidate trains on, and how far, decided from the scores so far."""
+
+from kizzasi.nas.schedulers.asha import ASHA
+from kizzasi.nas.schedulers.halving import SuccessiveHalving
+from kizzasi.nas.schedulers.hyperband import Hyperband
+from kizzasi.nas.schedulers.pasha import PASHA
+from kizzasi.nas.schedulers.pdh import PDH
+from kizzasi.nas.schedulers.schedule import Job, Results, Schedule, Scheduler, run
+from kizzasi.nas.schedulers.stopping_asha import StoppingASHA
+
+__all__ = [
+    "ASHA",
+    "PASHA",
+    "PDH",
+    "Hyperband",
+    "Job",
+    "Results",
+    "Schedule",
+    "Scheduler",
+    "StoppingASHA",
+    "SuccessiveHalving",
+    "run",
+]

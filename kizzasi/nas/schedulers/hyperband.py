@@ -1,0 +1,60 @@
+"""Hyperband: brackets of successive halving, from many short trainings to few long ones.
+
+R = max_budget;  s = rungs of a bracket - 1;  n = its candidates;  r = its first budget
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kizzasi.nas.schedulers.halving import halve
+from kizzasi.nas.schedulers.schedule import Results, geometric_budgets
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """Hedge successive halving's bet on early scores: run one bracket for each first budget.
+
+        s_max = floor(log_eta(R / min_budget));  for s = s_max, ..., 0:
+            n = ceil((s_max + 1) / (s + 1) * eta^s),  r = R / eta^s
+
+    Workers that have to wait for a bracket's rung begin the next bracket.
+
+    Args:
+        min_budget: the paper's unit of budget, at least 1.
+        max_budget: R; taken down to the largest min_budget * eta^k that is not above it.
+        eta: at least 2.
+
+    Source: Li et al. 2018, "Hyperband", JMLR 18(185), algorithm 1.
+    Differs: R is min_budget * eta^s_max, so that every budget is a whole number; a rung's
+        training continues from the checkpoint of the last; failed candidates are never kept.
+    """
+
+    min_budget: int
+    max_budget: int
+    eta: int = 3
+
+    def check(self) -> None:
+        """Raises SpecError naming the setting and the rule."""
+        geometric_budgets(self.min_budget, self.max_budget, self.eta)
+
+    def brackets(self) -> Iterator[tuple[range, tuple[int, ...]]]:
+        """Yield the candidates and budgets of each bracket."""
+        budgets = geometric_budgets(self.min_budget, self.max_budget, self.eta)
+        first = 0
+        for s in reversed(range(len(budgets))):
+            n = -(-len(budgets) * self.eta**s // (s + 1))
+            yield range(first, first + n), budgets[len(budgets) - 1 - s :]
+            first += n
+
+    def budgets(self, candidate: int) -> Sequence[int]:
+        return next((own for members, own in self.brackets() if candidate in members), ())
+
+    def survivors(self, results: Results) -> Sequence[int]:
+        """Return who has to train on, earlier brackets first."""
+        return [
+            candidate
+            for members, own in self.brackets()
+            for candidate in halve(results, members, len(own), self.eta)
+        ]

@@ -1,0 +1,264 @@
+"""Ask and tell for training in instalments: who trains on, up to which budget.
+
+A scheduler is a pure function of the results in the order they were told. A `Schedule` joins it
+with a searcher, which proposes the candidates, and with any number of workers.
+
+Glossary
+    candidate   its number, in the order in which the searcher proposed it
+    budget      steps (or tokens) trained on in all, earlier instalments included
+    rung        place of a budget among the budgets of its candidate, from 0
+    score       of a candidate at a budget, higher is better
+    FAILED      the score of a training that crashed or diverged
+    eta         reduction factor: about one in eta goes on
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from kizzasi.errors import StudyError
+from kizzasi.nas.searchers.search import Search, require_at_least
+
+C = TypeVar("C")
+
+FAILED = -math.inf
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a candidate from where its checkpoint is (from scratch if none) up to a budget."""
+
+    candidate: int
+    budget: int
+
+
+class Results:
+    """What has been told, and nothing else: all that a scheduler may look at.
+
+    Attributes:
+        told: (candidate, rung, score) in the order told.
+        n_candidates: how many candidates there are; None while the searcher may have more.
+    """
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, float]] = []
+        self.n_candidates: int | None = None
+        self._rungs: list[dict[int, float]] = []
+        self._scores: dict[int, list[float]] = {}
+
+    def rung(self, rung: int) -> Mapping[int, float]:
+        """Candidate -> score at this rung."""
+        return self._rungs[rung] if rung < len(self._rungs) else {}
+
+    def scores(self, candidate: int) -> Sequence[float]:
+        """The scores of a candidate, one for each rung that it has reached."""
+        return self._scores.get(candidate, ())
+
+    def add(self, candidate: int, score: float) -> None:
+        """Note the score of a candidate at its next rung."""
+        scores = self._scores.setdefault(candidate, [])
+        rung = len(scores)
+        if rung == len(self._rungs):
+            self._rungs.append({})
+        scores.append(score)
+        self._rungs[rung][candidate] = score
+        self.told.append((candidate, rung, score))
+
+
+class Scheduler(Protocol):
+    """Settings of a strategy. It holds no state, so equal results give equal decisions."""
+
+    def check(self) -> None:
+        """Raise a SpecError that names the setting out of range."""
+        ...
+
+    def budgets(self, candidate: int) -> Sequence[int]:
+        """Return the rising budgets at which a candidate is scored; () if it is not wanted."""
+        ...
+
+    def survivors(self, results: Results) -> Sequence[int]:
+        """Return who should train on to the next budget, most urgent first.
+
+        A candidate that failed is never among them.
+        """
+        ...
+
+
+def geometric_budgets(min_budget: int, max_budget: int, eta: int) -> tuple[int, ...]:
+    """Return min_budget * eta^k for k = 0, 1, ... as far as max_budget.
+
+    Raises:
+        SpecError: min_budget < 1, eta < 2 or max_budget < min_budget.
+    """
+    require_at_least(1, min_budget=min_budget)
+    require_at_least(2, eta=eta)
+    require_at_least(min_budget, max_budget=max_budget)
+    budgets = [min_budget]
+    while budgets[-1] * eta <= max_budget:
+        budgets.append(budgets[-1] * eta)
+    return tuple(budgets)
+
+
+def ranked(scores: Mapping[int, float]) -> list[int]:
+    """Order candidates best first, of equals the earlier one; leave failed ones out."""
+    succeeded = (candidate for candidate, score in scores.items() if score != FAILED)
+    return sorted(succeeded, key=lambda candidate: (-scores[candidate], candidate))
+
+
+class Schedule(Generic[C]):
+    """A study in progress: ask for jobs, run them anywhere, tell their scores in any order.
+
+    What is asked for depends on the results in the order told and on what is running, not on
+    when it was asked. Survivors go first, then new candidates. A searcher that learns from scores
+    is told a candidate's score when the scheduler lets it rest for the first time.
+
+    Args:
+        scheduler: who trains on.
+        search: who takes part; the schedule asks it and tells it.
+
+    Attributes:
+        candidates: what the searcher proposed so far; a job names one by its index.
+        results: everything told.
+        running: jobs asked for and not yet told, by candidate.
+        steps: what the jobs told so far had to train in all, each from its checkpoint.
+
+    Raises:
+        SpecError: a setting of the scheduler is out of range.
+    """
+
+    def __init__(self, scheduler: Scheduler, search: Search[C]) -> None:
+        scheduler.check()
+        self.scheduler, self.search = scheduler, search
+        self.candidates: list[C] = []
+        self.results = Results()
+        self.running: dict[int, Job] = {}
+        self.steps = 0
+
+    def ask(self, n: int = 1) -> list[Job]:
+        """Return up to n jobs that can run side by side, also beside those that run already.
+
+        Fewer or none means: wait for a result; none while nothing runs means: the study is over.
+        """
+        jobs: list[Job] = []
+        while len(jobs) < n and (job := self._next_job()):
+            self.running[job.candidate] = job
+            jobs.append(job)
+        return jobs
+
+    def tell(self, job: Job, score: float | None) -> None:
+        """Note a result. None, NaN and infinities all mean that the training failed.
+
+        Raises:
+            StudyError: the job is not running.
+        """
+        if self.running.get(job.candidate) != job:
+            raise StudyError(f"tell: {job} is not running; tell each job of ask() exactly once")
+        self._note(job, score)
+
+    def replay(self, history: Iterable[tuple[Job, float | None]]) -> None:
+        """Continue a recorded study: take its results as told. Jobs cut short are asked anew.
+
+        Raises:
+            StudyError: the record is of another scheduler or searcher.
+        """
+        for job, score in history:
+            while len(self.candidates) <= job.candidate and self._propose():
+                pass
+            expected = self._job(job.candidate)
+            if job != expected or len(self.candidates) <= job.candidate:
+                raise StudyError(
+                    f"history: result {len(self.results.told)} is of {job}, but this study has "
+                    f"{expected or 'no more training'} for that candidate; "
+                    "resume with the scheduler, searcher and space that made the history"
+                )
+            self._note(job, score)
+
+    def best(self) -> tuple[Job, float] | None:
+        """Return the job with the best score at any budget, and the score.
+
+        Of equals, the one told first; nobody who failed, then or later. None if all failed.
+
+        Source: Li et al. 2018, "Hyperband", algorithm 1, what it returns.
+        """
+        sound = [told for told in self.results.told if FAILED not in self.results.scores(told[0])]
+        if not sound:
+            return None
+        candidate, rung, score = max(sound, key=lambda told: told[2])
+        return Job(candidate, self.scheduler.budgets(candidate)[rung]), score
+
+    def _next_job(self) -> Job | None:
+        for candidate in self._survivors():
+            return self._job(candidate)
+        new = next(self._untrained())
+        if not self.scheduler.budgets(new):
+            return None
+        if new < len(self.candidates) or self._propose():
+            return self._job(new)
+        # That there are no more candidates may be what survivors were waiting for.
+        return next((self._job(candidate) for candidate in self._survivors()), None)
+
+    def _survivors(self) -> Iterator[int]:
+        everyone = self.scheduler.survivors(self.results)
+        return (candidate for candidate in everyone if candidate not in self.running)
+
+    def _untrained(self) -> Iterator[int]:
+        """Numbers of candidates never trained, proposed already or not: after a crash, the
+        first ones may be among them."""
+        number = 0
+        while True:
+            if not self.results.scores(number) and number not in self.running:
+                yield number
+            number += 1
+
+    def _job(self, candidate: int) -> Job | None:
+        """The next job of a candidate, if it has any budgets left and has not failed."""
+        scores, budgets = self.results.scores(candidate), self.scheduler.budgets(candidate)
+        if len(scores) == len(budgets) or FAILED in scores:
+            return None
+        return Job(candidate, budgets[len(scores)])
+
+    def _propose(self) -> bool:
+        """Take one more candidate from the searcher, if it has one now."""
+        waiting = self.search.ask()
+        ahead = len(self.candidates) - len(self.search.history)
+        if ahead < len(waiting):
+            self.candidates.append(waiting[ahead])
+            return True
+        if not waiting:
+            self.results.n_candidates = len(self.candidates)
+        return False
+
+    def _note(self, job: Job, score: float | None) -> None:
+        self.running.pop(job.candidate, None)
+        rung = len(self.results.scores(job.candidate))
+        before = self.scheduler.budgets(job.candidate)[rung - 1] if rung else 0
+        self.steps += job.budget - before
+        if score is None or not math.isfinite(score):
+            score = FAILED
+        self.results.add(job.candidate, score)
+        self._tell_searcher()
+
+    def _tell_searcher(self) -> None:
+        """Scores go to the searcher in its order, each when its candidate comes to rest."""
+        going_on = set(self.scheduler.survivors(self.results))
+        while (candidate := len(self.search.history)) < len(self.candidates):
+            scores = self.results.scores(candidate)
+            if not scores or candidate in going_on:
+                return
+            self.search.tell([scores[-1]])
+
+
+def run(schedule: Schedule[C], evaluate: Callable[[C, int], float | None]) -> Schedule[C]:
+    """Run a study to its end, one job after the other, and return it.
+
+    Args:
+        schedule: fresh, or after `replay`.
+        evaluate: trains a candidate up to a budget, on from where it left it, and scores it.
+    """
+    while jobs := schedule.ask():
+        for job in jobs:
+            schedule.tell(job, evaluate(schedule.candidates[job.candidate], job.budget))
+    return schedule
