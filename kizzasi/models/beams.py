@@ -60,7 +60,7 @@ def search_beams(
     Returns:
         (b, m) int64 on the CPU, m the length of the longest; shorter ones are filled with eos.
     """
-    model, logits, state = begun
+    step, logits, state = begun
     b, v = logits.shape
     finished = [Finished(n_beams, length_penalty) for _ in range(b)]
     total = torch.zeros(b, 1)  # log likelihood of every live hypothesis
@@ -80,9 +80,7 @@ def search_beams(
         ]
         seen.gather(rows)
         seen.add(chosen)
-        logits, state, _ = model.step(
-            chosen.to(logits.device), state.gather(rows.to(logits.device))
-        )
+        logits, state, _ = step(chosen.to(logits.device), state.gather(rows.to(logits.device)))
     answers = [f.best[0][1] for f in finished]
     longest = max(len(answer) for answer in answers)
     fill = 0 if eos is None else eos

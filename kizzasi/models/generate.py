@@ -12,7 +12,7 @@ from kizzasi.errors import ShapeError
 from kizzasi.models.beams import search_beams
 
 if TYPE_CHECKING:
-    from kizzasi.models.model import SequenceModel
+    from kizzasi.models.model import ModelOutput, SequenceModel
     from kizzasi.models.state import ModelState
 
 
@@ -32,6 +32,7 @@ def generate(
     stop: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[Tensor], object] | None = None,
+    step: Callable[[Tensor, ModelState], ModelOutput] | None = None,
     seed: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -57,6 +58,7 @@ def generate(
             eos, or with 0 if there is none. Needs `decode`.
         decode: a tokenizer's ids -> text.
         on_token: called with each new (b,) ids as soon as they are chosen.
+        step: what decodes in place of `model.step`, such as `torch.compile(model.step)`.
         seed: of the sampling, drawn on the CPU: the same on every device up to rounding of logits.
         mask: (b, t), False for left padding of prompts of unequal length.
 
@@ -98,7 +100,7 @@ def generate(
     try:
         with torch.inference_mode():
             out = model(rows, mask=mask)
-            begun = Begun(model, out.logits[:, -1], out.state)
+            begun = Begun(step or model.step, out.logits[:, -1], out.state)
             seen = Seen(rows, mask, out.logits.shape[-1], repetition_penalty)
             if n_beams > 1:
                 new = search_beams(begun, seen, max_new_tokens, n_beams, length_penalty, eos)
@@ -120,7 +122,7 @@ def _sample(
     on_token: Callable[[Tensor], object] | None,
 ) -> Tensor:
     """Draw tokens until all rows have finished. Returns (b, n) ids."""
-    model, logits, state = begun
+    step, logits, state = begun
     tokens: list[Tensor] = []
     done = torch.zeros(len(logits), dtype=torch.bool)
     while True:
@@ -132,13 +134,13 @@ def _sample(
         if len(tokens) == max_new_tokens or done.all():
             return torch.stack(tokens, dim=1)
         seen.add(chosen)
-        logits, state, _ = model.step(tokens[-1], state)
+        logits, state, _ = step(tokens[-1], state)
 
 
 class Begun(NamedTuple):
-    """A model that has read the prompts: logits (b, v) of the next token, and its state."""
+    """A model that has read the prompts: its step, logits (b, v) of the next token, its state."""
 
-    model: SequenceModel
+    step: Callable[[Tensor, ModelState], ModelOutput]
     logits: Tensor
     state: ModelState
 

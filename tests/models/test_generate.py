@@ -84,6 +84,20 @@ def test_filters_keep_what_they_say():
     assert shares(temperature=0.1)[0] > 0.98
 
 
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_another_step_may_decode(model, n_beams):
+    prompt, calls = torch.tensor([[1, 2, 3]]), []
+
+    def step(ids, state):
+        calls.append(ids)
+        return model.step(ids, state)
+
+    settings = {"temperature": 0, "n_beams": n_beams}
+    out = model.generate(prompt, 6, step=step, **settings)
+    assert torch.equal(out, model.generate(prompt, 6, **settings))
+    assert len(calls) == 5
+
+
 def test_training_mode_is_given_back(model):
     model.train()
     model.generate(torch.tensor([1]), 1)
