@@ -147,3 +147,17 @@ def test_scripts_are_the_same_programs(tmp_path):
         done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0
         assert f"kizzasi {verb}" in done.stdout
+
+
+def test_info_and_validate_read_foreign_checkpoints_without_their_weights(capsys, tmp_path):
+    from kizzasi.models import presets
+    from kizzasi.models.checkpoints import save, spec_of
+
+    model = build_model(presets.llama(16, 2, 2, 2, 24, 32))
+    for format in ("kizzasi", "llama"):
+        folder = tmp_path / format
+        save(model, folder, format)
+        assert spec_of(folder).cost(1).params == model.n_params
+        assert json.loads(output(capsys, "info", folder))["total"]["params"] == model.n_params
+        output(capsys, "validate", folder)
+    assert "no config.json" in refusal(capsys, "info", tmp_path / "none")

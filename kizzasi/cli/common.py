@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.errors import SpecError
 
 if TYPE_CHECKING:
     from kizzasi.models import ModelSpec
@@ -24,15 +24,13 @@ def check_device(name: str) -> None:
 
 
 def read_spec(source: str) -> ModelSpec:
-    """The spec in a .yaml or .json file, or of a checkpoint folder."""
+    """The spec in a .yaml or .json file, or of a checkpoint folder or file."""
     from kizzasi.models import ModelSpec
-    from kizzasi.models.checkpoints import native
+    from kizzasi.models.checkpoints import spec_of
 
     path = Path(source)
-    if path.is_dir():
-        if not (path / native.CONFIG).is_file():
-            raise CheckpointError(f"{path}: no {native.CONFIG} there; give a checkpoint or a file")
-        return native.read_spec(path / native.CONFIG)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        return spec_of(path)
     spec = ModelSpec.from_file(path)
     spec.check()
     return spec

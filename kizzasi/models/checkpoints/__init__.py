@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -24,6 +25,7 @@ from kizzasi.models.checkpoints import (
     state_spaces,
 )
 from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.spec import ModelSpec
 from kizzasi.models.strict import unknown_name
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "rwkv_hf",
     "rwkv_pth",
     "save",
+    "spec_of",
     "state_spaces",
 ]
 
@@ -72,18 +75,39 @@ def load(
             for what this library lacks, or with tensors that do not fit the config.
     """
     path = Path(path)
+    kind = _kind(path)
+    if kind is gguf:
+        options = {"device": device, "dtype": dtype, "backend": backend, "quantized": quantized}
+        return gguf.read(path, **options).eval()
+    if quantized:
+        raise CheckpointError(f"{path}: quantized: only GGUF files hold such weights; leave it out")
+    read = native.load if kind is native else foreign.read
+    return read(path, device=device, dtype=dtype, backend=backend).eval()
+
+
+def spec_of(path: str | os.PathLike[str]) -> ModelSpec:
+    """The architecture of a checkpoint, as `load` would build it. No weights are read.
+
+    Raises:
+        CheckpointError: as for `load`.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if kind is native:
+        return native.read_spec(path / native.CONFIG)
+    return (gguf if kind is gguf else foreign).recognise(path)[1]
+
+
+def _kind(path: Path) -> ModuleType:
+    """The module that reads what is there."""
     config = path / native.CONFIG
     if not (path.is_file() or config.is_file()):
         raise CheckpointError(
             f"{path}: no {native.CONFIG} there; give a folder with one, or a file"
         )
     if path.is_file() and gguf.is_gguf(path):
-        options = {"device": device, "dtype": dtype, "backend": backend, "quantized": quantized}
-        return gguf.read(path, **options).eval()
-    if quantized:
-        raise CheckpointError(f"{path}: quantized: only GGUF files hold such weights; leave it out")
-    read = native.load if config.is_file() and native.is_native(config) else foreign.read
-    return read(path, device=device, dtype=dtype, backend=backend).eval()
+        return gguf
+    return native if config.is_file() and native.is_native(config) else foreign
 
 
 def save(model: SequenceModel, folder: str | os.PathLike[str], format: str = native.NAME) -> None:

@@ -94,12 +94,17 @@ def read(
 ) -> SequenceModel:
     """See `kizzasi.models.load`. Names, shapes and dtypes are compared before anything is
     allocated, and the file is then read tensor by tensor."""
+    family, spec, storage = recognise(path)
+    return build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
+
+
+def recognise(path: Path) -> tuple[Family, ModelSpec, Storage]:
+    """Which format a folder or file is in, and the architecture it says. Reads no weights."""
     storage = open_folder(path) if path.is_dir() else open_file(path)
     data = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     shapes = {name: stored.shape for name, stored in storage.items()}
-    family = _recognise(path, data, shapes)
-    spec = read_spec(family, data, shapes, path)
-    return build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
+    family = _family(path, data, shapes)
+    return family, read_spec(family, data, shapes, path), storage
 
 
 def build(
@@ -172,7 +177,7 @@ def _written(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Ten
     return theirs
 
 
-def _recognise(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
+def _family(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
     kind = data.get("model_type")
     if kind is not None:
         if isinstance(kind, str) and kind in FAMILIES:

@@ -95,6 +95,22 @@ def read(
     quantized: bool = False,
 ) -> SequenceModel:
     """See `kizzasi.models.load`."""
+    family, spec, matrices = recognise(path)
+    storage = {
+        key: Stored(m.tensor.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
+        for key, m in matrices.items()
+    }
+    model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
+    if quantized:
+        links = apply(family.layouts(spec)[0], list(model.state_dict()))
+        ours = {link.theirs[0]: link.ours[0] for link in links}
+        found = {ours[key]: m.levels() for key, m in matrices.items()}
+        quantize(model, {key: levels for key, levels in found.items() if levels is not None})
+    return model
+
+
+def recognise(path: Path) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix]]:
+    """The family whose names the tensors have, and the architecture. Reads no weights."""
     file = open_gguf(path)
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -108,21 +124,11 @@ def read(
     for key, tensor in tensors.items():
         pairs = re.fullmatch(r"blk\.\d+\.attn_([qk])\.\w+", key) if paired else None
         matrices[_their_name(key)] = Matrix(tensor, heads[pairs[1]] if pairs else 0)
-    storage = {
-        key: Stored(m.tensor.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
-        for key, m in matrices.items()
-    }
-    shapes = {key: stored.shape for key, stored in storage.items()}
+    shapes = {key: m.tensor.shape for key, m in matrices.items()}
     spec = foreign.read_spec(family, config, shapes, path)
     if divisors is not None:
         spec = _stretched(spec, Matrix(divisors).read().flatten().tolist())
-    model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
-    if quantized:
-        links = apply(family.layouts(spec)[0], list(model.state_dict()))
-        ours = {link.theirs[0]: link.ours[0] for link in links}
-        found = {ours[key]: m.levels() for key, m in matrices.items()}
-        quantize(model, {key: levels for key, levels in found.items() if levels is not None})
-    return model
+    return family, spec, matrices
 
 
 def _config(
