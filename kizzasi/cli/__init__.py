@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kizzasi.errors import KizzasiError
 
-VERBS = ("search", "train", "generate", "info", "validate", "convert")
+VERBS = ("search", "report", "export", "train", "generate", "info", "validate", "convert")
 USER_ERROR, INTERRUPTED = 2, 130
 
 

@@ -2,53 +2,151 @@
 
 example:
   kizzasi search --data ~/notes --params 300000 --out runs/notes
+  kizzasi search --space hybrid --searcher regularized --scheduler asha --search-tokens 4000000
+  kizzasi search --executor ray --address auto --out /shared/runs/first
+
+Killed at any moment, even by kill -9, a search goes on with --resume: no finished trial is lost or
+run again. On a Ray cluster, --out must be on a file system that all nodes see under the same path.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from kizzasi.cli.common import check_device
 
+if TYPE_CHECKING:
+    from kizzasi.nas.settings import SearchConfig
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from kizzasi.nas.executors import KINDS
     from kizzasi.nas.search import SearchConfig
 
     default = SearchConfig()
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
     parser.add_argument("--out", default="runs/first", help="folder (default runs/first)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    number = {"type": int, "metavar": "N"}
-    for flag, name, text in (
-        ("--params", "n_params", "parameter budget"),
-        ("--candidates", "n_pool", "candidates that the proxy scores"),
+    parser.add_argument("--workers", type=int, help="trials side by side (default: all there is)")
+    parser.add_argument("--threads", type=int, help="of each worker (default: its share of cores)")
+    parser.add_argument(
+        "--executor",
+        choices=KINDS,
+        help="where trials run (default: processes, or in-process with one worker or on CUDA)",
+    )
+    parser.add_argument(
+        "--address", default="local", help='Ray cluster: "local" (default), "auto", "host:port"'
+    )
+    parser.add_argument(
+        "--trial-seconds", type=float, metavar="S", help="stop and record a trial that takes longer"
+    )
+    parser.add_argument(
+        "--trial-memory", type=float, metavar="MIB", help="stop and record one that takes more"
+    )
+    _add_strategy(parser, default)
+    _add_bounds(parser, default)
+    _add_budgets(parser, default)
+
+
+def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+    from kizzasi.nas.proxies import PROXIES
+    from kizzasi.nas.settings import SchedulerName, SearcherName
+
+    parser.add_argument(
+        "--space",
+        default=default.space,
+        help='"families" (default), "tiny", "hybrid", "mamba_rwkv", "moe", or a YAML file',
+    )
+    parser.add_argument(
+        "--searcher",
+        choices=get_args(SearcherName),
+        default=default.searcher,
+        help=f"who proposes candidates ({default.searcher})",
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=get_args(SchedulerName),
+        default=default.scheduler,
+        help=f"who trains on ({default.scheduler})",
+    )
+    parser.add_argument(
+        "--proxies",
+        nargs="*",
+        metavar="NAME",
+        default=list(default.proxies),
+        help=f"zero-cost scores to record ({' '.join(default.proxies)}), of {', '.join(PROXIES)}",
+    )
+    _add_numbers(
+        parser,
+        default,
+        ("--population", "population", "members of an evolving population"),
+        ("--sample", "sample", "contestants for a parent's place"),
+        ("--side-by-side", "side_by_side", "trainings decided on at once"),
+    )
+    parser.add_argument(
+        "--mutation",
+        type=float,
+        default=default.mutation,
+        help=f"chance per gene ({default.mutation})",
+    )
+
+
+def _add_bounds(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+    _add_numbers(parser, default, ("--params", "n_params", "parameter budget"))
+    parser.add_argument(
+        "--band", type=float, default=default.band, help=f"width of the band ({default.band})"
+    )
+    for flag, name, kind, text in (
+        ("--max-state-bytes", "max_state_bytes", int, "bytes of the state, caches included"),
+        ("--max-flops", "max_flops_per_token", float, "flops of a parallel pass per token"),
+        ("--max-latency-ms", "max_latency_ms", float, "milliseconds of that pass, measured"),
+        ("--max-memory-bytes", "max_memory_bytes", int, "peak bytes of that pass, measured"),
+    ):
+        parser.add_argument(flag, dest=name, type=kind, metavar="X", help=f"at most: {text}")
+    _add_numbers(parser, default, ("--bounds-len", "bounds_len", "tokens of that pass"))
+
+
+def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+    _add_numbers(
+        parser,
+        default,
+        ("--candidates", "n_pool", "candidates that the proxy scores, or a searcher proposes"),
         ("--best", "n_best", "trained: the best by proxy"),
         ("--random", "n_random", "trained: a random control group"),
         ("--outside", "n_outside", "trained briefly: from outside the parameter band"),
+        ("--search-tokens", "search_tokens", "no training on the rungs starts beyond that"),
+        ("--finalists", "n_finalists", "searched candidates trained at the final budget"),
         ("--tokens", "final_tokens", "budget of the final training"),
-        ("--final-seeds", "final_seeds", "final trainings of the winner and of the preset"),
+        ("--final-seeds", "final_seeds", "final trainings of every finalist and of the preset"),
         ("--seq-len", "seq_len", "training window in tokens"),
         ("--batch-size", "batch_size", "windows a step"),
-    ):
-        value = getattr(default, name)
-        parser.add_argument(flag, dest=name, default=value, help=f"{text} ({value})", **number)
-    parser.add_argument(
-        "--band", type=float, default=default.band, help=f"width of the band ({default.band})"
+        ("--score-windows", "score_windows", "held-out windows that a score uses"),
+        ("--eta", "eta", "one in eta goes on, to eta times the tokens"),
     )
     parser.add_argument(
         "--rungs",
         type=int,
         nargs="+",
         default=list(default.rungs),
-        help=f"tokens at each rung ({' '.join(map(str, default.rungs))})",
+        help=f"tokens at each rung ({' '.join(map(str, default.rungs))}); of asha, stopping, pasha "
+        "and hyperband, the first and the last",
     )
 
 
+def _add_numbers(
+    parser: argparse.ArgumentParser, default: SearchConfig, *options: tuple[str, str, str]
+) -> None:
+    for flag, name, text in options:
+        value = getattr(default, name)
+        parser.add_argument(
+            flag, dest=name, type=int, metavar="N", default=value, help=f"{text} ({value})"
+        )
+
+
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from kizzasi.nas.executors import Limits
     from kizzasi.nas.report import summarise, table
     from kizzasi.nas.search import Search, SearchConfig
 
@@ -56,8 +154,19 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     names = SearchConfig().to_dict().keys() & vars(args).keys()
     config = SearchConfig.from_dict({name: getattr(args, name) for name in names})
     folder = Path(args.out)
-    workers = args.workers or os.cpu_count() or 1
-    search = Search(config, folder, workers=workers, device=args.device)
+    search = Search(
+        config,
+        folder,
+        workers=args.workers,
+        device=args.device,
+        executor=args.executor,
+        threads=args.threads,
+        limits=Limits(
+            args.trial_seconds,
+            None if args.trial_memory is None else round(args.trial_memory * 2**20),
+        ),
+        address=args.address,
+    )
     events = search.run(resume=args.resume)
     result = {"folder": str(folder), "best": str(folder / "best"), **events[-1]}
     return result, f"{table(summarise(events))}\n{folder / 'report.html'}\n{folder / 'best'}"

@@ -21,7 +21,9 @@ from kizzasi.errors import StudyError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint folder to go on from")
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
+    budget.add_argument("--tokens", type=int, help="the budget in tokens instead of steps")
     parser.add_argument("--seq-len", type=int, default=256, help="window in tokens (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a step (default 16)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     ranks, device = join(args.device, args.parallel)
     check_device(device)
-    tokens = args.steps * args.seq_len * args.batch_size
+    tokens = args.steps * args.seq_len * args.batch_size if args.tokens is None else args.tokens
     recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
     recipe.check()
     corpus = load_corpus(args.data)

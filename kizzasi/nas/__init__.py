@@ -10,24 +10,33 @@ from kizzasi.nas.arch_search import (
     RandomArchSearcher,
     search_best_arch,
 )
+from kizzasi.nas.constraints import Constraints, Feasible
 from kizzasi.nas.data import ByteCorpus, baselines, load_corpus
+from kizzasi.nas.holes import choice, pattern, repeat
 from kizzasi.nas.leak import find_leak
 from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe, Training
+from kizzasi.nas.model_space import Candidate, ModelSpace
+from kizzasi.nas.proxies import PROXIES
 from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.search import Search, SearchConfig
 from kizzasi.nas.space import Space
 from kizzasi.nas.worth import kendall_tau_b, proxy_worth, spearman, top_k_recall
 
 __all__ = [
+    "PROXIES",
     "ArchCandidate",
     "ArchSearchConfig",
     "ArchSearchResult",
     "ArchSearchSpace",
     "ByteCorpus",
+    "Candidate",
+    "Constraints",
     "EvolutionarySearcher",
+    "Feasible",
     "GridSearcher",
     "Measurement",
     "MicroTrain",
+    "ModelSpace",
     "RandomArchSearcher",
     "Recipe",
     "Search",
@@ -36,10 +45,13 @@ __all__ = [
     "Training",
     "Xorshift64",
     "baselines",
+    "choice",
     "find_leak",
     "kendall_tau_b",
     "load_corpus",
+    "pattern",
     "proxy_worth",
+    "repeat",
     "search_best_arch",
     "spearman",
     "top_k_recall",

@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
-from typing import Any
 
-from kizzasi.nas.summary import Event, Final, Standing, Summary
-from kizzasi.nas.svg import Line, Mark, Point, bars, pareto_front, plot, short, sketch
+from kizzasi.nas.anatomy import layer_rows
+from kizzasi.nas.lineage import Node, ancestry, lineage
+from kizzasi.nas.summary import Event, Standing, Summary, proxies_of
+from kizzasi.nas.svg import (
+    GROUPS,
+    Line,
+    Mark,
+    Point,
+    bars,
+    pareto_front,
+    plot,
+    short,
+    sketch,
+    strips,
+)
 
 UNIFORM = 8.0  # bits/byte of a model that knows nothing
-DETAILS = (
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "window",
-    "d_state",
-    "expand",
-    "hidden",
-    "n_experts",
-    "top_k",
+HELD_OUT = "held-out bits/byte"
+# What a candidate costs: field, name, axis with its unit.
+COSTS = (
+    ("params", "parameters", "parameters"),
+    ("state_bytes", "state size", "state after 1,024 tokens, bytes"),
+    ("latency_ms", "latency", "measured latency, ms"),
 )
 
 
@@ -38,16 +45,24 @@ class Figure:
         return cls(title, f'<p class="missing">{escape(what)}</p>')
 
 
-def figures(summary: Summary) -> list[Figure]:
-    """Every plot of the report, in reading order."""
-    return [
-        _scores(summary),
-        _layers(summary),
-        _learning_curves(summary),
-        _proxy_against_training(summary),
-        _pareto(summary, "params", "parameters", "parameters"),
-        _pareto(summary, "state_bytes", "state size", "state after 1,024 tokens, bytes"),
-    ]
+@dataclass(frozen=True)
+class Figures:
+    """Every plot of the report, by what it is about."""
+
+    training: tuple[Figure, ...]
+    fronts: tuple[Figure, ...]
+    proxies: tuple[Figure, ...]
+
+
+def figures(summary: Summary) -> Figures:
+    """Draw all that the report shows."""
+    measured = [c for c in COSTS if any(c[0] in s.entry for s in summary.standings)] or COSTS[:2]
+    named = list(summary.worths)
+    return Figures(
+        training=(_scores(summary), _layers(summary), _seeds(summary), _learning_curves(summary)),
+        fronts=(*(_pareto(summary, *cost) for cost in measured), _family(summary)),
+        proxies=tuple(_proxy_against_training(summary, name) for name in named) or (_no_proxy(),),
+    )
 
 
 def _scores(summary: Summary) -> Figure:
@@ -74,30 +89,25 @@ def _layers(summary: Summary) -> Figure:
     title = "The winner's layers" if summary.winner else "Layers of the leader so far"
     if entry is None:
         return Figure.missing(title, "No searched candidate has a score yet.")
-    spec = entry["spec"]
-    stem = {k: v for k, v in spec["stem"].items() if k != "kind"}
-    rows = [["input", f"{spec['stem']['kind']}: {_pairs(stem)}, d_model {spec['d_model']}"]]
-    first = 1
-    for block, equal in groupby(spec["blocks"]):
-        last = first + len(list(equal)) - 1
-        label = f"layer {first}" if first == last else f"layers {first}-{last}"
-        parts = [p for p in (block["mixer"], block["channel"]) if p is not None]
-        rows.append([label, *map(_box, parts)])
-        first = last + 1
-    head = "head: tied to the embedding" if spec["tie_head"] else "head: linear"
-    rows.append(["output", f"{spec['norm']} norm", head])
     caption = f"{entry['name']}: {entry['params']:,} parameters."
-    return Figure(title, sketch(f"{title}: {entry['name']}", rows), caption)
+    return Figure(title, sketch(f"{title}: {entry['name']}", layer_rows(entry["spec"])), caption)
 
 
-def _box(part: dict[str, Any]) -> str:
-    details = {k: part[k] for k in DETAILS if part.get(k) is not None}
-    return f"{part['kind']}: {_pairs(details)}" if details else part["kind"]
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    numbers = {k: f"{v:g}" if isinstance(v, float) else v for k, v in values.items()}
-    return ", ".join(f"{k} {v}" for k, v in numbers.items())
+def _seeds(summary: Summary) -> Figure:
+    title = "Finalists, seed by seed"
+    rows = [(f.entry["name"], _group(summary, f.entry), f.scores) for f in summary.finals]
+    rows = [row for row in rows if row[2]]
+    if not rows:
+        return Figure.missing(title, "No finalist has a score yet.")
+    noise = summary.noise
+    said = (
+        f"The noise floor is {noise}, with {noise.freedom} degrees of freedom."
+        if noise
+        else "It takes two finalists with two seeds in common to state a noise floor."
+    )
+    drawn = strips(title, HELD_OUT, rows, noise.floor if noise else None)
+    caption = f"A mark per seed, a tick at the mean, a whisker of one standard deviation. {said}"
+    return Figure(title, drawn, caption)
 
 
 def _learning_curves(summary: Summary) -> Figure:
@@ -110,16 +120,20 @@ def _learning_curves(summary: Summary) -> Figure:
     return Figure(title, drawn, caption)
 
 
-def _lines(summary: Summary) -> Iterator[Line]:
-    """One line per training: a rung continues the curve of the rung before it."""
-    finals = [(f.entry, t) for f in (summary.winner, summary.preset) if f for t in f.trials]
+def trainings(summary: Summary) -> list[tuple[Event, Event]]:
+    """Candidate and deepest trial of each training: a rung continues the one before it."""
+    finals = [(f.entry, t) for f in summary.finals for t in f.trials]
     counted = [(s.entry, t) for s in summary.standings for t in s.trials]
     longest: dict[str, tuple[Event, Event]] = {}
-    for entry, trial in counted + finals:
+    for entry, trial in finals + counted:
         training = trial["id"].rpartition("-")[0]
         if training not in longest or trial["tokens"] >= longest[training][1]["tokens"]:
             longest[training] = entry, trial
-    for entry, trial in longest.values():
+    return list(longest.values())
+
+
+def _lines(summary: Summary) -> Iterator[Line]:
+    for entry, trial in trainings(summary):
         points = [(t, min(bits, UNIFORM)) for t, bits in trial["curve"] if bits is not None]
         if points:
             failed = trial["bits_per_byte"] is None
@@ -127,21 +141,29 @@ def _lines(summary: Summary) -> Iterator[Line]:
             yield Line(points, _group(summary, entry), text, failed)
 
 
-def _proxy_against_training(summary: Summary) -> Figure:
-    title = "Proxy against training"
+def _no_proxy() -> Figure:
+    missing = "No candidate with a proxy score has been trained yet."
+    return Figure.missing("Proxy against training", missing)
+
+
+def _proxy_against_training(summary: Summary, name: str) -> Figure:
+    title = "Proxy against training" if name == "proxy" else f"Proxy {name} against training"
     marks = [
-        Mark(s.entry["proxy"], score, _group(summary, s.entry), _label(s.entry, score))
+        Mark(value, score, _group(summary, s.entry), _label(s.entry, score))
         for s in summary.standings
-        if s.entry["proxy"] is not None and (score := s.score("0")) is not None
+        if s.entry["group"] != "preset"
+        and (value := proxies_of(s.entry).get(name)) is not None
+        and (score := s.score("0")) is not None
     ]
-    if not marks or summary.worth is None:
-        return Figure.missing(title, "No candidate with a proxy score has been trained yet.")
-    tau = summary.worth.everywhere.proxy.kendall_tau_b
+    if not marks:
+        return Figure.missing(title, "No candidate with this proxy has a score.")
+    worth = summary.worths[name]
     caption = (
         "First rung, one budget for all. A good proxy makes the points fall to the right. "
-        f"Kendall tau-b {tau}."
+        f"Kendall tau-b {worth.everywhere.proxy.kendall_tau_b}, inside the band "
+        f"{worth.in_band.proxy.kendall_tau_b}."
     )
-    drawn = plot(title, "proxy score, higher promises more", "held-out bits/byte", marks)
+    drawn = plot(title, f"{name} score, higher promises more", HELD_OUT, marks)
     return Figure(title, drawn, caption)
 
 
@@ -151,25 +173,24 @@ def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
     marks: list[Mark] = []
     fronts: list[list[Point]] = []
     rungs = summary.rungs
+    measured = [s for s in summary.standings if s.entry.get(key) is not None]
     for rung in rungs:
         early = rung is not rungs[-1] and len(rungs) > 1
         reached = [
             Mark(s.entry[key], score, _group(summary, s.entry), _label(s.entry, score), early)
-            for s in summary.standings
+            for s in measured
             if (score := s.score(rung.name)) is not None
         ]
         marks += reached
         fronts.append(pareto_front((mark.x, mark.y) for mark in reached))
     if not marks:
         return Figure.missing(title, "No candidate has a score yet.")
-    links = [points for s in summary.standings if len(points := _climb(s, key)) > 1]
+    links = [points for s in measured if len(points := _climb(s, key)) > 1]
     budgets = ", ".join(f"{short(rung.tokens)} tokens" for rung in rungs)
     caption = f"Lower left is better. Dashed: the Pareto front of each rung ({budgets})."
     if len(rungs) > 1:
         caption += " Hollow marks: earlier rungs, linked to what the candidate reached later."
-    return Figure(
-        title, plot(title, label, "held-out bits/byte", marks, (), fronts, links), caption
-    )
+    return Figure(title, plot(title, label, HELD_OUT, marks, (), fronts, links), caption)
 
 
 def _climb(standing: Standing, key: str) -> Sequence[Point]:
@@ -177,9 +198,55 @@ def _climb(standing: Standing, key: str) -> Sequence[Point]:
     return [(x, s) for t in standing.trials if (s := t["bits_per_byte"]) is not None]
 
 
+def _family(summary: Summary) -> Figure:
+    """The family tree over its scores: a step down is a child better than its parent."""
+    title = "Lineage"
+    nodes = lineage(summary)
+    if not any(node.parents for node in nodes.values()):
+        return Figure.missing(title, "No candidate descends from another.")
+    place = {
+        node.id: (float(node.generation), node.bits_per_byte)
+        for node in nodes.values()
+        if node.bits_per_byte is not None
+    }
+    if not place:
+        return Figure.missing(title, "No candidate has a score yet.")
+    leader = summary.leader
+    line = ancestry(nodes, [leader["id"]] if leader else [])
+    links = [edge for node in nodes.values() for edge in _edges(node, place)]
+    led = [Line(edge, "winner") for node in line.values() for edge in _edges(node, place)]
+    marks = [
+        Mark(*place[own], "winner" if node.winner else _style(node.group), _born(node, nodes))
+        for own, node in nodes.items()
+        if own in place
+    ]
+    drawn = plot(title, "generation", f"{HELD_OUT}, first rung", marks, led, (), links)
+    caption = (
+        "Lines lead from parent to child, on the first rung's budget. In the winner's colour: "
+        f"{'the winner' if summary.winner else 'the leader so far'} and its ancestors."
+    )
+    return Figure(title, drawn, caption)
+
+
+def _edges(node: Node, place: dict[str, Point]) -> list[list[Point]]:
+    return [[place[p], place[node.id]] for p in node.parents if p in place and node.id in place]
+
+
+def _born(node: Node, nodes: dict[str, Node]) -> str:
+    text = f"{node.name}: {node.bits_per_byte:.3f} bits/byte"
+    if node.parents:
+        text += f"; from {' and '.join(nodes[parent].name for parent in node.parents)}"
+    return text if node.inherited is None else f"{text}; inherits {node.inherited:.0%}"
+
+
 def _group(summary: Summary, entry: Event) -> str:
-    winner: Final | None = summary.winner
-    return "winner" if winner and entry["id"] == winner.entry["id"] else entry["group"]
+    winner = summary.winner
+    return "winner" if winner and entry["id"] == winner.entry["id"] else _style(entry["group"])
+
+
+def _style(group: str) -> str:
+    """A group without a look of its own is one of the searched."""
+    return group if group in GROUPS else "searched"
 
 
 def _label(entry: Event, score: float) -> str:

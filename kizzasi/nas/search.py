@@ -1,100 +1,68 @@
 """The main job: find a good small sequence model for your bytes and your budget.
 
-    candidates in a parameter band -> analytic proxy -> the best by proxy, and as many at random
+    a searcher proposes candidates that keep all bounds; presets take part beside them
       -> learning rate per family, by a small sweep at the lowest budget
-      -> rungs: train, keep the better part, train on from the checkpoint
-      -> the winner, and the best preset, trained anew at a longer budget over several seeds
+      -> a scheduler says who trains on to the next rung, from its checkpoint
+      -> the best, and the best preset, trained anew at a longer budget over several seeds
 
 Presets (the families' usual proportions at the same budget, never searched) go through the same
-rungs with the same learning rates; the winner has to beat the best of them.
+rungs by the same rules; the winner has to beat the best of them.
+
+Nothing is decided by a clock: a search is a function of its config and its scores, told in the
+order asked for. So a resumed run walks through its journal and goes on from there.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
-from kizzasi.errors import SpecError, StudyError
-from kizzasi.models import ModelSpec, presets
-from kizzasi.models.strict import Strict
-from kizzasi.nas.arch_search import ArchCandidate, ArchSearchSpace
-from kizzasi.nas.data import ByteCorpus, baselines, duplicate_share, load_corpus
-from kizzasi.nas.executors import Executor, InProcess, Processes
-from kizzasi.nas.microtrain import MicroTrain, Recipe
-from kizzasi.nas.report import write_report
-from kizzasi.nas.rng import Xorshift64
-from kizzasi.nas.storage import Journal, derive_seed
-from kizzasi.nas.study import Entry, Study, Trial, score_of
-
-VOCAB = 256
-STATE_LENGTH = 1024  # tokens at which state sizes are compared
-SMALL_SPACE = ArchSearchSpace(
-    d_model_options=(48, 64, 80, 96, 112, 128),
-    d_state_options=(8, 16, 32),
-    n_layers_options=(2, 3, 4, 5, 6),
-    model_types=("mamba", "rwkv", "s4", "transformer", "rwkv+transformer", "mamba+transformer"),
-    expand_factor_options=(1.0, 1.5, 2.0, 3.0, 4.0),
-    dropout_options=(0.0,),
+from kizzasi.errors import StudyError
+from kizzasi.models import presets
+from kizzasi.nas.arch_search import ArchSearchSpace
+from kizzasi.nas.constraints import Feasible
+from kizzasi.nas.data import ByteCorpus, baselines, batches, duplicate_share, load_corpus
+from kizzasi.nas.entrants import (
+    VOCAB,
+    Entrants,
+    Given,
+    Recorded,
+    costs,
+    pool,
+    preset_entries,
+    zero_cost,
 )
+from kizzasi.nas.executors import NO_LIMITS, Executor, Kind, Limits, open_executor
+from kizzasi.nas.finalists import Final, noise_of
+from kizzasi.nas.microtrain import MicroTrain, Recipe
+from kizzasi.nas.model_space import ModelSpace
+from kizzasi.nas.proxies import Batch
+from kizzasi.nas.report import write_report
+from kizzasi.nas.schedulers import Job, Schedule
+from kizzasi.nas.schedulers.schedule import FAILED
+from kizzasi.nas.searchers import Search as Proposing
+from kizzasi.nas.settings import SearchConfig
+from kizzasi.nas.space import Space
+from kizzasi.nas.storage import Journal, derive_seed
+from kizzasi.nas.strategies import (
+    SMALL_SPACE,
+    constraints_of,
+    definition,
+    read_space,
+    scheduler_of,
+    searcher_of,
+)
+from kizzasi.nas.study import Entry, Study, Trial, score_of
+from kizzasi.nas.summary import NEVER_WIN
 
+__all__ = ["SMALL_SPACE", "VOCAB", "Search", "SearchConfig"]
 
-@dataclass(frozen=True)
-class SearchConfig(Strict):
-    """Everything that decides a search's result; written into the journal.
-
-    Args:
-        data: a file or folder of bytes, "stdlib", or None for the text that ships with CPython.
-        n_params: the parameter budget, embeddings included.
-        band: candidates have between (1 - band) and (1 + band) times n_params parameters.
-        n_pool: candidates sampled and scored by the proxy.
-        n_best, n_random: trained from the pool: the best by proxy, and a random control group.
-        n_outside: trained on the first rung only, from outside the band, to see what the proxy is
-            worth over all sizes.
-        rungs: tokens at each rung, rising.
-        keep: share of the candidates that a rung passes on.
-        lrs: learning rates of the sweep.
-        final_tokens: the winner's and the best preset's budget, trained from scratch.
-        final_seeds: how often.
-        seq_len, batch_size: of the training windows.
-        seed: of everything random.
-    """
-
-    data: str | None = None
-    n_params: int = 200_000
-    band: float = 0.1
-    n_pool: int = 200
-    n_best: int = 4
-    n_random: int = 12
-    n_outside: int = 2
-    rungs: tuple[int, ...] = (32_768, 98_304)
-    keep: float = 0.34
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    final_tokens: int = 262_144
-    final_seeds: int = 1
-    seq_len: int = 128
-    batch_size: int = 4
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises SpecError naming the value and the rule."""
-        counts = ("n_params", "n_pool", "n_best", "final_tokens", "final_seeds", "seq_len")
-        self.require_positive("", *counts, "batch_size")
-        rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
-        for ok, rule in (
-            (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
-            (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
-            (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
-            (self.lrs and min(self.lrs) > 0, f"lrs: {self.lrs} must be positive"),
-            (min(self.n_random, self.n_outside) >= 0, "n_random, n_outside: must not be negative"),
-        ):
-            if not ok:
-                raise SpecError(rule)
+KEPT_CHECKPOINTS = 64  # on each rung; who is promoted without one is trained anew up to its rung
+PROXY_SHAPE = (64, 4)  # length and number of the windows that zero-cost proxies look at
 
 
 @dataclass(frozen=True)
@@ -104,50 +72,66 @@ class Search:
     Args:
         config: what decides the result.
         folder: where journal, report and winner go.
-        space: candidates; its vocabulary is bytes.
-        workers: processes side by side on the CPU; does not change the result.
+        space: candidates, in place of the config's space.
+        workers: trials side by side; does not change the result. None: as many as there is room.
         device: "cpu" or "cuda".
+        executor, threads, limits, address: where trials run and what each may take; see
+            `open_executor`.
     """
 
     config: SearchConfig
     folder: Path
-    space: ArchSearchSpace = field(default=SMALL_SPACE)
-    workers: int = 1
+    space: ArchSearchSpace | ModelSpace | None = None
+    workers: int | None = 1
     device: str = "cpu"
+    executor: Kind | None = None
+    threads: int | None = None
+    limits: Limits = NO_LIMITS
+    address: str = "local"
 
     def run(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Run to the end; returns all events of the journal.
 
         Raises:
             StudyError: the folder holds a run already (without resume), or another config's.
-            DataError, SpecError: the data or the config break a rule.
+            DataError, SpecError: the data, the space or the config break a rule.
         """
         self.config.check()
-        self.space.check()
+        constraints_of(self.config).check()
+        scheduler_of(self.config, 0, str).check()
+        space = self.space or read_space(self.config.space)
+        if isinstance(space, ArchSearchSpace):
+            space.check()
         corpus = load_corpus(self.config.data)
         if (self.folder / "journal.jsonl").exists() and not resume:
             raise StudyError(f"{self.folder}: holds a run already; use --resume or another name")
         with (
-            Journal(self.folder / "journal.jsonl") as journal,
             self._executor(corpus) as executor,
-            tqdm(total=self._tokens_at_most(), unit="tok", unit_scale=True, desc="search") as bar,
+            Journal(self.folder / "journal.jsonl") as journal,
+            tqdm(
+                total=_tokens_at_most(self.config), unit="tok", unit_scale=True, desc="search"
+            ) as bar,
         ):
             study = Study(self.folder, journal, executor, bar)
-            self._begin(study, corpus)
-            self._run(study)
+            self._begin(study, corpus, space)
+            Run(self.config, study, space, self.device).to_the_end()
             write_report(self.folder, study.events)
         return study.events
 
     def _executor(self, corpus: ByteCorpus) -> Executor:
         config = self.config
-        recipe = Recipe(config.rungs[-1], seq_len=config.seq_len, batch_size=config.batch_size)
+        recipe = Recipe(
+            horizon=config.budgets[-1],
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            score_windows=config.score_windows,
+        )
         evaluator = MicroTrain(corpus, recipe, derive_seed(config.seed, "data"), self.device)
-        if self.workers == 1 or self.device != "cpu":
-            return InProcess(evaluator)
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
-        return Processes(evaluator, self.workers, threads)
+        return open_executor(
+            evaluator, self.executor, self.workers, self.threads, self.limits, self.address
+        )
 
-    def _begin(self, study: Study, corpus: ByteCorpus) -> None:
+    def _begin(self, study: Study, corpus: ByteCorpus, space: ArchSearchSpace | ModelSpace) -> None:
         """Write down what the run is; a resumed run must be the same one."""
         facts = {
             "name": corpus.name,
@@ -155,7 +139,7 @@ class Search:
             "n_bytes": corpus.n_bytes,
             "n_held_out": len(corpus.held_out),
         }
-        config = {**self.config.to_dict(), "space": dataclasses.asdict(self.space)}
+        config = {**self.config.to_dict(), "template": definition(space)}
         event = study.once(
             "study",
             lambda: {
@@ -170,178 +154,241 @@ class Search:
             given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
             raise StudyError(f"{self.folder}: cannot resume another search; {given:.300}")
 
-    def _run(self, study: Study) -> None:
-        config = self.config
-        entries = [self._entered(study, entry) for entry in self._entries()]
-        lrs = self._sweep(study, entries)
 
-        def trial(entry: Entry, rung: int) -> Trial:
-            tokens, horizon = config.rungs[rung], config.rungs[-1]
-            return Trial(entry, str(rung), config.seed, lrs[entry.family], tokens, horizon)
+class Run:
+    """One run of a search, from the first candidate or along the journal, to the result.
 
-        standing: list[list[Entry]] = [list(entries)]
-        for rung in range(len(config.rungs)):
-            trials = {e.id: trial(e, rung) for e in standing[-1]}
-            results = study.run(list(trials.values()))
-            ranked = sorted(
-                (e for e in standing[-1] if score_of(results[trials[e.id].id]) < float("inf")),
-                key=lambda e: score_of(results[trials[e.id].id]),
+    Args:
+        config: what decides the result.
+        study: begun.
+        space: of candidates.
+        device: where latency and memory are measured, if they are bounded.
+    """
+
+    def __init__(
+        self, config: SearchConfig, study: Study, space: ArchSearchSpace | ModelSpace, device: str
+    ) -> None:
+        self.config, self.study = config, study
+        self.rules = Recorded(constraints_of(config, device), study)
+        searched: Space[Any] = cast("Space[Any]", space)
+        self.feasible = Feasible(searched, self.rules, vocab_size=VOCAB)
+        self.lrs: dict[str, float] = {}
+        self.schedule = self._schedule(space)
+
+    def _schedule(self, space: ArchSearchSpace | ModelSpace) -> Schedule[Entry]:
+        config, shared = self.config, Path(self.config.space).stem
+        families = presets.SMALL
+        if isinstance(space, ArchSearchSpace):
+            families = [t for t in space.model_types if t in presets.SMALL]
+        usual = preset_entries(config, families, self.rules)
+        seed = derive_seed(config.seed, "candidates")
+        if config.searcher == "proxy":
+            assert isinstance(space, ArchSearchSpace), "checked by the config"
+            searcher = Given([*usual, *pool(config, space, self.rules, seed)])
+        else:
+            searcher = Entrants(
+                searcher_of(config, seed),
+                usual,
+                (lambda _: shared) if isinstance(space, ModelSpace) else (lambda c: c.model_type),
+                costs if config.searcher == "nsga2" else None,
             )
-            standing[-1] = ranked
-            if rung + 1 < len(config.rungs):
-                standing.append(self._promoted(ranked, len(trials)))
-                kept = {e.id for e in standing[-1]}
-                study.forget([t for t in trials.values() if t.entry.id not in kept])
-            else:
-                study.forget(list(trials.values()))
-        self._finish(study, standing, lrs)
 
-    def _promoted(self, ranked: list[Entry], n_trained: int) -> list[Entry]:
-        """The better part of those inside the band; the best preset and the best searched one
-        always go on, so that there is something to compare."""
-        inside = [e for e in ranked if e.group != "outside"]
-        kept = inside[: max(2, round(self.config.keep * n_trained))]
-        kept += [e for e in inside if e.group == "preset"][:1]
-        kept += [e for e in inside if e.group != "preset"][:1]
-        return [e for e in inside if e in kept]
+        def group_of(candidate: int) -> str:
+            return schedule.candidates[candidate].group
 
-    def _finish(self, study: Study, standing: list[list[Entry]], lrs: dict[str, float]) -> None:
-        """Retrain the winner and the best preset at the final budget and save the winner."""
-        config, last = self.config, standing[-1]
-        searched = [e for e in last if e.group != "preset"]
-        preset = [e for e in last if e.group == "preset"]
+        scheduler = scheduler_of(config, len(usual), group_of)
+        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self.feasible))
+        return schedule
+
+    def to_the_end(self) -> None:
+        """Climb the rungs, train the finalists, save the winner, write the result."""
+        while jobs := self._next_jobs():
+            entries = [self.schedule.candidates[job.candidate] for job in jobs]
+            for entry in entries:
+                self._enter(entry)
+            self._sweep(entries)
+            trials = [self._trial(job) for job in jobs]
+            old = self.study.has(trials)
+            results = self.study.run(trials)
+            for job, trial in zip(jobs, trials, strict=True):
+                score = results[trial.id]["bits_per_byte"]
+                self.schedule.tell(job, None if score is None else -score)
+            if not old:
+                self.study.keep(self._promotable())
+        self._finish()
+
+    def _next_jobs(self) -> list[Job]:
+        """What runs side by side: within the token budget, and not more than the scores of one
+        batch should decide together. Where no score leads the search, all at once."""
+        config, schedule, jobs = self.config, self.schedule, []
+        at_once = config.scheduler == "halving" and config.searcher in ("proxy", "random")
+        tokens = schedule.steps
+        while at_once or len(jobs) < config.side_by_side:
+            spent = config.search_tokens is not None and tokens >= config.search_tokens
+            job = None if spent else next(iter(schedule.ask()), None)
+            if job is None:
+                break
+            budgets = [0, *schedule.scheduler.budgets(job.candidate)]
+            tokens += job.budget - budgets[budgets.index(job.budget) - 1]
+            jobs.append(job)
+        return jobs
+
+    def _trial(self, job: Job) -> Trial:
+        entry, budgets = self.schedule.candidates[job.candidate], self.config.budgets
+        rung = str(budgets.index(job.budget))
+        lr = self.lrs[entry.family]
+        return Trial(entry, rung, self.config.seed, lr, job.budget, budgets[-1])
+
+    def _enter(self, entry: Entry) -> None:
+        def event() -> dict[str, Any]:
+            proxies = zero_cost(entry.spec, self.config.proxies, self._batch(), self.config.seed)
+            return {**entry.to_event(), **proxies}
+
+        self.study.once("candidate", event, id=entry.id)
+
+    def _batch(self) -> Batch:
+        corpus = self.study.executor.evaluator.corpus
+        return next(batches(corpus.train, *PROXY_SHAPE, derive_seed(self.config.seed, "proxies")))
+
+    def _sweep(self, entries: Sequence[Entry]) -> None:
+        """Each new family's best learning rate at the lowest budget, on its first entries."""
+        config, study = self.config, self.study
+        first: dict[str, list[Entry]] = {}
+        for entry in entries:
+            n = config.n_sweep if entry.family == Path(config.space).stem else 1
+            if entry.family not in self.lrs and len(first.setdefault(entry.family, [])) < n:
+                first[entry.family].append(entry)
+        trials = {
+            (family, lr): [
+                Trial(e, "0", config.seed, lr, config.budgets[0], config.budgets[-1])
+                for e in members
+            ]
+            for family, members in first.items()
+            for lr in config.lrs
+        }
+        results = study.run([t for ts in trials.values() for t in ts])
+        for family, members in first.items():
+            scores = {lr: _mean(results, trials[family, lr]) for lr in config.lrs}
+            self.lrs[family] = best = min(scores, key=scores.__getitem__)
+            for lr in config.lrs:
+                study.forget(trials[family, lr] if lr != best else ())
+            named = {f"{lr:g}": None if s == float("inf") else s for lr, s in scores.items()}
+            found = {"candidate": members[0].id, "scores": named, "lr": best}
+            study.once("lr", lambda found=found: found, family=family)
+
+    def _promotable(self) -> list[Trial]:
+        """The last trials of those that train on, and of the best that rest on each rung."""
+        results, scheduler = self.schedule.results, self.schedule.scheduler
+        resting: dict[int, list[tuple[float, int]]] = {}
+        for candidate in range(len(self.schedule.candidates)):
+            if (scores := results.scores(candidate)) and scores[-1] != FAILED:
+                resting.setdefault(len(scores), []).append((-scores[-1], candidate))
+        kept = set(scheduler.survivors(results))
+        for told in resting.values():
+            kept.update(candidate for _, candidate in sorted(told)[:KEPT_CHECKPOINTS])
+        found = []
+        for candidate in kept:
+            budgets, n = scheduler.budgets(candidate), len(results.scores(candidate))
+            if 0 < n < len(budgets):
+                found.append(self._trial(Job(candidate, budgets[n - 1])))
+        return found
+
+    def _standings(self) -> list[tuple[Entry, bool]]:
+        """Everyone with a score, by rung and score, and whether every training succeeded."""
+        schedule, found = self.schedule, []
+        for candidate, entry in enumerate(schedule.candidates):
+            scores = schedule.results.scores(candidate)
+            budgets = zip(scores, schedule.scheduler.budgets(candidate), strict=False)
+            sound = [(-budget, -score) for score, budget in budgets if score != FAILED]
+            if sound:
+                found.append((min(sound), entry, len(sound) == len(scores)))
+        found.sort(key=lambda place: place[0])
+        return [(entry, sound) for _, entry, sound in found]
+
+    def _finish(self) -> None:
+        """Train the finalists anew at the final budget, save the winner, write the result."""
+        config, study, standings = self.config, self.study, self._standings()
+        fit = [entry for entry, sound in standings if sound]
+        searched = [e for e in fit if e.group not in NEVER_WIN][: config.n_finalists]
+        preset = [e for e in fit if e.group == "preset"][:1]
         if not searched:
             raise StudyError("every searched candidate failed; the journal holds the reasons")
-
-        def final(entry: Entry) -> list[Trial]:
-            horizon = config.final_tokens
-            return [
-                Trial(entry, "final", config.seed + i, lrs[entry.family], horizon, horizon)
+        horizon = config.final_tokens
+        trials = {
+            e.id: [
+                Trial(e, "final", config.seed + i, self.lrs[e.family], horizon, horizon)
                 for i in range(config.final_seeds)
             ]
-
-        trials = {e.id: final(e) for e in (searched[0], *preset[:1])}
+            for e in (*searched, *preset)
+        }
         results = study.run([t for ts in trials.values() for t in ts])
-        best = min(trials[searched[0].id], key=lambda t: score_of(results[t.id]))
-        if score_of(results[best.id]) == float("inf"):
-            raise StudyError(f"the winner's final training failed: {results[best.id]['failure']}")
-        self._save_winner(study, best)
-        ids = list(dict.fromkeys(e.id for entries in reversed(standing) for e in entries))
+        finals = {
+            own: Final({"id": own}, tuple(results[t.id] for t in ts)) for own, ts in trials.items()
+        }
+        means = {e.id: finals[e.id].mean for e in searched}
+        scored = {own: mean for own, mean in means.items() if mean is not None}
+        if not scored:
+            reason = results[trials[searched[0].id][0].id]["failure"]
+            raise StudyError(f"the winner's final training failed: {reason}")
+        winner = min(scored, key=scored.__getitem__)
+        self._save_winner(min(trials[winner], key=lambda t: score_of(results[t.id])))
+        noise = noise_of(finals.values())
         study.once(
             "result",
             lambda: {
-                "winner": searched[0].id,
-                "winner_trials": [t.id for t in trials[searched[0].id]],
+                "winner": winner,
+                "winner_trials": [t.id for t in trials[winner]],
                 "preset": preset[0].id if preset else None,
-                "preset_trials": [t.id for e in preset[:1] for t in trials[e.id]],
-                "ranking": ids,
+                "preset_trials": [t.id for e in preset for t in trials[e.id]],
+                "ranking": [entry.id for entry, _ in standings],
+                "finalists": [
+                    {
+                        "candidate": own,
+                        "mean": final.mean,
+                        "spread": final.spread,
+                        "trials": [t.id for t in trials[own]],
+                    }
+                    for own, final in finals.items()
+                ],
+                "noise": noise and asdict(noise),
+                "ties": [
+                    own
+                    for own, final in finals.items()
+                    if noise
+                    and own != winner
+                    and final.scores
+                    and noise.tied(finals[winner], final)
+                ],
+                "tokens": self.schedule.steps,
+                "refused": dict(self.feasible.refused),
             },
         )
-        study.forget([t for ts in trials.values() for t in ts])
+        study.keep(())
 
-    def _save_winner(self, study: Study, trial: Trial) -> None:
+    def _save_winner(self, trial: Trial) -> None:
+        study = self.study
         if not study.checkpoint(trial).exists():
             return  # saved before the run was interrupted
         training = study.executor.evaluator.training(trial.entry.spec, trial.seed)
         training.restore(study.checkpoint(trial))
-        training.model.eval().save_pretrained(self.folder / "best")
+        training.model.eval().save_pretrained(study.checkpoints.parent / "best")
 
-    def _entered(self, study: Study, entry: Entry) -> Entry:
-        study.once("candidate", entry.to_event, id=entry.id)
-        return entry
 
-    def _entries(self) -> Iterator[Entry]:
-        """Presets, the best by proxy, the random control group, and a few outside the band."""
-        config = self.config
-        families = [t for t in self.space.model_types if t in presets.SMALL]
-        for family in families:
-            spec = presets.at_size(family, config.n_params, vocab_size=VOCAB)
-            yield _entry("preset", f"{family} preset", family, spec, None)
-        rng = Xorshift64(derive_seed(config.seed, "candidates"))
-        inside, outside = self._pool(rng)
-        ranked = sorted(inside, key=lambda c: -c.proxy_score())
-        best = ranked[: config.n_best]
-        rest = ranked[config.n_best :]
-        rng.shuffle(rest)
-        for group, members in (
-            ("proxy", best),
-            ("random", rest[: config.n_random]),
-            ("outside", outside[: config.n_outside]),
-        ):
-            for c in members:
-                yield _entry(group, c.name, c.model_type, c.to_spec(vocab_size=VOCAB), c)
+def _mean(results: dict[str, dict[str, Any]], trials: Sequence[Trial]) -> float:
+    return sum(score_of(results[t.id]) for t in trials) / len(trials)
 
-    def _pool(self, rng: Xorshift64) -> tuple[list[ArchCandidate], list[ArchCandidate]]:
-        """Distinct real candidates, inside the parameter band and outside of it."""
-        config = self.config
-        low, high = (config.n_params * (1 + sign * config.band) for sign in (-1, 1))
-        inside: dict[str, ArchCandidate] = {}
-        outside: dict[str, ArchCandidate] = {}
-        for _ in range(max(2000, 20 * config.n_pool)):
-            candidate = self.space.sample(rng)
-            try:
-                spec = candidate.to_spec(vocab_size=VOCAB)
-            except SpecError:
-                continue  # genes that do not fit each other
-            fits = low <= spec.cost(1).params <= high
-            (inside if fits else outside).setdefault(spec.digest, candidate)
-            if len(inside) == config.n_pool:
-                break
-        if len(inside) < 2:
-            raise StudyError(
-                f"n_params: {len(inside)} candidates have {low:.0f} to {high:.0f} parameters; "
-                "change --params or widen --band"
-            )
-        return list(inside.values()), list(outside.values())
 
-    def _sweep(self, study: Study, entries: list[Entry]) -> dict[str, float]:
-        """Each family's best learning rate at the lowest budget, on its first entry."""
-        config = self.config
-        first = {e.family: e for e in reversed(entries)}
-        trials = {
-            (family, lr): Trial(entry, "0", config.seed, lr, config.rungs[0], config.rungs[-1])
-            for family, entry in first.items()
-            for lr in config.lrs
-        }
-        results = study.run(list(trials.values()))
-        lrs = {}
-        for family, entry in first.items():
-            scores = {lr: score_of(results[trials[family, lr].id]) for lr in config.lrs}
-            lrs[family] = best = min(scores, key=scores.__getitem__)
-            study.forget([trials[family, lr] for lr in config.lrs if lr != best])
-            named = {f"{lr:g}": None if s == float("inf") else s for lr, s in scores.items()}
-            found = {"candidate": entry.id, "scores": named, "lr": best}
-            study.once("lr", lambda found=found: found, family=family)
-        return lrs
-
-    def _tokens_at_most(self) -> int:
-        """What the bar counts to: an upper bound, since failed trials stop early."""
-        config = self.config
-        families = len(self.space.model_types)
+def _tokens_at_most(config: SearchConfig) -> int:
+    """What the bar counts to: a rough upper bound, since failed trials stop early."""
+    n, total, before = config.n_candidates + len(presets.SMALL), 0, 0
+    if config.searcher == "proxy":
         n = len(presets.SMALL) + config.n_best + config.n_random + config.n_outside
-        total = families * (len(config.lrs) - 1) * config.rungs[0]
-        before = 0
-        for tokens in config.rungs:
-            total += n * (tokens - before)
-            before, n = tokens, max(2, round(config.keep * n)) + 1
-        return total + 2 * config.final_seeds * config.final_tokens
-
-
-def _entry(
-    group: str, name: str, family: str, spec: ModelSpec, candidate: ArchCandidate | None
-) -> Entry:
-    cost = spec.cost(STATE_LENGTH)
-    return Entry(
-        id=spec.digest[:12],
-        group=group,
-        name=name,
-        family=family,
-        spec=spec,
-        proxy=candidate.proxy_score() if candidate else None,
-        params=cost.params,
-        estimated_params=candidate.param_count() if candidate else None,
-        state_bytes=cost.state_bytes,
-    )
+    for tokens in config.budgets:
+        total += n * (tokens - before)
+        before, n = tokens, max(2, round(config.keep * n)) + 1
+    total = config.search_tokens or total
+    sweeps = (len(presets.SMALL) + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
+    return total + sweeps + (1 + config.n_finalists) * config.final_seeds * config.final_tokens
 
 
 def _json(value: Any) -> Any:

@@ -3,13 +3,18 @@
 Events of a run, one JSON object per line of journal.jsonl:
 
 study      config, corpus {name, digest, n_bytes, n_held_out, repeated}, baselines {name: bits/byte}
-candidate  id, group ("preset", "proxy", "random" or "outside" the band), name, family, spec, proxy,
-           params, estimated_params, state_bytes
-lr         family, candidate, scores {lr: bits/byte or null}, lr
+measured   id, refusal (null, or the bound that this model breaks when it is run)
+candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
+           spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
+           proxies {name: value or null}, proxy_failures {name: reason} if there are any
+lr         family, candidate, scores {lr: bits/byte or null}, lr; a mean over candidates where
+           several share a sweep
 trial      id, candidate, rung ("0", "1", ... or "final"), seed, lr, tokens, bits_per_byte, seconds,
            tokens_per_second, curve, failure
 result     winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
-           (candidate ids, best first)
+           (candidate ids, best first), finalists [{candidate, mean, spread, trials}], noise {floor,
+           seeds, freedom} or null, ties (candidate ids that noise does not tell from the winner),
+           tokens (trained on rungs), refused {rule: candidates never built}
 """
 
 from __future__ import annotations
@@ -41,6 +46,8 @@ class Entry:
     params: int
     estimated_params: int | None
     state_bytes: int
+    genotype: dict[str, Any] | None = None
+    parents: tuple[str, ...] = ()
 
     def to_event(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -84,18 +91,30 @@ class Study:
         self.checkpoints.mkdir(exist_ok=True)
         self.journal, self.executor, self.bar = journal, executor, bar
         self.events: list[dict[str, Any]] = list(journal.events)
+        self.places: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
         self.done = {e["id"]: e for e in self.events if e["event"] == "trial"}
 
     def once(self, event: str, make: Callable[[], dict[str, Any]], **match: Any) -> dict[str, Any]:
         """The event of this kind and match from the journal, or a new one, made and appended."""
-        for old in self.events:
-            if old["event"] == event and all(old.get(k) == v for k, v in match.items()):
-                return old
+        kind = (event, *match)
+        if kind not in self.places:  # so that a look-up among many events does not read them all
+            self.places[kind] = {}
+            for old in reversed(self.events):
+                self._place(kind, old)
+        if known := self.places[kind].get(tuple(match.values())):
+            return known
         return self.append({"event": event, **match, **make()})
+
+    def _place(self, kind: tuple[str, ...], event: dict[str, Any]) -> None:
+        name, *keys = kind
+        if event["event"] == name:
+            self.places[kind][tuple(event.get(key) for key in keys)] = event
 
     def append(self, event: dict[str, Any]) -> dict[str, Any]:
         written = self.journal.append(event)
         self.events.append(written)
+        for kind in self.places:
+            self._place(kind, written)
         return written
 
     def run(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
@@ -103,7 +122,7 @@ class Study:
         todo = {t.id: t for t in trials if t.id not in self.done}
         jobs = [
             Job(t.id, t.entry.spec, t.tokens, t.seed, t.lr, t.horizon, self.checkpoint(t))
-            for t in todo.values()
+            for t in sorted(todo.values(), key=lambda t: -t.tokens)  # the longest are not last
         ]
         for job, measured in self.executor.run(jobs, self.bar) if jobs else ():
             self.done[job.key] = self.append(_trial_event(todo[job.key], measured))
@@ -111,6 +130,17 @@ class Study:
 
     def checkpoint(self, trial: Trial) -> Path:
         return self.checkpoints / f"{trial.run_id}.pt"
+
+    def has(self, trials: Sequence[Trial]) -> bool:
+        """Whether the journal holds all their results."""
+        return all(trial.id in self.done for trial in trials)
+
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Delete all checkpoints but those of these trials."""
+        kept = {self.checkpoint(trial) for trial in trials}
+        for path in self.checkpoints.glob("*.pt"):
+            if path not in kept:
+                path.unlink()
 
     def forget(self, trials: Sequence[Trial]) -> None:
         """Delete checkpoints that no later rung can need."""

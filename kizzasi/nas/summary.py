@@ -13,13 +13,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
+from kizzasi.nas.finalists import Event, Final, Noise, finalists, noise_of
 from kizzasi.nas.worth import ProxyWorth, proxy_worth
 
-Event = dict[str, Any]
 FINAL = "final"
-SEARCHED = ("proxy", "random")  # groups that may win
+NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
+ANALYTIC = "proxy"  # the name of the proxy that every sampled candidate has
 
 
 @dataclass(frozen=True)
@@ -56,43 +57,6 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Final:
-    """An architecture trained anew at the final budget, over one or more seeds.
-
-    Args:
-        entry: its `candidate` event.
-        trials: one per seed; at least one.
-    """
-
-    entry: Event
-    trials: tuple[Event, ...]
-
-    @property
-    def scores(self) -> list[float]:
-        """Bits per byte of the seeds that did not fail."""
-        return [t["bits_per_byte"] for t in self.trials if t["bits_per_byte"] is not None]
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds; None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
-
-    @property
-    def tokens(self) -> int:
-        return max(t["tokens"] for t in self.trials)
-
-    def __str__(self) -> str:
-        if self.mean is None:
-            return "failed"
-        spread = "" if self.spread is None else f" ± {self.spread:.3f}"
-        return f"{self.mean:.3f}{spread} bits/byte"
-
-
-@dataclass(frozen=True)
 class Rung:
     """One row of the rung table; `seconds` is training time summed over its trials."""
 
@@ -111,21 +75,29 @@ class Summary:
 
     Args:
         study: the `study` event; {} before it is written.
+        entries: every `candidate` event, in the order of their birth.
         standings: every candidate: ranked ones first, then those that failed or wait.
         trials: every `trial` event.
         sweeps: every `lr` event.
-        winner, preset: final trainings of the searched winner and of the best preset, if begun.
-        worth: of the proxy on rung "0"; None while no candidate with a proxy is trained.
+        finals: every final training, best mean first.
+        winner, preset: those of the searched winner and of the best preset, if begun.
+        noise: of the finals; None before two of them share two seeds.
+        worths: by proxy, the analytic one first, on rung "0"; without those nobody was trained for.
+        refused: by rule, candidates that broke it and were never built.
         finished: whether the `result` event is there.
     """
 
     study: Event
+    entries: tuple[Event, ...]
     standings: tuple[Standing, ...]
     trials: tuple[Event, ...]
     sweeps: tuple[Event, ...]
+    finals: tuple[Final, ...]
     winner: Final | None
     preset: Final | None
-    worth: ProxyWorth | None
+    noise: Noise | None
+    worths: dict[str, ProxyWorth]
+    refused: dict[str, int]
     finished: bool
 
     @property
@@ -133,8 +105,13 @@ class Summary:
         """The winner, or else the searched candidate that leads so far."""
         if self.winner:
             return self.winner.entry
-        searched = [s for s in self.standings if s.rank and s.entry["group"] in SEARCHED]
-        return searched[0].entry if searched else None
+        searched = (s for s in self.standings if s.rank and s.entry["group"] not in NEVER_WIN)
+        return next((s.entry for s in searched), None)
+
+    @property
+    def best(self) -> Standing | None:
+        """The candidate that stands first, whoever may win."""
+        return next((s for s in self.standings if s.rank == 1), None)
 
     @property
     def rungs(self) -> list[Rung]:
@@ -168,7 +145,7 @@ class Summary:
         ratios: dict[str, list[float]] = {}
         for standing in self.standings:
             entry = standing.entry
-            if entry["estimated_params"] is not None:
+            if entry.get("estimated_params") is not None:
                 ratio = entry["estimated_params"] / entry["params"]
                 ratios.setdefault(entry["family"], []).append(ratio)
         return {family: (statistics.median(r), len(r)) for family, r in ratios.items()}
@@ -190,15 +167,20 @@ def summarise(events: Iterable[Event]) -> Summary:
     sweeps = [e for e in events if e["event"] == "lr"]
     result = next((e for e in events if e["event"] == "result"), None)
     standings = _standings(entries, trials, {e["family"]: e["lr"] for e in sweeps}, result)
-    winner, preset = _finals(entries, trials, result)
+    finals = finalists(entries, trials)
+    winner, preset = _duellists(finals, result)
     return Summary(
         study=next((e for e in events if e["event"] == "study"), {}),
+        entries=tuple(entries.values()),
         standings=tuple(standings),
         trials=tuple(trials),
         sweeps=tuple(sweeps),
+        finals=tuple(finals),
         winner=winner,
         preset=preset,
-        worth=_worth(standings),
+        noise=noise_of(finals),
+        worths=_worths(standings),
+        refused=(result or {}).get("refused") or {},
         finished=result is not None,
     )
 
@@ -247,127 +229,41 @@ def _counting(trials: Sequence[Event], entry: Event, lr: float | None) -> tuple[
     return tuple(best[rung] for rung in sorted(best, key=int))
 
 
-def _finals(
-    entries: dict[str, Event], trials: Sequence[Event], result: Event | None
-) -> tuple[Final | None, Final | None]:
-    """The final trainings of the winner and of the best preset."""
-    final = [t for t in trials if t["rung"] == FINAL]
+def _duellists(finals: Sequence[Final], result: Event | None) -> tuple[Final | None, Final | None]:
+    """The final trainings of the winner and of the best preset; the best so far without result."""
     if result:
-        ids = (set(result["winner_trials"]), set(result["preset_trials"]))
-    else:
-        presets = {t["id"] for t in final if entries[t["candidate"]]["group"] == "preset"}
-        ids = ({t["id"] for t in final} - presets, presets)
-    sides = [[t for t in final if t["id"] in own] for own in ids]
-    winner, preset = (Final(entries[s[0]["candidate"]], tuple(s)) if s else None for s in sides)
-    return winner, preset
+        own = {final.entry["id"]: final for final in finals}
+        return own.get(result["winner"]), own.get(result.get("preset"))
+    presets = [f for f in finals if f.entry["group"] == "preset"]
+    searched = [f for f in finals if f.entry["group"] not in NEVER_WIN]
+    return next(iter(searched), None), next(iter(presets), None)
 
 
-def _worth(standings: Sequence[Standing]) -> ProxyWorth | None:
-    """The proxy against scores of the first rung, where everyone had the same budget.
+def proxies_of(entry: Event) -> dict[str, float]:
+    """The finite scores that a candidate had before any training, by proxy."""
+    named = {ANALYTIC: entry.get("proxy"), **(entry.get("proxies") or {})}
+    return {name: value for name, value in named.items() if value is not None}
 
-    Presets have no proxy score and stay out; a failed trial is worse than every other.
+
+def _worths(standings: Sequence[Standing]) -> dict[str, ProxyWorth]:
+    """Every proxy against scores of the first rung, where everyone had the same budget.
+
+    Presets have no analytic score and stay out of all; a failed trial is worse than every other.
     """
-    tried = [s for s in standings if s.entry["proxy"] is not None and s.tried("0")]
-    if not tried:
-        return None
+    tried = [s for s in standings if s.entry["group"] != "preset" and s.tried("0")]
+    names = dict.fromkeys(name for s in tried for name in proxies_of(s.entry))
+    return {name: _worth(tried, name) for name in names}
+
+
+def _worth(tried: Sequence[Standing], name: str) -> ProxyWorth:
     scores = [s.score("0") for s in tried]
-    return proxy_worth(
-        proxy=[s.entry["proxy"] for s in tried],
-        trained=[-math.inf if score is None else -score for score in scores],
-        params=[s.entry["params"] for s in tried],
-        in_band=[s.entry["group"] != "outside" for s in tried],
+    return _worth_of(
+        proxy=tuple(proxies_of(s.entry).get(name, math.nan) for s in tried),
+        trained=tuple(-math.inf if score is None else -score for score in scores),
+        params=tuple(s.entry["params"] for s in tried),
+        in_band=tuple(s.entry["group"] != "outside" for s in tried),
     )
 
 
-def findings(summary: Summary) -> list[str]:
-    """What the run found, in words: progress, the winner's duels, the proxy's worth, caveats."""
-    said = (_progress, _duel, _against_baselines, _control, _proxy, _estimates, _repeated)
-    return [text for text in (say(summary) for say in said) if text]
-
-
-def _progress(summary: Summary) -> str:
-    state = "complete" if summary.finished else "not complete; --resume continues it"
-    failed = len(summary.failures)
-    return (
-        f"The search is {state}: {len(summary.standings)} candidates, "
-        f"{len(summary.trials)} trials, {failed or 'none'} of them failed."
-    )
-
-
-def _duel(summary: Summary) -> str:
-    winner, preset = summary.winner, summary.preset
-    if winner is None:
-        return "No winner has been trained at the final budget yet."
-    said = (
-        f"Trained anew on {winner.tokens:,} tokens, the winner {winner.entry['name']} "
-        f"({winner.entry['params']:,} parameters) reaches {winner}"
-    )
-    if preset is None:
-        return f"{said}; there is no preset to compare it with."
-    return (
-        f"{said}; the best preset, {preset.entry['name']} ({preset.entry['params']:,} "
-        f"parameters), on {preset.tokens:,} tokens: {preset}. {_outcome(winner, preset)}."
-    )
-
-
-def _outcome(winner: Final, preset: Final) -> str:
-    """A difference is one only if every seed of one side beats every seed of the other."""
-    w, p = winner.scores, preset.scores
-    if not w or not p:
-        return "One of the two has failed, so they cannot be compared"
-    gap = f"by {abs(statistics.fmean(p) - statistics.fmean(w)):.3f} bits/byte"
-    if len(w) == len(p) == 1:
-        place = "ahead" if w < p else "behind"
-        return f"The winner is {place} {gap}; a single seed does not tell that from noise"
-    seeds = f"{len(w)} seeds against {len(p)}"
-    if max(w) < min(p):
-        return f"The winner beats the preset {gap}, its worst seed the preset's best ({seeds})"
-    if min(w) > max(p):
-        return (
-            f"The winner loses to the preset {gap}, its best seed to the preset's worst ({seeds})"
-        )
-    return f"Their seeds overlap, which makes it a tie ({seeds})"
-
-
-def _against_baselines(summary: Summary) -> str:
-    baselines: dict[str, float] = summary.study.get("baselines", {})
-    if not baselines:
-        return ""
-    listed = ", ".join(f"{value:.3f} ({name})" for name, value in baselines.items())
-    said = f"Without a neural network the held-out bytes cost {listed} bits/byte"
-    if summary.winner is None or summary.winner.mean is None:
-        return f"{said}."
-    lost = [name for name, value in baselines.items() if value <= summary.winner.mean]
-    needs = f"more than {' and '.join(lost)}" if lost else "less than every one of them"
-    return f"{said}; the winner needs {summary.winner.mean:.3f}, {needs}."
-
-
-def _control(summary: Summary) -> str:
-    medians = {}
-    for group in SEARCHED:
-        of_group = (s for s in summary.standings if s.entry["group"] == group)
-        scores = [score for s in of_group if (score := s.score("0")) is not None]
-        if not scores:
-            return ""
-        medians[group] = f"{statistics.median(scores):.3f} ({len(scores)})"
-    return (
-        f"On the first rung the candidates that the proxy chose have a median of "
-        f"{medians['proxy']} bits/byte, the random control group {medians['random']}."
-    )
-
-
-def _proxy(summary: Summary) -> str:
-    return f"What the proxy was worth: {summary.worth.verdict}" if summary.worth else ""
-
-
-def _estimates(summary: Summary) -> str:
-    ratios = summary.estimate_ratios.items()
-    listed = ", ".join(f"{ratio:.2f} for {family} ({n})" for family, (ratio, n) in ratios)
-    return f"Estimated over real parameters, median per family: {listed}." if ratios else ""
-
-
-def _repeated(summary: Summary) -> str:
-    share = summary.study.get("corpus", {}).get("repeated")
-    if share is None:
-        return ""
-    return f"{share:.1%} of the held-out bytes repeat a stretch of the training text verbatim."
+# Resampling takes a second; who watches a run asks again and again.
+_worth_of = lru_cache(maxsize=64)(proxy_worth)

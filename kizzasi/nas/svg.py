@@ -3,12 +3,13 @@
 Glossary
     mark    a point with a shape and colour of its group, and a text that appears on hovering
     line    a polyline of a group; it may end in a cross (the training failed)
-    group   a CSS class that sets the colour: proxy, random, preset, outside, winner
+    group   a CSS class that sets colour and shape; see GROUPS
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +23,7 @@ GROUPS = {
     "winner": "winner",
     "proxy": "chosen by proxy",
     "random": "chosen at random",
+    "searched": "searched",
     "preset": "preset",
     "outside": "outside the band",
 }
@@ -44,6 +46,8 @@ svg .mark {{ stroke-width: 1.6; fill-opacity: .8; }}
 svg .mark.early {{ fill-opacity: 0; stroke-opacity: .7; }}
 svg .cross {{ fill: none; stroke-width: 2; }}
 svg .box {{ stroke: none; }}
+svg .noise {{ fill: var(--soft); opacity: .16; }}
+svg .mean {{ stroke: var(--ink); stroke-width: 2; }}
 svg .whisker {{ stroke: var(--ink); stroke-width: 1.5; }}
 """
 
@@ -158,7 +162,7 @@ def plot(
 
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | None]]) -> str:
     """Draw horizontal bars from 0: (name, group, value, spread or None), first on top."""
-    left, top, step = 225, 12, 36
+    left, top, step = 245, 12, 36
     longest = max(value + (spread or 0) for _, _, value, spread in rows)
     x = Axis(unit, 0.0, longest * 1.15, left, WIDTH - RIGHT, False)
     height = top + step * len(rows) + 42
@@ -175,7 +179,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
         end = x(value + (spread or 0)) + 8
         body.append(
             f'<text class="name" x="{left - 10}" y="{y + 17}" text-anchor="end">'
-            f"{_cut(name, 34)}</text>"
+            f"{_cut(name, 32)}</text>"
             f'<rect class="mark box {group}" x="{left}" y="{y}" rx="3" '
             f'width="{x(value) - left:.1f}" height="{step - 10}"/>'
             f'<text class="value" x="{end:.1f}" y="{y + 17}">{value:.3f}</text>'
@@ -184,6 +188,54 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | No
             a, b, c = x(max(0.0, value - spread)), x(value + spread), y + (step - 10) / 2
             body.append(f'<path class="whisker" d="M{a:.1f} {c}H{b:.1f}"/>')
     return _svg(title, height, body)
+
+
+def strips(
+    title: str,
+    unit: str,
+    rows: Sequence[tuple[str, str, Sequence[float]]],
+    floor: float | None,
+) -> str:
+    """Draw every seed of every finalist: (name, group, values), first on top, best mean first.
+
+    Each row has a mark per seed, a tick at the mean, and a whisker of one standard deviation. The
+    shaded band reaches from the first mean as far as `floor`: means inside of it are tied.
+    """
+    left, top, step = 245, 34, 34
+    means = [statistics.fmean(values) for _, _, values in rows]
+    edge = [means[0], means[0] + (floor or 0.0)]
+    x = Axis.fit(unit, [v for _, _, vs in rows for v in vs] + edge, left, WIDTH - RIGHT)
+    bottom = top + step * len(rows)
+    body = [*_strip_axis(x, top, bottom)]
+    if floor is not None:
+        a, b = x(edge[0]), x(edge[1])
+        body.append(
+            f'<rect class="noise" x="{a:.1f}" y="{top}" width="{max(1.0, b - a):.1f}" '
+            f'height="{bottom - top}"/><text x="{left}" y="{top - 12}">'
+            f"shaded: tied with the first (noise floor {floor:.3f} bits/byte)</text>"
+        )
+    for i, (name, group, values) in enumerate(rows):
+        y, mean = top + step * i + step / 2, means[i]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        a, b = x(max(x.low, mean - spread)), x(min(x.high, mean + spread))
+        body.append(
+            f'<text class="name" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">'
+            f'{_cut(name, 32)}</text><path class="whisker" d="M{a:.1f} {y:.1f}H{b:.1f}"/>'
+            f'<path class="mean" d="M{x(mean):.1f} {y - 9:.1f}v18"/>'
+        )
+        body += [_mark(x(v), y, group, f"{name}: {v:.3f} {unit}", False) for v in values]
+    return _svg(title, bottom + 46, body)
+
+
+def _strip_axis(x: Axis, top: float, bottom: float) -> list[str]:
+    ticks = [
+        f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{top}" y2="{bottom}"/>'
+        f'<text x="{x(t):.1f}" y="{bottom + 16}" text-anchor="middle">{short(t)}</text>'
+        for t in x.ticks()
+    ]
+    middle = (x.start + x.stop) / 2
+    label = f'<text x="{middle:.1f}" y="{bottom + 36}" text-anchor="middle">{x.label}</text>'
+    return [*ticks, f'<path class="axis" fill="none" d="M{x.start} {bottom}H{x.stop}"/>', label]
 
 
 def sketch(title: str, rows: Sequence[Sequence[str]]) -> str:
@@ -264,6 +316,7 @@ def _mark(x: float, y: float, group: str, text: str, early: bool) -> str:
         "proxy": f"M{x - 4.5:.1f} {y:.1f}a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
         "random": f"M{x:.1f} {y - 5:.1f}l5 9h-10z",
         "preset": f"M{x - 4:.1f} {y - 4:.1f}h8v8h-8z",
+        "searched": f"M{x:.1f} {y - 5:.1f}v10M{x - 5:.1f} {y:.1f}h10",
         "outside": f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5-5.5 5.5-5.5-5.5z",
     }[group]
     title = f"<title>{escape(text)}</title>" if text else ""

@@ -1,125 +1,36 @@
 """The report says what the journal holds: hand-computed numbers, and pages that a browser takes."""
 
+import json
 import math
-import random
 import re
 import shutil
+import statistics
 import subprocess
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from made_up_runs import (
+    HOSTILE,
+    RUNGS,
+    candidate,
+    complete_events,
+    evolved_events,
+    study,
+    trial,
+)
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.microtrain import Measurement
+from kizzasi.nas.finalists import Final, noise_of, t_975
+from kizzasi.nas.lineage import ancestry, lineage, mermaid
 from kizzasi.nas.report import findings, html, markdown, summarise, table, write_report
 from kizzasi.nas.storage import Journal, read_events
 from kizzasi.nas.svg import Axis, pareto_front, short
+from kizzasi.nas.tables import finalist_rows, spark, tables
 
-RUNGS = (32_768, 98_304)
-FINAL_TOKENS = 262_144
-HOSTILE = '<script>alert("x")</script> | `b` \x1b[31m \udcff.txt'
 GEOMETRY = {"d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "viewbox", "transform"}
 VOID = {"meta", "br", "hr", "img", "link"}
-
-
-def spec(family, n_layers, d_model):
-    one = {
-        "mamba": ({"kind": "mamba", "d_state": 16, "expand": 2.0}, None),
-        "transformer": (
-            {"kind": "attention", "n_heads": 4, "n_kv_heads": None, "window": None},
-            {"kind": "swiglu", "hidden": 3 * d_model},
-        ),
-    }
-    pairs = [one[name] for name in family.split("+")]
-    blocks = [
-        {"mixer": pairs[i % len(pairs)][0], "channel": pairs[i % len(pairs)][1], "norm": "rms"}
-        for i in range(n_layers)
-    ]
-    stem = {"kind": "tokens", "vocab_size": 256}
-    fixed = {"norm": "rms", "norm_eps": 1e-5, "embed_norm": False, "tie_head": False}
-    return {"d_model": d_model, "blocks": blocks, "stem": stem, **fixed, "dropout": 0.0}
-
-
-def candidate(i, group, family, params, proxy):
-    name = f"{family} preset" if group == "preset" else f"{family} d96 L4 n16 x{i}"
-    named = {"id": f"{i:012x}", "group": group, "name": name, "family": family}
-    return {
-        "event": "candidate",
-        **named,
-        "spec": spec(family, 2 + i % 4, 96),
-        "proxy": proxy,
-        "params": params,
-        "estimated_params": None if group == "preset" else round(params * (0.5 + 0.01 * i)),
-        "state_bytes": 10_000 * (i + 1) ** 2,
-    }
-
-
-def trial(entry, rung, score, tokens, *, lr=6e-3, seed=0, failure=None, horizon=98_304):
-    floor = 2.0 if score is None else score
-    steps = range(10_240, tokens + 1, 10_240)
-    curve = [[t, floor + 5 * math.exp(-t / 15_000)] for t in steps]
-    if failure:
-        curve = [*curve[:2], [curve[2][0] if len(curve) > 2 else 30_000, 14.0]]
-    run_id = f"{entry['id']}{seed}{lr}{horizon}"
-    trained = {"id": f"{run_id}-{tokens}", "rung": rung, "seed": seed, "lr": lr}
-    measured = Measurement(score, tokens, 2.0, tokens / 2, curve, failure)
-    return {"event": "trial", "candidate": entry["id"], **trained, **measured.to_dict()}
-
-
-def study(name="topics"):
-    corpus = {"name": name, "digest": "ab" * 32, "n_bytes": 600_000, "repeated": 0.0123}
-    config = {"n_params": 200_000, "rungs": list(RUNGS), "data": name}
-    baselines = {"unigram": 4.7, "bigram": 3.6, "xz": 2.6}
-    return {"event": "study", "config": config, "corpus": corpus, "baselines": baselines}
-
-
-def complete_events(final_seeds=3, gap=0.1, failures=False, name="topics"):
-    """A search of 2 presets and 12 candidates, as `kizzasi.nas.search` would write it."""
-    rng = random.Random(0)
-    families = ("mamba", "transformer", "mamba+transformer")
-    entries = [candidate(i, "preset", families[i], 200_000 + i, None) for i in range(2)]
-    for i in range(2, 14):
-        group = "proxy" if i < 7 else "random" if i < 12 else "outside"
-        size = rng.randint(160_000, 240_000) if group != "outside" else 900_000
-        entries.append(candidate(i, group, families[i % 3], size, 0.9 - 0.02 * i))
-    events = [study(name), *entries]
-    first = {e["id"]: 3 + 0.05 * i + rng.uniform(-0.05, 0.05) for i, e in enumerate(entries)}
-    broken = entries[5]["id"] if failures else None
-    reason = "diverged: 14 nats at step 30; lower the lr" if failures else None
-    for family in families:
-        entry = next(e for e in entries if e["family"] == family)
-        score = first[entry["id"]]
-        events.append(trial(entry, "0", score - 1, RUNGS[0], lr=3e-3))  # not the chosen one
-        events.append(trial(entry, "0", score, RUNGS[0]))
-        events.append(trial(entry, "0", None, RUNGS[0], lr=1.2e-2, failure=f"{HOSTILE}\nlast"))
-        scores = {"0.003": score - 1, "0.006": score, "0.012": None}
-        chosen = {"event": "lr", "family": family, "candidate": entry["id"], "scores": scores}
-        events.append({**chosen, "lr": 6e-3})
-    tried = {e["candidate"] for e in events if e["event"] == "trial"}
-    for entry in entries:
-        if entry["id"] == broken:
-            events.append(trial(entry, "0", None, RUNGS[0], failure=reason))
-        elif entry["id"] not in tried:
-            events.append(trial(entry, "0", first[entry["id"]], RUNGS[0]))
-    ranked = sorted((e for e in entries if e["id"] != broken), key=lambda e: first[e["id"]])
-    kept = [e for e in ranked if e["group"] != "outside"][:5]
-    events += [trial(e, "1", first[e["id"]] - 0.5, RUNGS[1]) for e in kept]
-    winner = next(e for e in kept if e["group"] != "preset")
-    preset = next(e for e in kept if e["group"] == "preset")
-    finals = {}
-    for entry, score in ((winner, 2.3), (preset, 2.3 + gap)):
-        finals[entry["id"]] = [
-            trial(entry, "final", score + 0.02 * s, FINAL_TOKENS, seed=s, horizon=FINAL_TOKENS)
-            for s in range(final_seeds)
-        ]
-        events += finals[entry["id"]]
-    ranking = list(dict.fromkeys(e["id"] for e in [*kept, *ranked]))
-    result = {"event": "result", "winner": winner["id"], "preset": preset["id"]}
-    for key, entry in (("winner_trials", winner), ("preset_trials", preset)):
-        result[key] = [t["id"] for t in finals[entry["id"]]]
-    return [*events, {**result, "ranking": ranking}]
 
 
 CASES = {
@@ -131,6 +42,8 @@ CASES = {
     "before the result": complete_events()[:-1],
     "complete": complete_events(),
     "failures": complete_events(failures=True),
+    "evolved": evolved_events(),
+    "evolving": evolved_events()[:23],
     "hostile": complete_events(name=HOSTILE),
     "only failures": [
         study(),
@@ -190,7 +103,7 @@ def test_page_stands_alone_and_every_plot_has_marks(name):
         assert not {"src", "href", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
         assert not [key for key in attrs if key.startswith("on")], (tag, attrs)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert len(page.figures) == 6
+    assert len(page.figures) == (10 if name.startswith("evol") else 8)
     for figure in page.figures:
         tags = [tag for tag, _ in figure]
         assert "h2" in tags
@@ -212,8 +125,10 @@ def test_text_fits_a_terminal(name):
 
 def test_complete_plots_are_all_drawn():
     page = Page(html(summary_of("complete")))
-    assert not [f for f in page.figures if "missing" in classes(f)]
-    curves, scatter, params, state = page.figures[2:]
+    seeds, curves, params, state, family, scatter = page.figures[2:]
+    assert [f for f in page.figures if "missing" in classes(f)] == [family]
+    assert sum("mark" in attrs.get("class", "").split() for _, attrs in seeds) == 3 + 3
+    assert {"noise", "mean", "whisker"} <= classes(seeds)
     assert sum("line" in attrs.get("class", "").split() for _, attrs in curves) == 14 + 6
     assert sum("mark" in attrs.get("class", "").split() for _, attrs in scatter) == 12 + 4  # legend
     for figure in (params, state):
@@ -274,10 +189,10 @@ def test_numbers_by_hand():
 
 def test_worth_of_the_proxy():
     summary = summary_of("complete")
-    worth = summary.worth
+    worth = summary.worths["proxy"]
     assert (worth.everywhere.n, worth.in_band.n) == (12, 10)  # no presets; 2 outside the band
     assert "the proxy beats a random ranking" in " ".join(findings(summary))
-    failed = summary_of("failures").worth
+    failed = summary_of("failures").worths["proxy"]
     assert (failed.everywhere.n, failed.n_dropped) == (12, 0)  # a failure ranks last
     assert failed.everywhere.proxy.kendall_tau_b.value < worth.everywhere.proxy.kendall_tau_b.value
     turned = [
@@ -293,15 +208,94 @@ def test_worth_of_the_proxy():
     [
         (3, 0.1, "The winner beats the preset by 0.100"),
         (3, -0.1, "The winner loses to the preset by 0.100"),
-        (3, 0.03, "Their seeds overlap"),
-        (1, 0.1, "The winner is ahead by 0.100 bits/byte; a single seed"),
-        (1, -0.1, "The winner is behind by 0.100 bits/byte; a single seed"),
+        (3, 0.0101, "more than the noise floor of 0.010 bits/byte (95 %, paired over 3 seeds)"),
+        (3, 0.0098, "This is a tie: 0.010 bits/byte are within the noise floor of 0.010"),
+        (1, 0.1, "The winner is ahead by 0.104 bits/byte; without two seeds"),
+        (1, -0.1, "The winner is behind by 0.096 bits/byte; without two seeds"),
     ],
 )
 def test_winner_against_preset(seeds, gap, said):
     summary = summarise(complete_events(seeds, gap))
     assert said in " ".join(findings(summary))
     assert (summary.winner.spread is None) == (seeds == 1)
+
+
+def test_the_noise_floor_by_hand():
+    """Two finalists: the paired t-test. Three: residuals of rows and columns."""
+
+    def made(*rows):
+        trials = [[{"seed": s, "bits_per_byte": y} for s, y in enumerate(row)] for row in rows]
+        return [Final({}, tuple(own)) for own in trials]
+
+    gaps = [0.1, 0.2, 0.15, 0.05]
+    two = noise_of(made([1.0, 2.0, 3.0, 4.0], [1.1, 2.2, 3.15, 4.05]))
+    assert two.floor == pytest.approx(3.1824 * statistics.stdev(gaps) / math.sqrt(4))
+    assert (two.seeds, two.freedom) == ((0, 1, 2, 3), 3)
+    three = noise_of(made([1.0, 2.0], [1.0, 2.3], [1.0, 2.0]))
+    assert three.floor == pytest.approx(4.3027 * math.sqrt(0.03 / 2))
+    a, b, _ = made([1.0, 2.0], [1.0, 2.3], [1.0, 2.0])
+    assert three.gap(a, b) == pytest.approx(0.15)
+    assert three.tied(a, b)
+    assert noise_of(made([1.0, None], [1.1, 2.2])) is None  # one seed in common
+    assert noise_of(made([1.0, 2.0], [None, None])) is None
+    assert noise_of([]) is None
+    for freedom, quantile in ((1, 12.706), (10, 2.228), (11, 2.201), (30, 2.042), (10**6, 1.960)):
+        assert t_975(freedom) == pytest.approx(quantile, abs=1e-3)
+
+
+def test_finalists_within_the_noise_floor_are_tied():
+    summary = summary_of("evolved")
+    assert [row[-1] for row in finalist_rows(summary)[1:]] == [
+        "best mean",
+        "+0.004, tied",
+        "+0.200, worse",
+    ]
+    assert "and so tied: child 19." in " ".join(findings(summary))
+    assert summary.winner.entry["name"] == "child 18"
+    assert "Refused before any training, by rule: n_params 7." in findings(summary)
+    single = summarise(complete_events(final_seeds=1))
+    assert finalist_rows(single)[2][-1] == "not told apart: too few seeds"
+    assert "two seeds in common to state a noise floor" in html(single)
+
+
+def test_every_proxy_has_its_plot_and_stands_beside_parameters_and_random():
+    summary = summary_of("evolved")
+    assert list(summary.worths) == ["snip", "naswot"]
+    page = Page(html(summary))
+    for name in ("snip", "naswot"):
+        assert f"Proxy {name} against training" in page.text
+    (worth,) = [part for part in tables(summary) if part.title == "What the proxy was worth"]
+    assert [row[0] for row in worth.rows[1:5]] == [
+        "snip, in the band",
+        "naswot, in the band",
+        "parameters only, in the band",
+        "random, in the band",
+    ]
+    assert "snip 0.9" in " ".join(findings(summary))
+
+
+def test_lineage_leads_from_the_first_generation_to_the_winner():
+    summary = summary_of("evolved")
+    nodes = lineage(summary)
+    line = ancestry(nodes, [summary.winner.entry["id"]])
+    generations = [node.generation for node in line.values()]
+    assert generations == sorted(generations)
+    assert (generations[0], generations[-1], len(nodes)) == (0, 3, 24)
+    assert list(line.values())[-1].winner
+    drawn = mermaid(list(line.values()))
+    assert drawn.count("-->|inherits 75%|") == sum(len(n.parents) for n in line.values())
+    text = markdown(summary)
+    assert f"```mermaid\n{drawn}\n```" in text
+    told = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert [node["id"] for node in told] == list(line)
+    unknown = {**candidate(1, "evolved", "mamba", 9, None), "parents": ["nobody", "0" * 11 + "1"]}
+    assert lineage(summarise([unknown]))["0" * 11 + "1"].parents == ()
+
+
+def test_a_curve_in_one_line():
+    assert spark([8.0, 3.0, 1.0]) == "█▃▁"
+    assert spark([2.0, 2.0]) == "▁▁"
+    assert len(spark([float(i) for i in range(1000)])) <= 32
 
 
 def test_a_winner_behind_a_baseline_is_named():
@@ -318,7 +312,11 @@ def test_failures_keep_their_reasons():
     assert summary.standings[-1].rank is None
     assert table(summary).splitlines()[15].split()[-3] == "failed"
     assert "diverged: 14 nats" in markdown(summary)
-    assert "<summary>last</summary>" in html(summary)  # the last line of a traceback
+    assert "<summary>last</summary>" in html(summary)  # the last line, if there are no frames
+    crashed = summary_of("evolved")
+    said = "RuntimeError: sizes 3 and 4 do not match (scan.py:77 in scan)"
+    assert f"<summary>{said}</summary>" in html(crashed)
+    assert f"| {said} |" in markdown(crashed)
     assert 'class="cross proxy"' in html(summary)
 
 
@@ -376,23 +374,79 @@ def test_numbers_in_plots():
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 
 
-@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no /usr/bin/chromium to render the page")
-def test_chromium_renders_without_console_errors(tmp_path):
-    write_report(tmp_path, CASES["hostile"])
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        "--enable-logging=stderr --log-level=0 --window-size=1240,2400"
-    )
-    picture = tmp_path / "page.png"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-        + [f"--screenshot={picture}", (tmp_path / "report.html").as_uri()],
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--enable-logging=stderr --log-level=0 --window-size=1240,2400"
+)
+# Where the browser drew each plot's marks: inside the picture, with a size, in a colour.
+PROBE = """<script>
+const out = [...document.querySelectorAll("figure")].map(figure => {
+  const svg = figure.querySelector("svg");
+  if (!svg) return {title: figure.querySelector("h2").textContent, said: figure.innerText};
+  const frame = svg.getBoundingClientRect(), seen = box =>
+    box.left >= frame.left - 1 && box.right <= frame.right + 1 &&
+    box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1;
+  const marks = [...svg.querySelectorAll(".mark, .line, rect[stroke]")].filter(mark => {
+    const box = mark.getBoundingClientRect(), style = getComputedStyle(mark);
+    return seen(box) && box.width + box.height > 2 && style.stroke + style.fill != "nonenone";
+  });
+  const texts = [...svg.querySelectorAll("text")];
+  return {title: figure.querySelector("h2").textContent, height: frame.height,
+    marks: marks.length, texts: texts.length,
+    cut: texts.filter(t => !seen(t.getBoundingClientRect())).map(t => t.textContent)};
+});
+document.body.innerHTML = "<pre>" + JSON.stringify(out).replace(/[&<]/g, " ") + "</pre>";
+</script>"""
+
+
+def in_chromium(folder, page, *options):
+    return subprocess.run(
+        [
+            CHROMIUM,
+            *FLAGS.split(),
+            f"--user-data-dir={folder / 'profile'}",
+            *options,
+            page.as_uri(),
+        ],
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=60,
+        timeout=120,
         check=False,
     )
+
+
+needs_chromium = pytest.mark.skipif(
+    not Path(CHROMIUM).exists(), reason="no /usr/bin/chromium to render the page"
+)
+
+
+@needs_chromium
+def test_chromium_renders_without_console_errors(tmp_path):
+    write_report(tmp_path, CASES["hostile"])
+    picture = tmp_path / "page.png"
+    done = in_chromium(tmp_path, tmp_path / "report.html", f"--screenshot={picture}")
     assert picture.stat().st_size > 50_000, done.stderr[-2000:]  # a blank page takes a tenth
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_chromium
+def test_chromium_draws_every_plot(tmp_path):
+    """Several pages as one, with a probe in place of the policy that forbids scripts."""
+    pages = [html(summary_of(name)) for name in ("evolved", "complete", "empty")]
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    page = policy.sub("", "".join(pages)) + PROBE
+    (tmp_path / "probed.html").write_text(page, "utf-8", errors="replace")
+    done = in_chromium(tmp_path, tmp_path / "probed.html", "--dump-dom")
+    figures = json.loads(done.stdout.split("<pre>")[1].split("</pre>")[0])
+    assert len(figures) == 10 + 8 + 8, done.stderr[-2000:]
+    drawn = [figure for figure in figures if "said" not in figure]
+    assert len(drawn) == 10 + 7
+    for figure in drawn:
+        assert figure["height"] > 50, figure
+        assert figure["marks"] > 0, figure
+        assert figure["texts"] > 2, figure
+        assert figure["cut"] == [], figure
+    for figure in figures:
+        assert "said" not in figure or len(figure["said"].split("\n")[-1].split()) > 3, figure

@@ -10,7 +10,7 @@ from kizzasi.nas.searchers.search import Proposals, require_at_least
 from kizzasi.nas.space import Space
 
 C = TypeVar("C")
-MISFITS = 100  # invalid suggestions in a row before the search ends
+MISFITS = 300  # invalid suggestions in a row before the search ends
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class TPE:
             except SpecError:
                 study.tell(trial, state=failed)
                 misfits += 1
-                if misfits == MISFITS:
+                if misfits == MISFITS and not proposed:
                     raise
+                if misfits == MISFITS:
+                    return
                 continue
             (score,) = yield [candidate]
             study.tell(trial, score)

@@ -1,0 +1,92 @@
+"""Write a search's report.md and report.html anew, also while the search goes on.
+
+example:
+  kizzasi report runs/first
+  kizzasi report runs/first --watch      # until the search is complete; Ctrl-C ends it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kizzasi.errors import SpecError
+
+if TYPE_CHECKING:
+    from kizzasi.nas.summary import Summary
+
+CLEAR = "\x1b[H\x1b[2J"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="folder of a search")
+    parser.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="look again every few seconds (5) until the search is complete",
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="FOLDER", help="write the learning curves as event files too"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from kizzasi.nas.report import write_report
+    from kizzasi.nas.status import pace_of, status
+    from kizzasi.nas.storage import read_events
+    from kizzasi.nas.trackers import to_tensorboard
+
+    folder = Path(args.run)
+    if args.watch is None:
+        summary = write_report(folder, read_events(folder / "journal.jsonl"))
+    elif args.watch > 0:
+        summary = _watch(folder, args.watch, quiet=args.json)
+    else:
+        raise SpecError(f"--watch {args.watch:g}: give a number of seconds above 0")
+    if args.tensorboard:
+        to_tensorboard(folder, Path(args.tensorboard))
+    files = [str(folder / name) for name in ("report.md", "report.html")]
+    best = summary.best
+    result = {
+        "finished": summary.finished,
+        "candidates": len(summary.entries),
+        "trials": len(summary.trials),
+        "failures": len(summary.failures),
+        "best": best.entry["id"] if best else None,
+        "files": files,
+    }
+    screen = "" if args.watch else f"{status(summary, pace_of(summary))}\n\n"
+    return result, screen + "\n".join(files)
+
+
+def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
+    """Show the state again and again until the search is complete or the user has seen enough."""
+    from kizzasi.nas.report import write_report
+    from kizzasi.nas.status import pace_of, status
+    from kizzasi.nas.storage import read_events
+
+    events = read_events(folder / "journal.jsonl")
+    summary = write_report(folder, events)
+    begin, trained = time.monotonic(), pace_of(summary).seconds
+    try:
+        while True:
+            gained = pace_of(summary).seconds - trained
+            side_by_side = gained / (time.monotonic() - begin) if gained > 0 else None
+            if not quiet:
+                clear = CLEAR if sys.stdout.isatty() else ""
+                print(f"{clear}{status(summary, pace_of(summary, side_by_side))}\n", flush=True)
+            if summary.finished:
+                break
+            time.sleep(pause)
+            known, events = len(events), read_events(folder / "journal.jsonl")
+            if len(events) > known:
+                summary = write_report(folder, events)
+    except KeyboardInterrupt:
+        pass  # the way to end it; the search itself is another process and goes on
+    return summary

@@ -1,0 +1,86 @@
+"""Where trials run: in this process, in a pool of processes, or on a Ray cluster.
+
+    in-process   one after the other; no limits, and a trial that aborts takes the search with it
+    processes    a pool on this machine; a trial that explodes is recorded, and the search goes on
+    ray          the same pool over the nodes of a cluster; a node may die
+
+A result depends on its job and the number of torch threads, not on the executor.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, get_args
+
+import torch
+
+from kizzasi.errors import SpecError
+from kizzasi.nas.executors.job import NO_LIMITS, Executor, Job, Limits, run_job
+from kizzasi.nas.executors.local import InProcess, Processes
+from kizzasi.nas.executors.ray import Ray
+from kizzasi.nas.microtrain import MicroTrain
+
+Kind = Literal["in-process", "processes", "ray"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+__all__ = [
+    "KINDS",
+    "NO_LIMITS",
+    "Executor",
+    "InProcess",
+    "Job",
+    "Kind",
+    "Limits",
+    "Processes",
+    "Ray",
+    "open_executor",
+    "run_job",
+]
+
+
+def open_executor(
+    evaluator: MicroTrain,
+    kind: Kind | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    limits: Limits = NO_LIMITS,
+    address: str = "local",
+) -> Executor:
+    """The executor of a search.
+
+    Args:
+        evaluator: what runs a trial.
+        kind: None takes processes for several workers, threads, or limits.
+        workers: how many trials side by side. None is one per core or GPU in "processes", and
+            what the cluster has room for in "ray".
+        threads: torch threads of each worker; results agree to the last digit only where it is
+            the same. None shares the cores out in "processes", and is 1 in "ray".
+        limits: of each trial.
+        address: of the Ray cluster.
+
+    Raises:
+        SpecError: a limit breaks a rule, or the executor cannot enforce it.
+        StudyError: there is no such Ray cluster.
+    """
+    limits.check(evaluator.device)
+    for name, count in (("workers", workers), ("threads", threads)):
+        if count is not None and count < 1:
+            raise SpecError(f"{name}: {count} must be at least 1")
+    cores = os.cpu_count() or 1
+    room = cores if evaluator.device == "cpu" else torch.cuda.device_count()
+    own_process = (workers or 1) > 1 or threads is not None or limits != NO_LIMITS
+    if kind is None:
+        several = workers is None and evaluator.device == "cpu" and cores > 1
+        kind = "processes" if several or own_process else "in-process"
+    if address != "local" and kind != "ray":
+        raise SpecError(f"address: {address} is of a Ray cluster; use --executor ray")
+    if kind == "ray":
+        return Ray(evaluator, address, workers, threads or 1, limits)
+    if kind == "processes":
+        workers = workers or max(1, room)
+        return Processes(evaluator, workers, threads or max(1, cores // workers), limits)
+    if own_process:
+        raise SpecError(
+            "several workers, threads and trial limits need processes; use --executor processes"
+        )
+    return InProcess(evaluator)

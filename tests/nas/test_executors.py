@@ -1,0 +1,173 @@
+"""Executors: a trial that explodes is recorded with its reason, and the search goes on."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from kizzasi.errors import ShapeError, SpecError, StudyError
+from kizzasi.nas.executors import InProcess, Job, Limits, Processes, open_executor
+from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe
+
+
+def allocate() -> None:
+    torch.ones(2**28)
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
+def raise_shape_error() -> None:
+    raise ShapeError("x: (3,), expected (4,)")
+
+
+BOMBS = {
+    "raise": raise_shape_error,
+    "memory": allocate,
+    "abort": os.abort,
+    "hang": loop_for_ever,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hangup": lambda: os.kill(os.getpid(), signal.SIGHUP),
+    "exit": lambda: sys.exit(3),
+    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),  # Ctrl-C reaches every process
+}
+
+
+@dataclass(frozen=True)
+class Mined(MicroTrain):
+    """Explodes when a job's spec names a bomb; else reports its threads and device."""
+
+    def __call__(self, spec, tokens, seed, *, checkpoint=None, on_step=None):
+        on_step(tokens)
+        BOMBS.get(spec, lambda: None)()
+        return Measurement(float(seed), torch.get_num_threads(), 0.0, None, (), self.device)
+
+
+def evaluator(device: str = "cpu") -> Mined:
+    return Mined(None, Recipe(512), device=device)
+
+
+def job(bomb: str, seed: int = 0) -> Job:
+    return Job(f"{bomb}{seed}", bomb, 8, seed, 1e-3, 512)
+
+
+def failures(executor, *bombs: str) -> dict[str, str]:
+    jobs = [job(bomb) for bomb in bombs]
+    with executor, tqdm(disable=True) as bar:
+        found = {job.spec: m for job, m in executor.run([*jobs, job("fine", 7)], bar)}
+        assert found.pop("fine").bits_per_byte == 7
+        assert found.keys() == set(bombs)
+    assert all(m.bits_per_byte is None for m in found.values())
+    return {bomb: m.failure for bomb, m in found.items()}
+
+
+def test_a_worker_has_its_threads_and_survives_ctrl_c_and_its_trials_have_limits():
+    limits = Limits(seconds=1.0, memory_bytes=2**28)
+    executor = Processes(evaluator(), 1, 3, limits)
+    with executor, tqdm(disable=True) as bar:
+        jobs = [job(bomb) for bomb in ("interrupt", "fine", "memory", "hang")]
+        found = {job.spec: m for job, m in executor.run([*jobs, job("last", 7)], bar)}
+    assert found["interrupt"].tokens == found["fine"].tokens == 3
+    assert found["last"].bits_per_byte == 7
+    assert "Traceback" in found["memory"].failure
+    assert "can't allocate memory" in found["memory"].failure
+    assert "longer than 1 s, the limit of a trial" in found["hang"].failure
+    assert "after 8 tokens" in found["hang"].failure
+    assert "in loop_for_ever" in found["hang"].failure
+    assert not any(worker.process.is_alive() for worker in executor.workers)
+
+
+@pytest.mark.slow
+def test_every_way_to_explode():
+    found = failures(Processes(evaluator(), 2, 1), "kill", "raise", "exit", "abort", "hangup")
+    assert "signal SIGKILL (out of memory?" in found["kill"]
+    assert "exit code 3" in found["exit"]
+    assert "signal SIGABRT" in found["abort"]
+    assert "in __call__" in found["abort"]
+    assert "x: (3,), expected (4,)" in found["raise"]
+    assert "in raise_shape_error" in found["raise"]
+    assert "signal SIGHUP" in found["hangup"]
+
+
+def test_in_process_records_exceptions():
+    assert "in raise_shape_error" in failures(InProcess(evaluator()), "raise")["raise"]
+
+
+def test_workers_take_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    workers = Processes(evaluator("cuda"), 3).workers
+    assert [w.evaluator.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert Processes(evaluator("cuda:1"), 1).workers[0].evaluator.device == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "in-process", "limits": Limits(1.0)}, "use --executor processes"),
+        ({"kind": "in-process", "threads": 2}, "use --executor processes"),
+        ({"kind": "in-process", "workers": 2}, "use --executor processes"),
+        ({"address": "auto"}, "address: auto is of a Ray cluster"),
+        ({"limits": Limits(seconds=0)}, "trial seconds: 0 must be above 0"),
+        ({"limits": Limits(memory_bytes=-1)}, "trial memory: -1 bytes"),
+        ({"workers": 0}, "workers: 0 must be at least 1"),
+        ({"threads": -1}, "threads: -1 must be at least 1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(SpecError, match=message):
+        open_executor(evaluator(), **options)
+
+
+def test_the_executor_that_is_meant():
+    assert isinstance(open_executor(evaluator(), workers=1), InProcess)
+    assert isinstance(open_executor(evaluator("cuda")), InProcess)
+    assert isinstance(open_executor(evaluator(), workers=1, limits=Limits(9.0)), Processes)
+    assert len(open_executor(evaluator(), workers=3).workers) == 3
+    assert len(open_executor(evaluator("cuda:0"), workers=2).workers) == 2
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(StudyError, match=r"pip install 'kizzasi\[ray\]'"):
+        open_executor(evaluator(), "ray")
+
+
+@dataclass(frozen=True)
+class Unloadable(MicroTrain):
+    def __reduce__(self):
+        return sys.exit, (5,)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_ends_the_study():
+    executor = Processes(Unloadable(None, Recipe(512)), 1)
+    with (
+        executor,
+        tqdm(disable=True) as bar,
+        pytest.raises(StudyError, match=r"ended before its first trial \(exit code 5\)"),
+    ):
+        list(executor.run([job("fine")], bar))
+
+
+@dataclass(frozen=True)
+class FullDisk(Mined):
+    def __call__(self, spec, tokens, seed, *, checkpoint=None, on_step=None):
+        raise OSError(28, os.strerror(28))
+
+
+@pytest.mark.parametrize(
+    "make", [InProcess, pytest.param(lambda e: Processes(e, 1), marks=pytest.mark.slow)]
+)
+def test_a_full_disk_is_no_fault_of_the_trial(make):
+    with (
+        make(FullDisk(None, Recipe(512))) as executor,
+        tqdm(disable=True) as bar,
+        pytest.raises(StudyError, match="No space left on device; make room"),
+    ):
+        list(executor.run([job("fine")], bar))

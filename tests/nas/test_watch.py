@@ -1,0 +1,130 @@
+"""A run that goes on: its report is written anew, its state fits a screen, Ctrl-C ends the look."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from made_up_runs import HOSTILE, complete_events, evolved_events, study
+
+from kizzasi.cli import main
+from kizzasi.nas.status import Pace, pace_of, status, tokens_left
+from kizzasi.nas.storage import Journal
+from kizzasi.nas.summary import summarise
+
+PLANNED = {"rungs": [32_768, 98_304], "keep": 0.34, "final_tokens": 262_144, "final_seeds": 3}
+
+
+def planned(events):
+    """The same run by a search whose config says how far it goes."""
+    begun, *rest = events
+    return [{**begun, "config": {**begun["config"], **PLANNED}}, *rest]
+
+
+def write(folder, events, torn=b""):
+    with Journal(folder / "journal.jsonl") as journal:
+        for event in events:
+            journal.append(event)
+    with open(folder / "journal.jsonl", "ab") as file:
+        file.write(torn)
+    return folder
+
+
+@pytest.mark.parametrize("events", [[], [study()], complete_events()[:16], complete_events()])
+def test_the_report_is_written_anew(tmp_path, capsys, events):
+    run = write(tmp_path, events, torn=b'{"event":"trial","id":"x')
+    assert main(["report", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "report.html" in text
+    assert "</html>" in (run / "report.html").read_text("utf-8")
+    assert (run / "report.md").read_text("utf-8").startswith("# Architecture search")
+    assert main(["report", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["trials"] == sum(e["event"] == "trial" for e in events)
+    assert said["finished"] == any(e["event"] == "result" for e in events)
+
+
+def test_refusals(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "give the folder of a run" in capsys.readouterr().err
+    write(tmp_path, [])
+    assert main(["report", str(tmp_path), "--watch", "0"]) == 2
+    assert "--watch 0: give a number of seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "events", [[], complete_events(name=HOSTILE), evolved_events(), planned(complete_events()[:30])]
+)
+def test_the_state_fits_a_screen(events):
+    summary = summarise(events)
+    lines = status(summary, pace_of(summary)).splitlines()
+    assert len(lines) <= 24
+    assert all(len(line) <= 100 and (line == "" or line.isprintable()) for line in lines)
+
+
+def test_the_time_left_by_hand():
+    events = planned(complete_events())
+    for name in ("candidates, no trial", "after rung 0", "complete"):
+        kept = [e for e in events if e["event"] in ("study", "candidate")]
+        if name == "after rung 0":
+            kept = [e for e in events if e.get("rung", "0") == "0" and e["event"] != "result"]
+        if name == "complete":
+            kept = events
+        summary = summarise(kept)
+        rung_0, rung_1, finals = 14 * 32_768, 6 * 65_536, 6 * 262_144
+        wanted = {"candidates, no trial": rung_0 + rung_1 + finals, "after rung 0": rung_1 + finals}
+        assert tokens_left(summary) == wanted.get(name, 0)
+        begun, *rest = kept
+        grows = {**begun, "config": {**begun["config"], "searcher": "evolution"}}
+        bounded = {**grows, "config": {**grows["config"], "search_tokens": 10**7}}
+        if name == "after rung 0":
+            spent = pace_of(summary).tokens
+            assert tokens_left(summarise([grows, *rest])) is None
+            assert tokens_left(summarise([bounded, *rest])) == 10**7 - spent + finals
+    running = summarise([e for e in events if e.get("rung", "0") == "0" and e["event"] != "result"])
+    pace = Pace(seconds=100.0, tokens=1_000_000)
+    left = (6 * 65_536 + 6 * 262_144) / 1e4
+    assert f"about {left / 60:.0f} min of training" in status(running, pace)
+    assert f"about {left / 2:.0f} s\n" in status(running, Pace(100.0, 1_000_000, 2.0))
+    assert "left      not known" in status(summarise(complete_events()[:20]), pace)
+    assert "left      nothing" in status(summarise(events), pace)
+
+
+def test_a_watch_ends_with_the_search(tmp_path, capsys):
+    run = write(tmp_path, complete_events())
+    assert main(["report", str(run), "--watch", "0.05"]) == 0
+    text = capsys.readouterr().out
+    assert "complete" in text
+    assert "\x1b" not in text  # not a terminal
+
+
+def test_ctrl_c_ends_a_watch_in_peace(tmp_path):
+    events = complete_events()
+    run = write(tmp_path, events[:20])
+    command = [sys.executable, "-m", "kizzasi.cli", "report", str(run), "--watch", "0.05"]
+    watch = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert watch.stdout is not None
+    first = watch.stdout.readline()
+    assert "going on" in first
+    with Journal(run / "journal.jsonl") as journal:  # the run goes on while it is watched
+        for event in events[20:24]:
+            journal.append(event)
+    seen, deadline = "", time.monotonic() + 60
+    while "7 done" not in seen and time.monotonic() < deadline:
+        seen = watch.stdout.readline()
+    assert "7 done" in seen
+    watch.send_signal(signal.SIGINT)
+    out, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0, err
+    assert out.rstrip().endswith("report.html")
+    assert "Traceback" not in err
