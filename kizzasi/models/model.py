@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
@@ -58,7 +60,14 @@ class SequenceModel(nn.Module):
 
     model(inputs) trains and prefills; model.step(token, state) decodes; both agree, and a state
     carries over from either to either.
+
+    Attributes:
+        recompute: set it to True to train in less memory (activation checkpointing). A forward then
+            keeps only the input of every block, and backward runs the block again; gradients are
+            the same, also with dropout, for about a third more time.
     """
+
+    recompute: bool = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -107,7 +116,10 @@ class SequenceModel(nn.Module):
         states: list[BlockState] = []
         before = [None] * len(self.blocks) if state is None else state.blocks
         for block, block_state in zip(self.blocks, before, strict=True):
-            out = block(x, block_state, segment_ids=segments, shared=shared)
+            run = block
+            if self.recompute and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False)
+            out = run(x, block_state, segment_ids=segments, shared=shared)
             x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
             states.append(out.state)
         segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
@@ -244,7 +256,13 @@ class SequenceModel(nn.Module):
 
     def _check_positions(self, position: Tensor) -> None:
         known = self.stem.max_positions
-        if known is not None and int(position.max()) >= known:
+        if known is None:
+            return
+        if torch.compiler.is_compiling():
+            message = f"inputs: a document is longer than the stem's max_positions {known}"
+            inside = (position < known).all()
+            torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
+        elif int(position.max()) >= known:
             raise ShapeError(
                 f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
                 f"max_positions {known}; give shorter documents"
@@ -260,7 +278,8 @@ class SequenceModel(nn.Module):
             rows = empty.view(-1, *[1] * (leaf.ndim - 1))
             return torch.where(rows, torch.zeros_like(leaf), leaf)
 
-        return map_state(choose, state) if empty.any() else state
+        # A compiled graph cannot ask whether there are such rows.
+        return map_state(choose, state) if torch.compiler.is_compiling() or empty.any() else state
 
 
 def build_model(

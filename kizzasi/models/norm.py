@@ -17,7 +17,7 @@ NormKind = Literal["rms", "rms_plus_one", "layer"]
 class KeepFloat32(nn.Module):
     """A module whose parameters named in `float32_parameters` are never stored below float32.
 
-    Names may be dotted, such as "dt_proj.bias".
+    Names may be dotted, such as "dt_proj.bias". Adapters (PEFT) that wrap a layer change nothing.
     `.to(torch.bfloat16)`, `.half()` and friends move them between devices and change float32 to
     float64 or back, but leave their precision alone where it would fall under float32.
     """
@@ -25,7 +25,11 @@ class KeepFloat32(nn.Module):
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepFloat32:
-        kept = [p for name, p in self.named_parameters() if name in self.float32_parameters]
+        kept = [
+            p
+            for name, p in self.named_parameters()
+            if name.replace(".base_layer.", ".") in self.float32_parameters
+        ]
         guarded = {id(t) for p in kept for t in (p, p.grad) if t is not None}
 
         def keep(t: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kizzasi.errors import SpecError
 from kizzasi.models.cost import Cost, norm
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
@@ -74,6 +72,8 @@ class ModelSpec(Strict):
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ModelSpec:
         """Read a .yaml, .yml or .json file. Raises SpecError naming the file."""
+        import yaml  # slow to import, and most programs read no spec
+
         path = Path(path)
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
@@ -92,6 +92,8 @@ class ModelSpec(Strict):
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write every field, as JSON if the name ends in .json, else as YAML."""
+        import yaml
+
         path, data = Path(path), self.to_dict()
         if path.suffix == ".json":
             path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

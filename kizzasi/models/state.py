@@ -129,7 +129,10 @@ def canonical_segments(
         late = (~real[:, 1:] & real[:, :-1]).any(1)
         if state is not None:
             late = late | (~real[:, 0] & (state.position > 0))
-        if late.any():
+        if torch.compiler.is_compiling():
+            message = "mask: a row has padding after a real token; pad on the left"
+            torch._assert_async(~late.any(), message)  # pyright: ignore[reportPrivateImportUsage]
+        elif late.any():
             raise ShapeError(
                 f"mask: row {int(late.nonzero()[0])} has padding after a real token; "
                 "pad on the left, before the first token of a sequence"

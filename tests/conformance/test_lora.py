@@ -2,30 +2,45 @@
 
 import pytest
 import torch
-from cases import every_part, make, tokens
+from cases import CAUSAL, every_part, make, tokens
+from tolerance import assert_close
 from torch import nn
 
 peft = pytest.importorskip("peft")
+
+
+def adapt(model):
+    """The model with adapters in place, and their parameters."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=linears)
+    adapted = peft.inject_adapter_in_model(config, model)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(linears)
+    return adapted, trained
 
 
 @every_part
 def test_adapters_on_every_linear_train_and_change_the_output(name):
     model, x = make(name, dtype=torch.float32), tokens(2, 9)
     before = model(x).logits.detach()
-    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=linears)
-    adapted = peft.inject_adapter_in_model(config, model)
-    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * len(linears)
-    torch.testing.assert_close(adapted(x).logits, before)  # B starts at zero
+    adapted, trained = adapt(model)
+    assert_close(adapted(x).logits, before)  # B starts at zero
     optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     for _ in range(2):  # A has a gradient as soon as B is not zero
         optimizer.zero_grad()
         adapted(x).loss(x).backward()
-        for parameter_name, p in trained.items():
-            assert p.grad is not None, parameter_name
         optimizer.step()
     for parameter_name, p in trained.items():
-        assert p.grad is not None
+        assert p.grad is not None, parameter_name
         assert p.grad.abs().sum() > 0, parameter_name
-    assert not torch.allclose(adapted(x).logits, before)
+    after = adapted(x)
+    assert not torch.allclose(after.logits, before)
+    if CAUSAL[name]:
+        state = adapted(x[:, :-1]).state
+        assert_close(adapted.step(x[:, -1], state).logits, after.logits[:, -1])
+
+
+@pytest.mark.parametrize("name", ["mamba-small", "gla-two-heads", "routed-top1", "moe-top2"])
+def test_what_keeps_float32_keeps_it_under_adapters(name):
+    adapted, _ = adapt(make(name, dtype=torch.float32))
+    assert adapted.to(torch.bfloat16)(tokens(2, 9)).logits.dtype == torch.bfloat16

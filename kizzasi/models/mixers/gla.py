@@ -106,7 +106,7 @@ class GLAState(NamedTuple):
 class GLA(Mixer):
     """y = W_o (swish(W_g x) norm(gla(W_q x / sqrt(n), W_k x, W_v x, decay)))."""
 
-    float32_parameters = ("gk_proj.1.bias",)
+    float32_parameters = ("gk_proj.1.weight", "gk_proj.1.bias")
 
     def __init__(self, spec: GLASpec, layer: LayerContext) -> None:
         super().__init__()
@@ -152,9 +152,10 @@ class GLA(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From (..., d) to q, k (..., h, n), v (..., h, m) and the log decay (..., h, n)."""
-        enter, leave, bias = self.gk_proj.parameters()
-        gate = full_precision(F.linear(F.linear(x, enter), leave)) + bias
-        decay = F.logsigmoid(gate) / self.spec.gate_normalizer
+        enter, leave = self.gk_proj
+        narrow = full_precision(enter(x))
+        with without_autocast(x):
+            decay = F.logsigmoid(leave(narrow)) / self.spec.gate_normalizer
         q, k, v = (full_precision(f(x)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v, decay = (s.unflatten(-1, (self.spec.n_heads, -1)) for s in (q, k, v, decay))
         return q * self.n**-0.5, k, v, decay

@@ -38,7 +38,7 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
-from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
 from kizzasi.models.strict import join, register, require
 
@@ -122,7 +122,7 @@ class MambaState(NamedTuple):
 class Mamba(Mixer):
     """u, z = in_proj(x);  u = silu(conv(u));  y = out_proj(selective_scan(u, ...) * silu(z))."""
 
-    float32_parameters = ("A_log", "D", "dt_proj.bias")
+    float32_parameters = ("A_log", "D", "dt_proj.weight", "dt_proj.bias")
     param_rules = {"A_log": NO_DECAY, "D": NO_DECAY, "dt_proj.bias": NO_DECAY}  # noqa: RUF012
 
     def __init__(self, spec: MambaSpec, layer: LayerContext) -> None:
@@ -187,13 +187,14 @@ class Mamba(Mixer):
         return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dt, A, B and C of the scan. The bias and softplus of dt are never below float32."""
+        """dt, A, B and C of the scan. dt is computed in at least float32."""
         n = self.spec.d_state
         dt, B, C = self.x_proj(u).split([self.rank, n, n], -1)
         if self.spec.inner_norm is not None:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        dt = full_precision(F.linear(dt, self.dt_proj.weight)) + self.dt_proj.bias
-        return F.softplus(dt), -self.A_log.exp(), B, C
+        with without_autocast(u):
+            dt = F.softplus(self.dt_proj(full_precision(dt)))
+        return dt, -self.A_log.exp(), B, C
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:

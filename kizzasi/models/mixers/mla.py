@@ -164,7 +164,7 @@ class MLA(Mixer):
         spec, now = self.spec, state.next_position[:, None]
         q_nope, q_rope, k_rope, latent, offered = self._project(x[:, None], now, shared)
         after = state.add(k_rope, latent)
-        up = self.kv_b_proj.weight.unflatten(0, (spec.n_heads, -1))
+        up = self._up(x).unflatten(0, (spec.n_heads, -1))
         up_k, up_v = up.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=1)
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, up_k)
         # All heads look at the same keys: they stand where the queries of one head would.
@@ -174,6 +174,13 @@ class MLA(Mixer):
         y = attend(q, k, after.v, visible=after.alive, causal=False, scale=self.scale)
         y = torch.einsum("bthr,hvr->bthv", y, up_v)
         return MixerOut(self.o_proj(y.flatten(1)), after, shared=offered)
+
+    def _up(self, x: Tensor) -> Tensor:
+        """W_UK and W_UV, a weight as `nn.Linear` has it. What stands in place of that layer, an
+        adapter or a quantized one, is asked what it makes of the identity."""
+        if type(self.kv_b_proj) is nn.Linear:
+            return self.kv_b_proj.weight
+        return self.kv_b_proj(torch.eye(self.spec.kv_lora_rank, device=x.device, dtype=x.dtype)).mT
 
     def _project(
         self, x: Tensor, position: Tensor, shared: Mapping[str, Tensor] | None

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
@@ -175,7 +174,7 @@ class Routed(Mixer):
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (b, t, n) in at least float32, and which n were chosen."""
         with without_autocast(x):
-            logits = F.linear(full_precision(x), self.gate.weight)
+            logits = self.gate(full_precision(x))
             probs = (logits / self.spec.temperature).softmax(-1)
             best = probs.argsort(dim=-1, descending=True, stable=True)[..., : self.spec.top_k]
         return probs, torch.zeros_like(probs, dtype=torch.bool).scatter(-1, best, True)

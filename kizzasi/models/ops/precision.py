@@ -15,5 +15,6 @@ def full_precision(x: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Keep autocast from lowering what is computed inside; the meta device has no autocast."""
-    on_meta = x.device.type == "meta"
-    return nullcontext() if on_meta else torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

@@ -15,6 +15,7 @@ ns for the recurrence, because it passes over all states again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
@@ -97,20 +98,13 @@ def selective_scan(
 
     Differs: with `starts`, an infinite state is not forgotten (0 times infinity is NaN).
     """
-    u_, dt, A, B, C, D, h0 = _prepare(u, dt, A, B, C, D, h0, starts)
-    b, _, d = u.shape
-    groups = 1 if u.is_cuda else min(b, -(-b * d * A.shape[1] // ROW_STATES))
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (u_, dt, A, B, C, D, h0))
-    if groups == 1:
-        y, h = _Scan.apply(u_, dt, A, B, C, D, h0, starts, keep)
+    inputs = _prepare(u, dt, A, B, C, D, h0, starts)
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in inputs)
+    pieces, steps = _cut_sizes(u, A.shape[1])
+    if torch.compiler.is_compiling():
+        y, h, _ = _scan_node(*inputs, starts, keep, pieces, steps)
     else:
-        rows = (v.chunk(groups) for v in (u_, dt, B, C, h0))
-        starts_of = repeat(None) if starts is None else starts.chunk(groups)
-        outs = [
-            _Scan.apply(u_i, dt_i, A, B_i, C_i, D, h0_i, starts_i, keep)
-            for u_i, dt_i, B_i, C_i, h0_i, starts_i in zip(*rows, starts_of, strict=False)
-        ]
-        y, h = map(torch.cat, zip(*outs, strict=True))
+        y, h = _Scan.apply(*inputs, starts, keep, pieces, steps)
     return y.to(u.dtype), h
 
 
@@ -152,12 +146,13 @@ def _prepare(
     return [v.to(wide) for v in (u, dt, A, B, C, D, h0)]
 
 
-def _steps(u: Tensor, n: int) -> int:
-    """Tokens per block."""
+def _cut_sizes(u: Tensor, n: int) -> tuple[int, int]:
+    """In how many pieces the batch is worked through, and how many tokens a block has."""
     b, t, d = u.shape
+    pieces = 1 if u.is_cuda else min(b, -(-b * d * n // ROW_STATES))
     threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-    fit = MAX_STEPS if u.is_cuda else threads * BLOCK_STATES // (b * d * n)
-    return min(t, MAX_STEPS, max(MIN_STEPS, fit))
+    fit = MAX_STEPS if u.is_cuda else threads * BLOCK_STATES // (-(-b // pieces) * d * n)
+    return pieces, min(t, MAX_STEPS, max(MIN_STEPS, fit))
 
 
 def _cut(v: Tensor, steps: int) -> list[Tensor]:
@@ -197,64 +192,90 @@ class _Block:
         return h
 
 
-class _Scan(torch.autograd.Function):
-    """`selective_scan` for inputs of one dtype. Every product writes into a buffer, which also
-    keeps autocast from lowering its precision."""
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    keep: bool,
+    pieces: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last h and, where `keep`, the states before every block (blocks, b, n, d).
 
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        h0: Tensor,
-        starts: Tensor | None,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
-        (b, t, d), n = u.shape, A.shape[1]
-        ctx.steps = steps = _steps(u, n)
-        blocks = {w: _Block(u, w, n) for w in {steps, t % steps} - {0}}
-        At, y = A.t().contiguous(), u.new_empty(b, t, d)
-        before = [h0.transpose(1, 2).contiguous()]
-        for dt_k, u_k, y_k, B_k, C_k, starts_k in zip(
-            *(v.transpose(0, 1).split(steps) for v in (dt, u, y)),
-            *(_cut(v, steps) for v in (B, C)),
-            repeat(None) if starts is None else _cut(starts.unsqueeze(-1), steps),
+    Every product writes into a buffer, which also keeps autocast from lowering its precision.
+    """
+    n, At, h0 = A.shape[1], A.t().contiguous(), h0.transpose(1, 2)
+    y, last, before = _results(u, h0.mT, keep, steps)
+    for u_i, dt_i, B_i, C_i, h, starts_i, y_i, last_i, before_i in _pieces(
+        pieces, u, dt, B, C, h0, starts, y, last, before.transpose(0, 1)
+    ):
+        blocks = {w: _Block(u_i, w, n) for w in {steps, u.shape[1] % steps} - {0}}
+        work = zip(
+            *(v.transpose(0, 1).split(steps) for v in (dt_i, u_i, y_i)),
+            *(_cut(v, steps) for v in (B_i, C_i)),
+            repeat(None) if starts_i is None else _cut(starts_i.unsqueeze(-1), steps),
             strict=False,
-        ):
+        )
+        for k, (dt_k, u_k, y_k, B_k, C_k, starts_k) in enumerate(work):
             block = blocks[len(dt_k)]
-            h = block.run(dt_k, u_k, At, B_k, starts_k, before[-1])
-            if not keep:
-                before.clear()
-            before.append(h.clone())
+            h_k = before_i[:, k if keep else 0].copy_(h)
+            h = block.run(dt_k, u_k, At, B_k, starts_k, h_k)
             torch.bmm(C_k, block.h, out=block.x)
             torch.addcmul(block.x_in, u_k, D, out=y_k)
-        if keep:
-            ctx.save_for_backward(u, dt, A, B, C, D, starts, *before[:-1])
-        return y, before[-1].transpose(1, 2).contiguous()
+        last_i.copy_(h.mT)
+    return y, last, before
 
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dy: Tensor, dh: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, D, starts, *before = ctx.saved_tensors
-        (b, t, d), n, steps = u.shape, A.shape[1], ctx.steps
-        blocks = {w: _Block(u, w, n, gradients=True) for w in {steps, t % steps} - {0}}
-        At = A.t().contiguous()
-        carry = dh.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        du, ddt = u.new_empty(b, t, d), u.new_empty(b, t, d)
-        dB, dC = u.new_empty(2, t * b, 1, n)
-        dA, dD = torch.zeros_like(At), torch.zeros_like(D)
+
+def _backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    starts: Tensor | None,
+    before: Tensor,
+    dy: Tensor,
+    dh: Tensor,
+    pieces: int,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C, D and h0 from those of y and the last h."""
+    t, n, At = u.shape[1], A.shape[1], A.t().contiguous()
+    du, ddt, dA, dB, dC, dD, dh0 = _gradients(u, dt, A, B, C, D, dh)
+    for total in (dA, dD):
+        total.zero_()
+    dAt = dA.t()
+    for (
+        u_i,
+        dt_i,
+        B_i,
+        C_i,
+        starts_i,
+        before_i,
+        dy_i,
+        dh_i,
+        du_i,
+        ddt_i,
+        dB_i,
+        dC_i,
+        dh0_i,
+    ) in _pieces(pieces, u, dt, B, C, starts, before.transpose(0, 1), dy, dh, du, ddt, dB, dC, dh0):
+        b = len(u_i)
+        blocks = {w: _Block(u_i, w, n, gradients=True) for w in {steps, t % steps} - {0}}
+        carry = dh_i.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        dB_rows, dC_rows = u.new_empty(2, t * b, 1, n)
         work = zip(
-            *(v.transpose(0, 1).split(steps) for v in (dt, u, dy, ddt, du)),
-            *(_cut(v, steps) for v in (B, C)),
-            *(v.split(steps * b) for v in (dB, dC)),
-            before,
-            [None] * len(before) if starts is None else _cut(starts.unsqueeze(-1), steps),
+            *(v.transpose(0, 1).split(steps) for v in (dt_i, u_i, dy_i, ddt_i, du_i)),
+            *(_cut(v, steps) for v in (B_i, C_i)),
+            *(v.split(steps * b) for v in (dB_rows, dC_rows)),
+            before_i.unbind(1),
+            [None] * before_i.shape[1] if starts_i is None else _cut(starts_i.unsqueeze(-1), steps),
             strict=True,
         )
         for dt_k, u_k, dy_k, ddt_k, du_k, B_k, C_k, dB_k, dC_k, h_k, starts_k in reversed([*work]):
@@ -274,9 +295,80 @@ class _Scan(torch.autograd.Function):
             g.mul_(a)  # times h[t-1] below: the gradient of the exponent dt A
             g[b:].mul_(h[:-b])
             g[:b].mul_(h_k)
-            dA += torch.mul(g, block.dt, out=a).sum(0)
+            dAt += torch.mul(g, block.dt, out=a).sum(0)
             torch.sum(g.mul_(At), 1, keepdim=True, out=block.dt)
             torch.addcmul(block.dt_in, block.x_in, u_k, out=ddt_k)
             dD += block.dy_in.mul_(u_k).sum((0, 1))
-        dB, dC = (v.view(t, b, n).transpose(0, 1) for v in (dB, dC))
-        return du, ddt, dA.t(), dB, dC, dD, carry.transpose(1, 2), None, None
+        for dV_i, rows in ((dB_i, dB_rows), (dC_i, dC_rows)):
+            dV_i.copy_(rows.view(t, b, n).transpose(0, 1))
+        dh0_i.copy_(carry.mT)
+    return du, ddt, dA, dB, dC, dD, dh0
+
+
+def _results(u: Tensor, h0: Tensor, keep: bool, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `_forward` returns."""
+    b, d, n = h0.shape
+    blocks = -(-u.shape[1] // steps) if keep else 1
+    return u.new_empty(u.shape), u.new_empty(b, d, n), u.new_empty(blocks, b, n, d)
+
+
+def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Room for what `_backward` returns."""
+    return tuple(v.new_empty(v.shape) for v in inputs)
+
+
+def _pieces(n: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Views of n pieces of the batch."""
+    pieces = (repeat(None, n) if v is None else v.chunk(n) for v in tensors)
+    return zip(*pieces, strict=False)
+
+
+class _Scan(torch.autograd.Function):
+    """`_forward` with `_backward` as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        y, h, before = _forward(*arguments)
+        _save(ctx, arguments, (y, h, before))
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor, dh: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        arguments: list[Any] = [*ctx.saved_tensors, dy, dh, *ctx.sizes]
+        return *_backward(*arguments), None, None, None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, dt, A, B, C, D, _, starts, _, *ctx.sizes = inputs
+    ctx.save_for_backward(u, dt, A, B, C, D, starts, output[2])
+
+
+# A compiled graph holds a scan as one node, which runs the same code; traced through, the loop
+# over time would be thousands.
+_scan_node = torch.library.custom_op("kizzasi::selective_scan", _forward, mutates_args=())
+_scan_node_backward = torch.library.custom_op(
+    "kizzasi::selective_scan_backward", _backward, mutates_args=()
+)
+
+
+@_scan_node.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, *_, h0, _, keep, _, steps = arguments
+    return _results(u, h0, keep, steps)
+
+
+@_scan_node_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, _, _, _, dh, _, _ = arguments
+    return _gradients(*inputs, dh)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _scan_node_backward(*ctx.saved_tensors, dy, dh, *ctx.sizes)
+    return *gradients, None, None, None, None
+
+
+_scan_node.register_autograd(_differentiate, setup_context=_save)
