@@ -158,6 +158,7 @@ def test_info_and_validate_read_foreign_checkpoints_without_their_weights(capsys
         folder = tmp_path / format
         save(model, folder, format)
         assert spec_of(folder).cost(1).params == model.n_params
-        assert json.loads(output(capsys, "info", folder, "--json"))["total"]["params"] == model.n_params
+        told = json.loads(output(capsys, "info", folder, "--json"))
+        assert told["total"]["params"] == model.n_params
         output(capsys, "validate", folder)
     assert "no config.json" in refusal(capsys, "info", tmp_path / "none")

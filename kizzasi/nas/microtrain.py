@@ -153,7 +153,7 @@ class Training:
     def tokens(self) -> int:
         return self.step * self.recipe.tokens_per_step
 
-    def run(self, tokens: int, on_step: Callable[[int], None] | None = None) -> str | None:
+    def run(self, tokens: int, on_step: Callable[[int], object] | None = None) -> str | None:
         """Train until the budget is reached.
 
         Args:
@@ -283,7 +283,7 @@ class MicroTrain:
         seed: int,
         *,
         checkpoint: Path | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> Measurement:
         """Train up to a budget and score.
 

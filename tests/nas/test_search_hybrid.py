@@ -134,6 +134,7 @@ def test_a_search_killed_again_and_again_ends_as_the_whole_one(
     assert load(folder / "best").spec == load(finished / "best").spec
 
 
+@pytest.mark.slow
 def test_a_promotion_without_its_checkpoint_trains_anew_to_the_same_score(
     finished, data, tmp_path, monkeypatch
 ):
@@ -196,9 +197,9 @@ blocks:
     ("searcher", "scheduler"),
     [
         ("random", "hyperband"),
-        ("random", "halving"),
-        ("evolution", "stopping"),
-        ("local", "pasha"),
+        pytest.param("random", "halving", marks=pytest.mark.slow),
+        pytest.param("evolution", "stopping", marks=pytest.mark.slow),
+        pytest.param("local", "pasha", marks=pytest.mark.slow),
         ("nsga2", "pdh"),
         pytest.param("tpe", "asha", marks=no_optuna),
     ],
