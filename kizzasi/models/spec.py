@@ -117,6 +117,9 @@ class ModelSpec(Strict):
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         self.stem.check("stem", self.tie_head)
         for path, part in self.parts():
+            family = ChannelSpec if path.endswith("channel") else MixerSpec
+            rule = f"{part.kind!r} is a {'channel' if family is MixerSpec else 'sequence'} mixer"
+            require(isinstance(part, family), path, f"{rule}; exchange the block's two")
             part.check(self.d_model, path)
 
     def cost(self, seq_len: int, batch: int = 1) -> Cost:

@@ -12,6 +12,7 @@ from kizzasi.errors import CheckpointError, DataError, ShapeError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext
+from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.moe import (
     MixtureOfExperts,
     MoEConfig,
@@ -98,7 +99,7 @@ def test_any_modules_are_experts():
 
 
 def model(channel, n_layers=2, **options):
-    block = BlockSpec(mixer=MLP(), channel=channel)
+    block = BlockSpec(mixer=AttentionSpec(n_heads=2), channel=channel)
     return build_model(ModelSpec(16, (block,) * n_layers, Tokens(13)), **options)
 
 

@@ -148,3 +148,12 @@ def test_no_data_crashes_the_reader(data):
 def test_join():
     assert join("", "a") == "a"
     assert join("b", "a") == "b.a"
+
+
+def test_mixers_in_each_others_place_are_refused():
+    swapped = BlockSpec(MLPSpec(), MambaSpec())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match=r"blocks\[0\].mixer: 'mlp' is a channel mixer"):
+        small(blocks=(swapped,)).check()
+    doubled = BlockSpec(MambaSpec(), MambaSpec())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SpecError, match=r"blocks\[0\].channel: 'mamba' is a sequence mixer"):
+        small(blocks=(doubled,)).check()
