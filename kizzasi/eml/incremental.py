@@ -13,7 +13,7 @@ from kizzasi.eml.operator import EXP_LIMIT
 from kizzasi.eml.tree import SafeTree
 from kizzasi.eml.trials import FlatAttention, PlainTrials
 
-_CHUNK_ELEMENTS = 1 << 17  # two float64 arrays of this size stay in a core's second-level cache
+_CHUNK_ELEMENTS = 1 << 15  # two float64 arrays of it stay in a second-level cache
 _Q, _K, _V, _SOFTMAX, _OUT = range(5)
 
 
@@ -184,10 +184,12 @@ class IncrementalTrials:
             change = self.weight_columns.index_select(0, position[part]) * moved[part, :, None]
             weight = self.out_by_channel.index_select(0, channel[part])
             torch.baddbmm(self.z_out.expand(at_v - at_k, -1, -1), change, weight, out=z[part])
+        total = torch.empty(at_v, 1, 1, dtype=moved.dtype, device=moved.device)
         size = max(1, _CHUNK_ELEMENTS // (n_samples * n_out))
-        for chunk in z.split(size):
-            _chain(chunk, *self.out_columns).sub_(self.targets).square_()
-        return z.flatten(1).sum(1)
+        for chunk, squares in zip(z.split(size), total.split(size), strict=True):
+            error = _chain(chunk, *self.out_columns).sub_(self.targets).view(len(chunk), 1, -1)
+            torch.bmm(error, error.mT, out=squares)
+        return total.flatten()
 
     def _context_from_q(self, moved: Tensor, position: Tensor, channel: Tensor) -> Tensor:
         """Return (P, S, r): how row `position` of the context moves when one q value does."""
