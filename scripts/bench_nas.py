@@ -7,6 +7,8 @@ found. Proposals are counted, repeats included.
     python scripts/bench_nas.py --seeds 100 --peer-seeds 10 --json nas.json
 """
 
+# pyright: reportMissingImports=false
+# The peers are optional: those that are missing are skipped.
 from __future__ import annotations
 
 import argparse

@@ -127,11 +127,12 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _read(path: Path) -> Any:
+    package = _package()
     try:
-        return _package().Tokenizer.from_str(path.read_text("utf-8"))
+        return package.Tokenizer.from_str(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot read it: {error}") from error
-    except Exception as error:
+    except Exception as error:  # the package raises nothing more special
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
 
 
