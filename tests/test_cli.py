@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from kizzasi.cli import VERBS, main
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
@@ -162,3 +163,18 @@ def test_info_and_validate_read_foreign_checkpoints_without_their_weights(capsys
         assert told["total"]["params"] == model.n_params
         output(capsys, "validate", folder)
     assert "no config.json" in refusal(capsys, "info", tmp_path / "none")
+
+
+def test_train_goes_on_from_a_single_file_of_weights(capsys, tmp_path, data):
+    from kizzasi.models import load, presets
+    from kizzasi.models.checkpoints import save
+
+    model = build_model(presets.rwkv4(32, 1, 256), seed=5)
+    save(model, tmp_path / "theirs", "rwkv_pth")
+    options = ["--data", data, "--seq-len", 16, "--batch-size", 2, "--steps", 1, "--lr", "1e-9"]
+    trained = ["train", tmp_path / "theirs" / "model.pth", *options, "--out", tmp_path / "out"]
+    assert "--save-every 0: must be at least 1" in refusal(capsys, *trained, "--save-every", 0)
+    output(capsys, *trained)
+    after = load(tmp_path / "out").state_dict()
+    for name, before in model.state_dict().items():
+        torch.testing.assert_close(after[name], before, atol=1e-6, rtol=0)

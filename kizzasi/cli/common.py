@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from kizzasi.models import ModelSpec
 
 
+SPEC_FILES = (".yaml", ".yml", ".json")
+
+
+def is_spec_file(source: str) -> bool:
+    """Whether this names a spec in words; everything else is a checkpoint, folder or file."""
+    return Path(source).suffix in SPEC_FILES and not Path(source).is_dir()
+
+
 def check_device(name: str) -> None:
     """Raises SpecError when the device is not there."""
     import torch
@@ -28,10 +36,9 @@ def read_spec(source: str) -> ModelSpec:
     from kizzasi.models import ModelSpec
     from kizzasi.models.checkpoints import spec_of
 
-    path = Path(source)
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        return spec_of(path)
-    spec = ModelSpec.from_file(path)
+    if not is_spec_file(source):
+        return spec_of(source)
+    spec = ModelSpec.from_file(source)
     spec.check()
     return spec
 

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kizzasi.cli.common import check_device, read_spec
-from kizzasi.errors import StudyError
+from kizzasi.cli.common import check_device, is_spec_file, read_spec
+from kizzasi.errors import SpecError, StudyError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint folder to go on from")
+    parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint to go on from")
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
@@ -46,16 +46,18 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.leak import find_leak
     from kizzasi.nas.microtrain import Recipe, Training
 
+    if args.save_every < 1:
+        raise SpecError(f"--save-every {args.save_every}: must be at least 1")
     ranks, device = join(args.device, args.parallel)
     check_device(device)
     tokens = args.steps * args.seq_len * args.batch_size if args.tokens is None else args.tokens
     recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
     recipe.check()
     corpus = load_corpus(args.data)
-    if Path(args.spec).is_dir():
-        model = load(args.spec, device=device)
-    else:
+    if is_spec_file(args.spec):
         model = build_model(read_spec(args.spec), seed=args.seed, device=device)
+    else:
+        model = load(args.spec, device=device)
     if leak := find_leak(model):
         raise StudyError(f"{args.spec}: {leak}")
     training = Training(model, corpus, recipe, args.seed, ranks)

@@ -94,13 +94,13 @@ def gather(tree: Any) -> Any:
 
 def scatter(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load whole states of model and optimiser, each process keeping its shards."""
-    own = model.state_dict()
-    model.load_state_dict({name: _like(own[name], t) for name, t in saved["model"].items()})
+    shards = model.state_dict()
+    model.load_state_dict({name: _like(shards[name], t) for name, t in saved["model"].items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {k: _like(parameters[i], v) if v.ndim else v for k, v in values.items()}
-        for i, values in saved["optimizer"]["state"].items()
-    }
+    state = {}
+    for i, values in saved["optimizer"]["state"].items():
+        own = parameters[i]
+        state[i] = {k: _like(own, v) if v.ndim else v for k, v in values.items()}
     optimizer.load_state_dict({**saved["optimizer"], "state": state})
 
 

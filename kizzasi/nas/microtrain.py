@@ -30,6 +30,7 @@ from kizzasi.nas.leak import find_leak
 from kizzasi.nas.storage import derive_seed
 
 LN2 = math.log(2)
+UNREADABLE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
 
 
@@ -240,7 +241,7 @@ class Training:
             scatter(self.model, self.optimizer, saved)
             self.step, self.curve = saved["step"], [tuple(pair) for pair in saved["curve"]]
             self.losses = saved["losses"]
-        except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError) as error:
+        except (*UNREADABLE, RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: cannot continue from it: {error}") from error
 
     @contextmanager

@@ -110,6 +110,22 @@ def test_foreign_checkpoints_are_refused(corpus, tmp_path):
     evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
         evaluate(small(d_model=64), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    (first, *_) = saved["optimizer"]["state"]
+    strangers = (
+        [1, 2],
+        {**saved, "optimizer": [3]},
+        {**saved, "optimizer": {**saved["optimizer"], "state": {first + 10**6: {}}}},
+        {**saved, "model": {**saved["model"], "extra": torch.zeros(1)}},
+        {key: value for key, value in saved.items() if key != "losses"},
+    )
+    for stranger in strangers:
+        torch.save(stranger, tmp_path / "b.pt")
+        with pytest.raises(CheckpointError, match=r"b\.pt: cannot continue"):
+            evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
+    (tmp_path / "b.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"b\.pt: cannot continue"):
+        evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
     (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
         evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
