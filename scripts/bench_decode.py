@@ -91,6 +91,9 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512, help="tokens read at once")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument(
+        "--compile", action="store_true", help="decode by torch.compile(model.step)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
@@ -105,9 +108,13 @@ def main() -> None:
         peer, model = pair(name, args.device)
         check(name, peer, model, long)
         n = {"max_new_tokens": args.tokens}
+        step = torch.compile(model.step, dynamic=True) if args.compile else None
         theirs = partial(peer.generate, prompt, min_new_tokens=args.tokens, do_sample=False, **n)
         tasks = {
-            "decode": ({"ours": partial(model.generate, prompt, temperature=0, **n)}, theirs),
+            "decode": (
+                {"ours": partial(model.generate, prompt, temperature=0, step=step, **n)},
+                theirs,
+            ),
             "prefill": ({"ours": partial(model, long)}, partial(peer, long, use_cache=True)),
         }
         for task, (runs, other) in tasks.items():
