@@ -10,6 +10,7 @@ Glossary
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -56,6 +57,14 @@ def _entry(group: str, name: str, family: str, spec: ModelSpec) -> Entry:
     cost = spec.cost(STATE_LENGTH)
     ident = spec.digest[:12]
     return Entry(ident, group, name, family, spec, None, cost.params, None, cost.state_bytes)
+
+
+def main_mixer(candidate: Candidate) -> str:
+    """The family of a candidate whose layers differ: "mostly" the mixer that most of them have, and
+    of equals the one that comes first. Its members share a learning rate."""
+    spec = candidate.to_spec(vocab_size=VOCAB)
+    kinds = Counter(block.mixer.kind for block in spec.blocks)
+    return f"mostly {kinds.most_common(1)[0][0]}"
 
 
 def preset_entries(config: SearchConfig, families: Collection[str], rules: Rules) -> list[Entry]:

@@ -32,6 +32,7 @@ from kizzasi.nas.entrants import (
     Given,
     Recorded,
     costs,
+    main_mixer,
     pool,
     preset_entries,
     zero_cost,
@@ -173,10 +174,11 @@ class Run:
         searched: Space[Any] = cast("Space[Any]", space)
         self.feasible = Feasible(searched, self.rules, vocab_size=VOCAB)
         self.lrs: dict[str, float] = {}
+        self.n_sweep = config.n_sweep if isinstance(space, ModelSpace) else 1
         self.schedule = self._schedule(space)
 
     def _schedule(self, space: ArchSearchSpace | ModelSpace) -> Schedule[Entry]:
-        config, shared = self.config, Path(self.config.space).stem
+        config = self.config
         families = presets.SMALL
         if isinstance(space, ArchSearchSpace):
             families = [t for t in space.model_types if t in presets.SMALL]
@@ -189,7 +191,7 @@ class Run:
             searcher = Entrants(
                 searcher_of(config, seed),
                 usual,
-                (lambda _: shared) if isinstance(space, ModelSpace) else (lambda c: c.model_type),
+                main_mixer if isinstance(space, ModelSpace) else (lambda c: c.model_type),
                 costs if config.searcher == "nsga2" else None,
             )
 
@@ -255,9 +257,9 @@ class Run:
         config, study = self.config, self.study
         first: dict[str, list[Entry]] = {}
         for entry in entries:
-            n = config.n_sweep if entry.family == Path(config.space).stem else 1
-            if entry.family not in self.lrs and len(first.setdefault(entry.family, [])) < n:
-                first[entry.family].append(entry)
+            if entry.family not in self.lrs:
+                first.setdefault(entry.family, []).append(entry)
+        first = {family: members[: self.n_sweep] for family, members in first.items()}
         trials = {
             (family, lr): [
                 Trial(e, "0", config.seed, lr, config.budgets[0], config.budgets[-1])

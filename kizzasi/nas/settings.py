@@ -48,7 +48,8 @@ class SearchConfig(Strict):
         search_tokens: no training starts beyond this budget; None ends with n_pool. Learning-rate
             sweeps and final trainings come on top.
         lrs: learning rates of the sweep.
-        n_sweep: candidates that share a sweep where all of a space share a learning rate.
+        n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
+            with the same main mixer.
         n_finalists: searched candidates trained anew at the final budget, beside the best preset.
         final_tokens: the budget of that training, from scratch.
         final_seeds: how often.

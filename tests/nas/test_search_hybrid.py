@@ -107,7 +107,17 @@ def test_rungs_are_ashas_and_the_budget_is_kept(finished):
     (result,) = events_of(finished, "result")
     assert result["tokens"] == 128 * n[0] + 256 * n[1]
     assert 2_000 <= result["tokens"] < 2_000 + 256
-    assert "hybrid" in chosen
+
+
+def test_those_with_one_main_mixer_share_a_learning_rate(finished):
+    swept = {e["family"] for e in events_of(finished, "lr")}
+    for e in events_of(finished, "candidate"):
+        assert e["family"] in swept
+        if e["group"] != "preset":
+            kinds = [block["mixer"]["kind"] for block in e["spec"]["blocks"]]
+            main = e["family"].removeprefix("mostly ")
+            most = max(map(kinds.count, kinds))
+            assert main == next(kind for kind in kinds if kinds.count(kind) == most)
 
 
 def test_a_search_killed_again_and_again_ends_as_the_whole_one(
