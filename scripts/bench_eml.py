@@ -1,7 +1,7 @@
 """Measure EML attention: `python scripts/bench_eml.py speed | learn | recover`.
 
 speed    trials per second of coordinate descent, after checking incremental against plain
-learn    held-out R2 on the mean and identity tasks, gradient-free, 5 seeds
+learn    held-out R2 on the mean and identity tasks, gradient-free
 recover  exact-tree recovery by depth
 
 bench_eml_peers.py compares with other optimisers and models, bench_eml_lm.py in a language model.
@@ -21,11 +21,13 @@ from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
 from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
 from kizzasi.eml.incremental import IncrementalTrials
 from kizzasi.eml.least_squares import GaussNewton
-from kizzasi.eml.recovery import search_tree, train_master_formula
+from kizzasi.eml.recovery import relative_error, train_master_formula
 from kizzasi.eml.rows import output_rows
 from kizzasi.eml.tasks import Task, draw, identity, position_mean, r_squared
 from kizzasi.eml.trainer import ModuleObjective, minimize
-from kizzasi.eml.trials import FlatAttention, PlainTrials, descend, draw_trials
+from kizzasi.eml.tree_search import TreeSearch
+from kizzasi.eml.trials import FlatAttention, PlainTrials, draw_trials
+from kizzasi.eml.walk import Walk
 from kizzasi.models.mixer import LayerContext
 
 # Trials per second of eml-core's compiled Rust on the same kind of machine, and the factor wanted.
@@ -115,7 +117,7 @@ def fit(
     """
     d_model, head_dim, seq_len = sizes
     x, y = draw(task, n_samples, seq_len, d_model, seed)
-    started = time.perf_counter()
+    started = time.process_time()
     evaluations, best, kept = 0, float("inf"), None
     unexplained = (1 - wanted) * float(y.var())
     for attempt in range(MAX_STARTS):
@@ -129,7 +131,7 @@ def fit(
             best, kept = error, layer
         if best < unexplained / 2:
             break
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert kept is not None
     fresh_x, fresh_y = draw(task, 128 if d_model > 8 else 2000, seq_len, d_model, 10**6 + seed)
     with torch.no_grad():
@@ -155,16 +157,18 @@ def _fit_in_stages(work: Fit, target: float) -> None:
         work.rows(5)
 
 
-def learn(seeds: int) -> None:
+def learn(seeds: list[int], tasks: list[str]) -> None:
     print("Held-out R2 on fresh samples; no gradients. One evaluation of the larger layers tries")
     print("one candidate for each output channel at once.")
     for task, sizes, heads, wanted, n_samples in LEARNING:
-        runs = [fit(task, sizes, heads, wanted, n_samples, seed) for seed in range(seeds)]
+        if not any(name in task.__name__ for name in tasks):
+            continue
+        runs = [fit(task, sizes, heads, wanted, n_samples, seed) for seed in seeds]
         scores = [score for score, _, _ in runs]
         verdict = "ok" if min(scores) >= wanted else "MISSED"
         print(
             f"{task.__name__:14} (d_model, d_k, seq)={sizes} heads={heads}  "
-            f"R2 min {min(scores):.4f} median {statistics.median(scores):.4f}  "
+            f"R2 {' '.join(f'{score:.4f}' for score in scores)}  "
             f"wanted {wanted}: {verdict}  "
             f"evaluations {max(e for _, e, _ in runs)}  "
             f"seconds {statistics.median(s for _, _, s in runs):.1f}",
@@ -172,11 +176,14 @@ def learn(seeds: int) -> None:
         )
 
 
-def speed(seconds: float) -> None:
+def speed(seconds: float, clock: Callable[[], float]) -> None:
     """Time trials of coordinate descent on 16 samples, float64, and check them first."""
-    print(f"threads {torch.get_num_threads()}; 16 samples, float64. 'batch': candidates per second")
-    print("in batches of 256. 'path': trials per second of the sequential path while descending on")
-    print("the mean task, whatever speculation discards; it depends on how many trials succeed.")
+    named = "CPU seconds" if clock is time.process_time else "seconds"
+    print(f"{torch.get_num_threads()} threads of torch, {named}; 16 samples, float64.")
+    print(
+        "'batch': candidates per second in batches of 256. 'path': trials per second of the exact"
+    )
+    print("one-by-one path from a fresh model on the mean task, and the share that succeeded.")
     for sizes, (seed_speed, factor) in SEED_SPEED.items():
         d_model, d_k, seq_len, depth = sizes
         model = ToyEmlAttention("speed", d_model, d_k, seq_len, depth)
@@ -197,56 +204,79 @@ def speed(seconds: float) -> None:
             rtol=1e-9,
             atol=1e-12,
         )
-        rates = []
-        for _ in range(7):
-            started = time.perf_counter()
+        rates, stop = [], time.perf_counter() + seconds / 2
+        while time.perf_counter() < stop:
+            started = clock()
             fast.evaluate(index, delta)
-            rates.append(256 / (time.perf_counter() - started))
+            rates.append(256 / (clock() - started))
         batch = statistics.median(rates)
-        path, success = _path_speed(fast, model.param_count, seconds)
+        walk = Walk(attention, parameters, x, y)
+        path, success = _path_speed(walk, model.param_count, seconds / 2, clock)
         print(
             f"{model.param_count:7} parameters  seed {seed_speed:6}/s  "
-            f"batch {batch:8.0f}/s = {batch / seed_speed:5.1f}x (wanted {factor}x)  "
-            f"path {path:8.0f}/s = {path / seed_speed:5.1f}x at {success:.0%} success",
+            f"batch {batch:8.0f}/s = {batch / seed_speed:5.1f}x  "
+            f"path {path:8.0f}/s = {path / seed_speed:5.1f}x at {success:.0%} success  "
+            f"(wanted {factor}x)",
             flush=True,
         )
 
 
-def _path_speed(trials: IncrementalTrials, n_params: int, seconds: float) -> tuple[float, float]:
-    """Return trials per second and the share that succeeded, over a run of about `seconds`."""
-    done, accepted, started, round_ = 0, 0, time.perf_counter(), 0
+def _path_speed(
+    walk: Walk, n_params: int, seconds: float, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Return the median of trials per second and the share that succeeded, in rounds of 500."""
+    rates, accepted, stop = [], 0, time.perf_counter() + seconds
     config = EndToEndTrainConfig(trials=500, step_final=0.01)
-    while time.perf_counter() - started < seconds:
-        round_ += 1
-        accepted += descend(trials, *draw_trials(config, round_, n_params, "fixed"))[1]
-        done += config.trials
-    return done / (time.perf_counter() - started), accepted / done
+    while time.perf_counter() < stop:
+        trials = draw_trials(config, len(rates) + 1, n_params, "fixed")
+        started = clock()
+        accepted += walk.run(*trials)[1]
+        rates.append(config.trials / (clock() - started))
+    return statistics.median(rates), accepted / (config.trials * len(rates))
 
 
-def recover(count: int) -> None:
-    """Recover random trees of one variable from 10 samples: by search, and by training."""
+def recover(count: int, depths: list[int], lookups: int) -> None:
+    """Recover random trees of one variable from 10 samples: by search, and by training.
+
+    A tree counts if it equals the target at 23 other points too.
+    """
     x = {"x": torch.linspace(0.3, 1.7, 10, dtype=torch.float64)}
-    for depth in (2, 3, 4, 5, 6):
-        targets = _random_targets(depth, count, x)
-        started = time.perf_counter()
-        found = sum(search_tree(x, value, depth).tree is not None for value in targets)
-        each = (time.perf_counter() - started) / count
-        print(f"search    depth {depth}: {found}/{count}  {each:.2f} s each", flush=True)
-    for depth in (2, 3, 4, 5):
-        targets = _random_targets(depth, count, x)
-        started, found = time.perf_counter(), 0
-        for value in targets:
+    fresh = {"x": torch.linspace(0.25, 1.8, 23, dtype=torch.float64)}
+
+    def equal(found: Tree | None, tree: Tree) -> bool:
+        if found is None:
+            return False
+        return float(relative_error(evaluate(found, fresh), evaluate(tree, fresh))) < 1e-6
+
+    search = TreeSearch(x)
+    for depth in depths:
+        seconds, missed = [], []
+        for at, tree in enumerate(_random_trees(depth, count, x)):
+            started = time.process_time()
+            found = search.find(evaluate(tree, x), depth, lookups=lookups)
+            seconds.append(time.process_time() - started)
+            if not equal(found.tree, tree):
+                missed.append(at)
+        print(
+            f"search    depth {depth}: {count - len(missed)}/{count}  seconds of a core: median "
+            f"{statistics.median(seconds):.2f}, most {max(seconds):.1f}  missed {missed}",
+            flush=True,
+        )
+    for depth in [depth for depth in depths if depth < 6]:
+        started, exact = time.process_time(), 0
+        for tree in _random_trees(depth, count, x):
             # Up to 4 batches of 256 restarts; the first that fits ends the search.
-            found += any(
-                train_master_formula(x, value, depth, steps=200, seed=seed).tree is not None
+            value = evaluate(tree, x)
+            exact += any(
+                equal(train_master_formula(x, value, depth, steps=200, seed=seed).tree, tree)
                 for seed in range(4)
             )
-        each = (time.perf_counter() - started) / count
-        print(f"training  depth {depth}: {found}/{count}  {each:.2f} s each", flush=True)
+        each = (time.process_time() - started) / count
+        print(f"training  depth {depth}: {exact}/{count}  {each:.2f} s of a core each", flush=True)
 
 
-def _random_targets(depth: int, count: int, x: dict[str, Tensor]) -> list[Tensor]:
-    """Draw values of random trees of exactly this depth, finite, moderate and not constant."""
+def _random_trees(depth: int, count: int, x: dict[str, Tensor]) -> list[Tree]:
+    """Draw random trees of exactly this depth, with values finite, moderate and not constant."""
     generator = torch.Generator().manual_seed(depth)
 
     def grow(levels: int) -> Tree:
@@ -257,29 +287,34 @@ def _random_targets(depth: int, count: int, x: dict[str, Tensor]) -> list[Tensor
         swap = bool(torch.rand(1, generator=generator) < 0.5)
         return node(right, left) if swap else node(left, right)
 
-    values: list[Tensor] = []
-    while len(values) < count:
-        value = evaluate(grow(depth), x)
+    trees: list[Tree] = []
+    while len(trees) < count:
+        tree = grow(depth)
+        value = evaluate(tree, x)
         if bool((value.abs() < 1e4).all()) and float(value.real.std()) > 1e-3:
-            values.append(value)
-    return values
+            trees.append(tree)
+    return trees
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure EML attention.")
     parser.add_argument("what", choices=["speed", "learn", "recover"])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=5, help="learn: runs per task")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(5)], help="learn")
+    parser.add_argument("--tasks", nargs="+", default=["mean", "identity"], help="learn")
     parser.add_argument("--seconds", type=float, default=5.0, help="speed: per size")
+    parser.add_argument("--cpu-time", action="store_true", help="speed: where others use the cores")
     parser.add_argument("--count", type=int, default=20, help="recover: targets per depth")
+    parser.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="recover")
+    parser.add_argument("--lookups", type=float, default=2.5e8, help="recover: of one search")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "speed":
-        speed(arguments.seconds)
+        speed(arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)
     elif arguments.what == "learn":
-        learn(arguments.seeds)
+        learn(arguments.seeds, arguments.tasks)
     else:
-        recover(arguments.count)
+        recover(arguments.count, arguments.depths, int(arguments.lookups))
 
 
 if __name__ == "__main__":

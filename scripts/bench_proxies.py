@@ -122,7 +122,7 @@ def main() -> None:
 
     corpus = load_corpus(args.data)
     recipe = Recipe(args.tokens, SEQ_LEN, BATCH_SIZE, args.lr, score_windows=64)
-    evaluator = MicroTrain(corpus, recipe, derive_seed(args.seed, "data"), args.device)
+    evaluator = MicroTrain(corpus, recipe, args.device)
     stream = batches(corpus.train, PROXY_LENGTH, PROXY_ROWS, derive_seed(args.seed, "proxies"))
     inputs, targets = (x.to(args.device) for x in next(stream))
     rows: list[dict[str, Any]] = []

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
     from kizzasi.nas.proxies import PROXIES
-    from kizzasi.nas.settings import SchedulerName, SearcherName
+    from kizzasi.nas.settings import SCREENS, SchedulerName, SearcherName
 
     parser.add_argument(
         "--space",
@@ -78,9 +78,19 @@ def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> Non
         default=list(default.proxies),
         help=f"zero-cost scores to record ({' '.join(default.proxies)}), of {', '.join(PROXIES)}",
     )
+    parser.add_argument(
+        "--screens",
+        nargs="*",
+        metavar="NAME",
+        default=list(default.screens),
+        help="what chooses each proposal among a few draws, from cheap to dear (none), of "
+        + ", ".join(SCREENS),
+    )
     _add_numbers(
         parser,
         default,
+        ("--screen-width", "screen_width", "draws that a screen chooses among"),
+        ("--screen-tokens", "screen_tokens", "of training from the parent's weights, for inherit"),
         ("--population", "population", "members of an evolving population"),
         ("--sample", "sample", "contestants for a parent's place"),
         ("--side-by-side", "side_by_side", "trainings decided on at once"),
@@ -120,6 +130,7 @@ def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None
         ("--finalists", "n_finalists", "searched candidates trained at the final budget"),
         ("--tokens", "final_tokens", "budget of the final training"),
         ("--final-seeds", "final_seeds", "final trainings of every finalist and of the preset"),
+        ("--slope-seeds", "slope_seeds", "the same at about half of the parameters"),
         ("--seq-len", "seq_len", "training window in tokens"),
         ("--batch-size", "batch_size", "windows a step"),
         ("--score-windows", "score_windows", "held-out windows that a score uses"),

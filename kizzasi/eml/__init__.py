@@ -19,11 +19,12 @@ from kizzasi.eml.least_squares import GaussNewton
 from kizzasi.eml.model import EmlModel
 from kizzasi.eml.operator import eml, eml_safe, eml_soft, softmax3
 from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, PatternSearch
-from kizzasi.eml.recovery import MasterFormula, search_tree, train_master_formula
+from kizzasi.eml.recovery import MasterFormula, train_master_formula
 from kizzasi.eml.rows import OutputRows, output_rows
 from kizzasi.eml.toy import BaselineAttention, ToyEmlAttention
 from kizzasi.eml.trainer import Minimum, ModuleObjective, minimize
 from kizzasi.eml.tree import SafeTree
+from kizzasi.eml.tree_search import TreeSearch, search_tree
 from kizzasi.eml.trials import EndToEndTrainConfig
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Spsa",
     "ToyEmlAttention",
     "Trained",
+    "TreeSearch",
     "compare_eml_vs_baseline",
     "compile_expression",
     "eml",

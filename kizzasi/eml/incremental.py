@@ -13,8 +13,9 @@ from kizzasi.eml.operator import EXP_LIMIT
 from kizzasi.eml.tree import SafeTree
 from kizzasi.eml.trials import FlatAttention, PlainTrials
 
-_CHUNK_ELEMENTS = 1 << 15  # two float64 arrays of it stay in a second-level cache
-_Q, _K, _V, _SOFTMAX, _OUT = range(5)
+# Per thread: two float64 arrays of it stay in a second-level cache, and torch gives no thread less.
+_CHUNK_ELEMENTS = 1 << 15
+Q, K, V, SOFTMAX, OUT = range(5)  # kinds of parameters
 
 
 def _chain(v: Tensor, c0: list[Tensor], c1: list[Tensor], guard: list[Tensor]) -> Tensor:
@@ -35,6 +36,42 @@ def _columns(coefficients: Tensor) -> tuple[list[Tensor], list[Tensor], list[Ten
     return list(c0.unbind(-1)), list(c1.unbind(-1)), list((c2 + 1.0).unbind(-1))
 
 
+def parameter_table(a: FlatAttention, n_softmax: int) -> np.ndarray:
+    """Say for every parameter: kind, head, input row, chain slot, position, channel.
+
+    Heads of q, k, v and out are numbered through. Rows are those of the inputs, the context, a
+    row of ones (for biases) and one of zeros (for chains). A parameter of no chain has the slot
+    after the last.
+    """
+    n_in, n_ctx, slots = a.q.inputs, a.out.inputs, 3 * a.q.depth
+    d_k = n_ctx // a.seq_len
+    ones, zeros = n_in + n_ctx, n_in + n_ctx + 1
+    blocks, first_head = [], 0
+    trees: list[tuple[int, SafeTree | None]] = [
+        (Q, a.q), (K, a.k), (V, a.v), (SOFTMAX, None), (OUT, a.out),
+    ]  # fmt: skip
+    for kind, tree in trees:
+        if tree is None:
+            row = np.array([[kind], [0], [zeros], [slots], [0], [0]])
+            blocks.append(np.repeat(row, n_softmax, axis=1))
+            continue
+        heads = np.arange(tree.heads)
+        first_row = n_in if kind == OUT else 0
+        head = [np.repeat(heads, tree.inputs), heads, np.repeat(heads, slots)]
+        row = [np.tile(np.arange(tree.inputs) + first_row, tree.heads)]
+        row += [np.full(tree.heads, ones), np.full(tree.heads * slots, zeros)]
+        slot = [np.full(tree.heads * (tree.inputs + 1), slots)]
+        slot += [np.tile(np.arange(slots), tree.heads)]
+        local = np.concatenate(head)
+        place = [local, np.zeros_like(local)]
+        if kind != OUT:
+            place = [local // d_k, local % d_k]
+        block = [np.full_like(local, kind), local + first_head]
+        blocks.append(np.stack([*block, np.concatenate(row), np.concatenate(slot), *place]))
+        first_head += tree.heads
+    return np.concatenate(blocks, axis=1).astype(np.int64)
+
+
 class IncrementalTrials:
     """The same answers as `PlainTrials` under the numerical softmax, at a fraction of the work.
 
@@ -53,39 +90,9 @@ class IncrementalTrials:
         self.n, self.d_k = attention.seq_len, attention.q.heads // attention.seq_len
         self.depth = attention.q.depth
         n_softmax = len(parameters[3]) if len(parameters) == 5 else 0
-        self.table = torch.from_numpy(self._table(n_softmax)).to(inputs.device)
+        self.table = torch.from_numpy(parameter_table(attention, n_softmax)).to(inputs.device)
         self.kinds = self.table[0].cpu().numpy().astype(np.int8)
         self._refresh()
-
-    def _table(self, n_softmax: int) -> np.ndarray:
-        """Say for every parameter: kind, head, input row, chain slot, position, channel."""
-        a = self.attention
-        n_in, n_ctx, slots = a.q.inputs, a.out.inputs, 3 * self.depth
-        ones, zeros = n_in + n_ctx, n_in + n_ctx + 1
-        blocks, first_head = [], 0
-        trees: list[tuple[int, SafeTree | None]] = [
-            (_Q, a.q), (_K, a.k), (_V, a.v), (_SOFTMAX, None), (_OUT, a.out),
-        ]  # fmt: skip
-        for kind, tree in trees:
-            if tree is None:
-                row = np.array([[kind], [0], [zeros], [slots], [0], [0]])
-                blocks.append(np.repeat(row, n_softmax, axis=1))
-                continue
-            heads = np.arange(tree.heads)
-            first_row = n_in if kind == _OUT else 0
-            head = [np.repeat(heads, tree.inputs), heads, np.repeat(heads, slots)]
-            row = [np.tile(np.arange(tree.inputs) + first_row, tree.heads)]
-            row += [np.full(tree.heads, ones), np.full(tree.heads * slots, zeros)]
-            slot = [np.full(tree.heads * (tree.inputs + 1), slots)]
-            slot += [np.tile(np.arange(slots), tree.heads)]
-            local = np.concatenate(head)
-            place = [local, np.zeros_like(local)]
-            if kind != _OUT:
-                place = [local // self.d_k, local % self.d_k]
-            block = [np.full_like(local, kind), local + first_head]
-            blocks.append(np.stack([*block, np.concatenate(row), np.concatenate(slot), *place]))
-            first_head += tree.heads
-        return np.concatenate(blocks, axis=1).astype(np.int64)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -185,7 +192,7 @@ class IncrementalTrials:
             weight = self.out_by_channel.index_select(0, channel[part])
             torch.baddbmm(self.z_out.expand(at_v - at_k, -1, -1), change, weight, out=z[part])
         total = torch.empty(at_v, 1, 1, dtype=moved.dtype, device=moved.device)
-        size = max(1, _CHUNK_ELEMENTS // (n_samples * n_out))
+        size = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // (n_samples * n_out))
         for chunk, squares in zip(z.split(size), total.split(size), strict=True):
             error = _chain(chunk, *self.out_columns).sub_(self.targets).view(len(chunk), 1, -1)
             torch.bmm(error, error.mT, out=squares)

@@ -1,4 +1,4 @@
-"""Find an exact EML tree from samples: trainable master formulas, and an exhaustive search.
+"""Find an exact EML tree from samples by training; see `tree_search` for an exhaustive search.
 
 A master formula of depth D is the full binary tree of eml nodes in which every input chooses among
 1, the variables and (above the lowest level) the child below it. Choices are softmax weights at a
@@ -12,18 +12,16 @@ Glossary (Odrzywolek 2026, arXiv:2603.21852):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.exact import ONE, Tree, complex_eml, evaluate, leaf, node
+from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
 from kizzasi.errors import SpecError
 
 _EXPONENT_LIMIT = 30.0  # keeps exp and its gradient finite while choices are still mixed
-_MAX_SET = 3_000_000
 
 
 class MasterFormula(nn.Module):
@@ -110,7 +108,7 @@ class Recovery:
     hits: int
 
 
-def _relative_error(values: Tensor, target: Tensor) -> Tensor:
+def relative_error(values: Tensor, target: Tensor) -> Tensor:
     """Return the largest |value - target| / (1 + |target|) over the last dimension."""
     error = (values - target).abs() / (1 + target.abs())
     return error.nan_to_num(torch.inf, torch.inf).amax(-1)
@@ -183,7 +181,7 @@ def _mend(
     def error_of(choices: list[Tensor]) -> Tensor:
         pairs = zip(choices, options, strict=True)
         hard = [nn.functional.one_hot(c, n).double() for c, n in pairs]
-        return _relative_error(model.mix(hard, x, limit=709.0), y)
+        return relative_error(model.mix(hard, x, limit=709.0), y)
 
     best = error_of(snapped)
     for _ in range(sweeps):
@@ -203,166 +201,7 @@ def _mend(
     hits = (best <= tolerance).nonzero()[:, 0]
     for restart in hits.tolist() or [int(best.argmin())]:
         tree = model.tree(snapped, restart)
-        error = float(_relative_error(evaluate(tree, variables).expand_as(y), y))
+        error = float(relative_error(evaluate(tree, variables).expand_as(y), y))
         if error <= tolerance:
             return Recovery(tree, error, len(hits))
     return Recovery(None, float(best.min()), 0)
-
-
-# -- exhaustive search ---------------------------------------------------------------------------
-
-
-class TreeSet:
-    """Every EML tree up to some depth with its values on the samples, equal values once.
-
-    Args:
-        variables: name to (S) samples, as complex128 rows of `values` in the same order.
-    """
-
-    def __init__(self, variables: Mapping[str, Tensor]) -> None:
-        rows = [torch.ones_like(next(iter(variables.values())), dtype=torch.complex128)]
-        rows += [v.to(torch.complex128) for v in variables.values()]
-        self.leaves = [ONE, *(leaf(name) for name in variables)]
-        self.values = torch.stack(rows)
-        # Row i >= len(leaves) is eml(pairs[i - len(leaves)]), rows of the set one depth below.
-        self.pairs = torch.zeros(0, 2, dtype=torch.int64)
-        self.depth = 0
-
-    @property
-    def next_size(self) -> int:
-        return len(self.leaves) + len(self.values) ** 2
-
-    @torch.no_grad()
-    def grow(self) -> None:
-        """Go one level deeper. Rows keep their place, so earlier pairs stay valid."""
-        n, m = len(self.values), len(self.leaves)
-        index = torch.cartesian_prod(torch.arange(n), torch.arange(n))
-        values = complex_eml(self.values[index[:, 0]], self.values[index[:, 1]])
-        fine = values.isfinite().all(1)
-        values, index = values[fine], index[fine]
-        known = torch.cat((self.values, values))
-        fresh = _first_of_each(known)
-        fresh = fresh[fresh >= n] - n
-        self.values = torch.cat((self.values, values[fresh]))
-        self.pairs = torch.cat((self.pairs, index[fresh]))
-        assert len(self.pairs) + m == len(self.values)
-        self.depth += 1
-
-    def tree(self, row: int) -> Tree:
-        """Rebuild one row's tree."""
-        if row < len(self.leaves):
-            return self.leaves[row]
-        left, right = self.pairs[row - len(self.leaves)].tolist()
-        return node(self.tree(left), self.tree(right))
-
-
-def _first_of_each(values: Tensor) -> Tensor:
-    """Return the sorted first rows among those equal to about 11 digits."""
-    weight = torch.linspace(1.0, 2.0, 2 * values.shape[1], dtype=torch.float64)
-    parts = torch.view_as_real(values).flatten(1)
-    key = torch.asinh(parts) @ weight  # compressed, so that one huge sample hides no other
-    mantissa, exponent = torch.frexp(key)
-    rounded = torch.ldexp(torch.round(mantissa * 2.0**37), exponent)
-    _, inverse = torch.unique(rounded, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(values), dtype=torch.int64)
-    first.scatter_reduce_(0, inverse, torch.arange(len(values)), "amin")
-    return first.sort().values
-
-
-@torch.no_grad()
-def search_tree(
-    variables: Mapping[str, Tensor],
-    target: Tensor,
-    max_depth: int,
-    tolerance: float = 1e-8,
-) -> Recovery:
-    """Find the shallowest EML tree that fits the samples, exhaustively where that is possible.
-
-    Sets of trees are enumerated while they have at most 3 million members (depth 4 for one
-    variable). One level more costs no enumeration: target = exp(L) - ln(R) is solved for every R
-    at once, by looking exp(L) = target + ln(R) up in a sorted table. Beyond that, one child is
-    taken from the shallow sets and the other solved for, so the search is no longer complete.
-
-    Args:
-        variables: name to (S) samples; 8 or more, with S the same for all.
-        target: (S), real or complex.
-        max_depth: of the tree.
-        tolerance: relative error that counts as exact.
-    """
-    y = target.to(torch.complex128)
-    known = TreeSet(variables)
-    while True:
-        error = _relative_error(known.values, y)
-        if error.min() <= tolerance:
-            return _checked(known.tree(int(error.argmin())), variables, y, tolerance)
-        if known.depth >= max_depth:
-            return Recovery(None, float(error.min()), 0)
-        if known.next_size > _MAX_SET:
-            break
-        known.grow()
-    table = _Table(known)
-    found = table.solve(y, tolerance)
-    if found is None and max_depth > known.depth + 1:
-        found = _peel(known, table, y, tolerance)
-    if found is None or found.depth > max_depth:
-        return Recovery(None, math.inf, 0)
-    return _checked(found, variables, y, tolerance)
-
-
-def _checked(tree: Tree, variables: Mapping[str, Tensor], y: Tensor, tolerance: float) -> Recovery:
-    error = float(_relative_error(evaluate(tree, variables).expand_as(y), y))
-    return Recovery(tree if error <= tolerance else None, error, int(error <= tolerance))
-
-
-class _Table:
-    """exp of every known tree, sorted by its real part at the first sample."""
-
-    def __init__(self, known: TreeSet) -> None:
-        self.known = known
-        self.logs = torch.log(known.values)
-        self.exps = torch.exp(known.values)
-        keys = self.exps[:, 0].real
-        usable = keys.isfinite() & (keys != 0)
-        self.rows = usable.nonzero()[:, 0]
-        self.keys, order = keys[usable].sort()
-        self.rows = self.rows[order]
-
-    def solve(self, y: Tensor, tolerance: float) -> Tree | None:
-        """Return eml(L, R) = y with L and R known, if there is one."""
-        wanted = (y[0] + self.logs[:, 0]).real
-        slack = 0.01 * tolerance * (1 + wanted.abs())
-        low = torch.searchsorted(self.keys, wanted - slack)
-        high = torch.searchsorted(self.keys, wanted + slack)
-        count = (high - low).clamp(max=32)
-        for step in range(int(count.max())):
-            right = (count > step).nonzero()[:, 0]
-            left = self.rows[low[right] + step]
-            # A second sample sorts out almost all chance hits before the full comparison.
-            error = (self.exps[left, -1:] - self.logs[right, -1:] - y[-1:]).abs()
-            near = error[:, 0] <= tolerance * (1 + y[-1].abs())
-            left, right = left[near], right[near]
-            if len(left) == 0:
-                continue
-            error = _relative_error(self.exps[left] - self.logs[right], y)
-            if error.min() <= tolerance:
-                hit = int(error.argmin())
-                return node(self.known.tree(int(left[hit])), self.known.tree(int(right[hit])))
-        return None
-
-
-_PEEL = 60
-
-
-def _peel(known: TreeSet, table: _Table, y: Tensor, tolerance: float) -> Tree | None:
-    """Solve for one child of the root, the other being one of the shallowest trees."""
-    for row in range(min(_PEEL, len(known.values))):
-        left = torch.log(y + table.logs[row])
-        right = torch.exp(table.exps[row] - y)
-        for child, is_left in ((left, True), (right, False)):
-            if not bool(child.isfinite().all()):
-                continue
-            found = table.solve(child, tolerance)
-            if found is not None:
-                other = known.tree(row)
-                return node(found, other) if is_left else node(other, found)
-    return None

@@ -18,6 +18,7 @@ from kizzasi.eml.trials import (
     descend,
     draw_trials,
 )
+from kizzasi.eml.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 MAX_SEQ_LEN = 8
@@ -72,13 +73,15 @@ class _Samples:
         inputs, targets = (
             torch.stack(each).to(parameters[0]) for each in zip(*subset, strict=True)
         )
+        sequence = draw_trials(config, rounds, sum(len(p) for p in parameters), rng)
+        if attention.softmax is None and batch is None:
+            walk = Walk(attention, parameters, inputs, targets)
+            before = walk.loss()
+            return _Outcome(len(pairs), before, *walk.run(*sequence))
         kind = IncrementalTrials if attention.softmax is None else PlainTrials
         trials = kind(attention, parameters, inputs, targets)
         before = trials.loss()
-        n_params = sum(len(p) for p in parameters)
-        sequence = draw_trials(config, rounds, n_params, rng)
-        after, accepts = descend(trials, *sequence, batch=batch)
-        return _Outcome(len(pairs), before, after, accepts)
+        return _Outcome(len(pairs), before, *descend(trials, *sequence, batch=batch))
 
 
 def _check_limits(d_model: int, d_k: int, seq_len: int) -> None:
@@ -193,7 +196,7 @@ class ToyEmlAttention(nn.Module):
 
         Args:
             config: None for the defaults.
-            batch: candidates per evaluation; the result does not depend on it.
+            batch: how many to try on the guess that all fail; None for `Walk`. Same result.
         """
         config = config or EndToEndTrainConfig()
         self.training_rounds += 1

@@ -7,10 +7,10 @@ import json
 from kizzasi.models import ModelSpec
 from kizzasi.nas.finalists import Event, Final
 from kizzasi.nas.findings import findings
-from kizzasi.nas.report import md, md_json, md_lineage, md_rows
+from kizzasi.nas.report import md, md_json, md_lineage, md_rows, md_table
 from kizzasi.nas.summary import Summary
 from kizzasi.nas.svg import short
-from kizzasi.nas.tables import finalist_rows, layer_table
+from kizzasi.nas.tables import finalist_tables, layer_table
 
 LICENSE = (
     "Not stated. Whoever publishes this model states here under which license its weights are, "
@@ -113,7 +113,9 @@ def _scores(summary: Summary) -> str:
     baselines = summary.study.get("baselines", {})
     rows = [["baseline", "bits/byte"], *([n, f"{v:.3f}"] for n, v in baselines.items())]
     noise = f"Noise floor: {summary.noise}." if summary.noise else "The noise floor is not known."
-    return f"{md_rows(finalist_rows(summary))}\n\n{noise}\n\n{md_rows(rows)}"
+    parts = [f"### {p.title}\n\n{md_table(p)}" for p in finalist_tables(summary) if p.rows[1:]]
+    matched = "\n\n".join(parts)
+    return f"{noise}\n\n{matched}\n\n### Baselines\n\n{md_rows(rows)}"
 
 
 def _caveats(summary: Summary) -> str:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Event = dict[str, Any]
+
+TOO_FEW = "not told apart: too few seeds"
+FINAL, NARROW = "final", "narrow"  # rungs apart from those that candidates climb
 
 # Quantiles 0.975 of Student's t with 1, 2, ... degrees of freedom; a series serves beyond them.
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -26,7 +29,7 @@ class Final:
 
     Args:
         entry: its `candidate` event.
-        trials: one per seed; at least one.
+        trials: one per seed.
     """
 
     entry: Event
@@ -54,6 +57,11 @@ class Final:
     @property
     def tokens(self) -> int:
         return max(t["tokens"] for t in self.trials)
+
+    def scored(self, by_seed: Mapping[int, float]) -> Final:
+        """The same entry with other scores: what follows from those that were measured."""
+        trials = ({"seed": seed, "bits_per_byte": score} for seed, score in by_seed.items())
+        return Final(self.entry, tuple(trials))
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -85,6 +93,19 @@ class Noise:
 
     def __str__(self) -> str:
         return f"{self.floor:.3f} bits/byte (95 %, paired over {len(self.seeds)} seeds)"
+
+
+def against(best: Final, final: Final, noise: Noise | None) -> str:
+    """Where a finalist stands beside the one with the best mean, in a few words."""
+    if final.mean is None:
+        return "failed"
+    if final is best:
+        return "best mean"
+    if noise is None:
+        return TOO_FEW
+    gap = noise.gap(best, final)
+    place = "worse" if gap > 0 else "better, over the seeds that all finished"
+    return f"{gap:+.3f}, {'tied' if noise.tied(best, final) else place}"
 
 
 def noise_of(finals: Iterable[Final]) -> Noise | None:
@@ -139,11 +160,30 @@ def t_975(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def finalists(entries: dict[str, Event], trials: Sequence[Event]) -> list[Final]:
-    """Every candidate with a final training, best mean first, those that failed last."""
+def finalists(
+    entries: Mapping[str, Event], trials: Sequence[Event], result: Event | None = None
+) -> list[Final]:
+    """Every candidate with a final training, best mean first, those that failed last.
+
+    The result names their trainings, since one on a rung can be a final one as well.
+    """
     own: dict[str, list[Event]] = {}
-    for trial in trials:
-        if trial["rung"] == "final":
-            own.setdefault(trial["candidate"], []).append(trial)
+    if result and "finalists" in result:
+        known = {trial["id"]: trial for trial in trials}
+        own = {f["candidate"]: [known[t] for t in f["trials"]] for f in result["finalists"]}
+    else:
+        for trial in trials:
+            if trial["rung"] == FINAL:
+                own.setdefault(trial["candidate"], []).append(trial)
     found = [Final(entries[name], tuple(ts)) for name, ts in own.items()]
     return sorted(found, key=lambda f: math.inf if f.mean is None else f.mean)
+
+
+def twins(events: Iterable[Event], trials: Sequence[Event]) -> dict[str, Final]:
+    """By candidate: its narrow twin, as far as it is trained; the entry is the `narrow` event."""
+    known = {trial["id"]: trial for trial in trials}
+    narrow = (event for event in events if event["event"] == NARROW)
+    return {
+        event["candidate"]: Final(event, tuple(known[t] for t in event["trials"] if t in known))
+        for event in narrow
+    }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 
-from kizzasi.nas.finalists import Final, Noise
+from kizzasi.nas.finalists import Final, Noise, noise_of
+from kizzasi.nas.matched import CLOSE, DISTURBED, equal_params, equal_time, turns
 from kizzasi.nas.summary import ANALYTIC, Summary
+from kizzasi.nas.svg import short
+from kizzasi.nas.tables import timed_verdict, verdicts
 
 
 def findings(summary: Summary) -> list[str]:
@@ -14,8 +17,14 @@ def findings(summary: Summary) -> list[str]:
     said = (
         _progress,
         _refused,
+        _screened,
         _duel,
         _ties,
+        _at_equal_params,
+        _at_equal_time,
+        _slopes,
+        _double_size,
+        _no_twins,
         _against_baselines,
         _control,
         _proxy,
@@ -38,6 +47,16 @@ def _progress(summary: Summary) -> str:
 def _refused(summary: Summary) -> str:
     listed = ", ".join(f"{rule} {n}" for rule, n in summary.refused.items())
     return f"Refused before any training, by rule: {listed}." if listed else ""
+
+
+def _screened(summary: Summary) -> str:
+    if not summary.screened:
+        return ""
+    listed = ", ".join(
+        f"{by} {n}{f' on {tokens:,} tokens in all' if tokens else ''}"
+        for by, (n, tokens) in summary.screened.items()
+    )
+    return f"Screens judged draws before any training from scratch: {listed}."
 
 
 def _duel(summary: Summary) -> str:
@@ -89,6 +108,109 @@ def _ties(summary: Summary) -> str:
     if not tied:
         return f"{said}; every other is worse by more than the noise floor of {summary.noise}."
     return f"{said}; within the noise floor of {summary.noise}, and so tied: {', '.join(tied)}."
+
+
+def _at_equal_params(summary: Summary) -> str:
+    """Left out where nobody but the reference can be compared, and no one asked for slopes."""
+    if summary.reference is None:
+        return ""
+    size = summary.reference.entry["params"]
+    ranked = verdicts(equal_params(summary.finals, summary.sized, size))
+    compared = [(f, verdict) for f, verdict in ranked if f.mean is not None]
+    if len(compared) < 2:
+        return ""
+    listed = ", ".join(f"{f.entry['name']} {f.mean:.3f} ({verdict})" for f, verdict in compared)
+    left = [f.entry["name"] for f, _ in ranked if f.mean is None]
+    said = f"At the {size:,} parameters of {summary.reference.entry['name']}: {listed}"
+    if not left:
+        return f"{said}."
+    return f"{said}; not compared, without a slope or within {CLOSE:.0%}: {', '.join(left)}."
+
+
+def _at_equal_time(summary: Summary) -> str:
+    ranked = equal_time(summary.finals)
+    if len(ranked) < 2:
+        return ""
+    fastest = max(ranked, key=lambda row: row.speeds[0])
+    seconds = fastest.tokens / fastest.speeds[0]
+    listed = ", ".join(
+        f"{row.final.entry['name']} {'unknown' if row.mean is None else f'{row.mean:.3f}'} "
+        f"({timed_verdict(summary, ranked[0], row)})"
+        for row in ranked
+    )
+    said = (
+        f"After {short(seconds)} s of training, the time of the fastest, "
+        f"{fastest.final.entry['name']}: {listed}. Interpolated on training losses, and only for "
+        "this machine; it decides nothing."
+    )
+    worst = max(row.speeds[0] / row.speeds[-1] for row in ranked)
+    if worst > DISTURBED:
+        said += f" Seeds of one finalist differed {worst:.1f} times in speed: take it with care."
+    return said
+
+
+def _slopes(summary: Summary) -> str:
+    ranked = verdicts([pair.slope for pair in summary.sized])
+    if not ranked:
+        return ""
+    listed = ", ".join(f"{f.entry['name']} {_signed(f)}" for f, _ in ranked)
+    steepest, *others = [f for f, _ in ranked]
+    return (
+        "From about half of the parameters to all of them, each doubling changes bits/byte by: "
+        f"{listed}.{_most(steepest, others)}"
+    )
+
+
+def _signed(final: Final) -> str:
+    spread = "" if final.spread is None else f" ± {final.spread:.3f}"
+    return f"{final.mean:+.3f}{spread}"
+
+
+def _most(steepest: Final, others: list[Final]) -> str:
+    """Who gains most from size, as far as noise lets one say it."""
+    if steepest.mean is not None and steepest.mean >= 0:
+        return " Nobody gains from size on so many tokens."
+    if not others:
+        return ""
+    name, noise = steepest.entry["name"], noise_of([steepest, *others])
+    if noise is None:
+        return f" {name} gains most from size, as far as a single seed can tell."
+    tied = [f.entry["name"] for f in others if noise.tied(steepest, f)]
+    if not tied:
+        return f" {name} gains most from size, by more than the noise floor of {noise}."
+    return (
+        f" {name} gains most from size, but within the noise floor of {noise} and so not told "
+        f"from: {', '.join(tied)}."
+    )
+
+
+def _double_size(summary: Summary) -> str:
+    """Whether the order of the finalists would turn."""
+    if len(summary.sized) < 2:
+        return ""
+    turned = turns(summary.sized)
+    noise = noise_of([pair.doubled for pair in summary.sized])
+    said = "Extrapolated along these slopes to twice the size, "
+    if not turned:
+        said += "the order of these finalists stays as it is"
+    else:
+        said += "the order would turn: " + "; ".join(_turn(a, b, noise) for a, b in turned)
+    return f"{said}. Two sizes do not make a law, and nothing of that size was trained."
+
+
+def _turn(a: Final, b: Final, noise: Noise | None) -> str:
+    said = f"{a.entry['name']} before {b.entry['name']}"
+    if noise is None:
+        return f"{said} (too few seeds to tell that from noise)"
+    by = f"by {noise.gap(a, b):.3f}"
+    return f"{said} ({by}, {'within' if noise.tied(a, b) else 'above'} the noise floor of {noise})"
+
+
+def _no_twins(summary: Summary) -> str:
+    names = {entry["id"]: entry["name"] for entry in summary.entries}
+    refused = [(own, t.entry["refusal"]) for own, t in summary.twins.items() if t.entry["refusal"]]
+    listed = "; ".join(f"{names[own]} ({why})" for own, why in refused)
+    return f"Not trained at a second size: {listed}." if listed else ""
 
 
 def _against_baselines(summary: Summary) -> str:

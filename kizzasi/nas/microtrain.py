@@ -268,13 +268,11 @@ class MicroTrain:
     Args:
         corpus: what to learn from.
         recipe: how.
-        data_seed: which windows are drawn.
         device: where.
     """
 
     corpus: ByteCorpus
     recipe: Recipe
-    data_seed: int = 0
     device: str = "cpu"
 
     def __call__(
@@ -294,7 +292,7 @@ class MicroTrain:
         Args:
             spec: the architecture.
             tokens: the budget, earlier rungs included.
-            seed: of the initialisation.
+            seed: of the initialisation, and of the windows drawn: equal for all specs.
             checkpoint: where the training is kept between rungs; None keeps nothing.
             on_step: see `Training.run`.
         """
@@ -321,4 +319,4 @@ class MicroTrain:
     def training(self, spec: ModelSpec, seed: int) -> Training:
         """A fresh training of the spec, for callers that want the model."""
         model = build_model(spec, seed=seed, device=self.device)
-        return Training(model, self.corpus, self.recipe, self.data_seed)
+        return Training(model, self.corpus, self.recipe, derive_seed(seed, "data"))

@@ -19,7 +19,15 @@ from kizzasi.nas.findings import findings
 from kizzasi.nas.lineage import ancestry, lineage, mermaid, to_json
 from kizzasi.nas.summary import Event, Summary, summarise
 from kizzasi.nas.svg import STYLE, short
-from kizzasi.nas.tables import COLUMN_NAMES, LEFT_ALIGNED, Part, Rows, cells, tables
+from kizzasi.nas.tables import (
+    COLUMN_NAMES,
+    LEFT_ALIGNED,
+    Part,
+    Rows,
+    cells,
+    finalist_tables,
+    tables,
+)
 
 __all__ = ["Summary", "findings", "html", "markdown", "summarise", "table", "write_report"]
 
@@ -47,7 +55,7 @@ def markdown(summary: Summary) -> str:
     said = "\n".join(f"- {md(text)}" for text in findings(summary))
     text = f"# {md(_headline(summary))}\n\n{said}"
     for part in tables(summary):
-        text += f"\n\n## {part.title}\n\n{_md_table(part)}"
+        text += f"\n\n## {part.title}\n\n{md_table(part)}"
         if part.title == "Layers" and summary.leader:
             text += f"\n\n{md(summary.leader['name'])}, {summary.leader['params']:,} parameters"
     return f"{text}\n\n## Lineage\n\n{md_lineage(summary)}\n\nThe plots are in report.html.\n"
@@ -81,10 +89,12 @@ def html(summary: Summary) -> str:
         name: f'<div class="pair">{"".join(map(_html_figure, getattr(drawn, name)))}</div>'
         for name in ("training", "fronts", "proxies")
     }
-    finalists, fronts, rungs, worth = (
+    fronts, rungs, worth = (
         _html_table(by_title.pop(title))
-        for title in ("Finalists", "Pareto fronts", "Rungs", "What the proxy was worth")
+        for title in ("Pareto fronts", "Rungs", "What the proxy was worth")
     )
+    finals = finalist_tables(summary)
+    finalists = "".join(_html_table(by_title.pop(part.title)) for part in finals)
     small = [part for part in by_title.values() if part.small]
     large = [part for part in by_title.values() if not part.small]
     title = escape(_headline(summary))
@@ -146,10 +156,11 @@ def md(text: str) -> str:
     return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", escape(line, quote=False))
 
 
-def _md_table(part: Part) -> str:
+def md_table(part: Part) -> str:
+    """The table and its note, or what is said in its place."""
     if len(part.rows) < 2:
         return part.missing
-    return md_rows(part.rows)
+    return md_rows(part.rows) + (f"\n\n{md(part.note)}" if part.note else "")
 
 
 def md_rows(rows: Rows) -> str:
@@ -174,6 +185,7 @@ def _html_table(part: Part) -> str:
     if len(part.rows) < 2:
         return f'<section>{title}<p class="missing">{escape(part.missing)}</p></section>'
     names, *rows = part.rows
+    note = f'<p class="note">{escape(part.note)}</p>' if part.note else ""
     style = ["" if name in LEFT_ALIGNED else ' class="number"' for name in names]
     head = "".join(
         f'<th scope="col"{s}>{escape(name)}</th>' for s, name in zip(style, names, strict=True)
@@ -185,7 +197,7 @@ def _html_table(part: Part) -> str:
         body += f"<tr{mark}>{''.join(cells)}</tr>"
     return (
         f'<section>{title}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div></section>"
+        f"<tbody>{body}</tbody></table></div>{note}</section>"
     )
 
 
@@ -239,7 +251,7 @@ section, figure { background: var(--paper); border: 1px solid var(--rule); borde
 .cards b { display: block; color: var(--ink); font-size: 21px; font-weight: 620;
   font-variant-numeric: tabular-nums; }
 ul { margin: 0; padding-left: 20px; } li { margin: 0 0 6px; max-width: 90ch; }
-figcaption, .missing { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
+figcaption, .missing, .note { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px;
   font-variant-numeric: tabular-nums; }

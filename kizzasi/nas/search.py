@@ -1,6 +1,7 @@
 """The main job: find a good small sequence model for your bytes and your budget.
 
     a searcher proposes candidates that keep all bounds; presets take part beside them
+      -> screens, if there are any, choose each proposal among a few draws
       -> learning rate per family, by a small sweep at the lowest budget
       -> a scheduler says who trains on to the next rung, from its checkpoint
       -> the best, and the best preset, trained anew at a longer budget over several seeds
@@ -15,14 +16,14 @@ order asked for. So a resumed run walks through its journal and goes on from the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from kizzasi.errors import StudyError
-from kizzasi.models import presets
+from kizzasi.models import ModelSpec, presets
 from kizzasi.nas.arch_search import ArchSearchSpace
 from kizzasi.nas.constraints import Feasible
 from kizzasi.nas.data import ByteCorpus, baselines, batches, duplicate_share, load_corpus
@@ -38,15 +39,16 @@ from kizzasi.nas.entrants import (
     zero_cost,
 )
 from kizzasi.nas.executors import NO_LIMITS, Executor, Kind, Limits, open_executor
-from kizzasi.nas.finalists import Final, noise_of
+from kizzasi.nas.finish import Finish
 from kizzasi.nas.microtrain import MicroTrain, Recipe
 from kizzasi.nas.model_space import ModelSpace
 from kizzasi.nas.proxies import Batch
 from kizzasi.nas.report import write_report
 from kizzasi.nas.schedulers import Job, Schedule
 from kizzasi.nas.schedulers.schedule import FAILED
+from kizzasi.nas.screen import Screen, Screened
 from kizzasi.nas.searchers import Search as Proposing
-from kizzasi.nas.settings import SearchConfig
+from kizzasi.nas.settings import INHERIT, SearchConfig
 from kizzasi.nas.space import Space
 from kizzasi.nas.storage import Journal, derive_seed
 from kizzasi.nas.strategies import (
@@ -58,7 +60,6 @@ from kizzasi.nas.strategies import (
     searcher_of,
 )
 from kizzasi.nas.study import Entry, Study, Trial, score_of
-from kizzasi.nas.summary import NEVER_WIN
 
 __all__ = ["SMALL_SPACE", "VOCAB", "Search", "SearchConfig"]
 
@@ -127,7 +128,7 @@ class Search:
             batch_size=config.batch_size,
             score_windows=config.score_windows,
         )
-        evaluator = MicroTrain(corpus, recipe, derive_seed(config.seed, "data"), self.device)
+        evaluator = MicroTrain(corpus, recipe, self.device)
         return open_executor(
             evaluator, self.executor, self.workers, self.threads, self.limits, self.address
         )
@@ -150,7 +151,8 @@ class Search:
             },
         )
         now = {**_json(config), "corpus": corpus.digest}
-        then = {**event["config"], "corpus": event["corpus"]["digest"]}
+        then = {**_json(SearchConfig().to_dict()), **event["config"]}  # new options: not used then
+        then["corpus"] = event["corpus"]["digest"]
         if changed := [key for key in now if now[key] != then.get(key)]:
             given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
             raise StudyError(f"{self.folder}: cannot resume another search; {given:.300}")
@@ -169,7 +171,7 @@ class Run:
     def __init__(
         self, config: SearchConfig, study: Study, space: ArchSearchSpace | ModelSpace, device: str
     ) -> None:
-        self.config, self.study = config, study
+        self.config, self.study, self.device = config, study, device
         self.rules = Recorded(constraints_of(config, device), study)
         searched: Space[Any] = cast("Space[Any]", space)
         self.feasible = Feasible(searched, self.rules, vocab_size=VOCAB)
@@ -199,8 +201,28 @@ class Run:
             return schedule.candidates[candidate].group
 
         scheduler = scheduler_of(config, len(usual), group_of)
-        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self.feasible))
+        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self._screened()))
         return schedule
+
+    def _screened(self) -> Space[Any]:
+        """The feasible candidates behind the screens, the cheapest screen first."""
+        config, space = self.config, cast("Space[Any]", self.feasible)
+        for by in config.screens:
+            screen = Screen(
+                by,
+                self.study,
+                self._batch,
+                self._last_trial,
+                config.screen_tokens,
+                config.seed,
+                self.device,
+            )
+            space = Screened(space, screen, config.screen_width)
+        return space
+
+    def _last_trial(self, spec: ModelSpec) -> Trial | None:
+        """The last training of a model whose checkpoint is kept."""
+        return next((trial for trial in self._promotable() if trial.entry.spec == spec), None)
 
     def to_the_end(self) -> None:
         """Climb the rungs, train the finalists, save the winner, write the result."""
@@ -217,7 +239,8 @@ class Run:
                 self.schedule.tell(job, None if score is None else -score)
             if not old:
                 self.study.keep(self._promotable())
-        self._finish()
+        finish = Finish(self.config, self.study, self._standings(), self.lrs)
+        finish.run(self.schedule.steps, self.feasible.refused)
 
     def _next_jobs(self) -> list[Job]:
         """What runs side by side: within the token budget, and not more than the scores of one
@@ -279,8 +302,10 @@ class Run:
             study.once("lr", lambda found=found: found, family=family)
 
     def _promotable(self) -> list[Trial]:
-        """The last trials of those that train on, and of the best that rest on each rung."""
+        """The last trials of those that train on, and of the best that rest on each rung; of those
+        that can train no further only where children inherit their weights."""
         results, scheduler = self.schedule.results, self.schedule.scheduler
+        inherit = INHERIT in self.config.screens
         resting: dict[int, list[tuple[float, int]]] = {}
         for candidate in range(len(self.schedule.candidates)):
             if (scores := results.scores(candidate)) and scores[-1] != FAILED:
@@ -291,7 +316,7 @@ class Run:
         found = []
         for candidate in kept:
             budgets, n = scheduler.budgets(candidate), len(results.scores(candidate))
-            if 0 < n < len(budgets):
+            if 0 < n < len(budgets) + inherit:
                 found.append(self._trial(Job(candidate, budgets[n - 1])))
         return found
 
@@ -306,74 +331,6 @@ class Run:
                 found.append((min(sound), entry, len(sound) == len(scores)))
         found.sort(key=lambda place: place[0])
         return [(entry, sound) for _, entry, sound in found]
-
-    def _finish(self) -> None:
-        """Train the finalists anew at the final budget, save the winner, write the result."""
-        config, study, standings = self.config, self.study, self._standings()
-        fit = [entry for entry, sound in standings if sound]
-        searched = [e for e in fit if e.group not in NEVER_WIN][: config.n_finalists]
-        preset = [e for e in fit if e.group == "preset"][:1]
-        if not searched:
-            raise StudyError("every searched candidate failed; the journal holds the reasons")
-        horizon = config.final_tokens
-        trials = {
-            e.id: [
-                Trial(e, "final", config.seed + i, self.lrs[e.family], horizon, horizon)
-                for i in range(config.final_seeds)
-            ]
-            for e in (*searched, *preset)
-        }
-        results = study.run([t for ts in trials.values() for t in ts])
-        finals = {
-            own: Final({"id": own}, tuple(results[t.id] for t in ts)) for own, ts in trials.items()
-        }
-        means = {e.id: finals[e.id].mean for e in searched}
-        scored = {own: mean for own, mean in means.items() if mean is not None}
-        if not scored:
-            reason = results[trials[searched[0].id][0].id]["failure"]
-            raise StudyError(f"the winner's final training failed: {reason}")
-        winner = min(scored, key=scored.__getitem__)
-        self._save_winner(min(trials[winner], key=lambda t: score_of(results[t.id])))
-        noise = noise_of(finals.values())
-        study.once(
-            "result",
-            lambda: {
-                "winner": winner,
-                "winner_trials": [t.id for t in trials[winner]],
-                "preset": preset[0].id if preset else None,
-                "preset_trials": [t.id for e in preset for t in trials[e.id]],
-                "ranking": [entry.id for entry, _ in standings],
-                "finalists": [
-                    {
-                        "candidate": own,
-                        "mean": final.mean,
-                        "spread": final.spread,
-                        "trials": [t.id for t in trials[own]],
-                    }
-                    for own, final in finals.items()
-                ],
-                "noise": noise and asdict(noise),
-                "ties": [
-                    own
-                    for own, final in finals.items()
-                    if noise
-                    and own != winner
-                    and final.scores
-                    and noise.tied(finals[winner], final)
-                ],
-                "tokens": self.schedule.steps,
-                "refused": dict(self.feasible.refused),
-            },
-        )
-        study.keep(())
-
-    def _save_winner(self, trial: Trial) -> None:
-        study = self.study
-        if not study.checkpoint(trial).exists():
-            return  # saved before the run was interrupted
-        training = study.executor.evaluator.training(trial.entry.spec, trial.seed)
-        training.restore(study.checkpoint(trial))
-        training.model.eval().save_pretrained(study.checkpoints.parent / "best")
 
 
 def _mean(results: dict[str, dict[str, Any]], trials: Sequence[Trial]) -> float:
@@ -390,7 +347,8 @@ def _tokens_at_most(config: SearchConfig) -> int:
         before, n = tokens, max(2, round(config.keep * n)) + 1
     total = config.search_tokens or total
     sweeps = (len(presets.SMALL) + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
-    return total + sweeps + (1 + config.n_finalists) * config.final_seeds * config.final_tokens
+    seeds = config.final_seeds + config.slope_seeds
+    return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
 
 
 def _json(value: Any) -> Any:

@@ -7,12 +7,15 @@ from typing import Literal, get_args
 
 from kizzasi.errors import SpecError
 from kizzasi.models.strict import Strict, require, unknown_name
+from kizzasi.nas.probes import PROBES
 from kizzasi.nas.proxies import PROXIES
 from kizzasi.nas.schedulers.schedule import geometric_budgets
 
 SearcherName = Literal["proxy", "random", "regularized", "evolution", "local", "nsga2", "tpe"]
 SchedulerName = Literal["halving", "hyperband", "asha", "stopping", "pasha", "pdh"]
-ONE_AFTER_ANOTHER = ("asha", "stopping", "pasha", "pdh")  # schedulers that may end at any time
+ANALYTIC, INHERIT = "analytic", "inherit"
+SCREENS = (ANALYTIC, *PROXIES, *PROBES, INHERIT)  # from cheap to dear
+ONE_AFTER_ANOTHER = ("hyperband", "asha", "stopping", "pasha", "pdh")  # may end at any time
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class SearchConfig(Strict):
         n_outside: trained on the first rung only, from outside the band, to see what the proxy is
             worth over all sizes.
         proxies: zero-cost proxies of every candidate that is trained; recorded, never decisive.
+        screens: from cheap to dear, what chooses each proposal among `screen_width` draws before
+            any is trained: "analytic", a zero-cost proxy, a probe ("recall", "copy", "parity"), or
+            "inherit", which trains mutants of one parent for `screen_tokens` from its weights.
+        screen_width, screen_tokens: see there.
         population, sample, mutation: of the evolving searchers: members, contestants for a
             parent's place, and chance per gene.
         side_by_side: trainings decided on at once where scores lead the search; unlike the number
@@ -53,6 +60,8 @@ class SearchConfig(Strict):
         n_finalists: searched candidates trained anew at the final budget, beside the best preset.
         final_tokens: the budget of that training, from scratch.
         final_seeds: how often.
+        slope_seeds: as many of these seeds also train every finalist at about half of the
+            parameters, to see what it gains from size; 0 leaves that out.
         seq_len, batch_size: of the training windows.
         score_windows: held-out windows that a score uses, evenly spread, or all if there are fewer.
         seed: of everything random.
@@ -74,6 +83,9 @@ class SearchConfig(Strict):
     n_random: int = 12
     n_outside: int = 2
     proxies: tuple[str, ...] = ("flops", "grad_norm", "synflow", "logdet")
+    screens: tuple[str, ...] = ()
+    screen_width: int = 4
+    screen_tokens: int = 8_192
     population: int = 24
     sample: int = 6
     mutation: float = 0.1
@@ -87,6 +99,7 @@ class SearchConfig(Strict):
     n_finalists: int = 1
     final_tokens: int = 262_144
     final_seeds: int = 1
+    slope_seeds: int = 0
     seq_len: int = 128
     batch_size: int = 4
     score_windows: int = 512
@@ -110,7 +123,8 @@ class SearchConfig(Strict):
         """Raises SpecError naming the value and the rule."""
         counts = ("n_params", "n_pool", "n_best", "final_tokens", "final_seeds", "seq_len")
         more = ("batch_size", "bounds_len", "population", "sample", "side_by_side", "n_sweep")
-        self.require_positive("", *counts, *more, "n_finalists", "score_windows")
+        last = ("n_finalists", "score_windows", "screen_width", "screen_tokens")
+        self.require_positive("", *counts, *more, *last)
         rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
         for ok, rule in (
             (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
@@ -118,6 +132,10 @@ class SearchConfig(Strict):
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
             (self.lrs and min(self.lrs) > 0, f"lrs: {self.lrs} must be positive"),
             (min(self.n_random, self.n_outside) >= 0, "n_random, n_outside: must not be negative"),
+            (
+                0 <= self.slope_seeds <= self.final_seeds,
+                f"slope_seeds: {self.slope_seeds} is outside 0 .. final_seeds {self.final_seeds}",
+            ),
         ):
             if not ok:
                 raise SpecError(rule)
@@ -128,6 +146,16 @@ class SearchConfig(Strict):
             )
         for name in self.proxies:
             require(name in PROXIES, "proxies", f"{name!r} {unknown_name(name, PROXIES)}")
+        for name in self.screens:
+            require(name in SCREENS, "screens", f"{name!r} {unknown_name(name, SCREENS)}")
+        if self.screens:
+            rule = (
+                f"{self.searcher!r} makes its own choice; choose a searcher that samples or mutates"
+            )
+            require(self.searcher not in ("proxy", "tpe"), "screens", rule)
+        if ANALYTIC in self.screens:
+            rule = "no formula ranks the models of this space; use another screen, or families"
+            require(self.space == "families", "screens", rule)
         if self.searcher == "proxy":
             ok = self.space == "families" and self.scheduler == "halving"
             rule = "'proxy' ranks a pool of families for halving; choose another searcher"

@@ -43,8 +43,9 @@ def tokens_left(summary: Summary) -> int | None:
     config = summary.study.get("config", {})
     if not {"rungs", "keep", "final_tokens", "final_seeds"} <= config.keys():
         return None
-    done = sum(len(final.trials) for final in summary.finals)
-    wanted = (config.get("n_finalists", 1) + 1) * config["final_seeds"]
+    done = sum(len(f.trials) for f in (*summary.finals, *summary.twins.values()))
+    seeds = config["final_seeds"] + config.get("slope_seeds", 0)
+    wanted = (config.get("n_finalists", 1) + 1) * seeds
     left = max(0, wanted - done) * config["final_tokens"]
     if summary.finals:
         return left

@@ -40,7 +40,6 @@ from kizzasi.nas.spaces import hybrid, mamba_rwkv, moe, tiny
 
 C = TypeVar("C")
 
-NOISE = 0.01  # bits per byte that PASHA takes for equal; about the spread over seeds
 SMALL_SPACE = ArchSearchSpace(
     d_model_options=(48, 64, 80, 96, 112, 128),
     d_state_options=(8, 16, 32),
@@ -117,11 +116,11 @@ def scheduler_of(config: SearchConfig, n_presets: int, group_of: Callable[[int],
     n, rungs, eta = config.n_candidates + n_presets, config.rungs, config.eta
     schedulers: dict[str, Callable[[], Scheduler]] = {
         "halving": lambda: Halving(rungs, config.keep, group_of),
-        "hyperband": lambda: Hyperband(rungs[0], rungs[-1], eta),
+        "hyperband": lambda: Hyperband(rungs[0], rungs[-1], eta, n),
         "asha": lambda: ASHA(n, rungs[0], rungs[-1], eta),
         "stopping": lambda: StoppingASHA(n, rungs[0], rungs[-1], eta),
-        "pasha": lambda: PASHA(n, rungs[0], rungs[-1], eta, NOISE),
-        "pdh": lambda: PDH(n, rungs, config.population, config.population),
+        "pasha": lambda: PASHA(n, rungs[0], rungs[-1], eta),
+        "pdh": lambda: PDH(n, rungs, -(-config.population // 3), config.population),
     }
     return schedulers[config.scheduler]()
 

@@ -4,17 +4,19 @@ Events of a run, one JSON object per line of journal.jsonl:
 
 study      config, corpus {name, digest, n_bytes, n_held_out, repeated}, baselines {name: bits/byte}
 measured   id, refusal (null, or the bound that this model breaks when it is run)
+screen     see `kizzasi.nas.screen`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
            spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
            proxies {name: value or null}, proxy_failures {name: reason} if there are any
 lr         family, candidate, scores {lr: bits/byte or null}, lr; a mean over candidates where
            several share a sweep
-trial      id, candidate, rung ("0", "1", ... or "final"), seed, lr, tokens, bits_per_byte, seconds,
-           tokens_per_second, curve, failure
+trial      id, candidate, rung ("0", "1", ..., "final" or "narrow"), seed, lr, tokens,
+           bits_per_byte, seconds, tokens_per_second, curve, failure
 result     winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
            (candidate ids, best first), finalists [{candidate, mean, spread, trials}], noise {floor,
            seeds, freedom} or null, ties (candidate ids that noise does not tell from the winner),
-           tokens (trained on rungs), refused {rule: candidates never built}
+           tokens (trained on rungs), refused {rule: candidates never built}; and what
+           `kizzasi.nas.finish` lists, with the event "narrow"
 """
 
 from __future__ import annotations

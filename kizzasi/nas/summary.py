@@ -2,7 +2,8 @@
 
 Glossary
     event      a line of the journal; kinds and fields are listed in `kizzasi.nas.study`
-    rung       "0", "1", ...: budgets that candidates climb; "final" stands apart from them
+    rung       "0", "1", ...: budgets that candidates climb; "final" stands apart from them, and
+               "narrow", the final training of a finalist's twin at about half of the parameters
     counts     said of a trial at its family's chosen learning rate; the others of a sweep only
                serve to choose that rate
 """
@@ -15,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kizzasi.nas.finalists import Event, Final, Noise, finalists, noise_of
+from kizzasi.nas.finalists import FINAL, NARROW, Event, Final, Noise, finalists, noise_of, twins
+from kizzasi.nas.matched import Sized, sized
 from kizzasi.nas.worth import ProxyWorth, proxy_worth
 
-FINAL = "final"
 NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
 ANALYTIC = "proxy"  # the name of the proxy that every sampled candidate has
 
@@ -82,8 +83,11 @@ class Summary:
         finals: every final training, best mean first.
         winner, preset: those of the searched winner and of the best preset, if begun.
         noise: of the finals; None before two of them share two seeds.
+        twins: by finalist, its training at about half of the parameters, if it was asked for.
+        sized: finalists with a score at both sizes.
         worths: by proxy, the analytic one first, on rung "0"; without those nobody was trained for.
         refused: by rule, candidates that broke it and were never built.
+        screened: by screen, how many draws it judged, and tokens that it trained them on.
         finished: whether the `result` event is there.
     """
 
@@ -96,8 +100,11 @@ class Summary:
     winner: Final | None
     preset: Final | None
     noise: Noise | None
+    twins: dict[str, Final]
+    sized: tuple[Sized, ...]
     worths: dict[str, ProxyWorth]
     refused: dict[str, int]
+    screened: dict[str, tuple[int, int]]
     finished: bool
 
     @property
@@ -112,6 +119,11 @@ class Summary:
     def best(self) -> Standing | None:
         """The candidate that stands first, whoever may win."""
         return next((s for s in self.standings if s.rank == 1), None)
+
+    @property
+    def reference(self) -> Final | None:
+        """Whose size the parameter-matched table takes: the best preset, or else the winner."""
+        return self.preset or self.winner
 
     @property
     def rungs(self) -> list[Rung]:
@@ -167,7 +179,8 @@ def summarise(events: Iterable[Event]) -> Summary:
     sweeps = [e for e in events if e["event"] == "lr"]
     result = next((e for e in events if e["event"] == "result"), None)
     standings = _standings(entries, trials, {e["family"]: e["lr"] for e in sweeps}, result)
-    finals = finalists(entries, trials)
+    finals = finalists(entries, trials, result)
+    narrow = twins(events, trials)
     winner, preset = _duellists(finals, result)
     return Summary(
         study=next((e for e in events if e["event"] == "study"), {}),
@@ -179,8 +192,11 @@ def summarise(events: Iterable[Event]) -> Summary:
         winner=winner,
         preset=preset,
         noise=noise_of(finals),
+        twins=narrow,
+        sized=tuple(sized(finals, narrow)),
         worths=_worths(standings),
         refused=(result or {}).get("refused") or {},
+        screened=_screened(e for e in events if e["event"] == "screen"),
         finished=result is not None,
     )
 
@@ -216,12 +232,24 @@ def _depth_and_score(standing: Standing) -> tuple[int, float]:
     return -int(standing.scored["rung"]), standing.scored["bits_per_byte"]
 
 
+def _screened(screens: Iterable[Event]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for screen in screens:
+        n, tokens = found.get(screen["by"], (0, 0))
+        found[screen["by"]] = n + 1, tokens + screen.get("tokens", 0)
+    return found
+
+
 def _counting(trials: Sequence[Event], entry: Event, lr: float | None) -> tuple[Event, ...]:
     """One trial per rung; while the sweep of the family runs, its best so far."""
     best: dict[str, Event] = {}
     for trial in trials:
         rung, score = trial["rung"], trial["bits_per_byte"]
-        if trial["candidate"] != entry["id"] or rung == FINAL or lr not in (None, trial["lr"]):
+        if (
+            trial["candidate"] != entry["id"]
+            or rung in (FINAL, NARROW)
+            or lr not in (None, trial["lr"])
+        ):
             continue
         held = best.get(rung, {}).get("bits_per_byte")
         if rung not in best or (score is not None and (held is None or score < held)):

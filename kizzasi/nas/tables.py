@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kizzasi.nas.anatomy import layer_rows
 from kizzasi.nas.figures import COSTS, trainings
+from kizzasi.nas.finalists import TOO_FEW, Final, against, noise_of
+from kizzasi.nas.matched import CLOSE, InTime, equal_params, equal_time
 from kizzasi.nas.summary import Standing, Summary
 from kizzasi.nas.svg import pareto_front, short
 from kizzasi.nas.worth import Agreement, Region
@@ -24,12 +28,34 @@ COLUMN_NAMES = [
 LEFT_ALIGNED = {
     "architecture", "group", "best", "family", "predictor", "candidate", "reason", "setting",
     "value", "baseline", "scores by learning rate", "scores by seed", "against the best",
-    "on the front of", "layer", "mixer", "channel", "curve", "where",
+    "against the steepest", "on the front of", "layer", "mixer", "channel", "curve", "where",
 }  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
 CURVES = 20  # trainings listed
 CURVE_POINTS = 32
 Rows = list[list[str]]
+EQUAL_TOKENS = (
+    "Everyone trained from scratch on the same tokens. This table decides the search; those of "
+    "parameters, time and size do not."
+)
+EQUAL_PARAMS = (
+    "At the size of the best preset, or of the winner if there is none. A finalist with a slope "
+    "is moved along it from its own size, over the seeds of both sizes; without one it stands as "
+    f"it is if it is within {CLOSE:.0%} of the size, and is else not compared."
+)
+EQUAL_TIME = (
+    "After the seconds that the fastest finalist trained for on this machine; another machine "
+    "gives another table. Tokens: by the fastest seed, as other work only slows a training down. "
+    "Interpolated: the held-out score after all tokens, and what the training loss still lost from "
+    "there to the end, by a straight line through it over log tokens (from half of all tokens at "
+    "the latest). The error of that, at 95 %, is added to the noise floor. It is read in "
+    "mid-schedule, before the learning rate has come down."
+)
+TWO_SIZES = (
+    "The same layers with fewer channels, on the same tokens at the same learning rate. Slope: "
+    "what each doubling of the parameters adds to bits/byte; below 0 it is a gain. Double size is "
+    "extrapolated along it from two sizes, not measured."
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,7 @@ class Part:
         small: takes half of the page.
         plotted: the page shows it as a plot instead.
         marked: the row to stand out, counted without the names.
+        note: how its figures came about, for those that one does not simply measure.
     """
 
     title: str
@@ -51,6 +78,7 @@ class Part:
     small: bool = False
     plotted: bool = False
     marked: int | None = None
+    note: str = ""
 
 
 def tables(summary: Summary) -> list[Part]:
@@ -59,7 +87,7 @@ def tables(summary: Summary) -> list[Part]:
     won = ids.index(summary.winner.entry["id"]) if summary.winner else None
     return [
         Part("Candidates", _candidates(summary), "No candidate is there yet.", marked=won),
-        Part("Finalists", finalist_rows(summary), "Final training has not begun yet."),
+        *finalist_tables(summary),
         Part("Pareto fronts", _fronts(summary), "No candidate has a score yet."),
         Part("Layers", layer_table(summary), "No candidate may win yet.", plotted=True),
         Part("Rungs", rung_rows(summary), "No trial has ended yet."),
@@ -97,29 +125,108 @@ def _candidates(summary: Summary) -> Rows:
     return [r[:4] + [e] + r[4:] for r, e in zip(rows, ["estimated", *listed], strict=True)]
 
 
+def finalist_tables(summary: Summary) -> list[Part]:
+    """The finalists after equal tokens, at equal parameters, after equal time, at two sizes."""
+    none = "Final training has not begun yet."
+    two = "No finalist was trained at a second size; --slope-seeds does that."
+    return [
+        Part("Finalists, token-matched", finalist_rows(summary), none, note=EQUAL_TOKENS),
+        Part("Finalists, parameter-matched", param_rows(summary), none, note=EQUAL_PARAMS),
+        Part("Finalists, time-matched", time_rows(summary), none, note=EQUAL_TIME),
+        Part("Finalists at two sizes", size_rows(summary), two, note=TWO_SIZES),
+    ]
+
+
 def finalist_rows(summary: Summary) -> Rows:
     """Every finalist: its seeds, and whether the noise floor lets it be told from the best."""
     names = ["architecture", "group", "params", "tokens", "bits/byte", "scores by seed"]
-    best = next((f for f in summary.finals if f.scores), None)
     rows = []
     for final in summary.finals:
-        entry, noise = final.entry, summary.noise
+        entry = final.entry
         won = summary.winner is not None and entry["id"] == summary.winner.entry["id"]
         scores = {t["seed"]: t["bits_per_byte"] for t in final.trials}
         listed = (f"{seed}: {'failed' if s is None else f'{s:.3f}'}" for seed, s in scores.items())
-        if best is None or not final.scores:
-            verdict = "failed"
-        elif final is best:
-            verdict = "best mean"
-        elif noise is None:
-            verdict = "not told apart: too few seeds"
-        else:
-            tied = "tied" if noise.tied(best, final) else "worse"
-            verdict = f"{noise.gap(best, final):+.3f}, {tied}"
-        sizes = [f"{entry['params']:,}", f"{final.tokens:,}", str(final).removesuffix(" bits/byte")]
+        sizes = [f"{entry['params']:,}", f"{final.tokens:,}", _bits(final)]
         group = "winner" if won else entry["group"]
+        verdict = against(summary.finals[0], final, summary.noise)
         rows.append([entry["name"], group, *sizes, ", ".join(listed), verdict])
     return [[*names, "against the best"], *rows]
+
+
+def param_rows(summary: Summary) -> Rows:
+    """Every finalist as it would be at the size of the reference."""
+    rows: Rows = []
+    if reference := summary.reference:
+        size = reference.entry["params"]
+        moved = equal_params(summary.finals, summary.sized, size)
+        for final, verdict in verdicts(moved):
+            own = final.entry["params"]
+            off = f"{own / size - 1:+.1%}"
+            if final.mean is None:
+                verdict = "not compared"
+            rows.append([final.entry["name"], f"{own:,}", off, _bits(final, "-"), verdict])
+    names = ["architecture", "params", "off the size", "bits/byte at the size"]
+    return [[*names, "against the best"], *rows]
+
+
+def verdicts(finals: Sequence[Final]) -> list[tuple[Final, str]]:
+    """Finalists by their mean, and where each stands beside the best."""
+    ranked = sorted(finals, key=lambda f: math.inf if f.mean is None else f.mean)
+    noise = noise_of(ranked)
+    return [(final, against(ranked[0], final, noise)) for final in ranked]
+
+
+def time_rows(summary: Summary) -> Rows:
+    """Every finalist after the training time of the fastest."""
+    rows = []
+    ranked = equal_time(summary.finals)
+    for row in ranked:
+        speeds = " .. ".join(dict.fromkeys(short(v) for v in (row.speeds[0], row.speeds[-1])))
+        read = ["-", "-"] if row.mean is None else [f"{row.mean:.3f}", f"{row.error:.3f}"]
+        own = [row.final.entry["name"], speeds, f"{row.tokens:,}", *read]
+        rows.append([*own, timed_verdict(summary, ranked[0], row)])
+    names = ["architecture", "tok/s", "tokens in that time", "bits/byte then", "reading error"]
+    return [[*names, "against the best"], *rows]
+
+
+def timed_verdict(summary: Summary, best: InTime, row: InTime) -> str:
+    """As `against`, but the errors of reading both curves are added to the noise floor."""
+    if row.mean is None or best.mean is None:
+        return "the curve is too short"
+    if row is best:
+        return "best mean"
+    if summary.noise is None:
+        return TOO_FEW
+    gap = row.mean - best.mean
+    margin = summary.noise.floor + best.error + row.error
+    return f"{gap:+.3f}, {'tied' if gap <= margin else 'worse'}"
+
+
+def size_rows(summary: Summary) -> Rows:
+    """Every finalist that was to be trained at a second size, the steepest slope first."""
+    names = ["architecture", "params", "narrow", "bits/byte, narrow", "slope per doubling"]
+    rows: Rows = []
+    pairs = {pair.final.entry["id"]: pair for pair in summary.sized}
+    doubled = {f.entry["id"]: (f, v) for f, v in verdicts([p.doubled for p in pairs.values()])}
+    for slope, verdict in verdicts([pair.slope for pair in pairs.values()]):
+        entry, narrow = slope.entry, pairs[slope.entry["id"]].narrow
+        sizes = [f"{entry['params']:,}", f"{narrow.entry['params']:,}", _bits(narrow)]
+        double, place = doubled[entry["id"]]
+        steepest = "steepest" if verdict == "best mean" else verdict.replace("worse", "flatter")
+        rows.append([entry["name"], *sizes, _bits(slope), steepest, _bits(double), place])
+    for own, twin in summary.twins.items():
+        if own not in pairs:
+            entry = next(e for e in summary.entries if e["id"] == own)
+            size, done = twin.entry["params"], "failed" if twin.trials else "waiting"
+            said = twin.entry["refusal"] or done
+            shown = "-" if size is None else f"{size:,}"
+            rows.append([entry["name"], f"{entry['params']:,}", shown, "-", "-", said, "-", "-"])
+    more = ["against the steepest", "bits/byte, double size", "against the best"]
+    return [[*names, *more], *rows]
+
+
+def _bits(final: Final, missing: str = "failed") -> str:
+    return missing if final.mean is None else str(final).removesuffix(" bits/byte")
 
 
 def _fronts(summary: Summary) -> Rows:

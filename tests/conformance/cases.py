@@ -101,6 +101,11 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "rwkv5": {"two-heads": {"head_dim": 8}},
     "rwkv6": {"two-heads": {"head_dim": 8, "mix_rank": 3, "decay_rank": 5}},
     "rwkv7": {"two-heads": {"head_dim": 8}},
+    "sequence_routed": {
+        "top2": {"mixers": [MAMBA, MAMBA, MAMBA], "top_k": 2},  # the exam's two rows choose all
+        "all": {"mixers": [MAMBA, HEADS, RWKV7], "top_k": 3, "temperature": 0.5},
+        "mean": {"mixers": [RWKV7, HEADS], "top_k": 2, "summary": "mean"},
+    },
     "s4": {kind: {"d_state": 8, "init": kind} for kind in ("legs", "fourier")},
     "s4d": {kind: {"d_state": 8, "init": kind} for kind in ("lin", "inv", "legs", "real")},
     "s5": {"one-block": {"d_state": 6, "n_blocks": 1}, "blocks": {"d_state": 8, "n_blocks": 2}},

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kizzasi.eml import tree_search
 from kizzasi.eml.exact import ONE, compile_expression, evaluate, formula, leaf, node, verify
-from kizzasi.eml.recovery import MasterFormula, search_tree, train_master_formula
+from kizzasi.eml.recovery import MasterFormula, train_master_formula
+from kizzasi.eml.tree_search import TreeSearch, search_tree
 from kizzasi.errors import SpecError
 
 SIZES = {
@@ -137,3 +139,21 @@ def test_training_recovers_trees(depth):
     for _, value in targets(depth, 1):
         found = train_master_formula(SAMPLES, value, depth, restarts=48, steps=60)
         assert found.tree is not None
+
+
+@pytest.mark.parametrize(("set_size", "depth"), [(100, 3), (100, 4), (2000, 5)])
+def test_search_meets_in_the_middle(monkeypatch, set_size, depth):
+    """Sets of depth 2 and 3 only; one level is looked up, one peeled."""
+    monkeypatch.setattr(tree_search, "_MAX_SET", set_size)
+    search = TreeSearch(SAMPLES)
+    for tree, value in targets(depth, 8):
+        found = search.find(value, depth)
+        if min(tree.left.depth, tree.right.depth) > search.known.depth:
+            continue  # no sibling is known: that is beyond the search's promise
+        assert found.tree is not None
+        assert found.tree.depth <= depth
+        other = {"x": torch.linspace(0.35, 1.6, 7, dtype=torch.float64)}
+        difference = (evaluate(found.tree, other) - evaluate(tree, other)).abs()
+        assert (difference <= 1e-6 * (1 + evaluate(tree, other).abs())).all()
+        assert search.find(value, depth, lookups=0).tree in (None, found.tree)
+    assert search.known.depth == (2 if set_size == 100 else 3)

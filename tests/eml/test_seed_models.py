@@ -24,6 +24,7 @@ from kizzasi.eml.events import event_from_dict
 from kizzasi.eml.incremental import IncrementalTrials
 from kizzasi.eml.rng import Lcg
 from kizzasi.eml.trials import PlainTrials, descend, draw_trials
+from kizzasi.eml.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 
@@ -215,6 +216,52 @@ def test_speculation_keeps_the_sequential_path(batch):
         assert final == pytest.approx(fast_or_plain.loss(), rel=1e-12)
     assert path[0] == path[1]
     assert path[0][0] > 50
+
+
+def paths(model, n_samples, count):
+    """Run trials one by one by the definition, then by `Walk`: (accepts, parameters, loss) each."""
+    ends = []
+    for kind in (PlainTrials, Walk):
+        built = model()
+        x = torch.rand(n_samples, built.samples.width, dtype=torch.float64) * 2 - 1
+        parameters: list[torch.Tensor] = [tree.params for tree in built.trees()]
+        objective = kind(built._attention(), parameters, x, x.flip(1))
+        n_params = sum(len(p) for p in parameters)
+        index, delta = draw_trials(EndToEndTrainConfig(trials=count), 1, n_params, "fixed")
+        if isinstance(objective, Walk):
+            final, accepts = objective.run(index, delta)
+        else:
+            final, accepts = descend(objective, index, delta, batch=1)
+        assert final == pytest.approx(objective.loss(), rel=1e-12)
+        ends.append((accepts, torch.cat(parameters).tolist(), final))
+    return ends
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+@pytest.mark.parametrize("sizes", [*CASES, (16, 8, 8, 3)])
+@pytest.mark.parametrize("model", [ToyEmlAttention, BaselineAttention])
+def test_walk_takes_the_path_of_one_by_one_evaluation(model, sizes, spread):
+    sizes = sizes if model is ToyEmlAttention else sizes[:3]
+    plain, walk = paths(lambda: toy(*sizes, model=model, spread=spread), 6, 150)
+    assert plain[:2] == walk[:2]
+    assert walk[2] == pytest.approx(plain[2], rel=1e-12)
+    assert walk[0] > 20
+
+
+@pytest.mark.parametrize("n_samples", [5, 40])  # windows of two trials, and of one
+def test_walk_clamps_exponents_floors_logarithms_and_meets_saturated_attention(n_samples):
+    def extreme():
+        model = toy(8, 4, 4, 3)
+        with torch.no_grad():
+            model.q_model.split()[2][:, -1] = values(1.0, 1.5, 0.0)
+            model.k_model.split()[2][3, -1] = values(8.0, 0.0, -2.0)
+            model.out_model.split()[2][5, 1:] = values(-100.0, 0.1, -1.5)
+        return model
+
+    plain, walk = paths(extreme, n_samples, 400)
+    assert plain[:2] == walk[:2]
+    assert walk[2] == pytest.approx(plain[2], rel=1e-12)
+    assert walk[0] > 50
 
 
 @pytest.mark.parametrize(("depth", "count"), [(2, 24), (3, 32), (4, 44), (5, 56)])

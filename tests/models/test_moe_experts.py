@@ -6,7 +6,7 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models.channels.moe import MoESpec
-from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixer import ChannelSpec, LayerContext
 from kizzasi.models.ops import experts
 from kizzasi.models.ops.experts import SwiGLUWeights, grouped_linear, mix, mix_swiglu
 from kizzasi.models.ops.routing import Assignments
@@ -69,6 +69,77 @@ def test_empty_groups_and_jobs_of_nobody(backend):
     y, grads = run(backend, x, flat, nobody, 5)
     assert not y.any()
     assert all(g is not None and not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 74])
+def test_blocks_of_any_length(rows, monkeypatch):
+    monkeypatch.setattr(experts, "BLOCK_ROWS", rows)
+    x, flat, to = make()
+    for idle in (0, 2, 4):
+        some = to._replace(expert=torch.where(to.expert == idle, -1, to.expert))
+        assert_same("sorted", torch.float64, x, flat, some, e=5)
+
+
+def test_gradients_of_experts_add_up_and_do_not_touch_each_other():
+    x, flat, to = make(e=3)
+    leaves = [t.requires_grad_() for t in flat]
+    weights = SwiGLUWeights(leaves[:3], leaves[3:6], leaves[6:])
+    for _ in range(2):
+        mix_swiglu(x, to, weights, "sorted").sum().backward()
+    twice = [t.grad.clone() for t in leaves]
+    leaves[4].grad.zero_()
+    for i, (leaf, want) in enumerate(zip(leaves, twice, strict=True)):
+        assert_close(leaf.grad, want * (i != 4))
+        leaf.grad = None
+    mix_swiglu(x, to, weights, "masked").sum().backward()
+    assert_close(twice[5], 2 * leaves[5].grad)
+
+
+def test_sorted_refuses_to_be_differentiated_twice():
+    x, flat, to = make(e=3)
+    x.requires_grad_()
+    y = mix_swiglu(x, to, SwiGLUWeights(flat[:3], flat[3:6], flat[6:]), "sorted")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("widths", [(8, 8, 8), (8, 5, 8)])
+def test_experts_that_share_no_shape_or_have_biases(bias, widths):
+    swiglu = ChannelSpec.registry["swiglu"]
+    spec = MoESpec(n_experts=3, experts=tuple(swiglu(hidden=h, bias=bias) for h in widths))
+    moe = spec.build(LayerContext(6)).double()
+    for i, parameter in enumerate(moe.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+    x, results = torch.randn(1, 9, 6, dtype=torch.float64), {}
+    for backend in ("sorted", "masked", "dense"):
+        moe.backend = backend
+        moe.zero_grad()
+        y = moe(x).y
+        y.sum().backward()
+        results[backend] = [y, *(p.grad for p in moe.parameters())]
+    row = torch.stack([moe.experts[i](x).y[0] for i in range(3)])
+    moe.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing.to))
+    seen: list[Assignments] = []
+    moe(x)
+    want = torch.zeros(9, 6, dtype=torch.float64)
+    for token, i, weight in zip(*seen[0], strict=True):
+        want[token] += weight * row[i, token]
+    assert_close(results["masked"][0][0], want)
+    for backend in ("sorted", "dense"):
+        for got, ref in zip(results[backend], results["masked"], strict=True):
+            assert_close(got, ref)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_of_an_experts_layer_are_called(hook):
+    moe = MoESpec(n_experts=3, hidden=8).build(LayerContext(6))
+    moe.reset_parameters(1, torch.Generator().manual_seed(0))
+    called = []
+    getattr(moe.experts[0].up_proj, hook)(lambda *_: called.append(1))
+    moe(torch.randn(1, 9, 6, requires_grad=True)).y.sum().backward()
+    assert called
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

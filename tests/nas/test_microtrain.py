@@ -70,7 +70,7 @@ def test_training_beats_the_unigram_on_held_out_bytes(corpus):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout):
-    evaluate, spec = MicroTrain(corpus, RECIPE, data_seed=5), small(dropout=dropout)
+    evaluate, spec = MicroTrain(corpus, RECIPE), small(dropout=dropout)
     whole = evaluate(spec, 16_384, seed=1)
     path = tmp_path / "trial.pt"
     torch.rand(7)  # the caller's own random stream plays no part
@@ -87,10 +87,22 @@ def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout):
 
 def test_seeds_of_data_and_initialisation_are_apart(corpus):
     def run(data_seed, seed):
-        return MicroTrain(corpus, RECIPE, data_seed)(small(), 4_096, seed).bits_per_byte
+        training = Training(build_model(small(), seed=seed), corpus, RECIPE, data_seed)
+        training.run(4_096)
+        return training.score()
 
     assert run(0, 0) == run(0, 0)
     assert len({run(0, 0), run(1, 0), run(0, 1)}) == 3
+
+
+def test_a_trial_draws_both_from_its_seed_and_windows_are_those_of_every_spec(corpus):
+    evaluate = MicroTrain(corpus, RECIPE)
+    first, again, other = (evaluate.training(small(), seed) for seed in (0, 0, 1))
+    assert first.data_seed == again.data_seed == evaluate.training(small(d_model=64), 0).data_seed
+    assert other.data_seed != first.data_seed
+    embeddings = [next(training.model.stem.parameters()) for training in (first, again, other)]
+    assert embeddings[0].equal(embeddings[1])
+    assert not embeddings[0].equal(embeddings[2])
 
 
 def test_divergence_and_nan_stop_with_their_reason(corpus):

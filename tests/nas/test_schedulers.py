@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,9 +29,11 @@ N = 30
 SCHEDULERS = [
     SuccessiveHalving(N, 1, 27),
     Hyperband(1, 27),
+    Hyperband(1, 9, n_candidates=30),
     ASHA(N, 1, 27),
     StoppingASHA(N, 1, 27),
     PASHA(N, 1, 27),
+    PASHA(N, 1, 81, eta=2),
     PASHA(N, 1, 27, epsilon=0.1),
     PDH(N, stages=(1, 3, 9, 27), generation=6, population_size=12),
 ]
@@ -121,6 +125,28 @@ def test_hyperband_has_the_brackets_of_the_paper():
     assert len({c for c, _ in jobs}) == 143
 
 
+def test_hyperband_goes_round_again_while_there_are_candidates():
+    once = list(Hyperband(1, 9).brackets())
+    assert once == [(range(9), (1, 3, 9)), (range(9, 14), (3, 9)), (range(14, 17), (9,))]
+    scheduler = Hyperband(1, 9, n_candidates=40)
+    again = [(range(m.start + 17, m.stop + 17), own) for m, own in once]
+    assert list(scheduler.brackets()) == [*once, *again, (range(34, 40), (1, 3, 9))]
+    jobs, schedule = jobs_of(scheduler, lambda c, _: math.sin(c))
+    a_round = (9 + 3 * 2 + 6) + (5 * 3 + 6) + 3 * 9
+    assert schedule.steps == 2 * a_round + 6 + 2 * 2
+    assert len({c for c, _ in jobs}) == 40
+    assert jobs_of(scheduler, lambda c, _: math.sin(c), n=17)[1].steps == a_round
+
+
+def test_hyperband_spends_a_budget_of_steps_to_the_step():
+    schedule = start(Hyperband(1, 9, n_candidates=10**6))
+    while schedule.steps < 3 * 69:
+        (job,) = schedule.ask()
+        schedule.tell(job, math.sin(job.candidate))
+    assert (schedule.steps, len(schedule.candidates)) == (3 * 69, 3 * 17)
+    assert list(schedule.scheduler.survivors(schedule.results)) == []
+
+
 def test_asha_promotes_n_over_eta_if_the_best_come_first():
     jobs, schedule = jobs_of(ASHA(27, 1, 27), lambda c, _: -c)
     assert Counter(b for _, b in jobs) == {1: 27, 3: 9, 9: 3, 27: 1}
@@ -188,6 +214,75 @@ def test_pasha_calls_scores_within_epsilon_equal():
         scheduler = PASHA(6, 1, 9, epsilon=epsilon)
         _, schedule = jobs_of(scheduler, lambda c, b: table.get(b, [0, 0])[c])
         assert scheduler.top(schedule.results) == top
+
+
+def test_pasha_takes_epsilon_from_those_that_swap_back_and_forth():
+    rungs = [[4.0, 3.0, 2.0, 1.0], [3.0, 4.0, 2.0, 1.0], [4.5, 4.0, 1.0, 2.5], [4.0, 4.2, 1, 2]]
+    scheduler, results = PASHA(4, 1, 8, eta=2), Results()
+    seen = []
+    for scores in rungs:
+        for candidate, score in enumerate(scores):
+            results.add(candidate, score)
+        seen.append((scheduler.top(results), scheduler.tolerance(results)))
+    # 0 and 1 swap at the second rung and back at the third, 2 and 3 at the third alone.
+    assert seen[:3] == [(1, 0.0), (2, 0.0), (3, 0.5)]
+    # On the fourth, 0 and 1 are 0.2 apart after a third swap, 2 and 3 have not swapped again.
+    assert seen[3] == (3, pytest.approx(0.2))
+
+
+def pasha_by_the_paper(score, n, budgets, eta):
+    """Algorithm 1 for one worker, everything anew after each result: jobs, epsilon."""
+    rungs, jobs, new, top, epsilon = [{} for _ in budgets], [], 0, 1, 0.0
+
+    def order(rung, a, b):
+        return np.sign(rungs[rung][a] - rungs[rung][b])
+
+    def best_first(rung, among):
+        sound = [c for c in among if rungs[rung][c] != -math.inf]
+        return sorted(sound, key=lambda c: (-rungs[rung][c], c))
+
+    def is_noisy(a, b):
+        now, pairs = order(top, a, b), [(i, j) for j in range(top) for i in range(j)]
+        return now and any(order(i, a, b) == now == -order(j, a, b) for i, j in pairs)
+
+    while True:
+        for k in reversed(range(top)):
+            best = best_first(k, rungs[k])[: len(rungs[k]) // eta]
+            if ready := [c for c in best if c not in rungs[k + 1]]:
+                candidate, rung = ready[0], k + 1
+                break
+        else:
+            if new == n:
+                return jobs, epsilon
+            candidate, rung, new = new, 0, new + 1
+        rungs[rung][candidate] = score(candidate, budgets[rung])
+        jobs.append((candidate, budgets[rung]))
+        now = best_first(top, rungs[top])
+        gaps = [
+            abs(rungs[top][a] - rungs[top][b]) for a, b in combinations(now, 2) if is_noisy(a, b)
+        ]
+        epsilon = np.percentile(gaps, 90) if gaps else epsilon
+        pairs = zip(now, best_first(top - 1, now), strict=True)
+        if any(abs(rungs[top - 1][a] - rungs[top - 1][b]) > epsilon for a, b in pairs):
+            top = min(top + 1, len(budgets) - 1)
+
+
+@given(st.integers(1, 24), st.integers(2, 3), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_pasha_follows_algorithm_1_and_its_estimate_of_epsilon(n, eta, chance):
+    table, noise, failing = {}, chance.choice([0.02, 0.3]), chance.choice([0, 0.1])
+    digits = chance.choice([1, 9])  # with and without ties
+
+    def score(candidate, budget):
+        if (candidate, budget) not in table:
+            value = round(math.sin(candidate) + chance.gauss(0, noise), digits)
+            table[candidate, budget] = -math.inf if chance.random() < failing else value
+        return table[candidate, budget]
+
+    budgets, scheduler = [2 * eta**k for k in range(5)], PASHA(n, 2, 2 * eta**4, eta)
+    jobs, schedule = jobs_of(scheduler, score)
+    found = jobs, scheduler.tolerance(schedule.results)
+    assert found == pasha_by_the_paper(score, n, budgets, eta)
 
 
 def test_pdh_sets_each_hurdle_at_the_mean_of_those_trained_furthest():
@@ -271,6 +366,21 @@ def test_a_failed_candidate_is_not_in_the_population_mean():
     _, schedule = jobs_of(scheduler, lambda c, b: [1, math.nan, 2, None, 6, 4, 3, 2][c])
     assert scheduler.hurdles(schedule.results) == [3.0]
     assert [c for c, rung, _ in schedule.results.told if rung] == [5]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_failed_at_any_stage_is_neither_in_the_population_nor_in_a_hurdle(seed):
+    scheduler = PDH(60, stages=(1, 9, 27), generation=3, population_size=12)
+    space = SimulatedCurves(60, seed, 27, crashing=0.2, diverging=0.2)
+    results = run(start(scheduler), SimulatedTrainings(space.curve)).results
+    failed = {candidate for candidate, _, score in results.told if score == -math.inf}
+    assert max(len(results.scores(candidate)) for candidate in failed) > 1
+    sound = Results()
+    for candidate, _, score in results.told:
+        if candidate not in failed:
+            sound.add(candidate, score)
+    assert len(scheduler.hurdles(sound)) > 1
+    assert scheduler.hurdles(sound) == scheduler.hurdles(results)
 
 
 def test_who_failed_later_is_not_the_best():
@@ -423,6 +533,7 @@ def test_evolution_is_told_each_candidate_once_and_in_order(scheduler, n_workers
         (SuccessiveHalving(26, 1, 27), "n_candidates: 26 leave nobody for the budget 27"),
         (SuccessiveHalving(27, 0, 27), "min_budget: 0"),
         (Hyperband(9, 8), "max_budget: 8"),
+        (Hyperband(1, 9, n_candidates=0), "n_candidates: 0"),
         (ASHA(9, 1, 27, eta=1), "eta: 1"),
         (StoppingASHA(0, 1, 27), "n_candidates: 0"),
         (PASHA(9, 1, 27, epsilon=math.nan), "epsilon: nan"),

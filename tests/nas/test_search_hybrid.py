@@ -251,7 +251,7 @@ def test_every_searcher_and_scheduler_runs(data, tmp_path, searcher, scheduler):
         ({"space": "nowhere.yaml"}, SpecError, "nowhere.yaml: cannot read the space"),
         ({"searcher": "proxy"}, SpecError, "searcher: .* choose another searcher for hybrid"),
         ({"searcher": "regular"}, SpecError, "searcher: 'regular' unknown"),
-        ({"scheduler": "hyperband"}, SpecError, "search_tokens: 2000 with hyperband"),
+        ({"scheduler": "halving"}, SpecError, "search_tokens: 2000 with halving"),
         ({"proxies": ("grad",)}, SpecError, "proxies: 'grad' unknown; did you mean grad_norm"),
         ({"rungs": (128, 64)}, SpecError, "rungs"),
         ({"eta": 1}, SpecError, "eta: 1 is too small"),

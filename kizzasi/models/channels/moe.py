@@ -41,6 +41,7 @@ from kizzasi.models.strict import join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")
 PASSES_WITHOUT_AUX = 32
+PROJECTIONS = tuple(f"{name}_proj" for name in SwiGLUWeights._fields)
 
 
 @register
@@ -319,26 +320,25 @@ class MoE(Mixer):
         if decoding and self.backend == "torch" and not torch.compiler.is_compiling():
             return dispatch.mix_one(x, to, [partial(_call, one) for one in self.experts])
         weights = self._swiglu_weights()
-        stackable = weights is not None and len({w.shape for w in weights.gate}) == 1
         backend = "masked" if self.backend == "reference" else self.backend
         if backend == "torch":
-            backend = dispatch.choose_backend(x.device, x.dtype, stackable)
-        if weights is None or (backend in ("grouped", "padded") and not stackable):
+            backend = dispatch.choose_backend(x.device, x.dtype, weights is not None)
+        if weights is None:
             return dispatch.mix(x, to, [partial(_call, one) for one in self.experts], backend)
         return dispatch.mix_swiglu(x, to, weights, backend)
 
     def _swiglu_weights(self) -> SwiGLUWeights | None:
-        """The matrices, if every expert is a SwiGLU whose Linear layers nobody wrapped or hooked:
-        an adapter's or a quantiser's layer must be called, not read."""
+        """The matrices, if all experts are SwiGLUs of one width whose Linear layers have no bias
+        and no hooks: a layer of another type, an adapter's say, must be called, not read."""
         layers: list[list[nn.Linear]] = []
         for expert in self.experts:
             if type(expert) is not self._swiglu or not _plain(expert):
                 return None
-            parts = [expert.get_submodule(f"{name}_proj") for name in SwiGLUWeights._fields]
-            if any(type(part) is not nn.Linear or not _plain(part) for part in parts):
+            layers.append([getattr(expert, name) for name in PROJECTIONS])
+            if not all(type(p) is nn.Linear and p.bias is None and _plain(p) for p in layers[-1]):
                 return None
-            layers.append(parts)  # pyright: ignore[reportArgumentType]
-        return SwiGLUWeights(*([one.weight for one in part] for part in zip(*layers, strict=True)))
+        weights = SwiGLUWeights(*([p.weight for p in part] for part in zip(*layers, strict=True)))
+        return weights if len({w.shape for w in weights.gate}) == 1 else None
 
     def _losses(self, routing: Routing, counts: Tensor, real: Tensor | None) -> dict[str, Tensor]:
         """The balance losses with a weight, already weighted, by name."""
@@ -396,4 +396,5 @@ def _call(expert: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _plain(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return not (forward or module._backward_hooks or module._backward_pre_hooks)

@@ -5,6 +5,7 @@ Symbols: b batch, t time, d d_model, e experts, k = top_k choices per token.
     noise_weight  (e, d) W_noise
     bias          (e,) b, added to the scores when choosing, never when weighing
     planes        (d, n_bits), frozen
+    table         (2^n_bits,) int64, the expert of every code
 
 The routers themselves are in moe_routers.py.
 """
@@ -12,10 +13,12 @@ The routers themselves are in moe_routers.py.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +26,8 @@ from kizzasi.models import init
 from kizzasi.models.norm import KeepFloat32, full_precision
 from kizzasi.models.ops.routing import Assignments, Normalize
 from kizzasi.models.strict import Registered, join, require
+
+PASSES_WITHOUT_A_STEP = 256
 
 
 class Routing(NamedTuple):
@@ -126,3 +131,43 @@ class LinearRouter(Router):
             return scores
         out = torch.rand_like(scores) < self.choice.expert_dropout
         return scores.masked_fill(out, -math.inf)
+
+
+class Tally:
+    """What training passes report per expert, summed until the optimiser has made a step.
+
+    A step is seen by the change of the router's weight: of its version, which a step of size zero
+    raises too, or of its values, as fused optimisers leave the version alone. What is reported when
+    a gradient comes back is counted once per forward, with or without activation checkpointing,
+    over any number of accumulated batches. Under torch.distributed it is summed over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None  # (e + 1,): the amounts and, last, the number of passes
+        self.passes = 0
+        self.version, self.seen = 0, torch.empty(0)  # of the weight, and it, at the last forward
+
+    def add(self, amounts: Tensor) -> None:
+        new = torch.cat([amounts, amounts.new_ones(1)])
+        self.total = new if self.total is None else self.total + new
+        self.passes += 1
+        if self.passes == PASSES_WITHOUT_A_STEP:
+            warnings.warn(
+                f"{self.passes} backward passes and no optimiser step changed the router's "
+                "weight, so its balancing bias stands still; train the weight, or choose a "
+                "router without a bias",
+                stacklevel=2,
+            )
+
+    def take(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The amounts (e,) and the number of passes, if there was a step since the last call."""
+        version, total = weight._version, self.total
+        if version == self.version and torch.equal(self.seen.to(weight), weight):
+            return None
+        self.version, self.seen = version, weight.detach().clone()
+        if total is None:
+            return None
+        self.total, self.passes = None, 0
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total[:-1], total[-1]

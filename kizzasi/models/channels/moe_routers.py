@@ -5,12 +5,11 @@ Symbols as in moe_router.py and ops/routing.py.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,13 +20,12 @@ from kizzasi.models.channels.moe_router import (
     Router,
     RouterSpec,
     Routing,
+    Tally,
     linear_logits,
 )
 from kizzasi.models.norm import full_precision
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.strict import join, register, require
-
-PASSES_WITHOUT_A_STEP = 256
 
 
 @register
@@ -75,22 +73,14 @@ class TopK(RouterSpec):
 
 
 class TopKRouter(LinearRouter):
-    """See `TopK`.
-
-    The bias moves at the first training forward after an optimiser step, which is seen by the
-    in-place change of `weight`. Choices are counted when the gradient comes back through the
-    weights: once per forward, with or without activation checkpointing, over any number of
-    accumulated batches. Under torch.distributed the counts are summed over all processes.
-    """
+    """See `TopK`. The bias moves at the first training forward after an optimiser step."""
 
     def __init__(self, spec: TopK, choice: Choice) -> None:
         super().__init__(choice)
         self.spec = spec
         zeros = torch.empty(choice.n_experts)
         self.bias = nn.Parameter(zeros, requires_grad=False) if spec.bias_rate else None
-        self.counts: Tensor | None = None  # choices since the last step, by expert
-        self.passes = 0
-        self.version = 0
+        self.tally = Tally()  # choices by expert
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         super().reset_parameters(generator)
@@ -116,26 +106,15 @@ class TopKRouter(LinearRouter):
         return Routing(to, scores if softmax else scores / scores.sum(-1, keepdim=True), logits)
 
     def _count(self, expert: Tensor) -> None:
-        counts = torch.bincount(expert[expert >= 0], minlength=self.choice.n_experts)
-        self.counts = counts if self.counts is None else self.counts + counts
-        self.passes += 1
-        if self.passes == PASSES_WITHOUT_A_STEP:
-            warnings.warn(
-                f"{self.passes} backward passes and no optimiser step changed the router's weight "
-                "in place, so its balancing bias stands still; train the weight or set bias_rate 0",
-                stacklevel=2,
-            )
+        self.tally.add(torch.bincount(expert[expert >= 0], minlength=self.choice.n_experts))
 
     @torch.no_grad()
     def _move_bias(self, bias: Tensor) -> None:
-        if self.counts is not None and self.weight._version != self.version:
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(self.counts)
-            load = self.counts.to(bias.dtype)
+        taken = self.tally.take(self.weight)
+        if taken is not None:
+            load = taken[0].to(bias.dtype)
             direction = torch.sign(load.mean() - load)
             bias.add_(direction - direction.mean(), alpha=self.spec.bias_rate)
-            self.counts, self.passes = None, 0
-        self.version = self.weight._version
 
 
 @register
@@ -220,43 +199,85 @@ class NoisyTopKRouter(LinearRouter):
 @register
 @dataclass(frozen=True)
 class Sinkhorn(RouterSpec):
-    """In training the choice follows a balanced plan of the batch; in evaluation, the scores.
+    """In training the choice follows a balanced plan of the batch; else the mean of past plans.
+
+        plan = sinkhorn(h / temperature),   so that   temperature log plan = h + v_expert + u_token
+
+    A token's u moves all its experts alike, so the plan's choice is that of the largest h + v. In
+    evaluation, where there may be no batch to balance, it is that of h + b, with b the running
+    mean of v.
+
+    The plan gives every expert the same total, but the choice takes each token's largest part. At
+    temperature 1 that leaves the choice unbalanced, however many the rounds; the colder the plan,
+    the nearer it is to its choice, and the more rounds it needs.
 
     Args:
         n_iterations: rounds of balancing.
+        temperature: divides the logits before.
+        bias_rate: of the running mean, per optimiser step.
 
-    Source: Clark et al. 2022, arXiv:2202.01169; the two modes as in Megatron-LM.
+    Source: Clark et al. 2022, arXiv:2202.01169, appendix B.2.1.
+    Differs: Megatron-LM has no temperature, and its evaluation chooses by h alone, which is neither
+        balanced nor the choice that the experts were trained with.
     """
 
     kind: ClassVar[str] = "sinkhorn"
     n_iterations: int = 8
+    temperature: float = 0.3
+    bias_rate: float = 0.05
 
     def check(self, choice: Choice, path: str) -> None:
         super().check(choice, path)
-        self.require_positive(join(path, "router"), "n_iterations")
+        self.require_positive(join(path, "router"), "n_iterations", "temperature")
+        rule = f"{self.bias_rate} is outside (0, 1]; 0.05 averages about 20 steps"
+        require(0 < self.bias_rate <= 1, join(path, "router.bias_rate"), rule)
 
     def build(self, choice: Choice) -> Router:
         return SinkhornRouter(self, choice)
 
+    def n_params(self, choice: Choice) -> int:
+        return super().n_params(choice) + choice.n_experts
+
 
 class SinkhornRouter(LinearRouter):
-    """See `Sinkhorn`."""
+    """See `Sinkhorn`. The bias moves at the first training forward after an optimiser step; the
+    first plans are taken whole."""
 
     def __init__(self, spec: Sinkhorn, choice: Choice) -> None:
         super().__init__(choice)
         self.spec = spec
+        self.bias = nn.Parameter(torch.empty(choice.n_experts), requires_grad=False)
+        self.tally = Tally()  # v of every plan
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        logits = self.logits(x)
-        probs, ranking = logits.softmax(-1), logits.detach()
         if self.training:
-            tokens = torch.ones_like(logits[..., 0], dtype=torch.bool) if real is None else real
-            plan = ops.sinkhorn(ranking[tokens], self.spec.n_iterations)
-            ranking = ranking.masked_scatter(tokens[..., None], plan)
-        ids, weights = ops.choose(
-            probs, self.choice.top_k, self.choice.normalize, self.rank(ranking)
-        )
+            self._move_bias()
+        logits = self.logits(x)
+        shift = self._plan(logits.detach(), real) if self.training else self.bias
+        probs, ranking = logits.softmax(-1), self.rank(logits + shift)
+        ids, weights = ops.choose(probs, self.choice.top_k, self.choice.normalize, ranking)
+        if self.training and weights.requires_grad:
+            weights.register_hook(lambda grad: self.tally.add(shift))
         return Routing(ops.assign(ids, weights, real), probs, logits)
+
+    def _plan(self, logits: Tensor, real: Tensor | None) -> Tensor:
+        """(e,): v, with mean zero, of the plan over the real tokens."""
+        cold = (logits.flatten(0, 1) if real is None else logits[real]) / self.spec.temperature
+        moved = ops.sinkhorn(cold, self.spec.n_iterations) - cold
+        v = moved.sum(0) / max(1, len(moved))  # the same for every token, but for u and rounding
+        return self.spec.temperature * (v - v.mean())
+
+    @torch.no_grad()
+    def _move_bias(self) -> None:
+        taken = self.tally.take(self.weight)
+        if taken is not None:
+            total, passes = taken
+            rate = torch.where(self.bias.any(), self.spec.bias_rate, 1.0)
+            self.bias.lerp_((total / passes).to(self.bias.dtype), rate.to(self.bias.dtype))
 
 
 @register
@@ -265,6 +286,9 @@ class ExpertChoice(RouterSpec):
     """Every expert takes its ceil(top_k t / e) best tokens of a row: balanced by construction.
 
     A token's fate depends on later tokens: not causal, not for streaming or language modelling.
+    With top_k 1 there are as many seats as tokens, so wherever a row has more than t / e tokens of
+    a kind, or two experts want the same one, some tokens get no expert, and their output is zero.
+    top_k 2, the capacity factor of the paper, leaves room for both.
 
     Source: Zhou et al. 2022, arXiv:2202.09368.
     """
@@ -295,12 +319,17 @@ class ExpertChoiceRouter(LinearRouter):
 @register
 @dataclass(frozen=True)
 class Hash(RouterSpec):
-    """A fixed hash of the token: nothing to learn, nothing to balance.
+    """A fixed hash of the token: nothing to learn.
+
+    A hash spreads the codes evenly over the experts, but not the tokens, of which many share a few
+    codes. `balance_hashes` deals the codes out by their frequencies, before training. What no hash
+    does is let an expert choose what it is good at: it is a baseline for routers that learn.
 
     Args:
-        n_bits: length of the code that is hashed.
+        n_bits: length of the code that is hashed. Few bits keep similar tokens together, many can
+            be dealt out more evenly.
 
-    Source: Roller et al. 2021, arXiv:2106.04426.
+    Source: Roller et al. 2021, arXiv:2106.04426; balanced hash: section 3.1.
     Differs: a layer sees vectors, not token ids, so the code is the signs of n_bits fixed random
         projections; equal vectors, and mostly similar ones, meet the same experts.
     """
@@ -309,8 +338,8 @@ class Hash(RouterSpec):
     n_bits: int = 12
 
     def check(self, choice: Choice, path: str) -> None:
-        rule = f"{self.n_bits} is outside 1 .. 30"
-        require(1 <= self.n_bits <= 30, join(path, "router.n_bits"), rule)
+        rule = f"{self.n_bits} is outside 1 .. 16"
+        require(1 <= self.n_bits <= 16, join(path, "router.n_bits"), rule)
 
     def build(self, choice: Choice) -> Router:
         return HashRouter(self, choice)
@@ -325,18 +354,57 @@ class Hash(RouterSpec):
 class HashRouter(Router):
     """See `Hash`. planes ~ N(0, 1), frozen; every weight is 1/k."""
 
+    table: Tensor
+
     def __init__(self, spec: Hash, choice: Choice) -> None:
         super().__init__(choice)
         planes = torch.empty(choice.d_model, spec.n_bits)
         self.planes = nn.Parameter(planes, requires_grad=False)
+        self.register_buffer("table", torch.empty(2**spec.n_bits, dtype=torch.int64))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         init.normal_(self.planes, 1.0, generator)
+        self.table.copy_(ops.hash_table(len(self.table), self.choice.n_experts))
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
         k, n_experts = self.choice.top_k, self.choice.n_experts
-        with torch.autocast(x.device.type, enabled=False):
-            ids = ops.hash_ids(full_precision(x.detach()), self.planes, k, n_experts)
+        first = self.table[self._codes(x)]
+        ids = (first[..., None] + torch.arange(k, device=x.device)) % n_experts
         weights = torch.full_like(ids, 1 / k, dtype=self.planes.dtype)
         probs = F.one_hot(ids, n_experts).to(weights.dtype).mean(-2)
         return Routing(ops.assign(ids, weights, real), probs)
+
+    @torch.no_grad()
+    def balance(self, x: Tensor, real: Tensor | None = None) -> None:
+        """Deal the codes out anew, by their frequencies in (b, t, d); arguments as in forward."""
+        codes = self._codes(x)
+        counts = torch.bincount(codes.flatten() if real is None else codes[real])
+        self.table.copy_(ops.deal_out(counts, self.table, self.choice.n_experts))
+
+    def _codes(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return ops.sign_codes(full_precision(x.detach()), self.planes)
+
+
+@torch.no_grad()
+def balance_hashes(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Balance every hash router in a model by what reaches it while `run` calls the model.
+
+    Deeper ones see what the balanced ones before them send on. Do it once, before training.
+
+    Args:
+        model: whose hash routers.
+        run: calls the model on a sample of the data, as in `lambda: model(batch)`.
+    """
+
+    def look(router: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(router, HashRouter)
+        router.balance(*args)
+
+    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
+    hooks = [router.register_forward_pre_hook(look) for router in routers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()

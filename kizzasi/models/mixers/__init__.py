@@ -20,6 +20,7 @@ from kizzasi.models.mixers.rwkv7 import RWKV7Spec
 from kizzasi.models.mixers.s4 import S4Spec
 from kizzasi.models.mixers.s4d import S4DSpec
 from kizzasi.models.mixers.s5 import S5Spec
+from kizzasi.models.mixers.sequence_routed import SequenceRoutedSpec
 
 __all__ = [
     "AttentionSpec",
@@ -42,4 +43,5 @@ __all__ = [
     "S4DSpec",
     "S4Spec",
     "S5Spec",
+    "SequenceRoutedSpec",
 ]

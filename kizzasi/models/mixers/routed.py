@@ -6,7 +6,8 @@
 
 What is saved depends on the mixer. A sequence mixer must see every token, chosen or not, or its
 memory of the sequence would have holes: it runs densely, and only its output is weighted. Channel
-mixers without memory run on the tokens that chose them and on no others.
+mixers without memory run on the tokens that chose them and on no others. `sequence_routed` chooses
+once per document, and runs the chosen mixers alone.
 
 Symbols: b batch, t time, d d_model, n experts (mixers, then channels), k = top_k.
 Source: Shazeer et al. 2017, arXiv:1701.06538, section 2; the loss and the weights, which keep a
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 from kizzasi.models import init
 from kizzasi.models.branches import Branches, BranchesOut, kinds_with
 from kizzasi.models.cost import Cost, linear
+from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
-from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.ops.routing import mean_over, switch_loss
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 
@@ -52,14 +53,7 @@ class RoutedSpec(MixerSpec):
     balance_weight: float = 0.01
 
     def check(self, d_model: int, path: str) -> None:
-        n = len(self.experts)
-        require(n > 0, join(path, "mixers"), "empty; give at least one mixer")
-        rule = f"{self.top_k} is not between 1 and the {n} there are to choose from"
-        require(1 <= self.top_k <= n, join(path, "top_k"), rule)
-        rule = f"{self.temperature} is not positive; 1.0 is usual"
-        require(self.temperature > 0, join(path, "temperature"), rule)
-        rule = f"{self.balance_weight} is negative; give 0 or more"
-        require(self.balance_weight >= 0, join(path, "balance_weight"), rule)
+        check_gate(self, len(self.experts), path)
         for i, mixer in enumerate(self.mixers):
             mixer.check(d_model, join(path, f"mixers[{i}]"))
         for i, channel in enumerate(self.channels):
@@ -155,7 +149,7 @@ class Routed(Mixer):
 
     def _combine(self, x: Tensor, out: BranchesOut, real: Tensor | None) -> MixerOut:
         """Weighted sum of the outputs (b, t, d), and the loss over tokens where `real`."""
-        probs, chosen = self._route(x)
+        probs, chosen = choose(self.spec, self.gate, x)
         weights = probs * chosen
         y = torch.zeros_like(full_precision(x))
         for i, one in enumerate(out.ys):
@@ -165,16 +159,6 @@ class Routed(Mixer):
             done = channel(x[here][None]).y[0] * weights[here][:, i, None]
             y = y.index_put(here.nonzero(as_tuple=True), done.to(y.dtype), accumulate=True)
         aux = out.aux
-        if self.training and self.spec.balance_weight:
-            load = mean_over(chosen.to(probs.dtype), real) / self.spec.top_k
-            balance = self.spec.balance_weight * switch_loss(load, mean_over(probs, real))
-            aux = add_losses(aux, {"routed_balance": balance})
+        if self.training:
+            aux = add_losses(aux, balance_loss(self.spec, probs, chosen, real))
         return MixerOut(y.to(x.dtype), out.state, aux, out.shared)
-
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (b, t, n) in at least float32, and which n were chosen."""
-        with without_autocast(x):
-            logits = self.gate(full_precision(x))
-            probs = (logits / self.spec.temperature).softmax(-1)
-            best = probs.argsort(dim=-1, descending=True, stable=True)[..., : self.spec.top_k]
-        return probs, torch.zeros_like(probs, dtype=torch.bool).scatter(-1, best, True)

@@ -17,17 +17,14 @@ One token alone, in decoding, visits its experts one after the other: nothing is
 While a graph is traced (torch.compile, torch.export) the rule is dense: only there do no shapes
 depend on how many tokens an expert has.
 
-Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 12 by
+Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 15 by
 scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32 unless named:
 
     n, d, h, e, k            sorted  grouped  padded  masked  transformers' eager loop
-    2048, 256, 128, 64, 4     2.0     2.1      2.6     3.9     13
-    2048, 256, 512, 8, 2      1.3     1.4      1.4     1.4     1.7
-    256, 256, 256, 16, 2      2.6     2.6      3.8     3.3     10
-    first row in bfloat16     1.8     1.5      1.6     2.6     3.8
-
-The least times of the quietest run gave 1.8 for sorted in the first row. Products of 128 rows
-alone take 1.5 times as long as the dense ones.
+    2048, 256, 128, 64, 4     2.0     2.2      2.6     5.0     14
+    2048, 256, 512, 8, 2      1.3     1.4      1.4     1.5     1.8
+    256, 256, 256, 16, 2      2.2     2.5      3.6     3.6     11
+    first row in bfloat16     1.6     1.6      1.6     2.7     4.2
 
 Symbols: n tokens, m jobs, e experts, d width, h hidden.
 """
@@ -48,6 +45,7 @@ from kizzasi.models.ops.routing import Assignments
 Expert = Callable[[Tensor], Tensor]
 GROUPED_MM = getattr(F, "grouped_mm", None)  # public since torch 2.10
 ALIGNMENT_BYTES = 16  # of every row that grouped_mm reads
+BLOCK_ROWS = 1024  # jobs that "sorted" takes at once, in whole experts
 
 
 class SwiGLUWeights(NamedTuple):
@@ -171,65 +169,90 @@ def _dense(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
 
 
 class _SortedSwiGLU(torch.autograd.Function):
-    """One expert after the other, forward and backward, on rows that stay in the cache.
+    """Blocks of a few experts, forward and backward, on rows that stay in the cache.
 
-    Plain autograd writes every gathered row, result and gradient to memory once more, which costs
-    a quarter of the time with many small experts. Once differentiable.
+    Plain autograd writes every gathered row, result and gradient to memory once more. Gathers and
+    elementwise work are done for a block at once, for each call has its price. The gradients of a
+    part of all experts are views of one tensor: many small ones go back to the system at the next
+    zero_grad, and their pages must be faulted in again. Once differentiable.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, weight: Tensor, token: Tensor, counts: list[int], *flat: Tensor
     ) -> Tensor:
+        gates, ups, downs = _split_parts(flat)
         y = torch.zeros_like(x, dtype=weight.dtype)
-        saved: list[Tensor] = []
-        for i, start, end in _busy(counts):
-            gate, up, down = flat[i :: len(counts)]
-            jobs = token[start:end]
-            rows = x.index_select(0, jobs)
-            a, c = rows @ gate.T, rows @ up.T
-            hidden = F.silu(a).mul_(c).mul_(weight[start:end, None])
-            y.index_add_(0, jobs, (hidden @ down.T).to(y.dtype))
-            saved += (a, c)
+        a, c = (x.new_empty(len(token), len(gates[0])) for _ in range(2))
+        for rows, busy, sizes in _blocks(counts):
+            jobs, a_block, c_block = token[rows], a[rows], c[rows]
+            block = x.index_select(0, jobs)
+            parts = [t.split(sizes) for t in (block, a_block, c_block)]
+            for i, x_i, a_i, c_i in zip(busy, *parts, strict=True):
+                torch.mm(x_i, gates[i].T, out=a_i)
+                torch.mm(x_i, ups[i].T, out=c_i)
+            hidden = F.silu(a_block).mul_(c_block).mul_(weight[rows, None])
+            for i, hidden_i, y_i in zip(busy, hidden.split(sizes), parts[0], strict=True):
+                torch.mm(hidden_i, downs[i].T, out=y_i)  # the block's x is done with
+            y.index_add_(0, jobs, block.to(y.dtype))
         ctx.counts = counts
-        ctx.save_for_backward(x, weight, token, *flat, *saved)
+        ctx.save_for_backward(x, weight, token, a, c, *flat)
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        counts = ctx.counts
-        x, weight, token, *rest = ctx.saved_tensors
-        flat, saved = rest[: 3 * len(counts)], iter(rest[3 * len(counts) :])
+        x, weight, token, a_all, c_all, *flat = ctx.saved_tensors
+        gates, ups, downs = _split_parts(flat)
         grad_x = torch.zeros_like(x, dtype=weight.dtype)
-        grad_weight = torch.zeros_like(weight)
-        grads: list[Tensor | None] = [None] * len(flat)
-        for i, start, end in _busy(counts):
-            gate, up, down = flat[i :: len(counts)]
-            jobs, w = token[start:end], weight[start:end, None]
-            rows, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
-            a, c = next(saved), next(saved)
+        grad_weight = torch.empty_like(weight)
+        stacks = [p[0].new_empty(len(p), *p[0].shape).unbind() for p in (gates, ups, downs)]
+        grad_gates, grad_ups, grad_downs = stacks
+        for rows, busy, sizes in _blocks(ctx.counts):
+            jobs, w, a, c = token[rows], weight[rows, None], a_all[rows], c_all[rows]
+            block, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
+            grads, grad_hidden = grad.split(sizes), torch.empty_like(a)
+            for i, grad_i, out in zip(busy, grads, grad_hidden.split(sizes), strict=True):
+                torch.mm(grad_i, downs[i], out=out)
             silu = F.silu(a)
             hidden = silu * c
-            grad_hidden = grad @ down
-            grad_weight[start:end] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
+            grad_weight[rows] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
+            hidden.mul_(w)
             grad_hidden.mul_(w)
             grad_c = silu.mul_(grad_hidden)
             grad_a = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
-            grads[i :: len(counts)] = grad_a.T @ rows, grad_c.T @ rows, grad.T @ hidden.mul_(w)
-            back = (grad_a @ gate).addmm_(grad_c, up)
-            grad_x.index_add_(0, jobs, back.to(grad_x.dtype))
-        full = (torch.zeros_like(p) if g is None else g for p, g in zip(flat, grads, strict=True))
+            parts = [t.split(sizes) for t in (block, hidden, grad_a, grad_c)]
+            for i, grad_i, x_i, hidden_i, a_i, c_i in zip(busy, grads, *parts, strict=True):
+                torch.mm(grad_i.T, hidden_i, out=grad_downs[i])
+                torch.mm(a_i.T, x_i, out=grad_gates[i])
+                torch.mm(c_i.T, x_i, out=grad_ups[i])
+                torch.mm(a_i, gates[i], out=x_i).addmm_(c_i, ups[i])
+            grad_x.index_add_(0, jobs, block.to(grad_x.dtype))
+        for i, count in enumerate(ctx.counts):
+            if not count:
+                for part in stacks:
+                    part[i].zero_()
+        full = (g for part in stacks for g in part)
         return grad_x.to(x.dtype), grad_weight, None, None, *full
 
 
-def _busy(counts: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Index, start and end of every group that is not empty."""
-    end = 0
+def _split_parts(flat: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    n = len(flat) // 3
+    return flat[:n], flat[n : 2 * n], flat[2 * n :]
+
+
+def _blocks(counts: list[int]) -> Iterator[tuple[slice, list[int], list[int]]]:
+    """Runs of experts with BLOCK_ROWS jobs or more, the last run perhaps fewer: the rows of all,
+    the indices of those that have jobs, and how many each has."""
+    start = end = 0
+    busy: list[int] = []
     for i, count in enumerate(counts):
-        start, end = end, end + count
+        end += count
         if count:
-            yield i, start, end
+            busy.append(i)
+        if busy and (end - start >= BLOCK_ROWS or i == len(counts) - 1):
+            yield slice(start, end), busy, [counts[j] for j in busy]
+            start, busy = end, []
 
 
 def _padded(x: Tensor, token: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:

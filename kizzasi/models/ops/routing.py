@@ -8,6 +8,7 @@ Symbols: b batch, t time, e experts (N or E in the papers), k choices per token.
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import Literal, NamedTuple
 
@@ -151,12 +152,35 @@ def expert_choice(probs: Tensor, per_token: float, real: Tensor | None) -> Assig
     return Assignments((row * length + time).flatten(), expert.flatten(), weight.flatten())
 
 
-def hash_ids(x: Tensor, planes: Tensor, k: int, n_experts: int) -> Tensor:
-    """k distinct experts from the signs of fixed projections: (..., d) to (..., k) int64."""
-    bits = (x @ planes) > 0
+def sign_codes(x: Tensor, planes: Tensor) -> Tensor:
+    """The signs of fixed projections, read as a binary number: (..., d) to (...) int64."""
     place = 2 ** torch.arange(planes.shape[1], device=x.device)
-    bucket = ((bits * place).sum(-1) * 2654435761 % 2**32) >> 8  # Knuth's multiplicative hash
-    return (bucket[..., None] + torch.arange(k, device=x.device)) % n_experts
+    return (((x @ planes) > 0) * place).sum(-1)
+
+
+def hash_table(n_codes: int, n_experts: int) -> Tensor:
+    """(n_codes,) int64: an expert for every code, by Knuth's multiplicative hash."""
+    return ((torch.arange(n_codes) * 2654435761 % 2**32) >> 8) % n_experts
+
+
+def deal_out(counts: Tensor, table: Tensor, n_experts: int) -> Tensor:
+    """A table in which each expert gets about the same number of tokens.
+
+    The most frequent code goes to the expert that has the fewest tokens so far, then the next.
+
+    Args:
+        counts: (up to n_codes,) int64, how many tokens have each code.
+        table: (n_codes,) whose entries stay where no token has the code.
+        n_experts: e.
+
+    Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (balanced hash).
+    """
+    given, amounts = table.tolist(), counts.tolist()
+    load = [(0, expert) for expert in range(n_experts)]
+    for code in sorted((c for c, n in enumerate(amounts) if n), key=lambda c: -amounts[c]):
+        tokens, given[code] = load[0]
+        heapq.heapreplace(load, (tokens + amounts[code], given[code]))
+    return torch.tensor(given, device=table.device)
 
 
 def drop_over_capacity(to: Assignments, length: int, n_experts: int, factor: float) -> Assignments:

@@ -39,7 +39,7 @@ class Job:
         key: the trial id, unique in a study.
         spec: what to train.
         tokens: the budget, earlier rungs included.
-        seed: of the initialisation.
+        seed: of the initialisation and of the windows drawn.
         lr: peak learning rate.
         horizon: tokens at which the learning-rate schedule ends.
         checkpoint: where the training is kept between rungs.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, takewhile
 
 from kizzasi.nas.schedulers.halving import halve
 from kizzasi.nas.schedulers.schedule import Results, geometric_budgets
+from kizzasi.nas.searchers.search import require_at_least
 
 
 @dataclass(frozen=True)
@@ -19,33 +21,42 @@ class Hyperband:
         s_max = floor(log_eta(R / min_budget));  for s = s_max, ..., 0:
             n = ceil((s_max + 1) / (s + 1) * eta^s),  r = R / eta^s
 
-    Workers that have to wait for a bracket's rung begin the next bracket.
+    and then all of them again. Workers that have to wait for a bracket's rung begin the next
+    bracket.
 
     Args:
         min_budget: the paper's unit of budget, at least 1.
         max_budget: R; taken down to the largest min_budget * eta^k that is not above it.
         eta: at least 2.
+        n_candidates: how many to start, at least 1; the last bracket may be short of members. None:
+            those of one round.
 
     Source: Li et al. 2018, "Hyperband", JMLR 18(185), algorithm 1.
-    Differs: R is min_budget * eta^s_max, so that every budget is a whole number; a rung's
-        training continues from the checkpoint of the last; failed candidates are never kept.
+    Differs: R is min_budget * eta^s_max, so that every budget is a whole number, in every round; a
+        rung's training continues from the checkpoint of the last; failed candidates are never kept.
     """
 
     min_budget: int
     max_budget: int
     eta: int = 3
+    n_candidates: int | None = None
 
     def check(self) -> None:
         """Raises SpecError naming the setting and the rule."""
         geometric_budgets(self.min_budget, self.max_budget, self.eta)
+        if self.n_candidates is not None:
+            require_at_least(1, n_candidates=self.n_candidates)
 
     def brackets(self) -> Iterator[tuple[range, tuple[int, ...]]]:
-        """Yield the candidates and budgets of each bracket."""
+        """Yield the candidates and budgets of each bracket, round after round."""
         budgets = geometric_budgets(self.min_budget, self.max_budget, self.eta)
+        sizes = [-(-len(budgets) * self.eta**s // (s + 1)) for s in reversed(range(len(budgets)))]
+        end = sum(sizes) if self.n_candidates is None else self.n_candidates
         first = 0
-        for s in reversed(range(len(budgets))):
-            n = -(-len(budgets) * self.eta**s // (s + 1))
-            yield range(first, first + n), budgets[len(budgets) - 1 - s :]
+        for skipped, n in cycle(enumerate(sizes)):
+            if first >= end:
+                return
+            yield range(first, min(first + n, end)), budgets[skipped:]
             first += n
 
     def budgets(self, candidate: int) -> Sequence[int]:
@@ -53,8 +64,10 @@ class Hyperband:
 
     def survivors(self, results: Results) -> Sequence[int]:
         """Return who has to train on, earlier brackets first."""
+        last = max(results.rung(0), default=-1)
+        begun = takewhile(lambda bracket: bracket[0].start <= last, self.brackets())
         return [
             candidate
-            for members, own in self.brackets()
+            for members, own in begun
             for candidate in halve(results, members, len(own), self.eta)
         ]

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers.asha import promotable
-from kizzasi.nas.schedulers.schedule import Results, geometric_budgets, ranked
+from kizzasi.nas.schedulers.schedule import FAILED, Results, geometric_budgets, ranked
 from kizzasi.nas.searchers.search import require_at_least
+
+NOISY = 90  # percentile of the distances between candidates that swap back and forth
 
 
 @dataclass(frozen=True)
@@ -21,31 +26,40 @@ class PASHA:
     The rankings of those in the top rung agree when the i-th best there is, on the rung below,
     within epsilon of the i-th best there, for every i. Checked at each result of the top rung.
 
+        epsilon = 90th percentile of |score of a - score of b| on the top rung, over the pairs there
+                  whose order on the rungs up to it changed at least twice
+
+    It is 0 at first, and stays as it is while there is no such pair.
+
     Args:
         n_candidates: how many to start, at least 1.
         min_budget: r, at least 1.
         max_budget: R; the top rung never grows past the largest r * eta^k not above it.
         eta: at least 2.
-        epsilon: scores that differ by no more are equal; 0 or more. The noise of a score, such as
-            its spread over seeds, is a good value; with 0 any swap opens a rung.
+        epsilon: scores that differ by no more are equal; 0 or more, such as the spread of a score
+            over seeds. With 0 any swap opens a rung. None: estimated, as above.
 
-    Source: Bohdal et al. 2022, arXiv:2207.06940, algorithm 1 and its soft ranking.
-    Differs: epsilon is given, not estimated from the curves between rungs, where nothing is scored
-        here. Failed candidates count in a rung's size, and in no ranking.
+    Source: Bohdal et al. 2023, arXiv:2207.06940, algorithm 1, its soft ranking and the estimate of
+        epsilon.
+    Differs: candidates are scored at rungs alone, so a curve has one point at each rung and the
+        third rung opens with epsilon = 0. Of equal scores neither is ahead. Failed candidates count
+        in a rung's size, and in no ranking.
     """
 
     n_candidates: int
     min_budget: int
     max_budget: int
     eta: int = 3
-    epsilon: float = 0.0
+    epsilon: float | None = None
 
     def check(self) -> None:
         """Raises SpecError naming the setting and the rule."""
         require_at_least(1, n_candidates=self.n_candidates)
         geometric_budgets(self.min_budget, self.max_budget, self.eta)
-        if not self.epsilon >= 0:
-            raise SpecError(f"epsilon: {self.epsilon} is not a distance of scores; give 0 or more")
+        if self.epsilon is not None and not self.epsilon >= 0:
+            raise SpecError(
+                f"epsilon: {self.epsilon} is not a distance of scores; give 0 or more, or None"
+            )
 
     def budgets(self, candidate: int) -> Sequence[int]:
         if candidate >= self.n_candidates:
@@ -58,19 +72,48 @@ class PASHA:
 
     def top(self, results: Results) -> int:
         """Return the highest rung that is open after these results."""
+        return self._state(results)[0]
+
+    def tolerance(self, results: Results) -> float:
+        """Return the epsilon that stands after these results, given or estimated."""
+        return self._state(results)[1]
+
+    def _state(self, results: Results) -> tuple[int, float]:
         last = len(self.budgets(0)) - 1
-        top = min(1, last)
+        top, epsilon = min(1, last), self.epsilon or 0.0
         rungs: list[dict[int, float]] = [{} for _ in range(last + 1)]
+        noisy: list[float] = []  # distances of those in the top rung
         for candidate, rung, score in results.told:
             rungs[rung][candidate] = score
-            if rung == top < last and not self._agree(rungs[top - 1], rungs[top]):
-                top += 1
-        return top
+            if rung != top or score == FAILED:
+                continue
+            if self.epsilon is None and top > 1:  # nobody swaps twice on two rungs
+                noisy += _noisy_distances(rungs[: top + 1], candidate)
+            gap = _disagreement(rungs[top - 1], rungs[top]) if top < last else 0.0
+            if gap and gap > (now := _estimate(noisy, epsilon)):
+                top, epsilon, noisy = top + 1, now, []
+        return top, _estimate(noisy, epsilon)
 
-    def _agree(self, below: Mapping[int, float], above: Mapping[int, float]) -> bool:
-        now = ranked(above)
-        before = {candidate: below[candidate] for candidate in now}
-        return all(
-            abs(before[candidate] - before[then]) <= self.epsilon
-            for candidate, then in zip(now, ranked(before), strict=True)
-        )
+
+def _disagreement(below: Mapping[int, float], above: Mapping[int, float]) -> float:
+    """The farthest that two who share a place, one on each rung, are apart on the lower one."""
+    now = ranked(above)
+    before = {candidate: below[candidate] for candidate in now}
+    places = zip(now, ranked(before), strict=True)
+    return max(abs(before[candidate] - before[then]) for candidate, then in places)
+
+
+def _estimate(noisy: Sequence[float], epsilon: float) -> float:
+    return float(np.percentile(noisy, NOISY)) if noisy else epsilon
+
+
+def _noisy_distances(rungs: Sequence[Mapping[int, float]], candidate: int) -> list[float]:
+    """How far a candidate is, on the last of these rungs, from each with whom it swaps twice."""
+    found = []
+    for other, score in rungs[-1].items():
+        gaps = [scores[candidate] - scores[other] for scores in rungs]
+        ahead = [gap > 0 for gap in gaps if gap]
+        swaps = sum(a != b for a, b in pairwise(ahead))
+        if swaps > 1 and gaps[-1] and score != FAILED:
+            found.append(abs(gaps[-1]))
+    return found

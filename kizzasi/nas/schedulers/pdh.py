@@ -28,8 +28,10 @@ class PDH:
 
     Args:
         n_candidates: how many to start; more than m for each hurdle.
-        stages: rising budgets; one hurdle between each two.
-        generation: m, at least 1.
+        stages: rising budgets; one hurdle between each two. Who ends at the first one is never
+            reconsidered, so it has to be long enough for late bloomers.
+        generation: m, at least 1. The first m * (len(stages) - 1) candidates that do not fail come
+            too early for the last stage.
         population_size: members; the oldest leaves when another enters. At least 1.
 
     Source: So et al. 2019, "The Evolved Transformer", arXiv:1901.11117, on PDH.

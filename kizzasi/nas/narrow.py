@@ -1,0 +1,107 @@
+"""A narrower twin of a model: the same layers of the same kinds, with fewer parameters.
+
+Glossary
+    d, d'     d_model of the model and of the twin
+    bent      how far the width of heads had to leave the model's own, in doublings
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from kizzasi.errors import SpecError
+from kizzasi.models import ChannelSpec, MixerSpec, ModelSpec
+from kizzasi.models.strict import field_types, require
+
+Part = MixerSpec | ChannelSpec
+WIDTHS = ("hidden", "shared_hidden", "d_inner")  # grow with d_model where they are given
+SHARED_HEADS = ("n_kv_heads", "n_key_heads")  # divide n_heads where they are given
+NEAR = 0.5  # doublings that the size may miss the wanted one by
+
+
+def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
+    """The same model with a narrower residual stream, as near as it gets to a size.
+
+        d' = argmin of  |log2(params(d') / n_params)| + max over parts of bent(d')
+
+    Depth, kinds, states, windows and ranks stay. Hidden widths shrink with d_model. There are
+    fewer heads of about the same width; where no such number of heads fits d', they become wider
+    or narrower, which counts like a size missed by the same factor.
+
+    Args:
+        spec: valid.
+        n_params: wanted, embeddings included.
+
+    Raises:
+        SpecError: no width makes a valid model within a factor of 1.4 of n_params.
+    """
+    found: list[tuple[float, float, int, ModelSpec]] = []
+    narrow = functools.cache(_narrow)  # blocks repeat
+    for d_model in range(1, spec.d_model):
+        with suppress(SpecError):
+            bent, twin = _at_width(spec, d_model, narrow)
+            size = twin.cost(1).params
+            miss = abs(math.log2(size / n_params))
+            found.append((miss + bent, miss, size, twin))
+    near = [one for one in found if one[1] <= NEAR]
+    nearest = min(found, key=lambda one: one[1], default=None)
+    at_all = f"the nearest one has {nearest[2]:,}" if nearest else "none is valid"
+    rule = f"none below {spec.d_model} makes about {n_params:,} parameters of these layers"
+    require(bool(near), "d_model", f"{rule}; {at_all}")
+    return min(near, key=lambda one: one[0])[-1]
+
+
+Narrow = Callable[[Part, int, int], tuple[float, Any]]
+
+
+def _at_width(spec: ModelSpec, d_model: int, narrow: Narrow) -> tuple[float, ModelSpec]:
+    """How far heads are bent at most, and the model. Raises SpecError where a part does not fit."""
+    blocks, most = [], 0.0
+    for block in spec.blocks:
+        bent, mixer = narrow(block.mixer, spec.d_model, d_model)
+        other, channel = 0.0, None
+        if block.channel is not None:
+            other, channel = narrow(block.channel, spec.d_model, d_model)
+        blocks.append(replace(block, mixer=mixer, channel=channel))
+        most = max(most, bent, other)
+    twin = spec.replace(d_model=d_model, blocks=tuple(blocks))
+    twin.check()
+    return most, twin
+
+
+def _narrow(part: Part, d: int, d_new: int) -> tuple[float, Part]:
+    """The part at another width, with the least bent heads that fit."""
+    most, own = 0.0, {name: getattr(part, name) for name in field_types(type(part))}
+    for name, value in own.items():
+        if name in WIDTHS and value:
+            own[name] = max(1, round(value * d_new / d))
+            continue
+        inner = value if isinstance(value, tuple) else (value,)
+        if inner and all(isinstance(one, Part) for one in inner):
+            bent, twins = zip(*(_narrow(one, d, d_new) for one in inner), strict=True)
+            most = max(most, *bent)
+            own[name] = twins if isinstance(value, tuple) else twins[0]
+    for bent, heads in sorted(_heads(own, d_new / d), key=lambda pair: pair[0]):
+        twin = type(part)(**{**own, **heads})
+        with suppress(SpecError):
+            twin.check(d_new, "")
+            return max(most, bent), twin
+    raise SpecError(f"{part.kind}: no heads fit d_model {d_new}")
+
+
+def _heads(own: dict[str, Any], ratio: float) -> Iterator[tuple[float, dict[str, int]]]:
+    """Every way to divide a part into heads, and how far each is bent."""
+    if n := own.get("n_heads"):
+        for new in range(1, n + 1):
+            shared = {k: max(1, round(own[k] * new / n)) for k in SHARED_HEADS if own.get(k)}
+            yield abs(math.log2(n * ratio / new)), {"n_heads": new, **shared}
+    elif width := own.get("head_dim"):
+        for new in range(1, 2 * width + 1):
+            yield abs(math.log2(new / width)), {"head_dim": new}
+    else:
+        yield 0.0, {}
