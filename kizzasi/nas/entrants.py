@@ -158,6 +158,36 @@ class Given:
         yield self.entries
 
 
+class Started(Generic[C]):
+    """A space whose first samples are given, for searchers to begin with; itself a space."""
+
+    def __init__(self, space: Space[C], first: Sequence[C]) -> None:
+        self.space = space
+        self.left = list(reversed(first))
+
+    def sample(self, rng: Xorshift64) -> C:
+        return self.left.pop() if self.left else self.space.sample(rng)
+
+    def build(self, decide: Callable[[str, int], int]) -> C:
+        return self.space.build(decide)
+
+    def mutate(self, candidate: C, rng: Xorshift64, prob: float) -> C:
+        return self.space.mutate(candidate, rng, prob)
+
+    def crossover(self, a: C, b: C, rng: Xorshift64) -> C:
+        return self.space.crossover(a, b, rng)
+
+    def iterate(self, limit: int | None = None) -> Sequence[C]:
+        return self.space.iterate(limit)
+
+    def contains(self, candidate: C) -> bool:
+        return self.space.contains(candidate)
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+
 class Traced(Generic[C]):
     """A space that knows, until the next `forget`, from whom each candidate was made."""
 
@@ -216,7 +246,7 @@ class Entrants:
 
     Args:
         searcher: of candidates.
-        presets: take part from the beginning; the searcher does not hear of them.
+        presets: take part from the beginning.
         family: of a candidate; its members share a learning rate.
         objectives: what the searcher minimises beside the loss; None if it wants a plain score.
     """

@@ -16,6 +16,7 @@ import yaml
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, Tokens
 from kizzasi.models.strict import coerce, require
+from kizzasi.nas.encode import genes_of
 from kizzasi.nas.filling import TRIES, Decide, MisfitError, Walk, every
 from kizzasi.nas.holes import parse, plain
 from kizzasi.nas.rng import Xorshift64
@@ -210,6 +211,11 @@ class ModelSpace:
         unknown = genes.keys() - dict(made.genes).keys()
         require(not unknown, ", ".join(sorted(unknown)), "no such hole in this candidate")
         return made
+
+    def encode(self, spec: ModelSpec) -> Candidate | None:
+        """The candidate of this space that is this model, if there is one."""
+        genes = next(genes_of(self._root, spec), None)
+        return None if genes is None else self.decode(genes)
 
     def _try(self, decide: Decide, again: Decide, otherwise: Candidate) -> Candidate:
         for _ in range(TRIES):

@@ -6,8 +6,9 @@
       -> a scheduler says who trains on to the next rung, from its checkpoint
       -> the best, and the best preset, trained anew at a longer budget over several seeds
 
-Presets (the families' usual proportions at the same budget, never searched) go through the same
-rungs by the same rules; the winner has to beat the best of them.
+Presets (the families' usual proportions at the same budget) go through the same rungs by the same
+rules. Searchers begin with those that lie in the space, but a preset never wins: the winner has to
+beat the best of them.
 
 Nothing is decided by a clock: a search is a function of its config and its scores, told in the
 order asked for. So a resumed run walks through its journal and goes on from there.
@@ -32,6 +33,7 @@ from kizzasi.nas.entrants import (
     Entrants,
     Given,
     Recorded,
+    Started,
     costs,
     main_mixer,
     pool,
@@ -201,8 +203,16 @@ class Run:
             return schedule.candidates[candidate].group
 
         scheduler = scheduler_of(config, len(usual), group_of)
-        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self._screened()))
+        start = Started(self._screened(), self._known(space, usual))
+        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, start))
         return schedule
+
+    def _known(self, space: ArchSearchSpace | ModelSpace, usual: Sequence[Entry]) -> list[Any]:
+        """The presets that lie in the space: searchers begin with them."""
+        if isinstance(space, ArchSearchSpace):
+            return []
+        found = [space.encode(entry.spec) for entry in usual]
+        return [candidate for candidate in found if candidate and self.feasible.admits(candidate)]
 
     def _screened(self) -> Space[Any]:
         """The feasible candidates behind the screens, the cheapest screen first."""

@@ -1,7 +1,8 @@
 """Ready-made search spaces, and the families that a space of families may name.
 
 `tiny`, `hybrid`, `mamba_rwkv` and `moe` are spaces of models with holes: each layer chooses its own
-mixer and channel. They are made for small models, 32 to 192 wide; see `ModelSpace` for others.
+mixer and channel, or layers repeat by a pattern. They are made for small models, 32 to 192 wide;
+see `ModelSpace` for others.
 
 Families are the blocks of an `ArchSearchSpace`, which gives all layers the same genes.
 
@@ -28,7 +29,7 @@ from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
 from kizzasi.models.strict import unknown_name
-from kizzasi.nas.holes import choice, repeat
+from kizzasi.nas.holes import choice, pattern, repeat
 from kizzasi.nas.model_space import ModelSpace
 
 
@@ -54,6 +55,8 @@ def _transformer(d_model: int, d_state: int, expand: float) -> BlockSpec:
     heads = AttentionSpec(n_heads=d_model // d_state)
     return BlockSpec(heads, SwiGLUSpec(hidden=round(d_model * expand)))
 
+
+WIDTHS = choice(48, 56, 64, 72, 80, 88, 96, 112, 128, 160, 192)  # fine, to meet a narrow band
 
 FAMILIES: dict[str, Callable[[int, int, float], BlockSpec]] = {
     "mamba": _mamba,
@@ -107,7 +110,7 @@ def tiny(vocab_size: int = 256) -> ModelSpace:
 
 
 def hybrid(vocab_size: int = 256) -> ModelSpace:
-    """Two to eight layers; each is recurrent, state-space or attention, with a channel mixer."""
+    """Two to eight layers, recurrent, state-space or attention, most with a channel mixer."""
     heads = choice(2, 4, 8)
     mixer = choice(
         {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
@@ -119,8 +122,7 @@ def hybrid(vocab_size: int = 256) -> ModelSpace:
         {"kind": "s4d", "d_state": choice(16, 64)},
         {"kind": "attention", "n_heads": heads, "window": choice(None, 32, 128)},
     )
-    block = {"mixer": mixer, "channel": _channel(None)}
-    return _space(vocab_size, choice(48, 64, 96, 128, 192), repeat(block, 2, 8))
+    return _space(vocab_size, WIDTHS, _layers({"mixer": mixer, "channel": _channel(None)}, 8))
 
 
 def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
@@ -132,7 +134,7 @@ def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
         {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
     )
     block = {"mixer": mixer, "channel": _channel(None, {"kind": "rwkv_channel"})}
-    return _space(vocab_size, choice(48, 64, 96, 128, 192), repeat(block, 2, 8))
+    return _space(vocab_size, WIDTHS, _layers(block, 8))
 
 
 def moe(vocab_size: int = 256) -> ModelSpace:
@@ -149,7 +151,14 @@ def moe(vocab_size: int = 256) -> ModelSpace:
         {"kind": "attention", "n_heads": choice(2, 4, 8), "window": choice(None, 64)},
     )
     block = {"mixer": mixer, "channel": _channel(experts)}
-    return _space(vocab_size, choice(48, 64, 96, 128), repeat(block, 2, 6))
+    return _space(vocab_size, WIDTHS, _layers(block, 6))
+
+
+def _layers(block: Any, most: int) -> dict[str, Any]:
+    """Two layers or more: one or two blocks tiled over the depth, or every layer on its own."""
+    texts = ("a", "ab", "aab", "aaab")
+    tiled = pattern(*texts, n_layers=choice(*range(2, most + 1)), a=block, b=block)
+    return choice(tiled, repeat(block, 2, most))
 
 
 def _channel(*more: Any) -> dict[str, Any]:
