@@ -121,6 +121,25 @@ def test_iterate_is_unique_and_complete(space):
     assert {space.sample(rng) for _ in range(20)} <= set(members)
 
 
+@given(space=possible)
+@settings(deadline=None, max_examples=12)
+def test_every_member_is_found_from_its_model_and_no_other(space):
+    members = space.iterate()
+    for member in members:
+        found = space.encode(member.spec)
+        assert found == member
+        assert dict(found.genes) == dict(member.genes)  # these spaces make no model in two ways
+        assert space.contains(found)
+        stranger = member.spec.replace(dropout=0.3)
+        assert space.encode(stranger) is None
+        assert space.encode(member.spec.replace(blocks=member.spec.blocks * 9)) is None
+
+
+def test_a_template_without_holes_knows_its_only_model():
+    space = model([{"mixer": {"kind": "mamba", "d_state": 2}}])
+    assert space.encode(space.sample(Xorshift64(1)).spec).genes == ()
+
+
 @given(space=possible, seed=seeds)
 @settings(deadline=None, max_examples=20)
 def test_equal_seeds_give_equal_candidates(space, seed):
@@ -337,6 +356,7 @@ def test_ready_made_spaces(name):
     rng = Xorshift64(9)
     made = [space.sample(rng) for _ in range(12)]
     assert all(candidate.spec.stem == Tokens(11) for candidate in made)
+    assert all(space.encode(candidate.spec) == candidate for candidate in made[:4])
     assert len({candidate.spec.digest for candidate in made}) > 8
     assert space.size >= 1752
     build_model(made[0].spec)

@@ -109,6 +109,19 @@ def test_rungs_are_ashas_and_the_budget_is_kept(finished):
     assert 2_000 <= result["tokens"] < 2_000 + 256
 
 
+def test_searchers_begin_with_presets_that_lie_in_the_space(data, tmp_path):
+    """The Mamba preset does: it is trained once, as a preset, and bred from as a founder."""
+    config = replace(CONFIG, data=data, n_params=200_000, max_state_bytes=None, search_tokens=2_500)
+    config = replace(config, population=2, sample=2, lrs=(3e-3,), proxies=())
+    Search(config, tmp_path / "run").run()
+    candidates = events_of(tmp_path / "run", "candidate")
+    assert len({e["id"] for e in candidates}) == len(candidates)
+    (mamba,) = (e for e in candidates if e["name"] == "mamba preset")
+    assert mamba["group"] == "preset"
+    assert sum(e["group"] == "random" for e in candidates) == 1  # the other founder
+    assert {p for e in candidates for p in e["parents"]} >= {mamba["id"]}
+
+
 def test_those_with_one_main_mixer_share_a_learning_rate(finished):
     swept = {e["family"] for e in events_of(finished, "lr")}
     for e in events_of(finished, "candidate"):
