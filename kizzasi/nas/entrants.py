@@ -158,45 +158,17 @@ class Given:
         yield self.entries
 
 
-class Started(Generic[C]):
-    """A space whose first samples are given, for searchers to begin with; itself a space."""
+class Traced(Generic[C]):
+    """A space that knows, until the next `forget`, from whom each candidate was made. Its first
+    samples are given."""
 
-    def __init__(self, space: Space[C], first: Sequence[C]) -> None:
+    def __init__(self, space: Space[C], first: Sequence[C] = ()) -> None:
         self.space = space
         self.left = list(reversed(first))
-
-    def sample(self, rng: Xorshift64) -> C:
-        return self.left.pop() if self.left else self.space.sample(rng)
-
-    def build(self, decide: Callable[[str, int], int]) -> C:
-        return self.space.build(decide)
-
-    def mutate(self, candidate: C, rng: Xorshift64, prob: float) -> C:
-        return self.space.mutate(candidate, rng, prob)
-
-    def crossover(self, a: C, b: C, rng: Xorshift64) -> C:
-        return self.space.crossover(a, b, rng)
-
-    def iterate(self, limit: int | None = None) -> Sequence[C]:
-        return self.space.iterate(limit)
-
-    def contains(self, candidate: C) -> bool:
-        return self.space.contains(candidate)
-
-    @property
-    def size(self) -> int:
-        return self.space.size
-
-
-class Traced(Generic[C]):
-    """A space that knows, until the next `forget`, from whom each candidate was made."""
-
-    def __init__(self, space: Space[C]) -> None:
-        self.space = space
         self.origins: dict[C, tuple[C, ...]] = {}
 
     def sample(self, rng: Xorshift64) -> C:
-        return self.space.sample(rng)
+        return self.left.pop() if self.left else self.space.sample(rng)
 
     def build(self, decide: Callable[[str, int], int]) -> C:
         return self._made(self.space.build(decide))
@@ -249,16 +221,18 @@ class Entrants:
         presets: take part from the beginning.
         family: of a candidate; its members share a learning rate.
         objectives: what the searcher minimises beside the loss; None if it wants a plain score.
+        first: candidates that it begins with, before it draws.
     """
 
     searcher: Searcher
     presets: Sequence[Entry]
     family: Callable[[Any], str]
     objectives: Callable[[ModelSpec], tuple[float, ...]] | None = None
+    first: Sequence[Any] = ()
 
     def proposals(self, space: Space[Any]) -> Proposals[Any]:
         """Yield the new entries of each batch."""
-        traced, ids, scores = Traced(space), dict[Any, str](), dict[str, float]()
+        traced, ids, scores = Traced(space, self.first), dict[Any, str](), dict[str, float]()
         inner = self.searcher.proposals(traced)
         batch, first = next(inner), self.presets
         while True:

@@ -33,7 +33,6 @@ from kizzasi.nas.entrants import (
     Entrants,
     Given,
     Recorded,
-    Started,
     costs,
     main_mixer,
     pool,
@@ -197,14 +196,14 @@ class Run:
                 usual,
                 main_mixer if isinstance(space, ModelSpace) else (lambda c: c.model_type),
                 costs if config.searcher == "nsga2" else None,
+                self._known(space, usual),
             )
 
         def group_of(candidate: int) -> str:
             return schedule.candidates[candidate].group
 
         scheduler = scheduler_of(config, len(usual), group_of)
-        start = Started(self._screened(), self._known(space, usual))
-        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, start))
+        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self._screened()))
         return schedule
 
     def _known(self, space: ArchSearchSpace | ModelSpace, usual: Sequence[Entry]) -> list[Any]:

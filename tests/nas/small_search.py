@@ -1,11 +1,14 @@
 """A search of seconds, and what of it must not depend on where it runs or on being killed."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from kizzasi.nas.arch_search import ArchSearchSpace
 from kizzasi.nas.search import SearchConfig
-from kizzasi.nas.storage import read_events
+from kizzasi.nas.storage import Journal, read_events
 
 SPACE = ArchSearchSpace(
     d_model_options=(16, 32),
@@ -49,3 +52,23 @@ def outcome(folder: Path) -> list[dict]:
     ]
     assert len(events) == len(set(events)), "an event stands twice"
     return [json.loads(event) for event in sorted(events)]
+
+
+class KilledError(BaseException):
+    """Stands for a kill at an event."""
+
+
+@contextmanager
+def killed_after(n: int):
+    """Kill the search inside at the write of its n + 1st event: what was done for it is lost."""
+    left, append = iter(range(n)), Journal.append
+
+    def killed(self, event):
+        if next(left, None) is None:
+            raise KilledError
+        return append(self, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "append", killed)
+        with pytest.raises(KilledError):
+            yield

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_search import outcome, write_text
+from small_search import killed_after, outcome, write_text
 
 from kizzasi.cli.search import add_arguments
 from kizzasi.errors import SpecError
@@ -43,10 +43,6 @@ CONFIG = SearchConfig(
     batch_size=2,
     score_windows=8,
 )
-
-
-class KilledError(BaseException):
-    """Stands for a kill at an event."""
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +102,14 @@ def test_the_result_says_what_the_trials_say(finished):
     assert "rung narrow" not in " ".join(rung.name for rung in summary.rungs)
 
 
-def test_a_search_killed_between_twins_ends_as_the_whole_one(finished, data, tmp_path, monkeypatch):
+def test_a_search_killed_between_twins_ends_as_the_whole_one(finished, data, tmp_path):
     whole = read_events(finished / "journal.jsonl")
     first = next(i for i, e in enumerate(whole) if e["event"] == "narrow")
-    folder, append = tmp_path / "run", Journal.append
+    folder = tmp_path / "run"
     for stop in (first - 2, first + 2, first + 5, len(whole) - 1):
         known = len(read_events(folder / "journal.jsonl")) if folder.exists() else 0
-        left = iter(range(stop - known))
-
-        def killed(self, event, left=left):
-            if next(left, None) is None:
-                raise KilledError
-            return append(self, event)
-
-        monkeypatch.setattr(Journal, "append", killed)
-        with pytest.raises(KilledError):
+        with killed_after(stop - known):
             Search(replace(CONFIG, data=data), folder, SPACE).run(resume=True)
-    monkeypatch.setattr(Journal, "append", append)
     Search(replace(CONFIG, data=data), folder, SPACE).run(resume=True)
     assert outcome(folder) == outcome(finished)
     assert list((folder / "trials").iterdir()) == []

@@ -4,14 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
-from small_search import SPACE, outcome, write_text
+from small_search import SPACE, killed_after, outcome, write_text
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.probes import PROBES
 from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.screen import Screened
 from kizzasi.nas.search import Search, SearchConfig
-from kizzasi.nas.storage import Journal, read_events
+from kizzasi.nas.storage import read_events
 
 CONFIG = SearchConfig(
     space="tiny",
@@ -34,10 +34,6 @@ CONFIG = SearchConfig(
     seq_len=32,
     batch_size=4,
 )
-
-
-class KilledError(BaseException):
-    """Stands for a kill at an event."""
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +129,15 @@ def test_the_report_says_how_much_was_screened(finished):
     assert f"synflow {len(screens_of(finished, 'synflow'))}, inherit {n} on {tokens:,}" in said
 
 
-def test_killed_within_its_screens_it_ends_as_the_whole_one(finished, tmp_path, monkeypatch):
+def test_killed_within_its_screens_it_ends_as_the_whole_one(finished, tmp_path):
     config = replace(CONFIG, data=str(finished / "text"))
     events = read_events(finished / "run" / "journal.jsonl")
     within = [i for i, e in enumerate(events) if e["event"] == "screen"]
-    append, done = Journal.append, 0
+    done = 0
     for stop in (within[2], within[-1], len(events) - 2):
-        left = iter(range(stop - done))
-
-        def killed(self, event, left=left):
-            if next(left, None) is None:
-                raise KilledError
-            return append(self, event)
-
-        monkeypatch.setattr(Journal, "append", killed)
-        with pytest.raises(KilledError):
+        with killed_after(stop - done):
             Search(config, tmp_path / "run").run(resume=True)
         done = stop
-    monkeypatch.setattr(Journal, "append", append)
     Search(config, tmp_path / "run").run(resume=True)
     assert outcome(tmp_path / "run") == outcome(finished / "run")
 

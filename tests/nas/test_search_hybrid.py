@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from small_search import outcome
+from small_search import killed_after, outcome
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec, load
@@ -13,7 +13,7 @@ from kizzasi.models.mixers.gla import GLA
 from kizzasi.nas import report
 from kizzasi.nas.model_space import ModelSpace
 from kizzasi.nas.search import Search, SearchConfig
-from kizzasi.nas.storage import Journal, read_events
+from kizzasi.nas.storage import read_events
 from kizzasi.nas.strategies import read_space
 
 CONFIG = SearchConfig(
@@ -37,10 +37,6 @@ CONFIG = SearchConfig(
     seq_len=16,
     batch_size=4,
 )
-
-
-class KilledError(BaseException):
-    """Stands for a kill at an event."""
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +129,13 @@ def test_those_with_one_main_mixer_share_a_learning_rate(finished):
             assert main == next(kind for kind in kinds if kinds.count(kind) == most)
 
 
-def test_a_search_killed_again_and_again_ends_as_the_whole_one(
-    finished, data, tmp_path, monkeypatch
-):
+def test_a_search_killed_again_and_again_ends_as_the_whole_one(finished, data, tmp_path):
     """Killed before the write of an event: what was done for it is lost, and done again."""
     n_events = len(read_events(finished / "journal.jsonl"))
-    folder, append = tmp_path / "run", Journal.append
+    folder = tmp_path / "run"
     for n_more in (4, 9, n_events - 13 - 4, 3):
-        left = iter(range(n_more))
-
-        def killed(self, event, left=left):
-            if next(left, None) is None:
-                raise KilledError
-            return append(self, event)
-
-        monkeypatch.setattr(Journal, "append", killed)
-        with pytest.raises(KilledError):
+        with killed_after(n_more):
             Search(replace(CONFIG, data=data), folder).run(resume=True)
-    monkeypatch.setattr(Journal, "append", append)
     assert len(read_events(folder / "journal.jsonl")) == n_events - 1
     Search(replace(CONFIG, data=data), folder).run(resume=True)
     assert outcome(folder) == outcome(finished)
