@@ -3,12 +3,12 @@
 from kizzasi.models import channels, mixers
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
+from kizzasi.models.decoding.streaming import SignalPredictor
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel, build_model
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.state import ModelState, load_state
 from kizzasi.models.stems import Signal, Tokens
-from kizzasi.models.streaming import SignalPredictor
 
 
 def list_mixers() -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
-from kizzasi.models.generate import generate
+from kizzasi.models.decoding.generate import generate
 from kizzasi.models.mixer import NO_DECAY, Mixer, ParamRule, document_starts
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import document_positions
@@ -200,7 +200,7 @@ class SequenceModel(nn.Module):
         ]
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue a prompt; see `kizzasi.models.generate.generate` for the sampling arguments.
+        """Continue a prompt; see `kizzasi.models.decoding.generate` for its arguments.
 
         Raises SpecError if the model is not causal.
         """

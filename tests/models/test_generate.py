@@ -8,7 +8,7 @@ import torch
 from kizzasi.errors import ShapeError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
-from kizzasi.models.generate import Seen, pick, sampled_from
+from kizzasi.models.decoding.generate import Seen, pick, sampled_from
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kizzasi.models.generate import Begun, Seen
+    from kizzasi.models.decoding.generate import Begun, Seen
 
 
 class Finished:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.beams import search_beams
+from kizzasi.models.decoding.beams import search_beams
 
 if TYPE_CHECKING:
     from kizzasi.models.model import ModelOutput, SequenceModel
