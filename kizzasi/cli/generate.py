@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from kizzasi.models import Tokens, load
-    from kizzasi.models.tokenizer import load_tokenizer
+    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
 
     check_device(args.device)
     model = load(args.model, device=args.device, quantized=args.quantized)

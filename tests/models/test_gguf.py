@@ -17,8 +17,8 @@ from kizzasi.cli.generate import Text  # noqa: E402
 from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import load  # noqa: E402
 from kizzasi.models.checkpoints.gguf_blocks import TYPES, dequantize  # noqa: E402
-from kizzasi.models.quantized import LevelTensor, QuantizedHead, QuantizedLinear  # noqa: E402
-from kizzasi.models.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
+from kizzasi.models.checkpoints.quantized import LevelTensor, QuantizedHead, QuantizedLinear  # noqa: E402
+from kizzasi.models.checkpoints.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 
 QUANTIZED = {code: kind for code, kind in TYPES.items() if kind.unpack is not None}
 Kind = gguf.GGMLQuantizationType

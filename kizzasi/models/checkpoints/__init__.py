@@ -68,7 +68,7 @@ def load(
         dtype: None keeps the stored dtype; of several, the widest.
         quantized: keep the weights that a GGUF file stores in 4, 5 or 8 bits in that form, for fast
             decoding on the CPU. Scales, and inputs and outputs of those layers, are then rounded to
-            bfloat16; see `kizzasi.models.quantized`. False reads every weight in full.
+            bfloat16; see `kizzasi.models.checkpoints.quantized`. False reads every weight in full.
 
     Raises:
         CheckpointError: no checkpoint there, of an unknown format, damaged, with a config that asks
