@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from kizzasi.eml import EndToEndTrainConfig, ToyEmlAttention
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
-from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
-from kizzasi.eml.incremental import IncrementalTrials
-from kizzasi.eml.least_squares import GaussNewton
-from kizzasi.eml.recovery import relative_error, train_master_formula
-from kizzasi.eml.rows import output_rows
+from kizzasi.eml.core.incremental import IncrementalTrials
+from kizzasi.eml.core.trials import FlatAttention, PlainTrials, draw_trials
+from kizzasi.eml.core.walk import Walk
+from kizzasi.eml.exact.anneal import relative_error, train_master_formula
+from kizzasi.eml.exact.enumerate import TreeSearch
+from kizzasi.eml.exact.tree import ONE, Tree, evaluate, leaf, node
+from kizzasi.eml.search.gauss_newton import GaussNewton
+from kizzasi.eml.search.minimize import minimize
+from kizzasi.eml.search.objective import ModuleObjective
+from kizzasi.eml.search.rows import output_rows
 from kizzasi.eml.tasks import Task, draw, identity, position_mean, r_squared
-from kizzasi.eml.trainer import ModuleObjective, minimize
-from kizzasi.eml.tree_search import TreeSearch
-from kizzasi.eml.trials import FlatAttention, PlainTrials, draw_trials
-from kizzasi.eml.walk import Walk
 from kizzasi.models.mixer import LayerContext
 
 # Trials per second of eml-core's compiled Rust on the same kind of machine, and the factor wanted.

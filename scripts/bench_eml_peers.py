@@ -36,11 +36,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
-from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
-from kizzasi.eml.least_squares import GaussNewton
-from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, Optimizer, PatternSearch
+from kizzasi.eml.search.coordinate import BlockDescent, CoordinateDescent
+from kizzasi.eml.search.evolution import AntitheticES, SeparableCma, Spsa
+from kizzasi.eml.search.gauss_newton import GaussNewton
+from kizzasi.eml.search.minimize import minimize
+from kizzasi.eml.search.objective import ModuleObjective
+from kizzasi.eml.search.optimizer import Optimizer
+from kizzasi.eml.search.pattern import PatternSearch
 from kizzasi.eml.tasks import FEYNMAN, Formula, draw, identity, position_mean, r_squared
-from kizzasi.eml.trainer import ModuleObjective, minimize
 from kizzasi.models.mixer import LayerContext
 
 SEQUENCE_TASKS = {"mean": (position_mean, 4), "identity": (identity, 8)}  # task, head_dim

@@ -5,27 +5,30 @@ figures under rng="seed" and really learn under the default rng="fixed".
 """
 
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
-from kizzasi.eml.benchmark import (
+from kizzasi.eml.core.attention import BaselineAttention, ToyEmlAttention
+from kizzasi.eml.core.benchmark import (
     AttentionBenchmark,
     AttentionComparison,
     compare_eml_vs_baseline,
     run_benchmark,
     run_benchmark_with_trials,
 )
-from kizzasi.eml.events import Drift, Event, Loaded, Prediction, Reset, Saved, Trained
-from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
-from kizzasi.eml.exact import compile_expression, evaluate, formula, verify
-from kizzasi.eml.least_squares import GaussNewton
-from kizzasi.eml.model import EmlModel
+from kizzasi.eml.core.events import Drift, Event, Loaded, Prediction, Reset, Saved, Trained
+from kizzasi.eml.core.model import EmlModel
+from kizzasi.eml.core.tree import SafeTree
+from kizzasi.eml.core.trials import EndToEndTrainConfig
+from kizzasi.eml.exact.anneal import MasterFormula, train_master_formula
+from kizzasi.eml.exact.compiler import compile_expression, verify
+from kizzasi.eml.exact.enumerate import TreeSearch, search_tree
+from kizzasi.eml.exact.tree import evaluate, formula
 from kizzasi.eml.operator import eml, eml_safe, eml_soft, softmax3
-from kizzasi.eml.optimizers import BlockDescent, CoordinateDescent, PatternSearch
-from kizzasi.eml.recovery import MasterFormula, train_master_formula
-from kizzasi.eml.rows import OutputRows, output_rows
-from kizzasi.eml.toy import BaselineAttention, ToyEmlAttention
-from kizzasi.eml.trainer import Minimum, ModuleObjective, minimize
-from kizzasi.eml.tree import SafeTree
-from kizzasi.eml.tree_search import TreeSearch, search_tree
-from kizzasi.eml.trials import EndToEndTrainConfig
+from kizzasi.eml.search.coordinate import BlockDescent, CoordinateDescent
+from kizzasi.eml.search.evolution import AntitheticES, SeparableCma, Spsa
+from kizzasi.eml.search.gauss_newton import GaussNewton
+from kizzasi.eml.search.minimize import Minimum, minimize
+from kizzasi.eml.search.objective import ModuleObjective
+from kizzasi.eml.search.pattern import PatternSearch
+from kizzasi.eml.search.rows import OutputRows, output_rows
 
 __all__ = [
     "AntitheticES",

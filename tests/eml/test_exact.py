@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kizzasi.eml import tree_search
-from kizzasi.eml.exact import ONE, compile_expression, evaluate, formula, leaf, node, verify
-from kizzasi.eml.recovery import MasterFormula, train_master_formula
-from kizzasi.eml.tree_search import TreeSearch, search_tree
+from kizzasi.eml.exact import enumerate as tree_search
+from kizzasi.eml.exact.anneal import MasterFormula, train_master_formula
+from kizzasi.eml.exact.compiler import compile_expression, verify
+from kizzasi.eml.exact.enumerate import TreeSearch, search_tree
+from kizzasi.eml.exact.tree import ONE, evaluate, formula, leaf, node
 from kizzasi.errors import SpecError
 
 SIZES = {

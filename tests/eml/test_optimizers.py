@@ -8,18 +8,15 @@ from tolerance import assert_close
 from torch import nn
 
 from kizzasi.eml.attention import EmlAttentionSpec
-from kizzasi.eml.evolution import AntitheticES, SeparableCma, Spsa
-from kizzasi.eml.least_squares import GaussNewton
-from kizzasi.eml.optimizers import (
-    BlockDescent,
-    CoordinateDescent,
-    PatternSearch,
-    hashed_normal,
-    hashed_uniform,
-)
-from kizzasi.eml.rows import output_rows
+from kizzasi.eml.search.coordinate import BlockDescent, CoordinateDescent
+from kizzasi.eml.search.evolution import AntitheticES, SeparableCma, Spsa
+from kizzasi.eml.search.gauss_newton import GaussNewton
+from kizzasi.eml.search.minimize import minimize
+from kizzasi.eml.search.objective import ModuleObjective
+from kizzasi.eml.search.optimizer import hashed_normal, hashed_uniform
+from kizzasi.eml.search.pattern import PatternSearch
+from kizzasi.eml.search.rows import output_rows
 from kizzasi.eml.tasks import draw, identity, position_mean, r_squared
-from kizzasi.eml.trainer import ModuleObjective, minimize
 from kizzasi.errors import SpecError
 from kizzasi.models.mixer import LayerContext
 

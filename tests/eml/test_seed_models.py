@@ -20,11 +20,11 @@ from kizzasi.eml import (
     eml_soft,
     softmax3,
 )
-from kizzasi.eml.events import event_from_dict
-from kizzasi.eml.incremental import IncrementalTrials
-from kizzasi.eml.rng import Lcg
-from kizzasi.eml.trials import PlainTrials, descend, draw_trials
-from kizzasi.eml.walk import Walk
+from kizzasi.eml.core.events import event_from_dict
+from kizzasi.eml.core.incremental import IncrementalTrials
+from kizzasi.eml.core.rng import Lcg
+from kizzasi.eml.core.trials import PlainTrials, descend, draw_trials
+from kizzasi.eml.core.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 

@@ -13,7 +13,7 @@ from kizzasi.eml import (
     run_benchmark,
     run_benchmark_with_trials,
 )
-from kizzasi.eml.rng import Lcg
+from kizzasi.eml.core.rng import Lcg
 from kizzasi.eml.tasks import position_mean
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "eml_attention.jsonl"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.exact import ONE, Tree, evaluate, leaf, node
+from kizzasi.eml.exact.tree import ONE, Tree, evaluate, leaf, node
 from kizzasi.errors import SpecError
 
 _EXPONENT_LIMIT = 30.0  # keeps exp and its gradient finite while choices are still mixed

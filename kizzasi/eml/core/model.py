@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kizzasi.eml.events import Event, Trained
+from kizzasi.eml.core.events import Event, Trained
+from kizzasi.eml.core.rng import Lcg, Rng
+from kizzasi.eml.core.tree import parse_json
+from kizzasi.eml.core.trials import descend
 from kizzasi.eml.operator import eml_safe
-from kizzasi.eml.rng import Lcg, Rng
-from kizzasi.eml.tree import parse_json
-from kizzasi.eml.trials import descend
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 _NODES, _LEVEL0 = 8, 24

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kizzasi.eml.rng import Lcg, Rng
-from kizzasi.eml.tree import SafeTree
+from kizzasi.eml.core.rng import Lcg, Rng
+from kizzasi.eml.core.tree import SafeTree
 from kizzasi.errors import SpecError
 
 MAX_BATCH = 256

@@ -17,8 +17,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kizzasi.eml.exact import ONE, Tree, complex_eml, evaluate, leaf, node
-from kizzasi.eml.recovery import Recovery, relative_error
+from kizzasi.eml.exact.anneal import Recovery, relative_error
+from kizzasi.eml.exact.tree import ONE, Tree, complex_eml, evaluate, leaf, node
 
 _MAX_SET = 3_000_000
 _MAX_EQUAL = 32  # rows of one key, and fits of one chunk, that are looked at

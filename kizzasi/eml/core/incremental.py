@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kizzasi.eml.core.tree import SafeTree
+from kizzasi.eml.core.trials import FlatAttention, PlainTrials
 from kizzasi.eml.operator import EXP_LIMIT
-from kizzasi.eml.tree import SafeTree
-from kizzasi.eml.trials import FlatAttention, PlainTrials
 
 # Per thread: two float64 arrays of it stay in a second-level cache, and torch gives no thread less.
 _CHUNK_ELEMENTS = 1 << 15

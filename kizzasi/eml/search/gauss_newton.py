@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kizzasi.eml.optimizers import sweep_block
+from kizzasi.eml.search.optimizer import sweep_block
 
 
 class GaussNewtonState(NamedTuple):

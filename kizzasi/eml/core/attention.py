@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.events import Event, Trained
-from kizzasi.eml.incremental import IncrementalTrials
-from kizzasi.eml.rng import Lcg, Rng
-from kizzasi.eml.tree import SafeTree, parse_json, tree_from_dict, tree_to_dict
-from kizzasi.eml.trials import (
+from kizzasi.eml.core.events import Event, Trained
+from kizzasi.eml.core.incremental import IncrementalTrials
+from kizzasi.eml.core.rng import Lcg, Rng
+from kizzasi.eml.core.tree import SafeTree, parse_json, tree_from_dict, tree_to_dict
+from kizzasi.eml.core.trials import (
     EndToEndTrainConfig,
     FlatAttention,
     PlainTrials,
     descend,
     draw_trials,
 )
-from kizzasi.eml.walk import Walk
+from kizzasi.eml.core.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 MAX_SEQ_LEN = 8

@@ -1,134 +1,23 @@
-"""Exact EML trees: compile an expression to nested eml(., .) over 1 and variables, and check it.
-
-    S -> 1 | variable | eml(S, S),      eml(x, y) = exp(x) - ln(y)
-
-Equal subtrees are one object, so evaluation costs one operation per distinct node. Intermediates
-are complex (the principal logarithm) and may be infinite: ln 0 = -inf and exp(-inf) = 0 hold.
-
-Glossary (Odrzywolek 2026, arXiv:2603.21852):
-    size K     nodes of the tree, leaves included: the length of its reverse Polish form
-    depth      nested operators on the longest path
-    distinct   nodes after sharing equal subtrees
-"""
+"""Compile an expression to an exact EML tree, and check it. Every rule is an identity of eml."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from kizzasi.eml.exact.tree import ONE, E, Tree, evaluate, leaf, ln_argument, node
 from kizzasi.errors import SpecError
-
-
-@dataclass(frozen=True, eq=False)
-class Tree:
-    """A leaf (name "1" or a variable, no children) or eml(left, right). Made by `leaf` and `node`,
-    which return the same object for the same tree."""
-
-    name: str
-    left: Tree | None = field(repr=False, default=None)
-    right: Tree | None = field(repr=False, default=None)
-    size: int = 1
-    depth: int = 0
-
-    @property
-    def children(self) -> tuple[Tree, Tree] | None:
-        return None if self.left is None or self.right is None else (self.left, self.right)
-
-    @property
-    def distinct(self) -> int:
-        """Nodes after sharing."""
-        return len(_topological(self))
-
-    def __str__(self) -> str:
-        """Write the tree out; see `formula` for a readable form."""
-        children = self.children
-        return f"eml({children[0]}, {children[1]})" if children else self.name
-
-
-@cache
-def leaf(name: str) -> Tree:
-    """Return the leaf "1" or a variable's."""
-    return Tree(name)
-
-
-@cache
-def node(left: Tree, right: Tree) -> Tree:
-    """Return eml(left, right)."""
-    size, depth = left.size + right.size + 1, max(left.depth, right.depth) + 1
-    return Tree("eml", left, right, size, depth)
-
-
-ONE = leaf("1")
-_E = node(ONE, ONE)
-
-
-def _topological(tree: Tree) -> list[Tree]:
-    """List the distinct nodes, children first."""
-    order: dict[Tree, None] = {}
-    stack = [(tree, False)]
-    while stack:
-        at, expanded = stack.pop()
-        if at in order:
-            continue
-        children = at.children
-        if expanded or children is None:
-            order[at] = None
-        else:
-            stack += [(at, True), (children[0], False), (children[1], False)]
-    return list(order)
-
-
-def complex_eml(x: Tensor, y: Tensor) -> Tensor:
-    """Compute exp(x) - ln(y) on complex128 over the extended reals.
-
-    exp(inf + 0i) is inf, where the textbook product inf * (cos 0 + i sin 0) would give nan.
-    """
-    radius, angle = torch.exp(x.real), x.imag
-    straight = angle == 0
-    real = torch.where(straight, radius, radius * torch.cos(angle))
-    imaginary = torch.where(straight, 0.0, radius * torch.sin(angle))
-    log = torch.complex(torch.log(y.abs()), torch.where(y == 0, 0.0, y.angle()))
-    return torch.complex(real - log.real, imaginary - log.imag)
-
-
-def evaluate(tree: Tree, variables: Mapping[str, Tensor]) -> Tensor:
-    """Evaluate a tree on complex128.
-
-    Args:
-        tree: its leaves name the variables.
-        variables: tensors of one shape, real or complex.
-
-    Returns:
-        complex128 of that shape. On real problems the imaginary part is rounding noise.
-
-    Raises:
-        SpecError: a variable is missing.
-    """
-    example = next(iter(variables.values()), torch.ones(()))
-    values = {ONE: torch.ones_like(example, dtype=torch.complex128)}
-    for at in _topological(tree):
-        children = at.children
-        if children:
-            values[at] = complex_eml(values[children[0]], values[children[1]])
-        elif at is not ONE:
-            if at.name not in variables:
-                raise SpecError(f"variable {at.name!r} has no value; given: {sorted(variables)}")
-            values[at] = variables[at.name].to(torch.complex128)
-    return values[tree]
-
-
-# -- the compiler: every rule is an identity of eml ----------------------------------------------
 
 
 def exp_of(x: Tree) -> Tree:
     """exp x = eml(x, 1). K + 2."""
-    inner = _ln_argument(x)
+    inner = ln_argument(x)
     return inner if inner is not None else node(x, ONE)
 
 
@@ -139,15 +28,6 @@ def ln_of(x: Tree) -> Tree:
     return node(ONE, node(node(ONE, x), ONE))
 
 
-def _ln_argument(x: Tree) -> Tree | None:
-    """Return u if x is ln u as `ln_of` writes it."""
-    if x.left is ONE and x.right is not None:
-        inner = x.right
-        if inner.right is ONE and inner.left is not None and inner.left.left is ONE:
-            return inner.left.right
-    return None
-
-
 def subtract(x: Tree, y: Tree) -> Tree:
     """x - y = eml(ln x, exp y). K = 11 on leaves."""
     return node(ln_of(x), exp_of(y))
@@ -155,7 +35,7 @@ def subtract(x: Tree, y: Tree) -> Tree:
 
 def negate(x: Tree) -> Tree:
     """-x = (e - x) - e, which needs no ln 0, unlike 0 - x. K = 17 on a leaf."""
-    return subtract(node(ONE, exp_of(x)), _E)
+    return subtract(node(ONE, exp_of(x)), E)
 
 
 def _log_product(x: Tree, y: Tree) -> Tree:
@@ -245,7 +125,7 @@ def _compile(at: ast.expr, text: str) -> Tree:
     if isinstance(at, ast.Constant) and isinstance(at.value, (int, float)):
         return constant(Fraction(str(at.value)))
     if isinstance(at, ast.Name):
-        return _E if at.id == "e" else leaf(at.id)
+        return E if at.id == "e" else leaf(at.id)
     if isinstance(at, ast.UnaryOp) and isinstance(at.op, (ast.USub, ast.UAdd)):
         inner = _compile(at.operand, text)
         return negate(inner) if isinstance(at.op, ast.USub) else inner
@@ -255,7 +135,7 @@ def _compile(at: ast.expr, text: str) -> Tree:
         is_power = isinstance(at.op, ast.Pow)
         if is_power and isinstance(exponent, int) and 1 <= exponent <= _MAX_POWER:
             return min(power(left, right), _whole_power(left, exponent), key=lambda t: t.size)
-        if is_power and left is _E:
+        if is_power and left is E:
             return exp_of(right)
         return _BINARY[type(at.op)](left, right)
     if isinstance(at, ast.Call) and isinstance(at.func, ast.Name):
@@ -340,19 +220,3 @@ def _direct(at: ast.expr, variables: Mapping[str, Tensor]) -> Tensor:
         ast.Pow: torch.pow,
     }
     return operators[type(at.op)](left, right)
-
-
-def formula(tree: Tree) -> str:
-    """Write a tree as a readable formula: eml(a, b) as exp(a) - ln(b), with exact simplifications.
-
-    exp(1) - ln(1) is written e, exp(a) - ln(1) as exp(a), and `ln_of`'s form as ln(b).
-    """
-    children = tree.children
-    if children is None:
-        return tree.name
-    argument = _ln_argument(tree)
-    if argument is not None:
-        return f"ln({formula(argument)})"
-    left, right = children
-    first = "e" if left is ONE else f"exp({formula(left)})"
-    return first if right is ONE else f"({first} - ln({formula(right)}))"

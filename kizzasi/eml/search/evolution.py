@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kizzasi.eml.optimizers import _noise, _require, _usable
+from kizzasi.eml.search.optimizer import hashed_noise, require, usable
 
 
 def _keep_best(
@@ -38,7 +38,7 @@ class GradientState(NamedTuple):
 
 def _start(x: Tensor, loss: Tensor, seed: int) -> GradientState:
     zero = torch.zeros_like(x)
-    return GradientState(x, _usable(loss), x, zero, zero, 0, seed)
+    return GradientState(x, usable(loss), x, zero, zero, 0, seed)
 
 
 def _adam(state: GradientState, g: Tensor, lr: float) -> GradientState:
@@ -72,17 +72,17 @@ class AntitheticES:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        _require(self.population % 2 == 0 < self.population, f"{self}: population must be even")
+        require(self.population % 2 == 0 < self.population, f"{self}: population must be even")
 
     def init(self, x: Tensor, loss: Tensor, seed: int) -> GradientState:
         return _start(x, loss, seed)
 
     def ask(self, state: GradientState) -> Tensor:
-        noise = self.sigma * _noise(state.seed, state.at, self.population // 2, state.mean)
+        noise = self.sigma * hashed_noise(state.seed, state.at, self.population // 2, state.mean)
         return state.mean[:, None] + torch.cat((noise, -noise), 1)
 
     def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
-        losses = _usable(losses)
+        losses = usable(losses)
         x, best = _keep_best(state.x, state.best, candidates, losses)
         ranks = losses.argsort(1).argsort(1).to(state.mean) / (self.population - 1) - 0.5
         noise = (candidates - state.mean[:, None]) / self.sigma
@@ -119,14 +119,14 @@ class Spsa:
         return _start(x, loss, seed)
 
     def ask(self, state: GradientState) -> Tensor:
-        noise = self.c * _noise(state.seed, state.at, self.pairs, state.mean)
+        noise = self.c * hashed_noise(state.seed, state.at, self.pairs, state.mean)
         return state.mean[:, None] + torch.cat((noise, -noise), 1)
 
     def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
-        x, best = _keep_best(state.x, state.best, candidates, _usable(losses))
+        x, best = _keep_best(state.x, state.best, candidates, usable(losses))
         plus, minus = losses.unflatten(1, (2, -1)).unbind(1)
         slope = ((plus - minus) / (2 * self.c)).nan_to_num(0.0, 0.0, 0.0)
-        noise = _noise(state.seed, state.at, self.pairs, state.mean)
+        noise = hashed_noise(state.seed, state.at, self.pairs, state.mean)
         g = torch.einsum("rp,rpn->rn", slope.to(noise), noise) / self.pairs
         state = state._replace(x=x, best=best)
         if self.adam:
@@ -166,19 +166,19 @@ class SeparableCma:
     def init(self, x: Tensor, loss: Tensor, seed: int) -> CmaState:
         sigma = torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device)
         zero = torch.zeros_like(x)
-        return CmaState(x, _usable(loss), x, sigma, zero, zero, torch.ones_like(x), 0, seed)
+        return CmaState(x, usable(loss), x, sigma, zero, zero, torch.ones_like(x), 0, seed)
 
     def _size(self, n: int) -> int:
         return self.population or 4 + int(3 * math.log(n))
 
     def ask(self, state: CmaState) -> Tensor:
-        noise = _noise(state.seed, state.at, self._size(state.x.shape[1]), state.x)
+        noise = hashed_noise(state.seed, state.at, self._size(state.x.shape[1]), state.x)
         spread = state.sigma[:, None] * state.c.sqrt()
         return state.mean[:, None] + spread[:, None] * noise
 
     def tell(self, state: CmaState, candidates: Tensor, losses: Tensor) -> CmaState:
         n, size = state.x.shape[1], losses.shape[1]
-        losses = _usable(losses)
+        losses = usable(losses)
         x, best = _keep_best(state.x, state.best, candidates, losses)
         mu = size // 2
         weights = math.log(mu + 0.5) - torch.arange(1, mu + 1, device=x.device).to(x).log()

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kizzasi.eml.incremental import OUT, SOFTMAX, Q, V, parameter_table
+from kizzasi.eml.core.incremental import OUT, SOFTMAX, Q, V, parameter_table
+from kizzasi.eml.core.trials import MARGIN, FlatAttention
 from kizzasi.eml.operator import EXP_LIMIT
-from kizzasi.eml.trials import MARGIN, FlatAttention
 
 _BLOCK = 512  # trials between recomputations, which keep rounding errors from piling up
 _SMALL = 512  # with fewer output values a call costs more than its elements: two trials a window

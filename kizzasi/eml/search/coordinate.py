@@ -1,96 +1,16 @@
-"""Optimisers that see losses only, as pure functions of an explicit state: init, ask, tell.
-
-All of them run R independent problems side by side: restarts of one model, or parameters that touch
-separate parts of a loss. What an optimiser asks next is a function of its state alone; its random
-numbers are hashed from (seed, problem, counter), so they are the same on any device and for any
-batch.
-
-Glossary:
-    R, P, n    problems, candidates per problem, parameters per problem
-    x          (R, n) the current point
-    best       (R) its loss
-    sigma      size of a step or of the search distribution
-    g          estimated gradient
-"""
+"""Coordinate descent: one coordinate a trial, or a block of them by parabolas."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kizzasi.errors import SpecError
+from kizzasi.eml.search.optimizer import hashed_uniform, require, sweep_block, usable
 
 _MARGIN = 1e-12
-
-
-class Optimizer(Protocol):
-    """What `minimize` needs. States are NamedTuples with at least `x` and `best`."""
-
-    def init(self, x: Tensor, loss: Tensor, /, seed: int) -> Any:
-        """Start from points (R, n) whose losses (R) are known."""
-        ...
-
-    def ask(self, state: Any, /) -> Tensor:
-        """Return (R, P, n) candidates; P = 0 ends the search."""
-        ...
-
-    def tell(self, state: Any, candidates: Tensor, losses: Tensor, /) -> Any:
-        """Return the state after the candidates' losses (R, P); nan and inf count as bad."""
-        ...
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """Scramble int64 numbers: the finaliser of splitmix64, with logical shifts."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
-
-
-def hashed_uniform(seed: int, *counters: Tensor) -> Tensor:
-    """Return float64 numbers in [0, 1), one per combination of the broadcast int64 counters."""
-    bits = torch.tensor(seed, dtype=torch.int64, device=counters[0].device)
-    for counter in counters:
-        bits = _mix(bits * 0x5851F42D4C957F2D + counter + 1)
-    return ((bits >> 11) & ((1 << 53) - 1)).double() / 2.0**53
-
-
-def hashed_normal(seed: int, *counters: Tensor) -> Tensor:
-    """Return standard normal numbers (Box-Muller), one per combination of counters.
-
-    They are rounded to float32, where the last bits of logarithm and cosine do not show.
-    """
-    radius = torch.sqrt(-2.0 * torch.log1p(-hashed_uniform(seed, *counters)))
-    return (radius * torch.cos(2.0 * math.pi * hashed_uniform(seed + 1, *counters))).float()
-
-
-def _noise(seed: int, step: int, count: int, x: Tensor) -> Tensor:
-    """Return (R, count, n) standard normals for one iteration."""
-    problems, width = (torch.arange(size, device=x.device) for size in x.shape)
-    draws = torch.arange(count, device=x.device) + step * count
-    return hashed_normal(seed, problems[:, None, None], draws[:, None], width).to(x.dtype)
-
-
-def _usable(losses: Tensor) -> Tensor:
-    return torch.where(losses.isfinite(), losses, torch.inf)
-
-
-def _require(rule: bool, message: str) -> None:
-    if not rule:
-        raise SpecError(message)
-
-
-def sweep_block(seed: int, at: int, block: int, x: Tensor) -> Tensor:
-    """Return step `at`'s coordinates: a slice of a random order of all n, new for every sweep."""
-    n = x.shape[1]
-    block = min(block, n)
-    sweep, part = divmod(at, math.ceil(n / block))
-    keys = torch.arange(n, device=x.device)
-    order = hashed_uniform(seed, torch.full_like(keys, sweep), keys).argsort()
-    return order[part * block : (part + 1) * block]
 
 
 class DescentState(NamedTuple):
@@ -126,11 +46,11 @@ class CoordinateDescent:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        _require(min(self.trials, self.block, self.batch) >= 1, f"{self}: counts must be >= 1")
+        require(min(self.trials, self.block, self.batch) >= 1, f"{self}: counts must be >= 1")
 
     def init(self, x: Tensor, loss: Tensor, seed: int) -> DescentState:
         zero = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return DescentState(x, _usable(loss), zero, zero, seed)
+        return DescentState(x, usable(loss), zero, zero, seed)
 
     def ask(self, state: DescentState) -> Tensor:
         x, n = state.x, state.x.shape[1]
@@ -201,11 +121,11 @@ class BlockDescent:
     lengths: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1, 0.03)
 
     def __post_init__(self) -> None:
-        _require(self.block >= 1, f"{self}: block must be >= 1")
-        _require(0 < self.min_step <= self.step <= self.max_step, f"{self}: steps must rise")
+        require(self.block >= 1, f"{self}: block must be >= 1")
+        require(0 < self.min_step <= self.step <= self.max_step, f"{self}: steps must rise")
 
     def init(self, x: Tensor, loss: Tensor, seed: int) -> BlockState:
-        return BlockState(x, _usable(loss), torch.full_like(x, self.step), None, 0, seed)
+        return BlockState(x, usable(loss), torch.full_like(x, self.step), None, 0, seed)
 
     def ask(self, state: BlockState) -> Tensor:
         x = state.x[:, None]
@@ -221,7 +141,7 @@ class BlockDescent:
         return x + probes.flatten(1, 2)
 
     def tell(self, state: BlockState, candidates: Tensor, losses: Tensor) -> BlockState:
-        losses = _usable(losses)
+        losses = usable(losses)
         low, where = losses.min(1)
         better = low < state.best
         rows = torch.arange(len(low), device=low.device)
@@ -249,62 +169,3 @@ class BlockDescent:
         moved = x != state.x
         best = torch.where(better, low, state.best)
         return state._replace(x=x, best=best, step=step, move=torch.where(moved, 0.0, move))
-
-
-class PatternState(NamedTuple):
-    """x (R, n), best (R), sigma (R), at the number of polls so far, seed."""
-
-    x: Tensor
-    best: Tensor
-    sigma: Tensor
-    at: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class PatternSearch:
-    """Directional direct search: poll random orthogonal-ish signs, move or shrink.
-
-    Each poll tries +-sigma along `directions` random sign vectors restricted to `block` random
-    coordinates; the best improvement is taken and sigma grows, otherwise it shrinks.
-
-    Args:
-        directions: pairs of candidates per poll.
-        block: coordinates a direction changes.
-        step: first sigma.
-        grow, shrink: factors of sigma after success and failure.
-
-    Source: Kolda, Lewis & Torczon 2003, SIAM Review 45(3), section 3.
-    """
-
-    directions: int = 16
-    block: int = 8
-    step: float = 0.2
-    grow: float = 1.5
-    shrink: float = 0.9
-
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> PatternState:
-        sigma = torch.full((len(x),), self.step, dtype=x.dtype, device=x.device)
-        return PatternState(x, _usable(loss), sigma, 0, seed)
-
-    def ask(self, state: PatternState) -> Tensor:
-        x, n = state.x, state.x.shape[1]
-        keys = (
-            torch.arange(len(x), device=x.device)[:, None, None],
-            torch.arange(self.directions, device=x.device)[:, None] + state.at * self.directions,
-            torch.arange(min(self.block, n), device=x.device),
-        )
-        index = (hashed_uniform(state.seed, *keys) * n).long()
-        signs = torch.where(hashed_uniform(state.seed + 1, *keys) < 0.5, -1.0, 1.0).to(x.dtype)
-        move = torch.zeros(len(x), self.directions, n, dtype=x.dtype, device=x.device)
-        move.scatter_(2, index, signs * state.sigma[:, None, None])
-        return x[:, None] + torch.cat((move, -move), 1)
-
-    def tell(self, state: PatternState, candidates: Tensor, losses: Tensor) -> PatternState:
-        low, where = _usable(losses).min(1)
-        better = low < state.best
-        chosen = candidates[torch.arange(len(low), device=low.device), where]
-        sigma = state.sigma * torch.where(better, self.grow, self.shrink).to(state.sigma)
-        x = torch.where(better[:, None], chosen, state.x)
-        best = torch.where(better, low, state.best)
-        return PatternState(x, best, sigma, state.at + 1, state.seed)

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from kizzasi.eml.rng import Lcg, Rng
+from kizzasi.eml.core.attention import BaselineAttention, ToyEmlAttention
+from kizzasi.eml.core.rng import Lcg, Rng
+from kizzasi.eml.core.trials import EndToEndTrainConfig
 from kizzasi.eml.tasks import position_mean
-from kizzasi.eml.toy import BaselineAttention, ToyEmlAttention
-from kizzasi.eml.trials import EndToEndTrainConfig
 
 _DATA_SEED, _COMPARE_SEED = 0xCAFEF00D, 0xA11CE
 _SCALING_SHAPES = ((4, 8), (4, 16), (8, 8), (8, 16))

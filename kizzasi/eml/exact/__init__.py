@@ -1,0 +1,1 @@
+"""Exact EML trees: compiled from expressions, or recovered from samples."""

@@ -1,0 +1,1 @@
+"""Optimisers without gradients, for any module: coordinate descent, secants, evolution."""
