@@ -23,11 +23,11 @@ from tqdm import tqdm
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas import MicroTrain, Recipe, Xorshift64, load_corpus, proxy_worth
-from kizzasi.nas.data import batches
 from kizzasi.nas.proxies import PROXIES, Batch
-from kizzasi.nas.storage import derive_seed
 from kizzasi.nas.strategies import SMALL_SPACE
 from kizzasi.nas.worth import Region
+from kizzasi.train.bytes import batches
+from kizzasi.train.seeds import derive_seed
 
 VOCAB, BAND = 256, 0.2
 SEQ_LEN, BATCH_SIZE = 128, 4

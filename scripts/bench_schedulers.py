@@ -35,7 +35,7 @@ from kizzasi.nas.schedulers import (
 from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.searchers import Grid, Search
 from kizzasi.nas.simulate import SimulatedCurves, SimulatedTrainings, run_workers
-from kizzasi.nas.storage import derive_seed
+from kizzasi.train.seeds import derive_seed
 
 BUDGETS = (9, 27, 81, 243, 729)
 SMALLEST, FULL = BUDGETS[0], BUDGETS[-1]

@@ -28,12 +28,13 @@ import numpy as np
 from tqdm import tqdm
 
 from kizzasi.models import ModelSpec
-from kizzasi.nas.data import load_corpus
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors import InProcess, Job, run_job
-from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe
 from kizzasi.nas.spaces import model_spec
 from kizzasi.nas.storage import Journal
 from kizzasi.nas.study import Entry, Study, Trial
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.recipe import Recipe
 
 TARGET_MS = 2.0
 PAGE = os.sysconf("SC_PAGE_SIZE")

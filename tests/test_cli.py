@@ -71,7 +71,7 @@ def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):
 
 
 def test_an_interrupted_training_resumes(capsys, monkeypatch, tmp_path, spec_file, data):
-    from kizzasi.nas.microtrain import Training
+    from kizzasi.train.trainer import Training
 
     options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--steps", 20, "--json"]
     whole = json.loads(output(capsys, "train", spec_file, *options, "--out", tmp_path / "whole"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from kizzasi.nas.distributed import ALONE, Parallel, Ranks
+from kizzasi.train.distributed import ALONE, Parallel, Ranks
 
 
 def join(device: str, how: Parallel) -> tuple[Ranks, str]:

@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from kizzasi.cli.torchrun import join, leave, restarted
     from kizzasi.models import build_model, load
-    from kizzasi.nas.data import baselines, load_corpus
-    from kizzasi.nas.leak import find_leak
-    from kizzasi.nas.microtrain import Recipe, Training
+    from kizzasi.train.bytes import baselines, load_corpus
+    from kizzasi.train.leak import find_leak
+    from kizzasi.train.recipe import Recipe
+    from kizzasi.train.trainer import Training
 
     if args.save_every < 1:
         raise SpecError(f"--save-every {args.save_every}: must be at least 1")

@@ -11,16 +11,18 @@ from kizzasi.nas.arch_search import (
     search_best_arch,
 )
 from kizzasi.nas.constraints import Constraints, Feasible
-from kizzasi.nas.data import ByteCorpus, baselines, load_corpus
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.holes import choice, pattern, repeat
-from kizzasi.nas.leak import find_leak
-from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe, Training
 from kizzasi.nas.model_space import Candidate, ModelSpace
 from kizzasi.nas.proxies import PROXIES
 from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.search import Search, SearchConfig
 from kizzasi.nas.space import Space
 from kizzasi.nas.worth import kendall_tau_b, proxy_worth, spearman, top_k_recall
+from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
+from kizzasi.train.leak import find_leak
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.trainer import Training
 
 __all__ = [
     "PROXIES",

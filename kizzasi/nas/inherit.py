@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec, SequenceModel
 from kizzasi.models.norm import Norm
-from kizzasi.nas.leak import find_leak
-from kizzasi.nas.microtrain import Measurement, MicroTrain
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
+from kizzasi.train.leak import find_leak
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
-from kizzasi.nas.data import ByteCorpus
-from kizzasi.nas.leak import find_leak
-from kizzasi.nas.microtrain import CHECK_EVERY, Recipe, Training
-from kizzasi.nas.storage import derive_seed
-from kizzasi.nas.tasks import MQAR, Parity, SelectiveCopying, Task
+from kizzasi.train.bytes import ByteCorpus
+from kizzasi.train.leak import find_leak
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.seeds import derive_seed
+from kizzasi.train.synthetic import MQAR, Parity, SelectiveCopying, Task
+from kizzasi.train.trainer import CHECK_EVERY, Training
 
 N_HELD_OUT = 256  # examples that are scored
 

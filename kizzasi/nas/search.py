@@ -27,7 +27,6 @@ from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec, presets
 from kizzasi.nas.arch_search import ArchSearchSpace
 from kizzasi.nas.constraints import Feasible
-from kizzasi.nas.data import ByteCorpus, baselines, batches, duplicate_share, load_corpus
 from kizzasi.nas.entrants import (
     VOCAB,
     Entrants,
@@ -39,9 +38,9 @@ from kizzasi.nas.entrants import (
     preset_entries,
     zero_cost,
 )
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, Kind, Limits, open_executor
 from kizzasi.nas.finish import Finish
-from kizzasi.nas.microtrain import MicroTrain, Recipe
 from kizzasi.nas.model_space import ModelSpace
 from kizzasi.nas.proxies import Batch
 from kizzasi.nas.report import write_report
@@ -51,7 +50,7 @@ from kizzasi.nas.screen import Screen, Screened
 from kizzasi.nas.searchers import Search as Proposing
 from kizzasi.nas.settings import INHERIT, SearchConfig
 from kizzasi.nas.space import Space
-from kizzasi.nas.storage import Journal, derive_seed
+from kizzasi.nas.storage import Journal
 from kizzasi.nas.strategies import (
     SMALL_SPACE,
     constraints_of,
@@ -61,6 +60,9 @@ from kizzasi.nas.strategies import (
     searcher_of,
 )
 from kizzasi.nas.study import Entry, Study, Trial, score_of
+from kizzasi.train.bytes import ByteCorpus, baselines, batches, duplicate_share, load_corpus
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.seeds import derive_seed
 
 __all__ = ["SMALL_SPACE", "VOCAB", "Search", "SearchConfig"]
 

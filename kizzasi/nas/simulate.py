@@ -21,7 +21,7 @@ from kizzasi.errors import SpecError
 from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.schedulers import Job, Schedule
 from kizzasi.nas.searchers.search import require_at_least
-from kizzasi.nas.storage import derive_seed
+from kizzasi.train.seeds import derive_seed
 
 C = TypeVar("C")
 

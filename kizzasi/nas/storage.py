@@ -1,14 +1,12 @@
-"""The memory of a search: an append-only journal that survives kill -9, and names derived from it.
+"""The memory of a search: an append-only journal that survives kill -9.
 
 Glossary
     event       one JSON object: what happened to the run or to one trial
     line        an event with its newline; only a line with its newline is complete
     torn        what a crash left of a last line that was never acknowledged
-    fidelity    how far a trial was trained, in tokens
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -139,33 +137,6 @@ def read_events(path: str | Path) -> list[Event]:
             f"{path}: cannot read the journal: {error.strerror}; give the folder of a run"
         ) from error
     return _parse(content, path)[0]
-
-
-def trial_id(spec_digest: str, seed: int, fidelity: int) -> str:
-    """Name a trial by what decides its result: 16 hex digits, the same in every process.
-
-    Args:
-        spec_digest: the digest of the model's spec.
-        seed: seed of its initialisation and data order.
-        fidelity: tokens it is trained on.
-    """
-    return _hash(spec_digest, seed, fidelity).hex()[:16]
-
-
-def derive_seed(run_seed: int, *parts: int | str) -> int:
-    """A seed in [0, 2**63) for one part of a run, from names and indices and never from timing.
-
-        first 63 bits of sha256(JSON of [run_seed, *parts])
-
-    Args:
-        run_seed: the seed that the user gave.
-        parts: what it is for, such as "data", or "trial" and its index. 1 and "1" differ.
-    """
-    return int.from_bytes(_hash(run_seed, *parts)[:8], "big") >> 1
-
-
-def _hash(*parts: int | str) -> bytes:
-    return hashlib.sha256(_ENCODER.encode(parts).encode()).digest()
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:

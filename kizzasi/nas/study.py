@@ -30,8 +30,8 @@ from typing import Any
 from tqdm import tqdm
 
 from kizzasi.models import ModelSpec
+from kizzasi.nas.evaluators.micro_training import Measurement
 from kizzasi.nas.executors import Executor, Job
-from kizzasi.nas.microtrain import Measurement
 from kizzasi.nas.storage import Journal
 
 

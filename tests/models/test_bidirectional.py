@@ -13,7 +13,7 @@ from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.bidirectional import BidirectionalSpec, reversal
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
-from kizzasi.nas.leak import find_leak
+from kizzasi.train.leak import find_leak
 
 MAMBA, HEADS, RWKV7 = MambaSpec(d_state=4), AttentionSpec(n_heads=2), RWKV7Spec(head_dim=4)
 mixers = pytest.mark.parametrize("mixer", [MAMBA, HEADS, RWKV7], ids=lambda m: m.kind)

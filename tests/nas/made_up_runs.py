@@ -3,7 +3,7 @@
 import math
 import random
 
-from kizzasi.nas.microtrain import Measurement
+from kizzasi.nas.evaluators.micro_training import Measurement
 
 RUNGS = (32_768, 98_304)
 FINAL_TOKENS = 262_144

@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from kizzasi.errors import ShapeError, SpecError, StudyError
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors import InProcess, Job, Limits, Processes, open_executor
-from kizzasi.nas.microtrain import Measurement, MicroTrain, Recipe
+from kizzasi.train.recipe import Recipe
 
 
 def allocate() -> None:

@@ -12,9 +12,9 @@ from kizzasi.cli.search import add_arguments
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, load, presets
 from kizzasi.nas.arch_search import ArchSearchSpace
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.finalists import noise_of
 from kizzasi.nas.matched import result_figures
-from kizzasi.nas.microtrain import MicroTrain
 from kizzasi.nas.report import findings, summarise
 from kizzasi.nas.search import Search, SearchConfig
 from kizzasi.nas.storage import Journal, read_events

@@ -7,9 +7,10 @@ from kizzasi.errors import StudyError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, S4DSpec
-from kizzasi.nas.data import load_corpus
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.inherit import inherit, inherited_id, require_one_start, train_child
-from kizzasi.nas.microtrain import MicroTrain, Recipe
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.recipe import Recipe
 
 ATTENTION = BlockSpec(AttentionSpec(n_heads=2), MLPSpec(hidden=24))
 MAMBA = BlockSpec(MambaSpec(d_state=4), MLPSpec(hidden=24))

@@ -12,9 +12,11 @@ from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.mixer import MixerOut
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
-from kizzasi.nas.data import ByteCorpus, baselines, load_corpus
-from kizzasi.nas.leak import find_leak
-from kizzasi.nas.microtrain import MicroTrain, Recipe, Training
+from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
+from kizzasi.train.leak import find_leak
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.trainer import Training
 
 
 @pytest.fixture(scope="module")

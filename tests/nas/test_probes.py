@@ -9,8 +9,8 @@ from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.nas.probes import N_HELD_OUT, PROBES, Probe
-from kizzasi.nas.storage import derive_seed
-from kizzasi.nas.tasks import Parity, SelectiveCopying
+from kizzasi.train.seeds import derive_seed
+from kizzasi.train.synthetic import Parity, SelectiveCopying
 
 MAMBA = ModelSpec(16, (BlockSpec(MambaSpec(d_state=8)),), Tokens(256))
 QUICK = Probe(SelectiveCopying(vocab_size=6, seq_len=6, n_tokens=1), steps=120)

@@ -17,8 +17,8 @@ from kizzasi.models.channels.moe_routers import ExpertChoice, Hash, NoisyTopK, T
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.norm import Norm
 from kizzasi.nas import proxies
-from kizzasi.nas.data import IGNORE
 from kizzasi.nas.proxies.parts import connections, row_losses, subject
+from kizzasi.train.bytes import IGNORE
 
 STEP = 1e-5  # of central differences in float64
 BLOCK = BlockSpec(AttentionSpec(n_heads=1), MLPSpec(hidden=3))

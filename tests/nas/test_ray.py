@@ -8,12 +8,13 @@ from small_search import SPACE, config, outcome, write_text
 from tqdm import tqdm
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.data import load_corpus
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import InProcess, Job, Limits
 from kizzasi.nas.executors.ray import PROBE, Ray, _Place
-from kizzasi.nas.microtrain import MicroTrain, Recipe
 from kizzasi.nas.search import Search
 from kizzasi.nas.spaces import model_spec
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.recipe import Recipe
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]

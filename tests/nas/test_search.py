@@ -11,11 +11,12 @@ from small_search import SPACE, config, outcome, write_text
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import load
-from kizzasi.nas.data import load_corpus
-from kizzasi.nas.microtrain import Recipe, Training
 from kizzasi.nas.search import Search
 from kizzasi.nas.spaces import FAMILIES, model_spec
 from kizzasi.nas.storage import read_events
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.trainer import Training
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from typing import Literal, get_args
 import torch
 
 from kizzasi.errors import SpecError
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors.job import NO_LIMITS, Executor, Job, Limits, run_job
 from kizzasi.nas.executors.local import InProcess, Processes
 from kizzasi.nas.executors.ray import Ray
-from kizzasi.nas.microtrain import MicroTrain
 
 Kind = Literal["in-process", "processes", "ray"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kizzasi.errors import CheckpointError, DataError, SpecError, StudyError
 from kizzasi.models import ModelSpec
-from kizzasi.nas.microtrain import Measurement, MicroTrain
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 
 # Faults of a trial. Every other error is the user's or ours, and ends the study.
 EXPLOSIONS = (

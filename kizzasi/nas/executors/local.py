@@ -10,9 +10,9 @@ from multiprocessing.connection import wait
 import torch
 from tqdm import tqdm
 
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors.job import NO_LIMITS, Job, Limits, run_job
 from kizzasi.nas.executors.worker import Worker
-from kizzasi.nas.microtrain import Measurement, MicroTrain
 
 POLL_SECONDS = 0.25
 

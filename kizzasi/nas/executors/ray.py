@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kizzasi.errors import KizzasiError, StudyError
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors.job import NO_LIMITS, Job, Limits, failed
 from kizzasi.nas.executors.worker import Worker
-from kizzasi.nas.microtrain import Measurement, MicroTrain
 
 POLL_SECONDS = 0.25
 CONNECT_SECONDS = 10

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from kizzasi.errors import KizzasiError, StudyError
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors.job import (
     EXPLOSIONS,
     INNERMOST_FRAMES,
@@ -33,7 +34,6 @@ from kizzasi.nas.executors.job import (
     failed,
     train,
 )
-from kizzasi.nas.microtrain import Measurement, MicroTrain
 
 LAST_WORDS = 4096  # bytes kept of what a dying worker says
 

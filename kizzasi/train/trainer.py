@@ -1,8 +1,7 @@
-"""Micro-training: a short, honest training run that scores an architecture on held-out bytes.
+"""A training: run to a budget, scored on held-out data, saved, and gone on with to the last digit.
 
 Glossary
     budget    tokens trained on so far, a multiple of seq_len * batch_size
-    horizon   tokens at which the learning-rate schedule ends; a rung stops earlier on that curve
     curve     [tokens, training bits/byte] pairs, a mean over the steps since the last pair
 """
 
@@ -11,103 +10,24 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
-from kizzasi.nas.data import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
-from kizzasi.nas.distributed import ALONE, Ranks, check_batch, gather, scatter
-from kizzasi.nas.leak import find_leak
-from kizzasi.nas.storage import derive_seed
+from kizzasi.models import SequenceModel, Tokens
+from kizzasi.train.bytes import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
+from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.seeds import derive_seed
 
 LN2 = math.log(2)
 UNREADABLE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; everything but the data, the model and the budget.
-
-    Args:
-        horizon: tokens at which the schedule ends.
-        seq_len: length of a training window in tokens.
-        batch_size: windows per step.
-        lr: peak learning rate of AdamW, passed to `model.parameter_groups`.
-        warmup: share of the horizon spent on the linear warm-up; then a cosine down to min_lr * lr.
-        min_lr: learning rate at the horizon, as a share of the peak.
-        weight_decay: for parameters that decay.
-        clip: largest gradient norm.
-        score_windows: held-out windows that a score uses, evenly spread; None means all of them.
-    """
-
-    horizon: int
-    seq_len: int = 256
-    batch_size: int = 16
-    lr: float = 3e-3
-    warmup: float = 0.05
-    min_lr: float = 0.1
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    score_windows: int | None = None
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.seq_len * self.batch_size
-
-    def steps(self, tokens: int) -> int:
-        """How many whole steps a budget buys; at least 1."""
-        return max(1, tokens // self.tokens_per_step)
-
-    def factor(self, step: int) -> float:
-        """Learning rate of a step (from 0), as a share of its peak."""
-        last = self.steps(self.horizon)
-        warmup = max(1, round(self.warmup * last))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, last - warmup))
-        return self.min_lr + (1 - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def check(self) -> None:
-        """Raises SpecError naming the value and the rule."""
-        for name in ("horizon", "seq_len", "batch_size", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f"{name}: {getattr(self, name)} must be above 0")
-        if not (0 <= self.warmup <= 1 and 0 <= self.min_lr <= 1 and self.weight_decay >= 0):
-            raise SpecError("warmup and min_lr must lie in [0, 1], weight_decay at 0 or above")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a micro-training found.
-
-    Args:
-        bits_per_byte: on the held-out bytes; None if the trial failed.
-        tokens: trained on in total, earlier rungs included.
-        seconds: of training in this call, scoring left out.
-        tokens_per_second: of training in this call; None if it only scored.
-        curve: see the glossary.
-        failure: why the trial stopped, None if it did not.
-    """
-
-    bits_per_byte: float | None
-    tokens: int
-    seconds: float
-    tokens_per_second: float | None
-    curve: tuple[tuple[int, float], ...]
-    failure: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Training:
@@ -259,64 +179,3 @@ class Training:
     def _autocast(self) -> torch.autocast:
         on_cuda = self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
-
-
-@dataclass(frozen=True)
-class MicroTrain:
-    """The evaluator: train a spec for a while, return its held-out score.
-
-    Args:
-        corpus: what to learn from.
-        recipe: how.
-        device: where.
-    """
-
-    corpus: ByteCorpus
-    recipe: Recipe
-    device: str = "cpu"
-
-    def __call__(
-        self,
-        spec: ModelSpec,
-        tokens: int,
-        seed: int,
-        *,
-        checkpoint: Path | None = None,
-        on_step: Callable[[int], object] | None = None,
-    ) -> Measurement:
-        """Train up to a budget and score.
-
-        A new model first passes the no-leak gate. If the checkpoint file is there, training goes
-        on from it; when the budget is reached, it is written anew.
-
-        Args:
-            spec: the architecture.
-            tokens: the budget, earlier rungs included.
-            seed: of the initialisation, and of the windows drawn: equal for all specs.
-            checkpoint: where the training is kept between rungs; None keeps nothing.
-            on_step: see `Training.run`.
-        """
-        training = self.training(spec, seed)
-        if checkpoint is not None and checkpoint.exists():
-            training.restore(checkpoint)
-        elif leak := find_leak(training.model):
-            return Measurement(None, 0, 0.0, None, (), leak)
-        before, start = training.tokens, time.perf_counter()
-        failure = training.run(tokens, on_step)
-        seconds = time.perf_counter() - start
-        if checkpoint is not None and failure is None:
-            training.save(checkpoint)
-        trained = training.tokens - before
-        return Measurement(
-            bits_per_byte=None if failure else training.score(),
-            tokens=training.tokens,
-            seconds=seconds,
-            tokens_per_second=trained / seconds if trained else None,
-            curve=tuple(training.curve),
-            failure=failure,
-        )
-
-    def training(self, spec: ModelSpec, seed: int) -> Training:
-        """A fresh training of the spec, for callers that want the model."""
-        model = build_model(spec, seed=seed, device=self.device)
-        return Training(model, self.corpus, self.recipe, derive_seed(seed, "data"))

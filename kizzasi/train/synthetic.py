@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.data import IGNORE
+from kizzasi.train.bytes import IGNORE
 
 
 class TaskBatch(NamedTuple):

@@ -16,7 +16,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, load
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec
-from kizzasi.nas.distributed import Ranks, check_batch
+from kizzasi.train.distributed import Ranks, check_batch
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch lacks distributed")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 from kizzasi.errors import DataError
-from kizzasi.nas.data import (
+from kizzasi.train.bytes import (
     HELD_OUT_BLOCK,
     IGNORE,
     ByteCorpus,
@@ -269,7 +269,7 @@ def test_baselines_of_the_default_text_are_ordered_and_quick():
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 7])
 def test_duplicate_share_counts_repeated_stretches(monkeypatch, chunk):
-    monkeypatch.setattr("kizzasi.nas.data.DUPLICATE_CHUNK", chunk)
+    monkeypatch.setattr("kizzasi.train.bytes.DUPLICATE_CHUNK", chunk)
     noise = torch.randint(256, (3000,), generator=torch.Generator().manual_seed(0))
     noise = bytes(noise.tolist())
     assert duplicate_share(split_of(noise[:2000], noise[2000:])) == 0

@@ -1,0 +1,19 @@
+"""Training: tasks and their data, recipes, the trainer, and the gate against leaks."""
+
+from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
+from kizzasi.train.distributed import Ranks
+from kizzasi.train.leak import find_leak
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.seeds import derive_seed
+from kizzasi.train.trainer import Training
+
+__all__ = [
+    "ByteCorpus",
+    "Ranks",
+    "Recipe",
+    "Training",
+    "baselines",
+    "derive_seed",
+    "find_leak",
+    "load_corpus",
+]
