@@ -85,10 +85,11 @@ def decode_peer(model: Any, prompt: Tensor, n: int) -> float:
     """The same for transformers: forward with its cache, without the overhead of its `generate`."""
     with torch.inference_mode():
         out = model(prompt, use_cache=True)
+        cache = "cache" if "cache" in out else "past_key_values"  # since 5.24; before
         token = out.logits[:, -1:].argmax(-1)
         start = time.perf_counter()
         for _ in range(n):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, use_cache=True, **{cache: out[cache]})
             token = out.logits[:, -1:].argmax(-1)
         return time.perf_counter() - start
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peers import decode
 from safetensors.torch import load_file
 
 from kizzasi.models import load
@@ -98,16 +99,6 @@ def make(case, folder, dtype=torch.float32):
 def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign") / "theirs"
     return make(request.param, folder), folder, request.param.split()[0]
-
-
-def decode(peer, ids, prefix):
-    """The peer's logits: a prompt at once, then token by token from its cache."""
-    out = peer(ids[:, :prefix], use_cache=True)
-    logits = [out.logits]
-    for t in range(prefix, ids.shape[1]):
-        out = peer(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()

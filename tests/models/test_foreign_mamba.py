@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peers import decode
 
 from kizzasi.errors import CheckpointError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
@@ -64,18 +65,6 @@ def make_peer(kind, sizes, folder, dtype=torch.float32):
             p.copy_(p + noise if p.ndim == 1 else noise)
     peer.save_pretrained(folder)
     return peer.eval()
-
-
-def decode(peer, ids, prefix):
-    """The peer's logits: a prompt at once, then token by token from its cache."""
-    out = peer(ids[:, :prefix], use_cache=True)
-    name = "cache_params" if "cache_params" in out else "past_key_values"
-    logits = [out.logits]
-    for t in range(prefix, ids.shape[1]):
-        place = {} if name == "cache_params" else {"position_ids": torch.tensor([[t]])}
-        out = peer(ids[:, t : t + 1], use_cache=True, **{name: out[name]}, **place)
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()

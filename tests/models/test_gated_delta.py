@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peers import cache_argument
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
@@ -50,7 +51,6 @@ def qwen3_next(spec):
     return Qwen3NextGatedDeltaNet(config, 0), DynamicCache(config=config)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spec", [GROUPED, GatedDeltaSpec(n_heads=3, norm_eps=1e-3)])
 def test_parity_with_qwen3_next(spec):
     """Prefill of 70 tokens and 3 steps, in float32: transformers casts to it within the layer."""
@@ -59,12 +59,12 @@ def test_parity_with_qwen3_next(spec):
     x = draw(2, 73, D_MODEL)
     with torch.no_grad():
         out = ours(x[:, :70])
-        assert_close(out.y, theirs(x[:, :70], cache_params=cache))
+        assert_close(out.y, theirs(x[:, :70], **{cache_argument(theirs): cache}))
         assert_close(out.state.memory, cache.get_recurrent_state(0, state_idx=0))
         state = out.state
         for t in range(70, 73):
             y, state, *_ = ours.step(x[:, t], state)
-            assert_close(y, theirs(x[:, t : t + 1], cache_params=cache)[:, 0])
+            assert_close(y, theirs(x[:, t : t + 1], **{cache_argument(theirs): cache})[:, 0])
         assert_close(state.memory, cache.get_recurrent_state(0, state_idx=0))
         last = cache.get_conv_state(0, state_idx=0)[..., 1 - spec.d_conv :]
         assert_close(state.conv, last)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from peers import cache_argument
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
@@ -116,10 +117,10 @@ def test_step_equals_transformers_step(transformers):
     ours.load_state_dict(theirs.state_dict())
     cache, x = DynamicCache(config=config), inputs(2, 9, 12)
     out = ours(x[:, :6])
-    assert_close(out.y, theirs(x[:, :6], cache_params=cache))
+    assert_close(out.y, theirs(x[:, :6], **{cache_argument(theirs): cache}))
     for t in range(6, 9):
         out = ours.step(x[:, t], out.state)
-        assert_close(out.y[:, None], theirs(x[:, t : t + 1], cache_params=cache))
+        assert_close(out.y[:, None], theirs(x[:, t : t + 1], **{cache_argument(theirs): cache}))
 
 
 @pytest.mark.parametrize(("norm", "before"), [(False, False), (True, False), (True, True)])
