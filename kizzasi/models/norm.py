@@ -1,43 +1,77 @@
-"""Normalisation that stays in float32 when activations are bfloat16, and in float64 for float64."""
+"""What stays in float32 when activations are bfloat16, and in float64 for float64.
+
+Decays, step sizes, norms and routers are *stored* in at least float32 (`KeepFloat32`) and *used* in
+at least float32, whatever they are stored in: FSDP2's `MixedPrecisionPolicy` shows a module rounded
+copies of its parameters, of which it keeps the float32 originals to itself. With a policy, pass
+`cast_forward_inputs=False`, or it rounds the states that a model is given as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kizzasi.models.ops.precision import LOW_PRECISION, full_precision
+from kizzasi.models.ops.precision import LOW_PRECISION, full_precision, without_autocast
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
+
+
+_WRAPPED = re.compile(r"\.base_layer(?=\.)|(?:parametrizations\.)(\w+)\.original\d*$")
 
 
 class KeepFloat32(nn.Module):
     """A module whose parameters named in `float32_parameters` are never stored below float32.
 
-    Names may be dotted, such as "dt_proj.bias". Adapters (PEFT) that wrap a layer change nothing.
-    `.to(torch.bfloat16)`, `.half()` and friends move them between devices and change float32 to
-    float64 or back, but leave their precision alone where it would fall under float32.
+    Names may be dotted, such as "dt_proj.bias". Adapters (PEFT) that wrap a layer change nothing,
+    and of a parametrised weight (weight_norm) the originals are kept. `.to(torch.bfloat16)`,
+    `.half()`, `.to_empty()` and `load_state_dict(..., assign=True)` move them between devices and
+    change float32 to float64 or back, but never round them below float32.
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
+    def _kept(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if _WRAPPED.sub(r"\1", name) in self.float32_parameters:
+                yield name, parameter
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepFloat32:
-        kept = [
-            p
-            for name, p in self.named_parameters()
-            if name.replace(".base_layer.", ".") in self.float32_parameters
-        ]
-        guarded = {id(t) for p in kept for t in (p, p.grad) if t is not None}
+        guarded = {id(t) for _, p in self._kept() for t in (p, p.grad) if t is not None}
 
         def keep(t: Tensor) -> Tensor:
             moved = fn(t)
-            low = id(t) in guarded and moved.dtype in LOW_PRECISION
-            return t.to(moved.device) if low else moved
+            if id(t) not in guarded or moved.dtype not in LOW_PRECISION:
+                return moved
+            return moved.float() if t.dtype in LOW_PRECISION else t.to(moved.device)
 
         return super()._apply(keep, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **more: Any) -> None:
+        for name, _ in self._kept():  # those of child modules too, which are loaded after this one
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor):
+                state_dict[prefix + name] = full_precision(given)
+        super()._load_from_state_dict(state_dict, prefix, *args, **more)
+
+
+class WideLinear(KeepFloat32, nn.Linear):
+    """y = W x + b in at least float32: step sizes, decays and gates that choose.
+
+    Neither the dtype of x, nor autocast, nor weights that were rounded for it lower the precision
+    of the sum. The result is in at least float32.
+    """
+
+    float32_parameters = ("weight", "bias")
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else full_precision(self.bias)
+        with without_autocast(input):
+            return F.linear(full_precision(input), full_precision(self.weight), bias)
 
 
 class Norm(KeepFloat32):
@@ -68,10 +102,11 @@ class Norm(KeepFloat32):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = full_precision(x)
+        wide, weight = full_precision(x), full_precision(self.weight)
         if self.bias is not None:
-            return F.layer_norm(wide, (self.d,), self.weight, self.bias, self.eps).to(x.dtype)
-        weight = 1 + self.weight if self.kind == "rms_plus_one" else self.weight
+            bias = full_precision(self.bias)
+            return F.layer_norm(wide, (self.d,), weight, bias, self.eps).to(x.dtype)
+        weight = 1 + weight if self.kind == "rms_plus_one" else weight
         if not x.is_cpu:
             return F.rms_norm(wide, (self.d,), weight, self.eps).to(x.dtype)
         # The CPU has no fused kernel: torch runs eight small ones, and decoding waits for each.
@@ -102,4 +137,5 @@ class HeadNorm(KeepFloat32):
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[-2:]
         x = F.layer_norm(full_precision(x), shape[-1:], eps=self.eps)
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        bias, weight = full_precision(self.bias), full_precision(self.weight)
+        return torch.addcmul(bias.view(shape), x, weight.view(shape))
