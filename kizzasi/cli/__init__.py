@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from kizzasi.cli.common import import_own
 from kizzasi.errors import KizzasiError
 
 VERBS = ("search", "report", "export", "train", "generate", "info", "validate", "convert")
@@ -32,9 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
         own.add_argument("--device", default="cpu", help='"cpu" (default), "cuda", "cuda:1"')
         own.add_argument("--json", action="store_true", help="print one JSON object instead")
+        own.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="import it first: a module of your own that registers mixers (may be repeated)",
+        )
         module.add_arguments(own)
     args = parser.parse_args(arguments)
     try:
+        import_own(args.imports)
         result, text = modules[args.verb].run(args)
     except KizzasiError as error:
         print(f"kizzasi {args.verb}: {error}", file=sys.stderr)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,25 @@ if TYPE_CHECKING:
 
 
 SPEC_FILES = (".yaml", ".yml", ".json")
+
+
+def import_own(names: Sequence[str]) -> None:
+    """Import modules that register specs of the user's own; the current folder is searched first.
+
+    Raises:
+        SpecError: a module is not found, or fails when it is imported.
+    """
+    here = str(Path.cwd())
+    if names and here not in sys.path:
+        sys.path.insert(0, here)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise SpecError(
+                f"--import {name}: {reason}; give the name of a module in {here} or on PYTHONPATH"
+            ) from error
 
 
 def is_spec_file(source: str) -> bool:

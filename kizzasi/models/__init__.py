@@ -13,12 +13,12 @@ from kizzasi.models.stems import Signal, Tokens
 
 def list_mixers() -> list[str]:
     """The kinds of sequence mixer that a spec may name."""
-    return sorted(MixerSpec.registry)
+    return MixerSpec.known()
 
 
 def list_channels() -> list[str]:
     """The kinds of channel mixer that a spec may name."""
-    return sorted(ChannelSpec.registry)
+    return ChannelSpec.known()
 
 
 __all__ = [

@@ -175,6 +175,7 @@ class MixerSpec(_Part):
     """Base of sequence mixer specs: frozen dataclasses registered under `kind`."""
 
     registry: ClassVar[dict[str, type]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {"eml_attention": "kizzasi.eml"}
 
     @property
     def kinds(self) -> frozenset[str]:

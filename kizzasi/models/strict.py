@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
 import types
@@ -77,10 +78,19 @@ class Strict:
 
 
 class Registered(Strict):
-    """A family of specs told apart by "kind"; each abstract family keeps its own registry."""
+    """A family of specs told apart by "kind"; each abstract family keeps its own registry.
+
+    elsewhere    kind -> the module that registers it, imported when the kind is first named
+    """
 
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type]]
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """The kinds that a spec may name, those of `elsewhere` included."""
+        return sorted({*cls.registry, *cls.elsewhere})
 
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any], path: str = "") -> Self:
@@ -90,11 +100,13 @@ class Registered(Strict):
             require(kind == cls.__dict__["kind"], join(path, "kind"), f"{kind!r} is not this kind")
             return super().from_dict(given, path)  # pyright: ignore[reportReturnType]
         require(isinstance(data, Mapping), path, f"expected a mapping, got {data!r:.80}")
-        registry: dict[str, type] = cls.registry  # pyright: ignore[reportAttributeAccessIssue]
-        require("kind" in data, join(path, "kind"), f"missing; choose from {sorted(registry)}")
+        registry, known = cls.registry, cls.known()  # pyright: ignore[reportAttributeAccessIssue]
+        require("kind" in data, join(path, "kind"), f"missing; choose from {known}")
         kind = data["kind"]
+        if kind not in known:
+            raise SpecError(f"{join(path, 'kind')}: {kind!r} {unknown_name(kind, known)}")
         if kind not in registry:
-            raise SpecError(f"{join(path, 'kind')}: {kind!r} {unknown_name(kind, registry)}")
+            importlib.import_module(cls.elsewhere[kind])  # pyright: ignore[reportAttributeAccessIssue]
         return registry[kind].from_dict(data, path)
 
     def to_dict(self) -> dict[str, Any]:
