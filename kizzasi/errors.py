@@ -16,6 +16,10 @@ class ShapeError(KizzasiError):
     """A tensor has the wrong shape or dtype; the message shows what came and what was expected."""
 
 
+class GenerateError(KizzasiError):
+    """What decoding was asked for is out of range, excludes another wish, or has no logits."""
+
+
 class CheckpointError(KizzasiError):
     """A checkpoint is missing, damaged, hostile, or does not fit its config."""
 

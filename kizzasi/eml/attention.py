@@ -156,6 +156,19 @@ class EmlAttentionState(NamedTuple):
     v: Tensor
     document: Tensor
 
+    def n_alive(self) -> int:
+        """The live slots of the row that has most; see `kizzasi.models.state.Cache`."""
+        return int((self.document == 0).sum(1).max()) if self.document.numel() else 0
+
+    def packed(self, slots: int) -> EmlAttentionState:
+        """The same rows with so many slots, dead ones last."""
+        order = self.document.argsort(dim=1, descending=True, stable=True)
+        index = order[:, None, :, None].expand_as(self.k)
+        spare = slots - self.k.shape[2]  # below 0: slots that are dead in every row
+        k, v = (F.pad(leaf.gather(2, index), (0, 0, 0, spare)) for leaf in (self.k, self.v))
+        document = F.pad(self.document.gather(1, order), (0, spare), value=-1)
+        return EmlAttentionState(k, v, document)
+
 
 class EmlAttention(Mixer):
     """Multi-head attention of an `EmlAttentionSpec`.

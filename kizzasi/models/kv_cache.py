@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.mixer import document_starts
@@ -65,6 +66,25 @@ class AttentionState(NamedTuple):
             k = self.k.to(k.dtype).scatter(2, index.expand_as(k), k)
             v = self.v.to(v.dtype).scatter(2, index.expand_as(v), v)
         return AttentionState(k, v, position, self.next_position + 1)
+
+    def n_alive(self) -> int:
+        """The live slots of the row that has most; see `state.Cache`."""
+        if self.in_order:
+            return self.k.shape[2]
+        return int((self.position >= 0).sum(1).max()) if self.position.numel() else 0
+
+    def packed(self, slots: int) -> AttentionState:
+        """The same rows with so many slots, dead ones last; a cache without a window only."""
+        position = self.positions()
+        order = (position < 0).long().argsort(dim=1, stable=True)
+        spare = slots - position.shape[1]  # below 0: slots that are dead in every row
+
+        def take(leaf: Tensor) -> Tensor:
+            index = order[:, None, :, None].expand_as(leaf)
+            return F.pad(leaf.gather(2, index), (0, 0, 0, spare))
+
+        position = F.pad(position.gather(1, order), (0, spare), value=-1)
+        return AttentionState(take(self.k), take(self.v), position, self.next_position)
 
 
 def empty_cache(

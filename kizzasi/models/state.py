@@ -6,8 +6,8 @@ A state is never written into, so holding on to one is a fork and going back to 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,45 @@ def named_leaves(tree: Any, name: str = "state") -> Iterator[tuple[str, Tensor]]
         return
     for key, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
         yield from named_leaves(part, f"{name}.{key}")
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """A part of a state that holds a slot per token, so that rows of unequal age differ in shape.
+
+    Slots may stand in any order, and dead ones among them: what is joined need not be aligned.
+    """
+
+    def n_alive(self) -> int:
+        """The live slots of the row that has most."""
+        ...
+
+    def packed(self, slots: int) -> Cache:
+        """The same rows with so many slots, at least `n_alive()`, dead ones last."""
+        ...
+
+
+def join_states(states: Sequence[Any]) -> Any:
+    """The rows of several states of one model as one batch, however many tokens each has seen.
+
+    A row goes on exactly as it would have alone. `ModelState.gather` takes rows apart again.
+
+    Args:
+        states: at least one; all on one device.
+    """
+    first = states[0]
+    if len(states) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    if isinstance(first, Cache):
+        shapes = {tuple(leaf.shape[1:] for _, leaf in named_leaves(state)) for state in states}
+        if len(shapes) > 1:
+            slots = max(state.n_alive() for state in states)
+            states = [state.packed(slots) for state in states]
+        return type(first)(*(torch.cat(leaves) for leaves in zip(*states, strict=True)))
+    parts = [join_states(branch) for branch in zip(*states, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
 
 
 class BlockState(NamedTuple):

@@ -1,0 +1,38 @@
+"""Decoding, for every causal mixer and channel: what is asked of many rows is right row by row."""
+
+import torch
+from cases import causal_parts, make, tokens
+from tolerance import assert_close
+
+from kizzasi.models.state import join_states
+
+
+@causal_parts
+@torch.no_grad()
+def test_states_of_unequal_age_are_joined_gathered_and_joined_again(name):
+    model, x, then = make(name), tokens(3, 11), tokens(3, 9, seed=4)
+    alone = [model(x[:1]).state, model(x[1:2, :7]).state, model.init_state(1)]
+    expected = torch.cat([model(then[i : i + 1], alone[i]).logits for i in range(3)])
+    state = join_states(alone)
+    assert_close(model(then, state).logits, expected)
+    for t in range(3):
+        out = model.step(then[:, t], state)
+        assert_close(out.logits, expected[:, t])
+        state = out.state
+    state = join_states([state.gather(torch.tensor([2, 1])), alone[0]])
+    for t in range(3, 9):
+        out = model.step(torch.stack([then[2, t], then[1, t], then[0, t - 3]]), state)
+        wanted = torch.stack([expected[2, t], expected[1, t], expected[0, t - 3]])
+        assert_close(out.logits, wanted)
+        state = out.state
+
+
+@torch.no_grad()
+def test_joining_drops_slots_that_are_dead_in_every_row():
+    model, x = make("attention-mha"), tokens(2, 11)
+    old, young = model(x[:1]).state, model(x[1:, :3]).state
+    both = join_states([old, young])
+    for token in tokens(5, 2):
+        both = model.step(token, both).state
+    rest = join_states([both.gather(torch.tensor([1])), young])
+    assert rest.blocks[0].mixer.k.shape[2] == 3 + 5
