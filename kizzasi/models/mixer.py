@@ -153,11 +153,13 @@ class _Part(Registered):
     def check(self, d_model: int, path: str) -> None:
         """Raise SpecError for every rule that the fields break at this width."""
 
+    @abstractmethod
     def build(self, layer: LayerContext) -> Mixer:
-        raise AssertionError(f"{type(self).__name__} must define build")
+        """The module of this spec at a place in a model."""
 
+    @abstractmethod
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
-        raise AssertionError(f"{type(self).__name__} must define cost")
+        """What it costs over (batch, seq_len) tokens, its norm aside; see `Cost`."""
 
     @property
     def context_window(self) -> float:

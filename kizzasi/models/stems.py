@@ -50,14 +50,16 @@ class StemSpec(Registered):
 
     registry: ClassVar[dict[str, type]] = {}
 
+    @abstractmethod
     def check(self, path: str, tie_head: bool) -> None:
-        raise AssertionError(f"{type(self).__name__} must define check")
+        """Raise SpecError for every rule that the fields break."""
 
-    def build(self, d_model: int, tie_head: bool) -> Stem:
-        raise AssertionError(f"{type(self).__name__} must define build")
+    @abstractmethod
+    def build(self, d_model: int, tie_head: bool) -> Stem: ...
 
+    @abstractmethod
     def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
-        raise AssertionError(f"{type(self).__name__} must define cost")
+        """What both ends cost for n_tokens inputs."""
 
 
 @register

@@ -1,7 +1,9 @@
 """Strict frozen dataclasses: what is no field, or not of a field's type, is an error with a path.
 
-A `Strict` dataclass converts to plain JSON data and back. Reading refuses unknown keys (with the
-nearest known name), wrong types and non-finite numbers, so that a typo can never be a default.
+A `Strict` dataclass converts to plain JSON data and back. Reading it, and calling its class, refuse
+unknown names (with the nearest known one), wrong types and non-finite numbers, so that a typo can
+never be a default. What both store has the declared types: a list becomes a tuple, a float 7 is
+7.0, a true flag True; so equal specs have one text and one digest.
 A `Registered` family is chosen by the key "kind", for example {"kind": "mamba", "d_state": 16}.
 """
 
@@ -13,8 +15,10 @@ import functools
 import importlib
 import json
 import math
+import numbers
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
@@ -22,6 +26,8 @@ from kizzasi.errors import SpecError
 
 Self = TypeVar("Self", bound="Strict")
 Family = TypeVar("Family", bound=type)
+
+BY_PLACE = 3
 
 
 def require(rule: bool, path: str, message: str) -> None:
@@ -47,7 +53,44 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-class Strict:
+def added(default: Any) -> Any:
+    """Default of a field that 0.1 did not have: there it is left out of the canonical JSON.
+
+    So a spec that does without the field keeps the digest it always had. Named in calls only.
+    """
+    return dataclasses.field(default=default, metadata={"added": True}, kw_only=True)
+
+
+def _refuse_missing(cls: type, given: Mapping[str, Any], path: str) -> None:
+    for f in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        require(optional or f.name in given, join(path, f.name), "missing; give a value")
+
+
+class StrictType(ABCMeta):
+    """Type of the specs: a call is checked and stored in the declared types, as `from_dict` is.
+
+    The first BY_PLACE fields may be given by place; later ones by name only.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Raises SpecError for an unknown or missing name, or a value of a wrong type."""
+        hints, name = field_types(cls), cls.__name__
+        if len(args) > BY_PLACE:
+            later = list(hints)[BY_PLACE : len(args)]
+            remedy = f"give {', '.join(later)} by name" if later else f"it has {len(hints)} fields"
+            raise SpecError(f"{name}: got {len(args)} values by place; {remedy}")
+        given = dict(zip(hints, args, strict=False))
+        for key in kwargs:
+            if key not in hints:
+                raise SpecError(f"{name}.{key}: {unknown_name(key, hints)}")
+            require(key not in given, f"{name}.{key}", "given twice, by place and by name")
+        given |= kwargs
+        _refuse_missing(cls, given, name)
+        return super().__call__(**{k: coerce(v, hints[k], k) for k, v in given.items()})
+
+
+class Strict(metaclass=StrictType):
     """Base of every spec: JSON data in, JSON data out, both ways without loss."""
 
     @classmethod
@@ -58,18 +101,32 @@ class Strict:
         for key in data:
             if key not in hints:  # names are compared only now: a search reads many specs
                 raise SpecError(f"{join(path, str(key))}: {unknown_name(key, hints)}")
-        for f in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-            optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-            require(optional or f.name in data, join(path, f.name), "missing; give a value")
-        return cls(**{k: coerce(v, hints[k], join(path, k)) for k, v in data.items()})
+        _refuse_missing(cls, data, path)
+        values = {k: coerce(v, hints[k], join(path, k)) for k, v in data.items()}
+        return type.__call__(cls, **values)  # a call of the class would check them again
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with every field written out, in the declared types (a float 1 is 1.0)."""
-        return {k: plain(getattr(self, k), h, k) for k, h in field_types(type(self)).items()}
+        """Plain data with every field written out."""
+        return self._data(brief=False)
 
     def canonical_json(self) -> str:
-        """One text per value: sorted keys, no white space, no field left to a default."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """One text per value: sorted keys, no white space, all fields but `added` ones at their
+        defaults."""
+        data = self._data(brief=True)
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def _data(self, *, brief: bool) -> dict[str, Any]:
+        hints = field_types(type(self))
+        left_out = {
+            f.name
+            for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+            if brief and "added" in f.metadata and getattr(self, f.name) == f.default
+        }
+        return {
+            name: plain(getattr(self, name), hint, name, brief=brief)
+            for name, hint in hints.items()
+            if name not in left_out
+        }
 
     def require_positive(self, path: str, *names: str) -> None:
         for name in names:
@@ -109,8 +166,8 @@ class Registered(Strict):
             importlib.import_module(cls.elsewhere[kind])  # pyright: ignore[reportAttributeAccessIssue]
         return registry[kind].from_dict(data, path)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **super().to_dict()}
+    def _data(self, *, brief: bool) -> dict[str, Any]:
+        return {"kind": self.kind, **super()._data(brief=brief)}
 
 
 def register(cls: Family) -> Family:
@@ -130,26 +187,54 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         (inner,) = [a for a in args if a is not type(None)]
         return coerce(value, inner, path)
     if origin is Literal:
-        require(value in args, path, f"{value!r} is not one of {list(args)}")
-        return value
+        if value not in args:
+            near = difflib.get_close_matches(str(value), map(str, args), n=1)
+            remedy = f"; did you mean {near[0]}?" if near else ""
+            raise SpecError(f"{path}: {value!r} is not one of {list(args)}{remedy}")
+        return args[args.index(value)]
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), path, f"expected a list, got {value!r:.80}")
+        one = isinstance(value, Strict)
+        remedy = f"; for one alone, write ({type(value).__name__}(..),)" if one else ""
+        right = isinstance(value, (list, tuple))
+        require(right, path, f"expected a list, got {value!r:.80}{remedy}")
         return tuple(coerce(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
     if isinstance(hint, type) and issubclass(hint, Strict):
+        return _spec(value, hint, path)
+    return _scalar(value, hint, path)
+
+
+def _spec(value: Any, hint: type[Strict], path: str) -> Any:
+    """A spec as it is, or one read from plain data."""
+    if not isinstance(value, Strict):
         return hint.from_dict(value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    # A part of another family is refused by `check`, which knows where in a model it stands.
+    if isinstance(value, hint) or (isinstance(value, Registered) and "registry" in vars(hint)):
+        return value
+    wrong, wanted = type(value).__name__, hint.__name__
+    parts = [t for h in field_types(hint).values() for t in (h, *typing.get_args(h))]
+    wraps = any(isinstance(t, type) and isinstance(value, t) for t in parts)
+    remedy = f"; wrap it: {wanted}({wrong}(..))" if wraps else ""
+    raise SpecError(f"{path}: expected a {wanted}, got a {wrong}{remedy}")
+
+
+def _scalar(value: Any, hint: type, path: str) -> Any:
+    """A bool, int, float or str, in exactly that type; numpy's integers and floats are taken."""
+    flag = isinstance(value, bool)
+    kinds = {int: numbers.Integral, float: numbers.Real}
+    if not flag and isinstance(value, kinds.get(hint, ())):
+        value = hint(value)
+    right = isinstance(value, hint) and (hint is bool or not flag)
     require(right, path, f"expected {hint.__name__}, got {value!r:.80}")
     if hint is float:
         require(math.isfinite(value), path, f"{value} is not finite")
+        value += 0.0  # -0.0 equals 0.0 and is written otherwise
     return value
 
 
-def plain(value: Any, hint: Any, path: str) -> Any:
+def plain(value: Any, hint: Any, path: str, *, brief: bool = False) -> Any:
     if isinstance(value, Strict):
-        return value.to_dict()
+        return value._data(brief=brief)
     if isinstance(value, (list, tuple)):
         (item, *_) = typing.get_args(hint)
-        return [plain(v, item, f"{path}[{i}]") for i, v in enumerate(value)]
+        return [plain(v, item, f"{path}[{i}]", brief=brief) for i, v in enumerate(value)]
     return coerce(value, hint, path)

@@ -337,7 +337,9 @@ def test_unequal_widths_of_heads_and_model():
             r"m.rope_scaling.original_context: yarn needs it",
         ),
         (
-            AttentionSpec(2, rope_scaling=RopeScaling("yarn", 2.0, 64, 1.0, 2.0)),
+            AttentionSpec(
+                2, rope_scaling=RopeScaling("yarn", 2.0, 64, beta_fast=1.0, beta_slow=2.0)
+            ),
             r"m.rope_scaling.beta_slow: outside",
         ),
         (

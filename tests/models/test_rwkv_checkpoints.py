@@ -66,7 +66,7 @@ MIXERS = {
     4: RWKV4Spec(D),
     5: RWKV5Spec(N),
     6: RWKV6Spec(N, R, R),
-    7: RWKV7Spec(N, R, R, R, R),
+    7: RWKV7Spec(N, R, R, v_rank=R, gate_rank=R),
 }
 CHANNELS = {4: 4, 5: 4, 6: 6, 7: 7}
 versions = pytest.mark.parametrize("version", list(DISK))

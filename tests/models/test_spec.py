@@ -1,9 +1,13 @@
 """Specs: strict both ways, one digest per value, every rule before any tensor."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -12,9 +16,11 @@ from hypothesis import strategies as st
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, pattern
 from kizzasi.models.channels.mlp import MLPSpec
+from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
-from kizzasi.models.strict import join
+from kizzasi.models.mixers.rwkv7 import RWKV7Spec
+from kizzasi.models.strict import Strict, added, join
 
 
 def small(**changes) -> ModelSpec:
@@ -157,3 +163,72 @@ def test_mixers_in_each_others_place_are_refused():
     doubled = BlockSpec(MambaSpec(), MambaSpec())  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match=r"blocks\[0\].channel: 'mamba' is a sequence mixer"):
         small(blocks=(doubled,)).check()
+
+
+def test_calls_name_what_is_misspelt_missing_or_too_much():
+    attention = AttentionSpec(n_heads=2)
+    for call, message in (
+        (lambda: SwiGLUSpec(hiden=3), r"SwiGLUSpec.hiden: unknown; did you mean hidden\?"),
+        (lambda: AttentionSpec(), r"AttentionSpec.n_heads: missing"),
+        (lambda: AttentionSpec(2, n_heads=2), r"AttentionSpec.n_heads: given twice"),
+        (lambda: AttentionSpec(2, 1, 4, 5), r"got 4 values by place; give window by name"),
+        (lambda: Signal(1, 2, 3, 4), r"Signal: got 4 values by place; it has 2 fields"),
+        (lambda: AttentionSpec("2"), r"n_heads: expected int, got '2'"),
+        (lambda: AttentionSpec(2, position="rop"), r"position: 'rop' .* did you mean rope\?"),
+        (lambda: small(blocks=(attention,)), r"blocks\[0\]: .* wrap it: BlockSpec\(AttentionSpec"),
+        (lambda: small(blocks=BlockSpec(attention)), r"blocks: .* write \(BlockSpec\(..\),\)"),
+        (lambda: BlockSpec({"kind": "atention"}), r"mixer.kind: 'atention' .* attention"),
+        (lambda: BlockSpec(3), r"mixer: expected a mapping, got 3"),
+        (lambda: small(stem=16), r"stem: expected a mapping, got 16"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            call()
+    assert BlockSpec({"kind": "attention", "n_heads": 2}) == BlockSpec(attention)
+
+
+def test_equal_specs_have_equal_digests_whatever_the_types():
+    def blocks(kind, **fields):
+        return [BlockSpec(kind(**fields), MLPSpec())]
+
+    for a, b in (
+        (
+            small(blocks=blocks(AttentionSpec, n_heads=2, qk_norm=1)),
+            small(blocks=blocks(AttentionSpec, n_heads=2, qk_norm=True)),
+        ),
+        (small(blocks=blocks(AttentionSpec, n_heads=2, qk_norm=0.0)), small()),
+        (small(blocks=list(small().blocks)), small()),
+        (small(dropout=-0.0), small()),
+        (small(dropout=0), small()),
+        (small(d_model=np.int64(16), dropout=np.float32(0.5)), small(dropout=0.5)),
+        (
+            small(blocks=blocks(RWKV7Spec, head_dim=np.int32(8))),
+            small(blocks=blocks(RWKV7Spec, head_dim=8)),
+        ),
+        (small(blocks=blocks(MambaSpec, expand=2)), small(blocks=blocks(MambaSpec))),
+    ):
+        assert a == b == ModelSpec.from_dict(json.loads(json.dumps(a.to_dict())))
+        assert hash(a) == hash(b)
+        assert a.digest == b.digest
+    assert small(blocks=blocks(AttentionSpec, n_heads=2, qk_norm=1)).digest != small().digest
+
+
+def test_a_later_field_at_its_default_leaves_the_digest_alone():
+    @dataclass(frozen=True)
+    class Old(Strict):
+        a: int = 1
+
+    @dataclass(frozen=True)
+    class New(Strict):
+        a: int = 1
+        b: float = added(0.5)
+        c: Old = Old()
+
+    assert New().to_dict() == {"a": 1, "b": 0.5, "c": {"a": 1}}
+    assert New(b=0.5).canonical_json() == '{"a":1,"c":{"a":1}}'
+    assert New(b=1).canonical_json() == '{"a":1,"b":1.0,"c":{"a":1}}'
+    assert New.from_dict({"a": 1}) == New()
+
+
+def test_specs_are_copied_and_pickled():
+    spec = small()
+    assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec

@@ -248,7 +248,7 @@ def test_every_searcher_and_scheduler_runs(data, tmp_path, searcher, scheduler):
         ({"space": "hybird"}, SpecError, "space: 'hybird' unknown; did you mean hybrid"),
         ({"space": "nowhere.yaml"}, SpecError, "nowhere.yaml: cannot read the space"),
         ({"searcher": "proxy"}, SpecError, "searcher: .* choose another searcher for hybrid"),
-        ({"searcher": "regular"}, SpecError, "searcher: 'regular' unknown"),
+        ({"searcher": "regular"}, SpecError, "searcher: 'regular' is .* did you mean regularized"),
         ({"scheduler": "halving"}, SpecError, "search_tokens: 2000 with halving"),
         ({"proxies": ("grad",)}, SpecError, "proxies: 'grad' unknown; did you mean grad_norm"),
         ({"rungs": (128, 64)}, SpecError, "rungs"),
