@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.searchers import (
     NSGA2,
     TPE,
@@ -41,6 +40,7 @@ from kizzasi.nas.searchers import (
     Searcher,
     run,
 )
+from kizzasi.nas.spaces.rng import Xorshift64
 
 DATASETS = ("cifar10", "cifar100", "imagenet")
 CHECKPOINTS = (50, 100, 200, 500)

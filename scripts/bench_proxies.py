@@ -23,9 +23,9 @@ from tqdm import tqdm
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas import MicroTrain, Recipe, Xorshift64, load_corpus, proxy_worth
-from kizzasi.nas.proxies import PROXIES, Batch
-from kizzasi.nas.strategies import SMALL_SPACE
-from kizzasi.nas.worth import Region
+from kizzasi.nas.evaluators.zero_cost import PROXIES, Batch
+from kizzasi.nas.results.rank_agreement import Region
+from kizzasi.nas.spaces.ready_made import SMALL_SPACE
 from kizzasi.train.bytes import batches
 from kizzasi.train.seeds import derive_seed
 

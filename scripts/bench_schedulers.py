@@ -20,7 +20,6 @@ import math
 import statistics
 from typing import Any
 
-from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.schedulers import (
     ASHA,
     PASHA,
@@ -33,8 +32,9 @@ from kizzasi.nas.schedulers import (
     SuccessiveHalving,
 )
 from kizzasi.nas.schedulers.schedule import FAILED
+from kizzasi.nas.schedulers.simulate import SimulatedCurves, SimulatedTrainings, run_workers
 from kizzasi.nas.searchers import Grid, Search
-from kizzasi.nas.simulate import SimulatedCurves, SimulatedTrainings, run_workers
+from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.train.seeds import derive_seed
 
 BUDGETS = (9, 27, 81, 243, 729)

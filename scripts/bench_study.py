@@ -30,9 +30,9 @@ from tqdm import tqdm
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
 from kizzasi.nas.executors import InProcess, Job, run_job
-from kizzasi.nas.spaces import model_spec
-from kizzasi.nas.storage import Journal
-from kizzasi.nas.study import Entry, Study, Trial
+from kizzasi.nas.spaces.families import model_spec
+from kizzasi.nas.study.journal import Journal
+from kizzasi.nas.study.study import Entry, Study, Trial
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
 

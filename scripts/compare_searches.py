@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.finalists import Final, t_975
-from kizzasi.nas.report import summarise
-from kizzasi.nas.storage import read_events
-from kizzasi.nas.summary import Summary
+from kizzasi.nas.report.pages import summarise
+from kizzasi.nas.results.finals import Final
+from kizzasi.nas.results.noise import t_975
+from kizzasi.nas.results.summary import Summary
+from kizzasi.nas.study.journal import read_events
 
 
 def main() -> None:

@@ -38,7 +38,18 @@ FORBIDDEN = {
 ALLOWED = {"kizzasi.models.ops": ("kizzasi.models.ops",)}
 # Within nas, only the ready-made spaces may name a concrete mixer.
 CONCRETE = ("kizzasi.models.mixers", "kizzasi.models.channels")
-SPACES = {"kizzasi.nas.spaces"}
+SPACES = {"kizzasi.nas.spaces.ready_made", "kizzasi.nas.spaces.families"}
+# Within nas, a room imports only what stands before it; `search` and `__init__` stand on top.
+NAS_ROOMS = (
+    "spaces",
+    "searchers",
+    "schedulers",
+    "evaluators",
+    "executors",
+    "results",
+    "study",
+    "report",
+)
 # eml sees the contract of a mixer, not the models made of them.
 MIXER_CONTRACT = {
     "kizzasi.models.cost",
@@ -88,6 +99,18 @@ def test_no_forbidden_import(module):
             assert not within(name, CONCRETE), f"{module} names the concrete {name}"
         if module.startswith("kizzasi.eml") and name.startswith("kizzasi.models"):
             assert name in MIXER_CONTRACT, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in modules() if m.startswith("kizzasi.nas.") and m != "kizzasi.nas.search"]
+)
+def test_the_rooms_of_the_search_stand_in_a_row(module):
+    room = module.split(".")[2]
+    before = NAS_ROOMS[: NAS_ROOMS.index(room) + 1]
+    for name in imports(modules()[module]):
+        if within(name, ("kizzasi.nas",)):
+            below = tuple(f"kizzasi.nas.{known}" for known in before)
+            assert within(name, below), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("kizzasi.models.ops")])

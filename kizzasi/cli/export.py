@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from kizzasi.nas.export import export
+    from kizzasi.nas.report.export import export
 
     folder = export(Path(args.run), Path(args.out or Path(args.run) / "export"))
     files = sorted(path.name for path in folder.iterdir())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kizzasi.errors import SpecError
 
 if TYPE_CHECKING:
-    from kizzasi.nas.summary import Summary
+    from kizzasi.nas.results.summary import Summary
 
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from kizzasi.nas.report import write_report
-    from kizzasi.nas.status import pace_of, status
-    from kizzasi.nas.storage import read_events
-    from kizzasi.nas.trackers import to_tensorboard
+    from kizzasi.nas.report.other_tools import to_tensorboard
+    from kizzasi.nas.report.pages import write_report
+    from kizzasi.nas.report.status import pace_of, status
+    from kizzasi.nas.study.journal import read_events
 
     folder = Path(args.run)
     if args.watch is None:
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
     """Show the state again and again until the search is complete or the user has seen enough."""
-    from kizzasi.nas.report import write_report
-    from kizzasi.nas.status import pace_of, status
-    from kizzasi.nas.storage import read_events
+    from kizzasi.nas.report.pages import write_report
+    from kizzasi.nas.report.status import pace_of, status
+    from kizzasi.nas.study.journal import read_events
 
     events = read_events(folder / "journal.jsonl")
     summary = write_report(folder, events)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from kizzasi.cli.common import check_device
 
 if TYPE_CHECKING:
-    from kizzasi.nas.settings import SearchConfig
+    from kizzasi.nas.study.config import SearchConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
-    from kizzasi.nas.proxies import PROXIES
-    from kizzasi.nas.settings import SCREENS, SchedulerName, SearcherName
+    from kizzasi.nas.evaluators.zero_cost import PROXIES
+    from kizzasi.nas.study.config import SCREENS, SchedulerName, SearcherName
 
     parser.add_argument(
         "--space",
@@ -158,7 +158,7 @@ def _add_numbers(
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.executors import Limits
-    from kizzasi.nas.report import summarise, table
+    from kizzasi.nas.report.pages import summarise, table
     from kizzasi.nas.search import Search, SearchConfig
 
     check_device(args.device)

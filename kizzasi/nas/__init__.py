@@ -1,24 +1,23 @@
 """Architecture search: spaces, searchers, honest micro-training, and the study that joins them."""
 
-from kizzasi.nas.arch_search import (
-    ArchCandidate,
+from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
+from kizzasi.nas.evaluators.zero_cost import PROXIES
+from kizzasi.nas.results.rank_agreement import kendall_tau_b, proxy_worth, spearman, top_k_recall
+from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.searchers.arch_search import (
     ArchSearchConfig,
     ArchSearchResult,
-    ArchSearchSpace,
     EvolutionarySearcher,
     GridSearcher,
     RandomArchSearcher,
     search_best_arch,
 )
-from kizzasi.nas.constraints import Constraints, Feasible
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
-from kizzasi.nas.holes import choice, pattern, repeat
-from kizzasi.nas.model_space import Candidate, ModelSpace
-from kizzasi.nas.proxies import PROXIES
-from kizzasi.nas.rng import Xorshift64
-from kizzasi.nas.search import Search, SearchConfig
-from kizzasi.nas.space import Space
-from kizzasi.nas.worth import kendall_tau_b, proxy_worth, spearman, top_k_recall
+from kizzasi.nas.spaces.constraints import Constraints, Feasible
+from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace
+from kizzasi.nas.spaces.model_space import Candidate, ModelSpace
+from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.space import Space
+from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
 from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
 from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe

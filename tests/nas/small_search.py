@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kizzasi.nas.arch_search import ArchSearchSpace
 from kizzasi.nas.search import SearchConfig
-from kizzasi.nas.storage import Journal, read_events
+from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.study.journal import Journal, read_events
 
 SPACE = ArchSearchSpace(
     d_model_options=(16, 32),

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.arch_search import (
-    ArchCandidate,
+from kizzasi.nas.searchers.arch_search import (
     ArchSearchConfig,
-    ArchSearchSpace,
     EvolutionarySearcher,
     GridSearcher,
     RandomArchSearcher,
-    proxy_scores,
     search_best_arch,
 )
-from kizzasi.nas.rng import Xorshift64
+from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace, proxy_scores
+from kizzasi.nas.spaces.rng import Xorshift64
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "arch_search.jsonl"
 GOLDEN = [json.loads(line) for line in GOLDEN_FILE.read_text().splitlines()]

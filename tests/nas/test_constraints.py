@@ -5,12 +5,12 @@ import torch
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, mixers
-from kizzasi.nas import constraints as module
 from kizzasi.nas import spaces
-from kizzasi.nas.arch_search import ArchSearchSpace
-from kizzasi.nas.constraints import Constraints, Feasible, latency_ms, peak_memory_bytes
-from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.searchers import TPE, Grid, RegularizedEvolution, run
+from kizzasi.nas.spaces import device_cost as module
+from kizzasi.nas.spaces.constraints import Constraints, Feasible, latency_ms, peak_memory_bytes
+from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.spaces.rng import Xorshift64
 
 SPEC = ModelSpec(16, (BlockSpec(mixers.MambaSpec(d_state=4)),), Tokens(11))
 COST = SPEC.cost(64)

@@ -15,9 +15,9 @@ from kizzasi.errors import StudyError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
-from kizzasi.nas.export import SCRIPT, export
-from kizzasi.nas.storage import Journal
-from kizzasi.nas.trackers import genotype, to_optuna, to_tensorboard
+from kizzasi.nas.report.export import SCRIPT, export
+from kizzasi.nas.report.other_tools import genotype, to_optuna, to_tensorboard
+from kizzasi.nas.study.journal import Journal
 
 SPEC = ModelSpec(
     16,

@@ -7,8 +7,8 @@ from kizzasi.errors import StudyError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, S4DSpec
+from kizzasi.nas.evaluators.inherit import inherit, inherited_id, require_one_start, train_child
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.inherit import inherit, inherited_id, require_one_start, train_child
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
 

@@ -16,7 +16,7 @@ from small_search import SPACE, config, outcome, write_text
 
 from kizzasi.models import load
 from kizzasi.nas.search import Search
-from kizzasi.nas.storage import Journal
+from kizzasi.nas.study.journal import Journal
 
 # Imports once and forks for every search, which then starts at once.
 PROGRAM = """

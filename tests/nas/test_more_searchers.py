@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 
 from kizzasi.errors import ShapeError, SpecError, StudyError
 from kizzasi.nas import spaces
-from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.searchers import (
     NSGA2,
     TPE,
@@ -27,6 +26,7 @@ from kizzasi.nas.searchers import (
     run,
 )
 from kizzasi.nas.searchers.nsga2 import rank_and_crowding
+from kizzasi.nas.spaces.rng import Xorshift64
 
 seeds = st.integers(0, 2**64 - 1)
 

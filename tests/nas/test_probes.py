@@ -8,7 +8,7 @@ import torch
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
-from kizzasi.nas.probes import N_HELD_OUT, PROBES, Probe
+from kizzasi.nas.evaluators.probes import N_HELD_OUT, PROBES, Probe
 from kizzasi.train.seeds import derive_seed
 from kizzasi.train.synthetic import Parity, SelectiveCopying
 
@@ -34,7 +34,7 @@ def test_a_model_without_memory_stays_at_chance():
 def test_untrained_accuracy_counts_scored_positions_only(monkeypatch):
     """Answers of a constant model against a count by hand."""
     probe = Probe(Parity(seq_len=8, min_len=3), steps=1)
-    monkeypatch.setattr("kizzasi.nas.probes.build_model", constant_model)
+    monkeypatch.setattr("kizzasi.nas.evaluators.probes.build_model", constant_model)
     targets = probe.task.sample(N_HELD_OUT, derive_seed(0, "held out")).targets[:, 2:]
     assert probe(MAMBA.replace(norm="layer")).accuracy == pytest.approx(
         (targets == 1).double().mean().item()

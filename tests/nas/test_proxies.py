@@ -16,8 +16,8 @@ from kizzasi.models.channels import MLPSpec, MoESpec
 from kizzasi.models.channels.moe_routers import ExpertChoice, Hash, NoisyTopK, TopK
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.norm import Norm
-from kizzasi.nas import proxies
-from kizzasi.nas.proxies.parts import connections, row_losses, subject
+from kizzasi.nas.evaluators import zero_cost as proxies
+from kizzasi.nas.evaluators.zero_cost.parts import connections, row_losses, subject
 from kizzasi.train.bytes import IGNORE
 
 STEP = 1e-5  # of central differences in float64

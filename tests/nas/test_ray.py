@@ -12,7 +12,7 @@ from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import InProcess, Job, Limits
 from kizzasi.nas.executors.ray import PROBE, Ray, _Place
 from kizzasi.nas.search import Search
-from kizzasi.nas.spaces import model_spec
+from kizzasi.nas.spaces.families import model_spec
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
 

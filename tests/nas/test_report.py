@@ -22,12 +22,13 @@ from made_up_runs import (
 )
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.finalists import Final, noise_of, t_975
-from kizzasi.nas.lineage import ancestry, lineage, mermaid
-from kizzasi.nas.report import findings, html, markdown, summarise, table, write_report
-from kizzasi.nas.storage import Journal, read_events
-from kizzasi.nas.svg import Axis, pareto_front, short
-from kizzasi.nas.tables import finalist_rows, spark, tables
+from kizzasi.nas.report.pages import findings, html, markdown, summarise, table, write_report
+from kizzasi.nas.report.svg import Axis, pareto_front, short
+from kizzasi.nas.report.tables import finalist_rows, spark, tables
+from kizzasi.nas.results.finals import Final
+from kizzasi.nas.results.lineage import ancestry, lineage, mermaid
+from kizzasi.nas.results.noise import noise_of, t_975
+from kizzasi.nas.study.journal import Journal, read_events
 
 GEOMETRY = {"d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "viewbox", "transform"}
 VOID = {"meta", "br", "hr", "img", "link"}

@@ -22,8 +22,8 @@ from kizzasi.nas.schedulers import (
     SuccessiveHalving,
     run,
 )
+from kizzasi.nas.schedulers.simulate import Curve, SimulatedCurves, SimulatedTrainings, run_workers
 from kizzasi.nas.searchers import Evolution, Grid, Search
-from kizzasi.nas.simulate import Curve, SimulatedCurves, SimulatedTrainings, run_workers
 
 N = 30
 SCHEDULERS = [

@@ -12,8 +12,8 @@ from small_search import SPACE, config, outcome, write_text
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import load
 from kizzasi.nas.search import Search
-from kizzasi.nas.spaces import FAMILIES, model_spec
-from kizzasi.nas.storage import read_events
+from kizzasi.nas.spaces.families import FAMILIES, model_spec
+from kizzasi.nas.study.journal import read_events
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.trainer import Training

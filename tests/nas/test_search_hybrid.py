@@ -11,10 +11,10 @@ from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec, load
 from kizzasi.models.mixers.gla import GLA
 from kizzasi.nas import report
-from kizzasi.nas.model_space import ModelSpace
 from kizzasi.nas.search import Search, SearchConfig
-from kizzasi.nas.storage import read_events
-from kizzasi.nas.strategies import read_space
+from kizzasi.nas.spaces.model_space import ModelSpace
+from kizzasi.nas.spaces.ready_made import read_space
+from kizzasi.nas.study.journal import read_events
 
 CONFIG = SearchConfig(
     space="hybrid",
@@ -146,7 +146,7 @@ def test_a_search_killed_again_and_again_ends_as_the_whole_one(finished, data, t
 def test_a_promotion_without_its_checkpoint_trains_anew_to_the_same_score(
     finished, data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("kizzasi.nas.search.KEPT_CHECKPOINTS", 0)
+    monkeypatch.setattr("kizzasi.nas.study.run.KEPT_CHECKPOINTS", 0)
     Search(replace(CONFIG, data=data), tmp_path / "run").run()
     before, now = (
         {e["id"]: e["bits_per_byte"] for e in events_of(folder, "trial")}

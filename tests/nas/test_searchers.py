@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError, StudyError
-from kizzasi.nas.arch_search import ArchCandidate, ArchSearchSpace, proxy_scores
-from kizzasi.nas.rng import Xorshift64
 from kizzasi.nas.searchers import Evolution, Grid, History, Random, Search, one_by_one, run
+from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace, proxy_scores
+from kizzasi.nas.spaces.rng import Xorshift64
 
 SPACE = ArchSearchSpace()
 EVOLUTION = Evolution(

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers import ASHA, Schedule
-from kizzasi.nas.searchers import Evolution, Grid, Random, Search
-from kizzasi.nas.simulate import (
+from kizzasi.nas.schedulers.simulate import (
     UNIFORM,
     Curve,
     SimulatedCurves,
@@ -17,6 +16,7 @@ from kizzasi.nas.simulate import (
     SimulatedTrainings,
     run_workers,
 )
+from kizzasi.nas.searchers import Evolution, Grid, Random, Search
 
 SPACE = SimulatedCurves(40, seed=3, horizon=81, crashing=0.2, diverging=0.2, noise=0.05)
 

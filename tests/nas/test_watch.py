@@ -11,9 +11,9 @@ import pytest
 from made_up_runs import HOSTILE, complete_events, evolved_events, study
 
 from kizzasi.cli import main
-from kizzasi.nas.status import Pace, pace_of, status, tokens_left
-from kizzasi.nas.storage import Journal
-from kizzasi.nas.summary import summarise
+from kizzasi.nas.report.status import Pace, pace_of, status, tokens_left
+from kizzasi.nas.results.summary import summarise
+from kizzasi.nas.study.journal import Journal
 
 PLANNED = {"rungs": [32_768, 98_304], "keep": 0.34, "final_tokens": 262_144, "final_seeds": 3}
 

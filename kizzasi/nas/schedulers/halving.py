@@ -5,7 +5,7 @@ n = n_candidates;  r = min_budget;  R = max_budget;  eta as in the paper;  k = t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kizzasi.errors import SpecError
@@ -75,3 +75,44 @@ def halve(results: Results, members: range, n_rungs: int, eta: int) -> list[int]
         n //= eta
         left = ranked({candidate: scores[candidate] for candidate in left})[:n]
     return []
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Synchronous halving with a place for those that the result is compared with.
+
+    A rung passes on the best `keep` of its members, at least 2; the best preset and the best
+    searched candidate are always among them, candidates from outside the band never.
+
+    Args:
+        rungs: budgets, rising.
+        keep: share of a rung's members, 0 .. 1.
+        group_of: the group of a candidate.
+    """
+
+    rungs: tuple[int, ...]
+    keep: float
+    group_of: Callable[[int], str]
+
+    def check(self) -> None:
+        """The config has been checked."""
+
+    def budgets(self, candidate: int) -> Sequence[int]:
+        return self.rungs
+
+    def survivors(self, results: Results) -> Sequence[int]:
+        """Return the members of the lowest unfinished rung that are not scored there yet."""
+        standing = list(range(results.n_candidates or 0))
+        for k in range(len(self.rungs)):
+            scores = results.rung(k)
+            if missing := [candidate for candidate in standing if candidate not in scores]:
+                return missing if k else []
+            standing = self._promoted({c: scores[c] for c in standing})
+        return []
+
+    def _promoted(self, scores: dict[int, float]) -> list[int]:
+        inside = [c for c in ranked(scores) if self.group_of(c) != "outside"]
+        kept = set(inside[: max(2, round(self.keep * len(scores)))])
+        kept.update([c for c in inside if self.group_of(c) == "preset"][:1])
+        kept.update([c for c in inside if self.group_of(c) != "preset"][:1])
+        return [c for c in inside if c in kept]

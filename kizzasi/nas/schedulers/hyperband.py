@@ -11,7 +11,7 @@ from itertools import cycle, takewhile
 
 from kizzasi.nas.schedulers.halving import halve
 from kizzasi.nas.schedulers.schedule import Results, geometric_budgets
-from kizzasi.nas.searchers.search import require_at_least
+from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers.asha import promotable
 from kizzasi.nas.schedulers.schedule import FAILED, Results, geometric_budgets, ranked
-from kizzasi.nas.searchers.search import require_at_least
+from kizzasi.nas.searchers.ask_tell import require_at_least
 
 NOISY = 90  # percentile of the distances between candidates that swap back and forth
 

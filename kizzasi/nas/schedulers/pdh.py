@@ -12,7 +12,7 @@ from statistics import fmean
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers.schedule import FAILED, Results
-from kizzasi.nas.searchers.search import require_at_least
+from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
 @dataclass(frozen=True)

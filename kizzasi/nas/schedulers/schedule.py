@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.searchers.search import Search, require_at_least
+from kizzasi.nas.searchers.ask_tell import Search, require_at_least
 
 C = TypeVar("C")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kizzasi.nas.schedulers.schedule import FAILED, Results, geometric_budgets
-from kizzasi.nas.searchers.search import require_at_least
+from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,6 @@
 """Searchers, written once over any space and any evaluator."""
 
-from kizzasi.nas.searchers.evolution import Evolution
-from kizzasi.nas.searchers.grid import Grid
-from kizzasi.nas.searchers.local import LocalSearch
-from kizzasi.nas.searchers.nsga2 import NSGA2, pareto_front
-from kizzasi.nas.searchers.random import Random
-from kizzasi.nas.searchers.regularized import RegularizedEvolution
-from kizzasi.nas.searchers.search import (
+from kizzasi.nas.searchers.ask_tell import (
     History,
     Proposals,
     Score,
@@ -15,6 +9,12 @@ from kizzasi.nas.searchers.search import (
     one_by_one,
     run,
 )
+from kizzasi.nas.searchers.evolution import Evolution
+from kizzasi.nas.searchers.grid import Grid
+from kizzasi.nas.searchers.local import LocalSearch
+from kizzasi.nas.searchers.nsga2 import NSGA2, pareto_front
+from kizzasi.nas.searchers.random import Random
+from kizzasi.nas.searchers.regularized import RegularizedEvolution
 from kizzasi.nas.searchers.tpe import TPE
 
 __all__ = [

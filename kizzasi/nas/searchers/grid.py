@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kizzasi.nas.searchers.search import Proposals, require_at_least
-from kizzasi.nas.space import Space
+from kizzasi.nas.searchers.ask_tell import Proposals, require_at_least
+from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kizzasi.errors import ShapeError
-from kizzasi.nas.rng import Xorshift64
-from kizzasi.nas.searchers.search import Proposals, fresh, require_at_least, require_chance
-from kizzasi.nas.space import Space
+from kizzasi.nas.searchers.ask_tell import Proposals, fresh, require_at_least, require_chance
+from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 

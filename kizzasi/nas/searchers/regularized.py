@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from kizzasi.nas.rng import Xorshift64
-from kizzasi.nas.searchers.search import Proposals, fresh, require_at_least, require_chance
-from kizzasi.nas.space import Space
+from kizzasi.nas.searchers.ask_tell import Proposals, fresh, require_at_least, require_chance
+from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 

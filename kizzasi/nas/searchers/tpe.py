@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.searchers.search import Proposals, require_at_least
-from kizzasi.nas.space import Space
+from kizzasi.nas.searchers.ask_tell import Proposals, require_at_least
+from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 MISFITS = 300  # invalid suggestions in a row before the search ends

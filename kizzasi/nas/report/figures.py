@@ -1,0 +1,253 @@
+"""The plots of a report: what of a summary is drawn, and what is said when there is nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from kizzasi.nas.report.layers import layer_rows
+from kizzasi.nas.report.svg import (
+    GROUPS,
+    Line,
+    Mark,
+    Point,
+    bars,
+    pareto_front,
+    plot,
+    short,
+    sketch,
+    strips,
+)
+from kizzasi.nas.results.lineage import Node, ancestry, lineage
+from kizzasi.nas.results.summary import Event, Standing, Summary, proxies_of
+
+UNIFORM = 8.0  # bits/byte of a model that knows nothing
+HELD_OUT = "held-out bits/byte"
+# What a candidate costs: field, name, axis with its unit.
+COSTS = (
+    ("params", "parameters", "parameters"),
+    ("state_bytes", "state size", "state after 1,024 tokens, bytes"),
+    ("latency_ms", "latency", "measured latency, ms"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A title, SVG (or a sentence that says what is missing), and a caption."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+    @classmethod
+    def missing(cls, title: str, what: str) -> Figure:
+        return cls(title, f'<p class="missing">{escape(what)}</p>')
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Every plot of the report, by what it is about."""
+
+    training: tuple[Figure, ...]
+    fronts: tuple[Figure, ...]
+    proxies: tuple[Figure, ...]
+
+
+def figures(summary: Summary) -> Figures:
+    """Draw all that the report shows."""
+    measured = [c for c in COSTS if any(c[0] in s.entry for s in summary.standings)] or COSTS[:2]
+    named = list(summary.worths)
+    return Figures(
+        training=(_scores(summary), _layers(summary), _seeds(summary), _learning_curves(summary)),
+        fronts=(*(_pareto(summary, *cost) for cost in measured), _family(summary)),
+        proxies=tuple(_proxy_against_training(summary, name) for name in named) or (_no_proxy(),),
+    )
+
+
+def _scores(summary: Summary) -> Figure:
+    title = "Held-out score against baselines"
+    baselines: dict[str, float] = summary.study.get("baselines", {})
+    rows: list[tuple[str, str, float, float | None]] = [
+        (name, "baseline", value, None) for name, value in baselines.items()
+    ]
+    for final, group in ((summary.winner, "winner"), (summary.preset, "preset")):
+        if final and final.mean is not None:
+            name = final.entry["name"]
+            rows.append((name, group, final.mean, final.spread))
+    if not rows:
+        return Figure.missing(title, "Neither baselines nor final scores are there yet.")
+    rows.sort(key=lambda row: row[2])
+    caption = "Less is better. Whiskers: one standard deviation over the seeds."
+    if not summary.winner:
+        caption = "Less is better. The winner's final training is still to come."
+    return Figure(title, bars(title, "bits/byte", rows), caption)
+
+
+def _layers(summary: Summary) -> Figure:
+    entry = summary.leader
+    title = "The winner's layers" if summary.winner else "Layers of the leader so far"
+    if entry is None:
+        return Figure.missing(title, "No searched candidate has a score yet.")
+    caption = f"{entry['name']}: {entry['params']:,} parameters."
+    return Figure(title, sketch(f"{title}: {entry['name']}", layer_rows(entry["spec"])), caption)
+
+
+def _seeds(summary: Summary) -> Figure:
+    title = "Finalists, seed by seed"
+    rows = [(f.entry["name"], _group(summary, f.entry), f.scores) for f in summary.finals]
+    rows = [row for row in rows if row[2]]
+    if not rows:
+        return Figure.missing(title, "No finalist has a score yet.")
+    noise = summary.noise
+    said = (
+        f"The noise floor is {noise}, with {noise.freedom} degrees of freedom."
+        if noise
+        else "It takes two finalists with two seeds in common to state a noise floor."
+    )
+    drawn = strips(title, HELD_OUT, rows, noise.floor if noise else None)
+    caption = f"A mark per seed, a tick at the mean, a whisker of one standard deviation. {said}"
+    return Figure(title, drawn, caption)
+
+
+def _learning_curves(summary: Summary) -> Figure:
+    title = "Learning curves"
+    lines = list(_lines(summary))
+    if not lines:
+        return Figure.missing(title, "No training has got as far as its first loss yet.")
+    drawn = plot(title, "tokens trained on", "training loss, bits/byte", lines=lines)
+    caption = "Means between two looks at the loss, cut at 8 bits/byte. A cross: training failed."
+    return Figure(title, drawn, caption)
+
+
+def trainings(summary: Summary) -> list[tuple[Event, Event]]:
+    """Candidate and deepest trial of each training: a rung continues the one before it."""
+    finals = [(f.entry, t) for f in summary.finals for t in f.trials]
+    counted = [(s.entry, t) for s in summary.standings for t in s.trials]
+    longest: dict[str, tuple[Event, Event]] = {}
+    for entry, trial in finals + counted:
+        training = trial["id"].rpartition("-")[0]
+        if training not in longest or trial["tokens"] >= longest[training][1]["tokens"]:
+            longest[training] = entry, trial
+    return list(longest.values())
+
+
+def _lines(summary: Summary) -> Iterator[Line]:
+    for entry, trial in trainings(summary):
+        points = [(t, min(bits, UNIFORM)) for t, bits in trial["curve"] if bits is not None]
+        if points:
+            failed = trial["bits_per_byte"] is None
+            text = f"{entry['name']}, lr {trial['lr']:g}, seed {trial['seed']}"
+            yield Line(points, _group(summary, entry), text, failed)
+
+
+def _no_proxy() -> Figure:
+    missing = "No candidate with a proxy score has been trained yet."
+    return Figure.missing("Proxy against training", missing)
+
+
+def _proxy_against_training(summary: Summary, name: str) -> Figure:
+    title = "Proxy against training" if name == "proxy" else f"Proxy {name} against training"
+    marks = [
+        Mark(value, score, _group(summary, s.entry), _label(s.entry, score))
+        for s in summary.standings
+        if s.entry["group"] != "preset"
+        and (value := proxies_of(s.entry).get(name)) is not None
+        and (score := s.score("0")) is not None
+    ]
+    if not marks:
+        return Figure.missing(title, "No candidate with this proxy has a score.")
+    worth = summary.worths[name]
+    caption = (
+        "First rung, one budget for all. A good proxy makes the points fall to the right. "
+        f"Kendall tau-b {worth.everywhere.proxy.kendall_tau_b}, inside the band "
+        f"{worth.in_band.proxy.kendall_tau_b}."
+    )
+    drawn = plot(title, f"{name} score, higher promises more", HELD_OUT, marks)
+    return Figure(title, drawn, caption)
+
+
+def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
+    """Marks of every rung, one front per rung: scores of different budgets do not compete."""
+    title = f"Bits/byte against {name}"
+    marks: list[Mark] = []
+    fronts: list[list[Point]] = []
+    rungs = summary.rungs
+    measured = [s for s in summary.standings if s.entry.get(key) is not None]
+    for rung in rungs:
+        early = rung is not rungs[-1] and len(rungs) > 1
+        reached = [
+            Mark(s.entry[key], score, _group(summary, s.entry), _label(s.entry, score), early)
+            for s in measured
+            if (score := s.score(rung.name)) is not None
+        ]
+        marks += reached
+        fronts.append(pareto_front((mark.x, mark.y) for mark in reached))
+    if not marks:
+        return Figure.missing(title, "No candidate has a score yet.")
+    links = [points for s in measured if len(points := _climb(s, key)) > 1]
+    budgets = ", ".join(f"{short(rung.tokens)} tokens" for rung in rungs)
+    caption = f"Lower left is better. Dashed: the Pareto front of each rung ({budgets})."
+    if len(rungs) > 1:
+        caption += " Hollow marks: earlier rungs, linked to what the candidate reached later."
+    return Figure(title, plot(title, label, HELD_OUT, marks, (), fronts, links), caption)
+
+
+def _climb(standing: Standing, key: str) -> Sequence[Point]:
+    x = standing.entry[key]
+    return [(x, s) for t in standing.trials if (s := t["bits_per_byte"]) is not None]
+
+
+def _family(summary: Summary) -> Figure:
+    """The family tree over its scores: a step down is a child better than its parent."""
+    title = "Lineage"
+    nodes = lineage(summary)
+    if not any(node.parents for node in nodes.values()):
+        return Figure.missing(title, "No candidate descends from another.")
+    place = {
+        node.id: (float(node.generation), node.bits_per_byte)
+        for node in nodes.values()
+        if node.bits_per_byte is not None
+    }
+    if not place:
+        return Figure.missing(title, "No candidate has a score yet.")
+    leader = summary.leader
+    line = ancestry(nodes, [leader["id"]] if leader else [])
+    links = [edge for node in nodes.values() for edge in _edges(node, place)]
+    led = [Line(edge, "winner") for node in line.values() for edge in _edges(node, place)]
+    marks = [
+        Mark(*place[own], "winner" if node.winner else _style(node.group), _born(node, nodes))
+        for own, node in nodes.items()
+        if own in place
+    ]
+    drawn = plot(title, "generation", f"{HELD_OUT}, first rung", marks, led, (), links)
+    caption = (
+        "Lines lead from parent to child, on the first rung's budget. In the winner's colour: "
+        f"{'the winner' if summary.winner else 'the leader so far'} and its ancestors."
+    )
+    return Figure(title, drawn, caption)
+
+
+def _edges(node: Node, place: dict[str, Point]) -> list[list[Point]]:
+    return [[place[p], place[node.id]] for p in node.parents if p in place and node.id in place]
+
+
+def _born(node: Node, nodes: dict[str, Node]) -> str:
+    text = f"{node.name}: {node.bits_per_byte:.3f} bits/byte"
+    if node.parents:
+        text += f"; from {' and '.join(nodes[parent].name for parent in node.parents)}"
+    return text if node.inherited is None else f"{text}; inherits {node.inherited:.0%}"
+
+
+def _group(summary: Summary, entry: Event) -> str:
+    winner = summary.winner
+    return "winner" if winner and entry["id"] == winner.entry["id"] else _style(entry["group"])
+
+
+def _style(group: str) -> str:
+    """A group without a look of its own is one of the searched."""
+    return group if group in GROUPS else "searched"
+
+
+def _label(entry: Event, score: float) -> str:
+    return f"{entry['name']}: {score:.3f} bits/byte, {entry['params']:,} parameters"

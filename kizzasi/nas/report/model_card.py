@@ -1,0 +1,128 @@
+"""The model card of a winner: what it is, how it was found and measured, and how to use it."""
+
+from __future__ import annotations
+
+import json
+
+from kizzasi.models import ModelSpec
+from kizzasi.nas.report.pages import md, md_json, md_lineage, md_rows, md_table
+from kizzasi.nas.report.sentences import findings
+from kizzasi.nas.report.svg import short
+from kizzasi.nas.report.tables import finalist_tables, layer_table
+from kizzasi.nas.results.finals import Event, Final
+from kizzasi.nas.results.summary import Summary
+
+LICENSE = (
+    "Not stated. Whoever publishes this model states here under which license its weights are, "
+    "after a look at the license of the training data."
+)
+
+
+def model_card(summary: Summary, spec: ModelSpec) -> str:
+    """The card as Markdown.
+
+    Args:
+        summary: of a finished run with a winner.
+        spec: of the winner.
+    """
+    winner = summary.winner
+    assert winner is not None, "a card without a winner"
+    entry, kept = winner.entry, saved_trial(winner)
+    parts = {
+        "": _introduction(summary, winner, spec),
+        "Use": _use(summary, kept),
+        "Architecture": f"{md_rows(layer_table(summary))}\n\nDigest of the spec: `{spec.digest}`",
+        "Data": _data(summary),
+        "Training": _training(summary, winner, kept),
+        "Scores": _scores(summary),
+        "Caveats": _caveats(summary),
+        "Lineage": md_lineage(summary),
+        "Search": md_json(json.dumps(summary.study["config"], indent=1)),
+        "License": LICENSE,
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items())
+    return f"---\nlibrary_name: kizzasi\n---\n\n# {md(entry['name'])}\n\n{body}\n"
+
+
+def saved_trial(winner: Final) -> Event:
+    """The final training whose weights the search kept: the best of the seeds."""
+    scored = [trial for trial in winner.trials if trial["bits_per_byte"] is not None]
+    return min(scored, key=lambda trial: trial["bits_per_byte"])
+
+
+def _introduction(summary: Summary, winner: Final, spec: ModelSpec) -> str:
+    cost = spec.cost(1024)
+    return (
+        f"A language model of bytes with {cost.params:,} parameters and "
+        f"{len(spec.blocks)} layers, found by an architecture search among "
+        f"{len(summary.entries)} candidates. It reaches {winner} on held-out bytes. Its state "
+        f"after 1,024 tokens takes {short(cost.state_bytes)}B."
+    )
+
+
+def _use(summary: Summary, kept: Event) -> str:
+    config = summary.study["config"]
+    rate = f"--lr {kept['lr']:g}"
+    shape = "".join(
+        f" --{name.replace('_', '-')} {config[name]}"
+        for name in ("seq_len", "batch_size")
+        if name in config
+    )
+    return (
+        "```python\n"
+        "import torch\n\n"
+        "from kizzasi.models import load\n\n"
+        'model = load(".")  # this folder\n'
+        'out = model.generate(torch.tensor(list(b"The ")), max_new_tokens=200, seed=0)\n'
+        'print(bytes(out.tolist()).decode("utf-8", errors="replace"))\n'
+        "```\n\n"
+        "```sh\n"
+        'python generate.py "The "\n'
+        f"kizzasi train . --tokens 10000000 {rate}{shape}          # train these weights further\n"
+        f"kizzasi train spec.yaml --tokens 10000000 {rate}{shape}  # or the architecture anew\n"
+        "```"
+    )
+
+
+def _data(summary: Summary) -> str:
+    corpus = summary.study["corpus"]
+    facts = [
+        f"- {md(str(corpus['name']))}, {corpus['n_bytes']:,} bytes",
+        f"- sha256 `{corpus['digest']}`",
+    ]
+    if "n_held_out" in corpus:
+        facts.append(f"- {corpus['n_held_out']:,} bytes held out, never trained on")
+    if corpus.get("repeated") is not None:
+        facts.append(f"- {corpus['repeated']:.1%} of them repeat training text verbatim")
+    return "\n".join(facts)
+
+
+def _training(summary: Summary, winner: Final, kept: Event) -> str:
+    seeds = ", ".join(str(trial["seed"]) for trial in winner.trials)
+    spent = sum(trial["seconds"] for trial in summary.trials)
+    return (
+        f"- {kept['tokens']:,} tokens from scratch, peak learning rate {kept['lr']:g}\n"
+        f"- seeds {seeds}; the weights are those of seed {kept['seed']}, the best of them "
+        f"({kept['bits_per_byte']:.4f} bits/byte)\n"
+        f"- the whole search trained for {spent:.0f} s in {len(summary.trials)} trials"
+    )
+
+
+def _scores(summary: Summary) -> str:
+    """Bits per byte on the held-out bytes, mean and standard deviation over the seeds."""
+    baselines = summary.study.get("baselines", {})
+    rows = [["baseline", "bits/byte"], *([n, f"{v:.3f}"] for n, v in baselines.items())]
+    noise = f"Noise floor: {summary.noise}." if summary.noise else "The noise floor is not known."
+    parts = [f"### {p.title}\n\n{md_table(p)}" for p in finalist_tables(summary) if p.rows[1:]]
+    matched = "\n\n".join(parts)
+    return f"{noise}\n\n{matched}\n\n### Baselines\n\n{md_rows(rows)}"
+
+
+def _caveats(summary: Summary) -> str:
+    said = [
+        "The held-out bytes also chose the architecture and the seed, so these scores are a "
+        "little better than those on bytes that nobody has looked at.",
+        "Ranks at this size and budget need not hold at larger ones.",
+        *findings(summary)[1:],
+    ]
+    return "\n".join(f"- {md(text)}" for text in said)

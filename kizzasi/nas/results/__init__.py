@@ -1,0 +1,1 @@
+"""What a journal says, in numbers: pure functions of its events."""

@@ -1,0 +1,67 @@
+"""A space whose moves are the best of several draws, by a judge that costs less than training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.space import Space
+
+C = TypeVar("C")
+
+Judge = Callable[[Any, Any], "float | None"]  # of a draw and its parent; higher is better
+
+
+class Screened(Generic[C]):
+    """A space whose moves return the best of several draws; itself a space, for any searcher.
+
+    A draw that was returned before comes after those that were not, a draw that cannot be judged
+    after those that can; of equals, the first. `build` and `iterate` leave nothing to choose.
+
+    Args:
+        space: to draw from.
+        judge: says what a draw is worth; None if it cannot.
+        width: draws for each place, at least 1.
+    """
+
+    def __init__(self, space: Space[C], judge: Judge, width: int) -> None:
+        self.space, self.judge, self.width = space, judge, width
+        self.given: set[C] = set()
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    def sample(self, rng: Xorshift64) -> C:
+        """The best of several samples."""
+        return self._best(lambda: self.space.sample(rng), None)
+
+    def build(self, decide: Callable[[str, int], int]) -> C:
+        return self.space.build(decide)
+
+    def mutate(self, candidate: C, rng: Xorshift64, prob: float) -> C:
+        """The best of several mutants of one parent."""
+        return self._best(lambda: self.space.mutate(candidate, rng, prob), candidate)
+
+    def crossover(self, a: C, b: C, rng: Xorshift64) -> C:
+        """The best of several children of two parents; weights are inherited from `a`."""
+        return self._best(lambda: self.space.crossover(a, b, rng), a)
+
+    def iterate(self, limit: int | None = None) -> Sequence[C]:
+        return self.space.iterate(limit)
+
+    def contains(self, candidate: C) -> bool:
+        return self.space.contains(candidate)
+
+    def _best(self, draw: Callable[[], C], parent: C | None) -> C:
+        draws = list(dict.fromkeys(draw() for _ in range(self.width)))
+        new = [d for d in draws if d not in self.given and d != parent] or draws
+        chosen = max(new, key=lambda d: self._worth(d, parent)) if len(new) > 1 else new[0]
+        self.given.add(chosen)
+        return chosen
+
+    def _worth(self, draw: C, parent: C | None) -> float:
+        worth = self.judge(draw, parent)
+        return -math.inf if worth is None or math.isnan(worth) else worth

@@ -1,0 +1,226 @@
+"""Hard constraints, checked before training: what breaks a rule is refused with its reason.
+
+Rules that follow from the spec come first and build nothing; only what passes them is built and
+measured on this device.
+
+L = seq_len: the length at which state, flops, latency and memory are taken, at batch 1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from kizzasi.errors import SpecError
+from kizzasi.models import ModelSpec
+from kizzasi.models.strict import require
+from kizzasi.nas.spaces.device_cost import built, latency_ms, peak_memory_bytes
+from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.space import Space
+
+Bound: TypeAlias = "float | tuple[float | None, float | None] | None"
+ANALYTIC = ("params", "active_params", "flops_per_token", "state_bytes")
+MEASURED = ("latency_ms", "peak_memory_bytes")
+TRIES = 200  # draws of a feasible candidate before a move gives up
+
+
+class Refusal(NamedTuple):
+    """The rule that a spec breaks, its value and the bounds, None for an open one."""
+
+    rule: str
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        low = "any" if self.low is None else f"{self.low:,g}"
+        high = "any" if self.high is None else f"{self.high:,g}"
+        return f"{self.rule}: {self.value:,g} is outside {low} .. {high}"
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Bounds that a model has to keep: a number is an upper bound, a pair is (low, high).
+
+    Args:
+        params: parameters, shared ones once.
+        active_params: parameters that one token uses.
+        flops_per_token: of a parallel pass over L tokens, by L; a multiply-add is 2.
+        state_bytes: of the state after L tokens, caches of keys and values included.
+        latency_ms: measured: median of a parallel pass over (1, L), without gradients.
+        peak_memory_bytes: measured: the most that tensors take in that pass, weights included.
+        seq_len: L, at least 1.
+        device: where latency and memory are measured.
+        repeats: passes of which the median is taken, after two to warm up.
+    """
+
+    params: Bound = None
+    active_params: Bound = None
+    flops_per_token: Bound = None
+    state_bytes: Bound = None
+    latency_ms: Bound = None
+    peak_memory_bytes: Bound = None
+    seq_len: int = 1024
+    device: str = "cpu"
+    repeats: int = 5
+
+    def check(self) -> None:
+        """Raises SpecError naming the value and the rule."""
+        for name in ("seq_len", "repeats"):
+            require(getattr(self, name) >= 1, name, f"{getattr(self, name)}; give at least 1")
+        for name in (*ANALYTIC, *MEASURED):
+            low, high = self._bounds(name)
+            above = low is None or high is None or low <= high
+            require(above, name, f"({low}, {high}): low is above high; swap them")
+
+    def analytic_refusal(self, spec: ModelSpec) -> Refusal | None:
+        """The first rule that the spec breaks on paper; nothing is built."""
+        cost = spec.cost(self.seq_len)
+        values = (
+            cost.params,
+            cost.active_params,
+            cost.flops / self.seq_len,
+            cost.state_bytes,
+        )
+        broken = map(self._broken, ANALYTIC, values)
+        return next((refusal for refusal in broken if refusal), None)
+
+    def refusal(self, spec: ModelSpec) -> Refusal | None:
+        """The first rule that the spec breaks; it is built only if it keeps the analytic ones."""
+        if refusal := self.analytic_refusal(spec):
+            return refusal
+        if all(self._bounds(name) == (None, None) for name in MEASURED):
+            return None
+        model, inputs = built(spec, self.seq_len, torch.device(self.device))
+        measures: dict[str, Callable[[], float]] = {
+            "latency_ms": lambda: latency_ms(model, inputs, self.repeats),
+            "peak_memory_bytes": lambda: peak_memory_bytes(model, inputs),
+        }
+        for name, measure in measures.items():
+            if self._bounds(name) != (None, None) and (broken := self._broken(name, measure())):
+                return broken
+        return None
+
+    def _bounds(self, name: str) -> tuple[float | None, float | None]:
+        bound: Bound = getattr(self, name)
+        return bound if isinstance(bound, tuple) else (None, bound)
+
+    def _broken(self, name: str, value: float) -> Refusal | None:
+        low, high = self._bounds(name)
+        inside = (low is None or value >= low) and (high is None or value <= high)
+        return None if inside else Refusal(name, value, low, high)
+
+
+class Rules(Protocol):
+    """What `Feasible` asks of constraints."""
+
+    def check(self) -> None: ...
+
+    def refusal(self, spec: ModelSpec) -> Refusal | None: ...
+
+
+class Specified(Protocol):
+    """A candidate that knows its model."""
+
+    def to_spec(self, *, vocab_size: int) -> ModelSpec: ...
+
+
+C = TypeVar("C", bound=Specified)
+
+
+class Feasible(Generic[C]):
+    """The part of a space that keeps the constraints; itself a space, for any searcher.
+
+    Moves are repeated until their result is feasible. Every candidate is judged once; candidates
+    must be hashable. With measured rules the moves depend on this device and its load, and a
+    replayed search may ask for other candidates.
+
+    Args:
+        space: of candidates.
+        constraints: what they have to keep.
+        vocab_size: of the models' token stems.
+
+    Attributes:
+        admitted: how many different candidates were feasible.
+        refused: by rule, how many different candidates broke it; "invalid" ones are no models.
+    """
+
+    def __init__(self, space: Space[C], constraints: Rules, *, vocab_size: int) -> None:
+        constraints.check()
+        self.space, self.constraints, self.vocab_size = space, constraints, vocab_size
+        self.refused: Counter[str] = Counter()
+        self._judged: dict[C, bool] = {}
+
+    @property
+    def admitted(self) -> int:
+        return sum(self._judged.values())
+
+    def admits(self, candidate: C) -> bool:
+        """Say whether the candidate keeps every rule."""
+        if candidate not in self._judged:
+            try:
+                broken = self.constraints.refusal(candidate.to_spec(vocab_size=self.vocab_size))
+                rule = broken and broken.rule
+            except SpecError:
+                rule = "invalid"
+            self._judged[candidate] = rule is None
+            if rule is not None:
+                self.refused[rule] += 1
+        return self._judged[candidate]
+
+    def report(self) -> str:
+        """How many candidates were admitted, and how many refused by each rule."""
+        refused = ", ".join(f"{rule} {n}" for rule, n in self.refused.most_common()) or "none"
+        return f"{self.admitted} admitted; refused by rule: {refused}"
+
+    @property
+    def size(self) -> int:
+        """Counted by judging every member of the space."""
+        return len(self.iterate())
+
+    def sample(self, rng: Xorshift64) -> C:
+        """Draw until a candidate is feasible; SpecError if none of 200 is."""
+        for _ in range(TRIES):
+            if self.admits(candidate := self.space.sample(rng)):
+                return candidate
+        raise SpecError(
+            f"constraints: none of {TRIES} samples keeps them ({self.report()}); "
+            "widen the bounds or change the space"
+        )
+
+    def build(self, decide: Callable[[str, int], int]) -> C:
+        """Make a candidate from decisions; SpecError if it breaks a rule."""
+        candidate = self.space.build(decide)
+        if not self.admits(candidate):
+            raise SpecError(f"constraints: {candidate!r:.80} breaks one; decide otherwise")
+        return candidate
+
+    def mutate(self, candidate: C, rng: Xorshift64, prob: float) -> C:
+        """Mutate until the child is feasible; the candidate itself if none of 200 is."""
+        return self._first(lambda: self.space.mutate(candidate, rng, prob), candidate)
+
+    def crossover(self, a: C, b: C, rng: Xorshift64) -> C:
+        """Cross until the child is feasible; `a` if none of 200 is."""
+        return self._first(lambda: self.space.crossover(a, b, rng), a)
+
+    def iterate(self, limit: int | None = None) -> Sequence[C]:
+        """All feasible members in the space's order, or the first `limit` of them."""
+        n = limit
+        while True:
+            members = self.space.iterate(n)
+            found = [member for member in members if self.admits(member)][:limit]
+            if limit is None or n is None or len(found) == limit or len(members) < n:
+                return found
+            n *= 4
+
+    def contains(self, candidate: C) -> bool:
+        """Say whether the candidate is a member of the space and feasible."""
+        return self.space.contains(candidate) and self.admits(candidate)
+
+    def _first(self, draw: Callable[[], C], otherwise: C) -> C:
+        draws: Iterator[C] = (draw() for _ in range(TRIES))
+        return next((candidate for candidate in draws if self.admits(candidate)), otherwise)

@@ -1,0 +1,131 @@
+"""Ready-made search spaces, and what their names stand for.
+
+`tiny`, `hybrid`, `mamba_rwkv` and `moe` are spaces of models with holes: each layer chooses its own
+mixer and channel, or layers repeat by a pattern. They are made for small models, 32 to 192 wide;
+see `ModelSpace` for others. `SMALL_SPACE` gives all layers of a family the same genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kizzasi.errors import SpecError
+from kizzasi.models.strict import unknown_name
+from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.spaces.model_space import ModelSpace
+from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
+
+WIDTHS = choice(48, 56, 64, 72, 80, 88, 96, 112, 128, 160, 192)  # fine, to meet a narrow band
+
+
+def tiny(vocab_size: int = 256) -> ModelSpace:
+    """One to three layers of Mamba or attention: 1,752 models, few enough to train them all."""
+    mamba = {"mixer": {"kind": "mamba", "d_state": choice(8, 16)}}
+    attention = {
+        "mixer": {"kind": "attention", "n_heads": choice(2, 4)},
+        "channel": choice(None, {"kind": "swiglu"}, {"kind": "swiglu", "hidden": 64}),
+    }
+    return _space(vocab_size, choice(32, 48, 64), repeat(choice(mamba, attention), 1, 3))
+
+
+def hybrid(vocab_size: int = 256) -> ModelSpace:
+    """Two to eight layers, recurrent, state-space or attention, most with a channel mixer."""
+    heads = choice(2, 4, 8)
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
+        {"kind": "mamba2", "d_state": choice(16, 32, 64), "head_dim": choice(16, 32)},
+        {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
+        {"kind": "gla", "n_heads": heads, "expand_k": choice(0.5, 1.0)},
+        {"kind": "gated_delta", "n_heads": heads},
+        {"kind": "retention", "n_heads": heads},
+        {"kind": "s4d", "d_state": choice(16, 64)},
+        {"kind": "attention", "n_heads": heads, "window": choice(None, 32, 128)},
+    )
+    return _space(vocab_size, WIDTHS, _layers({"mixer": mixer, "channel": _channel(None)}, 8))
+
+
+def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
+    """Two to eight layers of the Mamba and RWKV families: a state of constant size."""
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
+        {"kind": "mamba2", "d_state": choice(16, 32, 64), "head_dim": choice(16, 32)},
+        {"kind": "rwkv6", "head_dim": choice(8, 16, 32)},
+        {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
+    )
+    block = {"mixer": mixer, "channel": _channel(None, {"kind": "rwkv_channel"})}
+    return _space(vocab_size, WIDTHS, _layers(block, 8))
+
+
+def moe(vocab_size: int = 256) -> ModelSpace:
+    """Two to six layers of Mamba or attention, each with a dense channel mixer or experts."""
+    experts = {
+        "kind": "moe",
+        "n_experts": choice(4, 8),
+        "top_k": choice(1, 2),
+        "hidden": choice(32, 64, 128),
+        "shared_hidden": choice(0, 64),
+    }
+    mixer = choice(
+        {"kind": "mamba", "d_state": choice(8, 16), "expand": choice(1.0, 2.0)},
+        {"kind": "attention", "n_heads": choice(2, 4, 8), "window": choice(None, 64)},
+    )
+    block = {"mixer": mixer, "channel": _channel(experts)}
+    return _space(vocab_size, WIDTHS, _layers(block, 6))
+
+
+def _layers(block: Any, most: int) -> dict[str, Any]:
+    """Two layers or more: one or two blocks tiled over the depth, or every layer on its own."""
+    texts = ("a", "ab", "aab", "aaab")
+    tiled = pattern(*texts, n_layers=choice(*range(2, most + 1)), a=block, b=block)
+    return choice(tiled, repeat(block, 2, most))
+
+
+def _channel(*more: Any) -> dict[str, Any]:
+    """A SwiGLU of some width, an MLP, or one of `more`."""
+    swiglu = {"kind": "swiglu", "hidden": choice(64, 128, 256, 384)}
+    mlp = {"kind": "mlp", "hidden": choice(128, 256), "activation": "relu2"}
+    return choice(swiglu, mlp, *more)
+
+
+def _space(vocab_size: int, d_model: Any, blocks: Any) -> ModelSpace:
+    stem = {"kind": "tokens", "vocab_size": vocab_size}
+    return ModelSpace({"d_model": d_model, "stem": stem, "tie_head": True, "blocks": blocks})
+
+
+SMALL_SPACE = ArchSearchSpace(
+    d_model_options=(48, 64, 80, 96, 112, 128),
+    d_state_options=(8, 16, 32),
+    n_layers_options=(2, 3, 4, 5, 6),
+    model_types=("mamba", "rwkv", "s4", "transformer", "rwkv+transformer", "mamba+transformer"),
+    expand_factor_options=(1.0, 1.5, 2.0, 3.0, 4.0),
+    dropout_options=(0.0,),
+)
+SPACES: dict[str, Callable[[], ModelSpace]] = {
+    "tiny": tiny,
+    "hybrid": hybrid,
+    "mamba_rwkv": mamba_rwkv,
+    "moe": moe,
+}
+
+
+def read_space(name: str) -> ArchSearchSpace | ModelSpace:
+    """The ready-made space of this name, or the one in a YAML or JSON file.
+
+    Raises:
+        SpecError: no such name, or what is wrong with the file.
+    """
+    if name == "families":
+        return SMALL_SPACE
+    if name in SPACES:
+        return SPACES[name]()
+    if Path(name).suffix not in (".yaml", ".yml", ".json"):
+        known = unknown_name(name, ["families", *SPACES])
+        raise SpecError(f"space: {name!r} {known}; or give a .yaml file")
+    return ModelSpace.from_file(name)
+
+
+def definition(space: ArchSearchSpace | ModelSpace) -> dict[str, Any]:
+    """A space as plain data for the journal."""
+    return dict(space.template) if isinstance(space, ModelSpace) else dict(vars(space))

@@ -1,0 +1,1 @@
+"""A study: who takes part, the journal, and the run from the first candidate to the result."""

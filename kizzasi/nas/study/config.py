@@ -1,0 +1,166 @@
+"""`SearchConfig`: everything that decides a search's result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kizzasi.errors import SpecError
+from kizzasi.models.strict import Strict, require, unknown_name
+from kizzasi.nas.evaluators.probes import PROBES
+from kizzasi.nas.evaluators.zero_cost import PROXIES
+from kizzasi.nas.schedulers.schedule import geometric_budgets
+
+SearcherName = Literal["proxy", "random", "regularized", "evolution", "local", "nsga2", "tpe"]
+SchedulerName = Literal["halving", "hyperband", "asha", "stopping", "pasha", "pdh"]
+ANALYTIC, INHERIT = "analytic", "inherit"
+SCREENS = (ANALYTIC, *PROXIES, *PROBES, INHERIT)  # from cheap to dear
+ONE_AFTER_ANOTHER = ("hyperband", "asha", "stopping", "pasha", "pdh")  # may end at any time
+
+
+@dataclass(frozen=True)
+class SearchConfig(Strict):
+    """Everything that decides a search's result; written into the journal.
+
+    Args:
+        data: a file or folder of bytes, "stdlib", or None for the text that ships with CPython.
+        space: "families" (every layer has the same genes), "tiny", "hybrid", "mamba_rwkv" or "moe"
+            (every layer chooses its own parts), or a YAML file of a `ModelSpace`.
+        searcher: "proxy" trains the best of a random pool by an analytic proxy and a random control
+            group; the others propose what is trained one after another, led by the scores.
+        scheduler: who trains on to the next rung; "halving" judges a rung when it is complete.
+        n_params: the parameter budget, embeddings included.
+        band: candidates have between (1 - band) and (1 + band) times n_params parameters.
+        max_state_bytes, max_flops_per_token, max_latency_ms, max_memory_bytes: further bounds, at
+            `bounds_len` tokens; latency and memory are measured once, on the device of the search,
+            and then read from the journal.
+        bounds_len: see there.
+        n_pool: candidates that the proxy scores, or that another searcher proposes at most.
+        n_best, n_random: trained from the pool: the best by proxy, and a random control group.
+        n_outside: trained on the first rung only, from outside the band, to see what the proxy is
+            worth over all sizes.
+        proxies: zero-cost proxies of every candidate that is trained; recorded, never decisive.
+        screens: from cheap to dear, what chooses each proposal among `screen_width` draws before
+            any is trained: "analytic", a zero-cost proxy, a probe ("recall", "copy", "parity"), or
+            "inherit", which trains mutants of one parent for `screen_tokens` from its weights.
+        screen_width, screen_tokens: see there.
+        population, sample, mutation: of the evolving searchers: members, contestants for a
+            parent's place, and chance per gene.
+        side_by_side: trainings decided on at once where scores lead the search; unlike the number
+            of workers, it belongs to the result.
+        rungs: tokens at each rung, rising; of asha, stopping, pasha and hyperband, the first and
+            the last one count, and each rung between them is eta times the one before.
+        eta: see there, and one in eta goes on.
+        keep: share of the candidates that "halving" passes on.
+        search_tokens: no training starts beyond this budget; None ends with n_pool. Learning-rate
+            sweeps and final trainings come on top.
+        lrs: learning rates of the sweep.
+        n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
+            with the same main mixer.
+        n_finalists: searched candidates trained anew at the final budget, beside the best preset.
+        final_tokens: the budget of that training, from scratch.
+        final_seeds: how often.
+        slope_seeds: as many of these seeds also train every finalist at about half of the
+            parameters, to see what it gains from size; 0 leaves that out.
+        seq_len, batch_size: of the training windows.
+        score_windows: held-out windows that a score uses, evenly spread, or all if there are fewer.
+        seed: of everything random.
+    """
+
+    data: str | None = None
+    space: str = "families"
+    searcher: SearcherName = "proxy"
+    scheduler: SchedulerName = "halving"
+    n_params: int = 200_000
+    band: float = 0.1
+    max_state_bytes: int | None = None
+    max_flops_per_token: float | None = None
+    max_latency_ms: float | None = None
+    max_memory_bytes: int | None = None
+    bounds_len: int = 1024
+    n_pool: int = 200
+    n_best: int = 4
+    n_random: int = 12
+    n_outside: int = 2
+    proxies: tuple[str, ...] = ("flops", "grad_norm", "synflow", "logdet")
+    screens: tuple[str, ...] = ()
+    screen_width: int = 4
+    screen_tokens: int = 8_192
+    population: int = 24
+    sample: int = 6
+    mutation: float = 0.1
+    side_by_side: int = 8
+    rungs: tuple[int, ...] = (32_768, 98_304)
+    eta: int = 3
+    keep: float = 0.34
+    search_tokens: int | None = None
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    n_sweep: int = 3
+    n_finalists: int = 1
+    final_tokens: int = 262_144
+    final_seeds: int = 1
+    slope_seeds: int = 0
+    seq_len: int = 128
+    batch_size: int = 4
+    score_windows: int = 512
+    seed: int = 0
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Tokens at every rung that the scheduler knows."""
+        if self.scheduler in ("halving", "pdh"):
+            return self.rungs
+        return geometric_budgets(self.rungs[0], self.rungs[-1], self.eta)
+
+    @property
+    def n_candidates(self) -> int:
+        """The most candidates that a searcher may propose."""
+        if self.search_tokens is None:
+            return self.n_pool
+        return self.search_tokens // self.rungs[0] + 1
+
+    def check(self) -> None:
+        """Raises SpecError naming the value and the rule."""
+        counts = ("n_params", "n_pool", "n_best", "final_tokens", "final_seeds", "seq_len")
+        more = ("batch_size", "bounds_len", "population", "sample", "side_by_side", "n_sweep")
+        last = ("n_finalists", "score_windows", "screen_width", "screen_tokens")
+        self.require_positive("", *counts, *more, *last)
+        rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
+        for ok, rule in (
+            (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
+            (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
+            (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
+            (self.lrs and min(self.lrs) > 0, f"lrs: {self.lrs} must be positive"),
+            (min(self.n_random, self.n_outside) >= 0, "n_random, n_outside: must not be negative"),
+            (
+                0 <= self.slope_seeds <= self.final_seeds,
+                f"slope_seeds: {self.slope_seeds} is outside 0 .. final_seeds {self.final_seeds}",
+            ),
+        ):
+            if not ok:
+                raise SpecError(rule)
+        for name, known in (("searcher", SearcherName), ("scheduler", SchedulerName)):
+            value = getattr(self, name)
+            require(
+                value in get_args(known), name, f"{value!r} {unknown_name(value, get_args(known))}"
+            )
+        for name in self.proxies:
+            require(name in PROXIES, "proxies", f"{name!r} {unknown_name(name, PROXIES)}")
+        for name in self.screens:
+            require(name in SCREENS, "screens", f"{name!r} {unknown_name(name, SCREENS)}")
+        if self.screens:
+            rule = (
+                f"{self.searcher!r} makes its own choice; choose a searcher that samples or mutates"
+            )
+            require(self.searcher not in ("proxy", "tpe"), "screens", rule)
+        if ANALYTIC in self.screens:
+            rule = "no formula ranks the models of this space; use another screen, or families"
+            require(self.space == "families", "screens", rule)
+        if self.searcher == "proxy":
+            ok = self.space == "families" and self.scheduler == "halving"
+            rule = "'proxy' ranks a pool of families for halving; choose another searcher"
+            require(ok, "searcher", f"{rule} for {self.space} and {self.scheduler}")
+        if self.search_tokens is not None:
+            ok = self.scheduler in ONE_AFTER_ANOTHER and self.search_tokens > 0
+            rule = f"needs a positive number, and a scheduler of {', '.join(ONE_AFTER_ANOTHER)}"
+            require(ok, "search_tokens", f"{self.search_tokens} with {self.scheduler}: {rule}")
