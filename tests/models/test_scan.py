@@ -131,14 +131,11 @@ def test_scan_passes_gradcheck(blocks):
 
 
 def test_second_derivatives_are_refused():
-    for op, inputs in (
-        (scan.selective_scan, scan_inputs(1, 3, 2, 2)),
-        (conv.causal_conv1d, conv_inputs(1, 3, 2, 2)),
-    ):
-        loss = op(*inputs)[0].square().sum()
-        (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+    inputs = scan_inputs(1, 3, 2, 2)
+    loss = scan.selective_scan(*inputs)[0].square().sum()
+    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_scan_keeps_its_arguments_and_states_without_gradients():
@@ -192,6 +189,16 @@ def test_conv_equals_torch():
     expected = torch.nn.functional.conv1d(padded, weight.unsqueeze(1), bias, groups=5).mT
     assert_close(y, expected)
     assert_close(state, x[:, -3:].mT)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_conv_by_one_kernel_equals_the_definition(monkeypatch, k, silu):
+    """The path of CUDA, whose kernel knows no documents."""
+    inputs = conv_inputs(3, 17, 5, k)
+    slow = results(conv.causal_conv1d_ref, inputs, silu=silu)
+    monkeypatch.setattr(conv, "_engine", lambda x, foreign: conv._by_kernel)
+    assert_same(results(conv.causal_conv1d, inputs, silu=silu), slow, CONV_NAMES)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

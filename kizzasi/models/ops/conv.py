@@ -2,21 +2,24 @@
 
 b batch · t time · c channels · k filter length (d_conv)
 
-On a CPU `F.conv1d` with one filter per channel spends its time in transposes. Here each tap is one
+On a CPU `F.conv1d` with one filter per channel spends its time in transposes. There each tap is one
 fused multiply-add over a block of tokens that stays in the L2 cache: 2.5 times faster with its
-backward for k = 4, and SiLU's input need not be stored.
+backward for k = 4, and SiLU's input need not be stored. A block costs a call per tap, so elsewhere
+the whole input is one block, or one call of `F.conv1d`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops import autodiff
+from kizzasi.models.ops.precision import without_autocast
 
 BLOCK_ELEMENTS = 2**16  # of (b, tokens, c) in a block: 256 KiB of float32
 
@@ -53,8 +56,7 @@ def causal_conv1d_ref(
         ShapeError: a shape disagrees with those of x and weight; the message shows both.
     """
     x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
-    y = _filter(torch.cat([before, x_], 1), taps, bias, _same_document(starts, len(taps)))
-    y = F.silu(y) if silu else y
+    y = _by_taps(x_, taps, bias, before, _foreign(starts, len(taps)), silu)
     return y.to(x.dtype), _last(x, before, starts)
 
 
@@ -67,15 +69,22 @@ def causal_conv1d(
     *,
     silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d_ref`, fast: the same arguments, results and errors. Differentiable once.
-
-    Compiled graphs get `causal_conv1d_ref`: the compiler joins its few products by itself.
-    """
-    if torch.compiler.is_compiling():
-        return causal_conv1d_ref(x, weight, bias, state, starts, silu=silu)
+    """`causal_conv1d_ref`, fast: the same arguments, results and errors."""
     x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
-    y = _Conv.apply(x_, taps, bias, before, _same_document(starts, len(taps)), silu)
+    foreign = _foreign(starts, len(taps))
+    y = _engine(x_, foreign)(x_, taps, bias, before, foreign, silu)
     return y.to(x.dtype), _last(x, before, starts)
+
+
+def _engine(x: Tensor, foreign: Tensor | None) -> Callable[..., Tensor]:
+    """The rule. A CPU works block by block; a compiler joins the few products of the definition by
+    itself, and torch.func can take them apart; all others have a kernel, which knows no documents.
+    """
+    if torch.compiler.is_compiling() or autodiff.transformed() or x.is_meta:
+        return _by_taps
+    if x.is_cpu:
+        return _Conv.apply
+    return _by_kernel if foreign is None else _by_taps
 
 
 def causal_conv1d_step(
@@ -111,12 +120,12 @@ def _prepare(
     return x.to(wide), weight.t().contiguous().to(wide), bias.to(wide), before.to(wide)
 
 
-def _same_document(starts: Tensor | None, k: int) -> Tensor | None:
-    """(k, b, t, 1) bool: False where a tap would reach back into another document."""
-    if starts is None:
+def _foreign(starts: Tensor | None, k: int) -> Tensor | None:
+    """(k - 1, b, t, 1) bool: where a tap, but the last, would reach back into another document."""
+    if starts is None or k == 1:
         return None
     document = F.pad(starts.cumsum(1), (k - 1, 0)).unfold(1, k, 1)
-    return (document == document[..., -1:]).permute(2, 0, 1).unsqueeze(-1)
+    return (document[..., :-1] != document[..., -1:]).permute(2, 0, 1).unsqueeze(-1)
 
 
 def _last(x: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
@@ -126,12 +135,30 @@ def _last(x: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
     last = near[:, near.shape[1] - k1 :]
     if starts is not None:
         document = F.pad(starts.cumsum(1), (k1, 0))[:, x.shape[1] :]
-        last = last * (document == starts.sum(1, keepdim=True)).unsqueeze(-1)
+        last = last.masked_fill((document != document[:, -1:]).unsqueeze(-1), 0.0)
     return last.mT.contiguous()
 
 
+def _by_taps(
+    x: Tensor, taps: Tensor, bias: Tensor, before: Tensor, foreign: Tensor | None, silu: bool
+) -> Tensor:
+    """The definition, for inputs of one dtype: a multiply-add for each tap."""
+    y = _filter(torch.cat([before, x], 1), taps, bias, foreign)
+    return F.silu(y) if silu else y
+
+
+def _by_kernel(
+    x: Tensor, taps: Tensor, bias: Tensor, before: Tensor, foreign: None, silu: bool
+) -> Tensor:
+    """One call of `F.conv1d`."""
+    window = torch.cat([before, x], 1).mT
+    with without_autocast(x):
+        y = F.conv1d(window, taps.t().unsqueeze(1), bias, groups=x.shape[2]).mT
+    return F.silu(y) if silu else y
+
+
 class _Conv(torch.autograd.Function):
-    """`causal_conv1d` for inputs of one dtype, block by block; backward recomputes a block."""
+    """`_by_taps`, block by block; backward recomputes a block."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -140,39 +167,42 @@ class _Conv(torch.autograd.Function):
         taps: Tensor,
         bias: Tensor,
         before: Tensor,
-        same: Tensor | None,
+        foreign: Tensor | None,
         silu: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, taps, bias, before, same)
+        ctx.save_for_backward(x, taps, bias, before, foreign)
         ctx.silu = silu
         y = x.new_empty(x.shape)
         for here in _blocks(x):
             window = _window(x, before, here, len(taps))
-            y_k = _filter(window, taps, bias, _at(same, here), out=y[:, here])
+            y_k = _filter(window, taps, bias, _at(foreign, here), out=y[:, here])
             if silu:
                 F.silu(y_k, inplace=True)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, taps, bias, before, same = ctx.saved_tensors
+        if autodiff.too_narrow(dy):
+            return autodiff.gradients(_by_taps, (*ctx.saved_tensors, ctx.silu), (dy,))
+        x, taps, bias, before, foreign = ctx.saved_tensors
         k = len(taps)
         dx, dtaps, dbias = x.new_empty(x.shape), torch.zeros_like(taps), torch.zeros_like(bias)
         later = torch.zeros_like(before)  # what later blocks add to the last k-1 inputs of this one
         for here in reversed(_blocks(x)):
-            g, window, same_k = dy[:, here], _window(x, before, here, k), _at(same, here)
+            g, window, foreign_k = dy[:, here], _window(x, before, here, k), _at(foreign, here)
             if ctx.silu:
-                g = torch.ops.aten.silu_backward(g, _filter(window, taps, bias, same_k))
+                g = torch.ops.aten.silu_backward(g, _filter(window, taps, bias, foreign_k))
             dbias += g.sum((0, 1))
             size = g.shape[1]
             dwindow = torch.zeros_like(window)
             dwindow[:, size:] = later
             for j in range(k):
-                g_j = g if same_k is None else g * same_k[j]
-                dtaps[j] += (g_j * window[:, j : j + size]).sum((0, 1))
+                x_j, g_j = window[:, j : j + size], g
+                if foreign_k is not None and j < k - 1:
+                    x_j, g_j = (v.masked_fill(foreign_k[j], 0.0) for v in (x_j, g))
+                dtaps[j] += (g_j * x_j).sum((0, 1))
                 dwindow[:, j : j + size].addcmul_(g_j, taps[j])
             later, dx[:, here] = dwindow[:, : k - 1], dwindow[:, k - 1 :]
         return dx, dtaps, dbias, later, None, None
@@ -184,8 +214,8 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(start, min(start + size, t)) for start in range(0, t, size)]
 
 
-def _at(same: Tensor | None, here: slice) -> Tensor | None:
-    return None if same is None else same[:, :, here]
+def _at(foreign: Tensor | None, here: slice) -> Tensor | None:
+    return None if foreign is None else foreign[:, :, here]
 
 
 def _window(x: Tensor, before: Tensor, here: slice, k: int) -> Tensor:
@@ -196,13 +226,14 @@ def _window(x: Tensor, before: Tensor, here: slice, k: int) -> Tensor:
 
 
 def _filter(
-    window: Tensor, taps: Tensor, bias: Tensor, same: Tensor | None, out: Tensor | None = None
+    window: Tensor, taps: Tensor, bias: Tensor, foreign: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """Outputs before SiLU of the last tokens of a window."""
-    size = window.shape[1] - len(taps) + 1
-    y: Tensor = bias
+    k, y = len(taps), bias
+    size = window.shape[1] - k + 1
     for j, tap in enumerate(taps):
         x_j = window[:, j : j + size]
-        x_j = x_j if same is None else x_j * same[j]
+        if foreign is not None and j < k - 1:
+            x_j = x_j.masked_fill(foreign[j], 0.0)
         y = torch.addcmul(y, x_j, tap, out=out)
     return y
