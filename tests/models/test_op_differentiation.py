@@ -2,36 +2,21 @@
 
 import pytest
 import torch
+from op_cases import OPS, STARTS, every_op, normal
 from tolerance import assert_close
 from torch.func import grad, jacfwd, jvp, vmap
 
-from kizzasi.models.ops import conv
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def short_conv():
-    return (normal(2, 9, 3), normal(3, 4), normal(3), normal(2, 3, 3)), {"silu": True}
-
-
-# name: fast op, loop, inputs that have gradients
-OPS = {
-    "conv": (conv.causal_conv1d, conv.causal_conv1d_ref, short_conv),
-}
-STARTS = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0, 0]]).bool()
+from kizzasi.models.ops import conv, scan_blocks
 
 # torch scripts its own decompositions for forward mode, and warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-every_op = pytest.mark.parametrize("name", OPS)
 packed = pytest.mark.parametrize("starts", [None, STARTS], ids=["whole", "packed"])
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 20)
+    monkeypatch.setattr(scan_blocks, "BLOCK_STATES", 1)
 
 
 def flat(outputs):
@@ -42,7 +27,7 @@ def flat(outputs):
 
 def forms(name, starts):
     """The fast op and the loop as functions to one vector, and their inputs."""
-    fast, loop, make = OPS[name]
+    fast, loop, make, _ = OPS[name]
     inputs, options = make()
     given = tuple(x.clone().requires_grad_() for x in inputs)
     return *(lambda *x, op=op: flat(op(*x, starts=starts, **options)) for op in (fast, loop)), given

@@ -7,7 +7,7 @@ import torch
 from tolerance import assert_close
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import conv, scan
+from kizzasi.models.ops import conv, scan, scan_blocks
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 100)
 SCAN_NAMES = ("u", "dt", "A", "B", "C", "D", "h0")
@@ -23,13 +23,17 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
 
 
-@pytest.fixture(params=["small blocks", "default blocks"])
+@pytest.fixture(params=["small blocks", "default blocks", "chunks"])
 def blocks(request, monkeypatch):
-    """Once with blocks of 8 tokens and a batch cut in pieces, once as users get it."""
+    """Once with blocks of 8 tokens and a batch cut in pieces, once as a CPU gets it, and once in
+    the form of all other devices, a channel at a time."""
     if request.param == "small blocks":
-        monkeypatch.setattr(scan, "BLOCK_STATES", 1)
-        monkeypatch.setattr(scan, "ROW_STATES", 30)
+        monkeypatch.setattr(scan_blocks, "BLOCK_STATES", 1)
+        monkeypatch.setattr(scan_blocks, "ROW_STATES", 30)
         monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 50)
+    if request.param == "chunks":
+        monkeypatch.setattr(scan, "_by_blocks", lambda u: False)
+        monkeypatch.setattr(scan, "PIECE_STATES", 1)
 
 
 def scan_inputs(b, t, d, n, dtype=torch.float64, dt=(0.001, 0.1), seed=0):
@@ -79,7 +83,7 @@ def test_scan_equals_the_loop(length, packed, dtype, blocks):
 
 
 @pytest.mark.parametrize("dt", [(0.0, 1e-9), (1e-3, 1e-2), (20.0, 100.0), (1e3, 1e6)])
-def test_scan_with_decays_near_one_and_near_zero(dt):
+def test_scan_with_decays_near_one_and_near_zero(dt, blocks):
     inputs = scan_inputs(2, 65, 3, 4, dt=dt)
     slow = results(scan.selective_scan_ref, inputs)
     assert_same(results(scan.selective_scan, inputs), slow, SCAN_NAMES)
@@ -111,7 +115,7 @@ def test_scan_step_is_one_token():
     assert_close(h, last)
 
 
-def test_scan_forgets_other_documents_wholly():
+def test_scan_forgets_other_documents_wholly(blocks):
     u, dt, A, B, C, D, h0 = scan_inputs(1, 20, 3, 4)
     starts = torch.arange(20)[None] == 11
     y, last = scan.selective_scan(u, dt, A, B, C, D, h0, starts)
@@ -130,15 +134,7 @@ def test_scan_passes_gradcheck(blocks):
     assert torch.autograd.gradcheck(scan.selective_scan, (*inputs, document_starts(2, 11)))
 
 
-def test_second_derivatives_are_refused():
-    inputs = scan_inputs(1, 3, 2, 2)
-    loss = scan.selective_scan(*inputs)[0].square().sum()
-    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-def test_scan_keeps_its_arguments_and_states_without_gradients():
+def test_scan_keeps_its_arguments_and_states_without_gradients(blocks):
     inputs = [v.detach() for v in scan_inputs(2, 20, 3, 1)]
     copies = [v.clone() for v in inputs]
     y, last = scan.selective_scan(*inputs)
@@ -148,7 +144,7 @@ def test_scan_keeps_its_arguments_and_states_without_gradients():
         assert torch.equal(v, copy)
 
 
-def test_scan_sums_in_float32():
+def test_scan_sums_in_float32(blocks):
     inputs = [v.detach() for v in scan_inputs(2, 40, 3, 4, torch.float32)]
     low = [v.bfloat16() if i in (0, 3, 4) else v for i, v in enumerate(inputs)]
     wide = [v.float() for v in low]

@@ -24,7 +24,8 @@ def transformed() -> bool:
 def too_narrow(*grads: Tensor) -> bool:
     """Inside a backward: whether it is to be differentiated itself (create_graph), or is given many
     gradients at once (is_grads_batched), neither of which a hand-written adjoint can do."""
-    batched = any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    batched = any(is_batched(g) for g in grads)
     return batched or torch.is_grad_enabled() or transformed()
 
 

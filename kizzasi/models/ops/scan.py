@@ -1,33 +1,24 @@
-"""Selective scan, the recurrence of Mamba-1: Gu & Dao 2023, arXiv:2312.00752, section 3.2.
+"""Selective state space scan: the recurrence of Mamba.
 
-b batch · t time · d channels (d_inner) · n states per channel (d_state, N)
+Symbols: b batch, t time, d channels (d_inner), n states per channel (d_state), c steps in a chunk,
+z number of chunks.
+
 u input (x) · dt step size (Delta) · A decay rates · B, C input and output maps · D skip · h state
-
-What it costs on a CPU, per state (one of b t d n), on one AVX-512 core. The fast path is 5 torch
-calls over a block forward and 15 backward. A call over a block that sits in the L2 cache takes 0.06
-(products) to 0.2 ns (exp, multiply-add): 0.7 ns forward and 2.0 ns backward is the floor of plain
-torch. Measured: 1.5 and 4.3 ns, the rest being cache misses, page faults and 1.3 us per call; two
-cores give 1.2 and 3.0, as the recurrence itself is too short a call to be shared. Other layouts
-were slower: n innermost takes 1.06 instead of 0.82 ns for a block forward and twice the time for
-sums over n; scanning chunks in parallel and then adding what they carry takes 2.7 instead of 0.85
-ns for the recurrence, because it passes over all states again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops import autodiff, scan_blocks
+from kizzasi.models.ops.documents import isolated
 
-ROW_STATES = 2**15  # b d n of one token on a CPU; a larger batch is cut into pieces
-BLOCK_STATES = 2**18  # states of a block per thread: 1 MiB of float32
-MIN_STEPS, MAX_STEPS = 8, 64  # tokens per block; one state per block is kept for backward
+PIECE_STATES = 2**26  # b t d n that `selective_scan_chunked` holds at once: 256 MiB of float32
 
 
 def selective_scan_ref(
@@ -90,22 +81,41 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref`, fast: the same arguments, results and errors.
 
-    Works through time in blocks of a few tokens. Decays and inputs of a whole block are computed at
-    once, the recurrence is one fused multiply-add per token, and outputs are one batched product.
-    States are laid out (token, b, n, d), d innermost, so that every call runs over long contiguous
-    rows. Backward keeps one state per block and recomputes the rest, so that memory is that of a
-    few (b, t, d) tensors, never (b, t, d, n). Differentiable once.
+    On a CPU it works through time in blocks of a few tokens that stay in the cache; elsewhere all
+    chunks run side by side, so that t tokens are 2 sqrt(t) calls (`_states`). Backward computes the
+    states again, so that memory is that of a few (b, t, d) tensors and of one piece of the work,
+    never (b, t, d, n).
 
-    Differs: with `starts`, an infinite state is not forgotten (0 times infinity is NaN).
+    Differs: with `starts`, a state that grew infinite out of finite numbers is not forgotten (0
+    times infinity is NaN); NaN and infinities that come in stay in their document.
     """
-    inputs = _prepare(u, dt, A, B, C, D, h0, starts)
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in inputs)
-    pieces, steps = _cut_sizes(u, A.shape[1])
-    if torch.compiler.is_compiling():
-        y, h, _ = _scan_node(*inputs, starts, keep, pieces, steps)
-    else:
-        y, h = _Scan.apply(*inputs, starts, keep, pieces, steps)
+    u_, dt, A, B, C, D, h0 = _prepare(u, dt, A, B, C, D, h0, starts)
+
+    def run(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        return _run(u, dt, A, B, C, D, h0, starts)
+
+    y, h = isolated(run, starts, (u_, dt, B, C), (), (h0,))
     return y.to(u.dtype), h
+
+
+def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The scan of inputs that `_prepare` has seen, in the form that the occasion asks for."""
+    if autodiff.transformed():
+        return selective_scan_chunked(*inputs)
+    u, _, A, *_ = inputs
+    pieces, steps = scan_blocks.cut_sizes(u, A.shape[1])
+    keep = _by_blocks(u) and torch.is_grad_enabled()
+    keep = keep and any(v is not None and v.requires_grad for v in inputs)
+    if torch.compiler.is_compiling():
+        y, h, _ = _scan_node(*inputs, keep, pieces, steps)
+    else:
+        y, h = _Scan.apply(*inputs, keep, pieces, steps)
+    return y, h
+
+
+def _by_blocks(u: Tensor) -> bool:
+    """The rule: only a CPU is better off with a call per token over states that its cache holds."""
+    return u.is_cpu
 
 
 def selective_scan_step(
@@ -119,6 +129,92 @@ def selective_scan_step(
     )
     y = (h * C.to(wide).unsqueeze(1)).sum(-1)
     return torch.addcmul(y, u_, D).to(u.dtype), h
+
+
+def selective_scan_chunked(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h0: Tensor,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan_ref` of inputs of one dtype, in 2 sqrt(t) steps of plain torch operations.
+
+    All states (b, t, d, n) are held. Differentiable as often as need be.
+    """
+    w = (dt * u).unsqueeze(-1) * B.unsqueeze(2)
+    h, last = _states(dt.unsqueeze(-1) * A, w, h0, starts)
+    return torch.addcmul((h @ C.unsqueeze(-1)).squeeze(-1), D, u), last
+
+
+def _states(
+    log_decay: Tensor, w: Tensor, h0: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Every h[t] = exp(log_decay[t]) h[t-1] + w[t] with h[-1] = h0, and the last.
+
+    The c steps within a chunk are taken by all z chunks at once; then each chunk is entered with
+    the end of the one before, which fades by the sum of the log decays since. No quotients, and no
+    exponent above 0.
+
+    Args:
+        log_decay, w: (b, t, d, n); h0: (b, d, n); starts: (b, t) bool.
+    """
+    t = w.shape[1]
+    c = 1 << ((t - 1).bit_length() + 1) // 2
+
+    def chunks(v: Tensor) -> Tensor:  # zeros neither fade nor write
+        return F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % c)).unflatten(1, (-1, c))
+
+    log_decay, w = chunks(log_decay), chunks(w)
+    decay, since = log_decay.exp(), log_decay.cumsum(2).exp()
+    if starts is not None:
+        first = chunks(starts)[..., None, None]
+        decay = decay.masked_fill(first, 0.0)
+        since = since.masked_fill(first.cumsum(2) > 0, 0.0)
+    within = [w[:, :, 0]]
+    for decay_i, w_i in zip(decay.unbind(2)[1:], w.unbind(2)[1:], strict=True):
+        within.append(torch.addcmul(w_i, decay_i, within[-1]))
+    held = [h0]
+    for since_k, end_k in zip(since[:, :, -1].unbind(1), within[-1].unbind(1), strict=True):
+        held.append(torch.addcmul(end_k, since_k, held[-1]))
+    h = torch.addcmul(torch.stack(within, 2), since, torch.stack(held[:-1], 1).unsqueeze(2))
+    return h.flatten(1, 2)[:, :t], held[-1]
+
+
+def _chunked_gradients(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    dy: Tensor,
+    dh: Tensor,
+) -> list[Tensor]:
+    """Gradients of the first seven. Those of the states, g[t] = dy[t] C[t] + a[t+1] g[t+1], are the
+    same recurrence in the other direction."""
+    x, log_decay = dt * u, dt.unsqueeze(-1) * A
+    h, _ = _states(log_decay, x.unsqueeze(-1) * B.unsqueeze(2), h0, starts)
+    dC = (dy.unsqueeze(2) @ h).squeeze(2)
+    h = torch.cat([h0.unsqueeze(1), h[:, :-1]], 1)  # from here on, the state before each token
+    if starts is not None:
+        h = h.masked_fill(starts[..., None, None], 0.0)
+    later = F.pad(log_decay[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1)
+    resets = None if starts is None else F.pad(starts[:, 1:], (0, 1)).flip(1)
+    g, _ = _states(later, (dy.unsqueeze(-1) * C.unsqueeze(2)).flip(1), dh, resets)
+    g = g.flip(1)
+    dx, dB = (g @ B.unsqueeze(-1)).squeeze(-1), (x.unsqueeze(2) @ g).squeeze(2)
+    g = g * log_decay.exp()
+    dh0 = g[:, 0] if starts is None else g[:, 0].masked_fill(starts[:, 0, None, None], 0.0)
+    g = g * h  # the gradient of the exponent dt A
+    ddt = torch.addcmul((g * A).sum(-1), dx, u)
+    dA = (g * dt.unsqueeze(-1)).sum((0, 1))
+    return [torch.addcmul(dx * dt, D, dy), ddt, dA, dB, dC, (dy * u).sum((0, 1)), dh0]
 
 
 def _prepare(
@@ -146,52 +242,6 @@ def _prepare(
     return [v.to(wide) for v in (u, dt, A, B, C, D, h0)]
 
 
-def _cut_sizes(u: Tensor, n: int) -> tuple[int, int]:
-    """In how many pieces the batch is worked through, and how many tokens a block has."""
-    b, t, d = u.shape
-    pieces = 1 if u.is_cuda else min(b, -(-b * d * n // ROW_STATES))
-    threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-    fit = MAX_STEPS if u.is_cuda else threads * BLOCK_STATES // (-(-b // pieces) * d * n)
-    return pieces, min(t, MAX_STEPS, max(MIN_STEPS, fit))
-
-
-def _cut(v: Tensor, steps: int) -> list[Tensor]:
-    """(b, t, k) -> blocks of (steps b, 1, k), contiguous, token by token."""
-    return [k.flatten(0, 1).unsqueeze(1) for k in v.transpose(0, 1).contiguous().split(steps)]
-
-
-class _Block:
-    """Buffers for the tokens of one block, used again by every block.
-
-    Decays a, states h and their gradients g are (steps b, n, d), and by token in a_rows, h_rows
-    and g_rows. dt, x = dt u and dy are (steps b, 1, d), and (steps, b, d) in dt_in, x_in and dy_in.
-    """
-
-    def __init__(self, like: Tensor, steps: int, n: int, *, gradients: bool = False) -> None:
-        b, _, d = like.shape
-        self.dt, self.x, self.dy = like.new_empty(3, steps * b, 1, d)
-        self.dt_in, self.x_in, self.dy_in = (
-            v.view(steps, b, d) for v in (self.dt, self.x, self.dy)
-        )
-        self.a, self.h = like.new_empty(2, steps * b, n, d)
-        self.g = torch.empty_like(self.h) if gradients else self.h[:0]
-        self.a_rows, self.h_rows, self.g_rows = (v.split(b) for v in (self.a, self.h, self.g))
-
-    def run(
-        self, dt: Tensor, u: Tensor, At: Tensor, B: Tensor, starts: Tensor | None, h: Tensor
-    ) -> Tensor:
-        """Fill dt, x, a and h from the inputs of a block and the state h before it."""
-        self.dt_in.copy_(dt)
-        torch.mul(dt, u, out=self.x_in)
-        torch.mul(self.dt, At, out=self.a).exp_()
-        if starts is not None:
-            self.a.masked_fill_(starts, 0.0)
-        torch.mul(self.x, B.mT, out=self.h)
-        for a_row, h_row in zip(self.a_rows, self.h_rows, strict=True):
-            h = h_row.addcmul_(a_row, h)
-        return h
-
-
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -205,30 +255,15 @@ def _forward(
     pieces: int,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last h and, where `keep`, the states before every block (blocks, b, n, d).
-
-    Every product writes into a buffer, which also keeps autocast from lowering its precision.
-    """
-    n, At, h0 = A.shape[1], A.t().contiguous(), h0.transpose(1, 2)
-    y, last, before = _results(u, h0.mT, keep, steps)
-    for u_i, dt_i, B_i, C_i, h, starts_i, y_i, last_i, before_i in _pieces(
-        pieces, u, dt, B, C, h0, starts, y, last, before.transpose(0, 1)
-    ):
-        blocks = {w: _Block(u_i, w, n) for w in {steps, u.shape[1] % steps} - {0}}
-        work = zip(
-            *(v.transpose(0, 1).split(steps) for v in (dt_i, u_i, y_i)),
-            *(_cut(v, steps) for v in (B_i, C_i)),
-            repeat(None) if starts_i is None else _cut(starts_i.unsqueeze(-1), steps),
-            strict=False,
+    """y, the last h, and where `keep` the states before every block of `scan_blocks`."""
+    if _by_blocks(u):
+        return scan_blocks.forward(u, dt, A, B, C, D, h0, starts, keep, pieces, steps)
+    y, last, before = scan_blocks.results(u, h0, keep, steps)
+    for here in _pieces(u, A.shape[1]):
+        y[..., here], last[:, here] = selective_scan_chunked(
+            u[..., here], dt[..., here], A[here], B, C, D[here], h0[:, here], starts
         )
-        for k, (dt_k, u_k, y_k, B_k, C_k, starts_k) in enumerate(work):
-            block = blocks[len(dt_k)]
-            h_k = before_i[:, k if keep else 0].copy_(h)
-            h = block.run(dt_k, u_k, At, B_k, starts_k, h_k)
-            torch.bmm(C_k, block.h, out=block.x)
-            torch.addcmul(block.x_in, u_k, D, out=y_k)
-        last_i.copy_(h.mT)
-    return y, last, before
+    return y, last, before.zero_()
 
 
 def _backward(
@@ -238,6 +273,7 @@ def _backward(
     B: Tensor,
     C: Tensor,
     D: Tensor,
+    h0: Tensor,
     starts: Tensor | None,
     before: Tensor,
     dy: Tensor,
@@ -246,85 +282,29 @@ def _backward(
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D and h0 from those of y and the last h."""
-    t, n, At = u.shape[1], A.shape[1], A.t().contiguous()
-    du, ddt, dA, dB, dC, dD, dh0 = _gradients(u, dt, A, B, C, D, dh)
-    for total in (dA, dD):
-        total.zero_()
-    dAt = dA.t()
-    for (
-        u_i,
-        dt_i,
-        B_i,
-        C_i,
-        starts_i,
-        before_i,
-        dy_i,
-        dh_i,
-        du_i,
-        ddt_i,
-        dB_i,
-        dC_i,
-        dh0_i,
-    ) in _pieces(pieces, u, dt, B, C, starts, before.transpose(0, 1), dy, dh, du, ddt, dB, dC, dh0):
-        b = len(u_i)
-        blocks = {w: _Block(u_i, w, n, gradients=True) for w in {steps, t % steps} - {0}}
-        carry = dh_i.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        dB_rows, dC_rows = u.new_empty(2, t * b, 1, n)
-        work = zip(
-            *(v.transpose(0, 1).split(steps) for v in (dt_i, u_i, dy_i, ddt_i, du_i)),
-            *(_cut(v, steps) for v in (B_i, C_i)),
-            *(v.split(steps * b) for v in (dB_rows, dC_rows)),
-            before_i.unbind(1),
-            [None] * before_i.shape[1] if starts_i is None else _cut(starts_i.unsqueeze(-1), steps),
-            strict=True,
-        )
-        for dt_k, u_k, dy_k, ddt_k, du_k, B_k, C_k, dB_k, dC_k, h_k, starts_k in reversed([*work]):
-            block = blocks[len(dt_k)]
-            block.run(dt_k, u_k, At, B_k, starts_k, h_k)
-            block.dy_in.copy_(dy_k)
-            a, h, g = block.a, block.h, block.g
-            torch.mul(block.dy, C_k.mT, out=g)
-            g_row = block.g_rows[-1].add_(carry)
-            for a_row, row in zip(block.a_rows[:0:-1], block.g_rows[-2::-1], strict=True):
-                g_row = row.addcmul_(a_row, g_row)
-            torch.mul(block.a_rows[0], g_row, out=carry)
-            torch.bmm(block.dy, h.mT, out=dC_k)
-            torch.bmm(block.x, g.mT, out=dB_k)
-            torch.bmm(B_k, g, out=block.x)  # now the gradient of x = dt u
-            torch.mul(block.x_in, dt_k, out=du_k).addcmul_(block.dy_in, D)
-            g.mul_(a)  # times h[t-1] below: the gradient of the exponent dt A
-            g[b:].mul_(h[:-b])
-            g[:b].mul_(h_k)
-            dAt += torch.mul(g, block.dt, out=a).sum(0)
-            torch.sum(g.mul_(At), 1, keepdim=True, out=block.dt)
-            torch.addcmul(block.dt_in, block.x_in, u_k, out=ddt_k)
-            dD += block.dy_in.mul_(u_k).sum((0, 1))
-        for dV_i, rows in ((dB_i, dB_rows), (dC_i, dC_rows)):
-            dV_i.copy_(rows.view(t, b, n).transpose(0, 1))
-        dh0_i.copy_(carry.mT)
+    if _by_blocks(u):
+        return scan_blocks.backward(u, dt, A, B, C, D, starts, before, dy, dh, pieces, steps)
+    du, ddt, dA, dB, dC, dD, dh0 = scan_blocks.rooms(u, dt, A, B, C, D, dh)
+    dB.zero_()
+    dC.zero_()
+    for here in _pieces(u, A.shape[1]):
+        given = (u[..., here], dt[..., here], A[here], B, C, D[here], h0[:, here], starts)
+        parts = _chunked_gradients(*given, dy[..., here], dh[:, here])
+        du[..., here], ddt[..., here], dA[here], more_B, more_C, dD[here], dh0[:, here] = parts
+        dB += more_B
+        dC += more_C
     return du, ddt, dA, dB, dC, dD, dh0
 
 
-def _results(u: Tensor, h0: Tensor, keep: bool, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `_forward` returns."""
-    b, d, n = h0.shape
-    blocks = -(-u.shape[1] // steps) if keep else 1
-    return u.new_empty(u.shape), u.new_empty(b, d, n), u.new_empty(blocks, b, n, d)
-
-
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Room for what `_backward` returns."""
-    return tuple(v.new_empty(v.shape) for v in inputs)
-
-
-def _pieces(n: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Views of n pieces of the batch."""
-    pieces = (repeat(None, n) if v is None else v.chunk(n) for v in tensors)
-    return zip(*pieces, strict=False)
+def _pieces(u: Tensor, n: int) -> list[slice]:
+    """Channels that are worked on together, so that PIECE_STATES are enough; one at least."""
+    b, t, d = u.shape
+    size = max(1, PIECE_STATES // (b * t * n))
+    return [slice(start, min(start + size, d)) for start in range(0, d, size)]
 
 
 class _Scan(torch.autograd.Function):
-    """`_forward` with `_backward` as its gradient."""
+    """`_forward` with `_backward` as its gradient, and beyond that `selective_scan_chunked`'s."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -333,17 +313,21 @@ class _Scan(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor, dh: Tensor
     ) -> tuple[Tensor | None, ...]:
-        arguments: list[Any] = [*ctx.saved_tensors, dy, dh, *ctx.sizes]
+        *inputs, before = ctx.saved_tensors
+        if autodiff.too_narrow(dy, dh):
+            found = autodiff.gradients(selective_scan_chunked, inputs, (dy, dh))
+            return *found, None, None, None
+        arguments: list[Any] = [*inputs, before, dy, dh, *ctx.sizes]
         return *_backward(*arguments), None, None, None, None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, dt, A, B, C, D, _, starts, _, *ctx.sizes = inputs
-    ctx.save_for_backward(u, dt, A, B, C, D, starts, output[2])
+    *given, _, pieces, steps = inputs
+    ctx.sizes = pieces, steps
+    ctx.save_for_backward(*given, output[2])
 
 
 # A compiled graph holds a scan as one node, which runs the same code; traced through, the loop
@@ -357,13 +341,13 @@ _scan_node_backward = torch.library.custom_op(
 @_scan_node.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     u, *_, h0, _, keep, _, steps = arguments
-    return _results(u, h0, keep, steps)
+    return scan_blocks.results(u, h0, keep, steps)
 
 
 @_scan_node_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _, _, _, dh, _, _ = arguments
-    return _gradients(*inputs, dh)
+    u, dt, A, B, C, D, *_, dh, _, _ = arguments
+    return scan_blocks.rooms(u, dt, A, B, C, D, dh)
 
 
 def _differentiate(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
