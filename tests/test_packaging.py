@@ -18,9 +18,13 @@ ROOT = Path(__file__).parent.parent
 LOCKED = {re.split("==", line)[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
 
 
+def read(name: str) -> dict:
+    return tomllib.loads((ROOT / name).read_text())
+
+
 def required() -> set[str]:
     """Every package that pyproject.toml names, its own extras apart."""
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = read("pyproject.toml")
     lists = [data["build-system"]["requires"], data["project"]["dependencies"]]
     lists += data["project"]["optional-dependencies"].values()
     return {re.match(r"[\w-]+", need)[0] for needs in lists for need in needs} - {"kizzasi"}
@@ -77,3 +81,10 @@ def test_a_peers_warning_about_its_own_names_passes_and_ours_fails():
         warnings.warn_explicit("old", DeprecationWarning, "x.py", 1, module="kizzasi.models")
     with pytest.raises(FutureWarning):
         warnings.warn("`engine` is deprecated", FutureWarning, stacklevel=1)
+
+
+def test_the_lock_holds_torch_at_our_lower_bound_so_that_every_run_tests_it():
+    bounds = [r for r in read("pyproject.toml")["project"]["dependencies"] if "torch" in r]
+    lowest = bounds[0].removeprefix("torch>=")
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert f"torch=={lowest}.0" in lines
