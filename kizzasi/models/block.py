@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.init import Ready
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, add_losses
 from kizzasi.models.norm import Norm
 from kizzasi.models.spec import BlockSpec
 from kizzasi.models.state import BlockState
 
 
-class Block(nn.Module):
+class Block(nn.Module, metaclass=Ready):
     """x += dropout(mixer(norm(x))), then x += dropout(channel(norm(x))) if there is a channel."""
 
-    def __init__(self, spec: BlockSpec, layer: LayerContext, eps: float, dropout: float) -> None:
+    def __init__(
+        self, spec: BlockSpec, layer: LayerContext, eps: float = 1e-5, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.mixer_norm = Norm(spec.norm, layer.d_model, eps)
@@ -27,6 +30,22 @@ class Block(nn.Module):
         if spec.channel is not None:
             self.channel_norm = Norm(spec.norm, layer.d_model, eps)
             self.channel = spec.channel.build(layer)
+
+    @classmethod
+    def admit(cls, spec: BlockSpec, layer: LayerContext, *_: float, **__: float) -> None:
+        spec.check(layer.d_model, "")
+
+    def start(self, spec: BlockSpec, layer: LayerContext, *_: float, **__: float) -> None:
+        self.reset_parameters(layer.n_layers)
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Initialise all parameters, drawing from `generator`."""
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.reset_parameters()
+        for part in (self.mixer, self.channel):
+            if part is not None:
+                part.reset_parameters(n_layers, generator)
 
     def forward(
         self,

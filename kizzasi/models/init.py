@@ -18,9 +18,67 @@
 from __future__ import annotations
 
 import math
+from abc import ABCMeta
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kizzasi.errors import SpecError
+
+
+class Ready(ABCMeta):
+    """Type of the modules that are checked before, and initialised after, their constructor runs.
+
+    torch's generator draws (`torch.manual_seed`), on the CPU and in float32, so that a seed means
+    the same on every device and for every default dtype; the module then goes to torch's default
+    device and dtype. Under `torch.device("meta")` nothing is allocated: call `reset_parameters`
+    after `to_empty`.
+
+    A class of this type has `admit(*args)`, which refuses arguments, and `start(*args)`, which sets
+    every parameter and buffer; both are given what the constructor is given.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        cls.admit(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        home, dtype = torch.get_default_device(), torch.get_default_dtype()
+        if home.type == "meta":
+            return super().__call__(*args, **kwargs)
+        with torch.device("meta"):
+            module = super().__call__(*args, **kwargs)
+        materialize(module, lambda: module.start(*args, **kwargs))
+        return module.to(device=home, dtype=dtype)
+
+
+def materialize(module: nn.Module, initialize: Callable[[], object]) -> None:
+    """Give a module's meta tensors memory on the CPU, floats in float32, and initialise it.
+
+    Parts that were handed in ready-made, and so are not on the meta device, keep their values.
+    Raises SpecError naming a parameter or buffer that `initialize` leaves unset.
+    """
+
+    def memory(t: Tensor) -> Tensor:
+        dtype = torch.float32 if t.is_floating_point() else t.dtype
+        return torch.empty_like(t, device="cpu", dtype=dtype) if t.is_meta else t
+
+    bare = {name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta}
+    module._apply(memory)
+    tensors = [
+        (name, t)
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+        if name in bare and (t.is_floating_point() or t.is_complex())
+    ]
+    with torch.no_grad():
+        for _, tensor in tensors:
+            tensor.fill_(math.nan)
+        initialize()
+        for name, tensor in tensors:
+            if tensor.sum().isnan():
+                raise SpecError(
+                    f"{type(module).__name__}: its initialisation leaves {name} unset; let "
+                    "reset_parameters set every parameter and buffer"
+                )
 
 
 def normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:

@@ -14,7 +14,7 @@ Symbols: b batch, t time, d d_model.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from kizzasi.errors import SpecError
 from kizzasi.models.cost import Cost
+from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.strict import Registered
 
@@ -80,8 +82,8 @@ def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str,
     return {name: sum(d[name] for d in (a, b) if name in d) for name in {**a, **b}}  # pyright: ignore[reportReturnType]
 
 
-class Mixer(KeepFloat32, ABC):
-    """Base of all mixers. Constructed from its spec and a LayerContext, on any device.
+class Mixer(KeepFloat32, metaclass=Ready):
+    """Base of all mixers. Constructed from its spec and a LayerContext; see `Ready`.
 
     Class attributes:
         float32_parameters: names never stored below float32 (decays, step sizes, routers).
@@ -94,6 +96,19 @@ class Mixer(KeepFloat32, ABC):
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
     backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
     backend: str = "torch"
+
+    @classmethod
+    def admit(cls, spec: MixerSpec | ChannelSpec, layer: LayerContext, *_: Any) -> None:
+        """Raise SpecError unless the spec fits the layer."""
+        if not isinstance(layer, LayerContext):
+            raise SpecError(
+                f"layer: expected a LayerContext(d_model), got {layer!r:.80}; for a layer of your "
+                "own network write spec.layer(d_model)"
+            )
+        spec.check(layer.d_model, spec.kind)
+
+    def start(self, spec: MixerSpec | ChannelSpec, layer: LayerContext, *_: Any) -> None:
+        self.reset_parameters(layer.n_layers)
 
     @abstractmethod
     def forward(

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.decoding.generate import generate
-from kizzasi.models.mixer import NO_DECAY, Mixer, ParamRule, document_starts
+from kizzasi.models.groups import parameter_groups
+from kizzasi.models.init import Ready, materialize
+from kizzasi.models.mixer import Mixer, document_starts
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import document_positions
 from kizzasi.models.ops.precision import full_precision
@@ -55,8 +57,11 @@ class ModelOutput(NamedTuple):
         return mean + sum(self.aux.values())
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(nn.Module, metaclass=Ready):
     """A sequence model. Make one with `build_model(spec)` or `load(folder)`.
+
+    `SequenceModel(spec)` is for those who place and initialise models by torch's own means
+    (`torch.manual_seed`, `torch.device`, `torch.set_default_dtype`); see `Ready`.
 
     model(inputs) trains and prefills; model.step(token, state) decodes; both agree, and a state
     carries over from either to either.
@@ -79,6 +84,13 @@ class SequenceModel(nn.Module):
             for i, block in enumerate(spec.blocks)
         )
         self.norm = Norm(spec.norm, spec.d_model, spec.norm_eps)
+
+    @classmethod
+    def admit(cls, spec: ModelSpec) -> None:
+        spec.check()
+
+    def start(self, spec: ModelSpec) -> None:
+        self.reset_parameters()
 
     def forward(
         self,
@@ -160,44 +172,23 @@ class SequenceModel(nn.Module):
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         return ModelState(blocks, zeros, zeros)
 
-    def reset_parameters(self, seed: int = 0) -> None:
-        """Initialise all parameters; the same seed gives the same weights. On CPU."""
-        generator = torch.Generator().manual_seed(seed)
-        self.stem.reset_parameters(generator)
-        for module in self.modules():
-            if isinstance(module, Norm):
-                module.reset_parameters()
-        for block in self.blocks:
-            for part in (block.mixer, block.channel):
-                if isinstance(part, Mixer):
-                    part.reset_parameters(len(self.blocks), generator)
-
-    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Optimiser groups: each mixer's own rules, and no decay on vectors (norms, biases).
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Initialise all parameters; the same seed gives the same weights. On CPU.
 
         Args:
-            lr: base learning rate; a rule may scale or cap it.
-            weight_decay: for the parameters that decay.
-
-        Returns:
-            Groups for any torch optimiser, every parameter once.
+            seed: None draws from torch's own generator (`torch.manual_seed`).
         """
-        rules: dict[str, ParamRule] = {}
-        for prefix, module in self.named_modules():
-            if isinstance(module, Mixer):
-                rules |= {f"{prefix}.{name}": rule for name, rule in module.param_rules.items()}
-        groups: dict[ParamRule, list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            plain = ParamRule() if parameter.ndim >= 2 else NO_DECAY
-            groups.setdefault(rules.get(name, plain), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": min(lr * rule.lr_scale, rule.lr_max),
-                "weight_decay": weight_decay if rule.decay else 0.0,
-            }
-            for rule, parameters in groups.items()
-        ]
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.stem.reset_parameters(generator)
+        for norm in (self.embed_norm, self.norm):
+            if norm is not None:
+                norm.reset_parameters()
+        for block in self.blocks:
+            block.reset_parameters(len(self.blocks), generator)  # pyright: ignore[reportCallIssue]
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimiser groups by each mixer's own rules; see `kizzasi.models.parameter_groups`."""
+        return parameter_groups(self, lr, weight_decay)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
         """Continue a prompt; see `kizzasi.models.decoding.generate` for its arguments.
@@ -313,9 +304,8 @@ def build_model(
         if isinstance(mixer, Mixer):
             mixer.backend = choose_backend(backend, target, type(mixer), name)
     if target.type != "meta":
-        model = model.to_empty(device="cpu")
-        model.reset_parameters(seed)
-    return model.to(device=target, dtype=dtype)
+        materialize(model, lambda: model.reset_parameters(seed))
+    return model.to(device=target, dtype=dtype or torch.float32)
 
 
 def choose_backend(

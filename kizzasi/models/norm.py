@@ -24,6 +24,11 @@ NormKind = Literal["rms", "rms_plus_one", "layer"]
 _WRAPPED = re.compile(r"\.base_layer(?=\.)|(?:parametrizations\.)(\w+)\.original\d*$")
 
 
+def original_name(name: str) -> str:
+    """The name that a parameter had before an adapter or a parametrisation wrapped it."""
+    return _WRAPPED.sub(r"\1", name)
+
+
 class KeepFloat32(nn.Module):
     """A module whose parameters named in `float32_parameters` are never stored below float32.
 
@@ -37,7 +42,7 @@ class KeepFloat32(nn.Module):
 
     def _kept(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.named_parameters():
-            if _WRAPPED.sub(r"\1", name) in self.float32_parameters:
+            if original_name(name) in self.float32_parameters:
                 yield name, parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepFloat32:
@@ -95,6 +100,7 @@ class Norm(KeepFloat32):
         self._eps = torch.tensor(eps, dtype=torch.float64, device="cpu")
         self.weight = nn.Parameter(torch.empty(d))
         self.bias = nn.Parameter(torch.empty(d)) if kind == "layer" else None
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.kind == "rms_plus_one" else 1.0)
@@ -131,8 +137,8 @@ class HeadNorm(KeepFloat32):
     def __init__(self, d: int, eps: float = 64e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(d))
-        self.bias = nn.Parameter(torch.empty(d))
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[-2:]

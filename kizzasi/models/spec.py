@@ -19,7 +19,7 @@ from kizzasi.models.cost import Cost, norm
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
 from kizzasi.models.norm import NormKind
 from kizzasi.models.stems import StemSpec
-from kizzasi.models.strict import Strict, coerce, require
+from kizzasi.models.strict import Strict, coerce, join, require
 
 MAX_FILE_BYTES = 16 * 2**20
 
@@ -31,6 +31,16 @@ class BlockSpec(Strict):
     mixer: MixerSpec
     channel: ChannelSpec | None = None
     norm: NormKind = "rms"
+
+    def check(self, d_model: int, path: str) -> None:
+        """Raise SpecError for every rule that the parts break at this width."""
+        for name, family in (("mixer", MixerSpec), ("channel", ChannelSpec)):
+            part, where = getattr(self, name), join(path, name)
+            if part is None:
+                continue
+            rule = f"{part.kind!r} is a {'channel' if family is MixerSpec else 'sequence'} mixer"
+            require(isinstance(part, family), where, f"{rule}; exchange the block's two")
+            part.check(d_model, where)
 
 
 @dataclass(frozen=True)
@@ -116,11 +126,8 @@ class ModelSpec(Strict):
         require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         self.stem.check("stem", self.tie_head)
-        for path, part in self.parts():
-            family = ChannelSpec if path.endswith("channel") else MixerSpec
-            rule = f"{part.kind!r} is a {'channel' if family is MixerSpec else 'sequence'} mixer"
-            require(isinstance(part, family), path, f"{rule}; exchange the block's two")
-            part.check(self.d_model, path)
+        for i, block in enumerate(self.blocks):
+            block.check(self.d_model, f"blocks[{i}]")
 
     def cost(self, seq_len: int, batch: int = 1) -> Cost:
         """Analytic cost of one forward pass over (batch, seq_len) inputs; see `Cost`."""

@@ -37,7 +37,7 @@ def choices(layer, x):
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_chosen_are_weighted_by_their_probability(top_k):
-    layer, x = build(RoutedSpec((MAMBA, HEADS), (MLP, MLP), top_k, 0.5)), sequence()
+    layer, x = build(RoutedSpec((MAMBA, HEADS), (MLP, MLP), top_k, temperature=0.5)), sequence()
     p = (x @ layer.gate.weight.mT / 0.5).softmax(-1)
     bar = p.sort(-1, descending=True).values[..., top_k - 1 : top_k]
     weights = torch.where(p >= bar, p, 0)

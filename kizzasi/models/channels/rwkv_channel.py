@@ -126,7 +126,7 @@ class RWKVChannel(Mixer):
         """
         d, version = self.layer.d_model, self.spec.version
         left = 1.0 - self.layer.index / n_layers
-        present = (torch.arange(d) / d) ** (left**4 if version == 7 else left)
+        present = (torch.arange(d, dtype=torch.float32) / d) ** (left**4 if version == 7 else left)
         for name in SHARES[version]:
             self.get_parameter(name).copy_(present if version == 4 else 1.0 - present)
         gain = 1.0 if version == 7 else max(1.0, math.sqrt(self.key.out_features / d))

@@ -211,7 +211,8 @@ class Mamba(Mixer):
         )
         dt = self.dt_proj.bias.exp().clamp(min=spec.dt_floor)
         self.dt_proj.bias.copy_(softplus_inverse(dt))
-        self.A_log.copy_(torch.arange(1, spec.d_state + 1).log().expand_as(self.A_log))
+        rates = torch.arange(1, spec.d_state + 1, dtype=torch.float32)
+        self.A_log.copy_(rates.log().expand_as(self.A_log))
         self.D.fill_(1.0)
         if spec.inner_norm is not None:
             for norm in (self.dt_layernorm, self.b_layernorm, self.c_layernorm):

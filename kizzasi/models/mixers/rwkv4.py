@@ -141,12 +141,13 @@ class RWKV4(Mixer):
         """
         d, d_inner, index = self.layer.d_model, len(self.time_decay), self.layer.index
         depth, left = index / max(1, n_layers - 1), 1.0 - index / n_layers
-        channel, ramp = torch.arange(d) / d, torch.linspace(0.0, 1.0, d_inner)
+        channel = torch.arange(d, dtype=torch.float32) / d
+        ramp = torch.linspace(0.0, 1.0, d_inner, dtype=torch.float32)
         self.time_mix_k.copy_(channel**left)
         self.time_mix_v.copy_(channel**left + 0.3 * depth)
         self.time_mix_r.copy_(channel ** (0.5 * left))
         self.time_decay.copy_(-5.0 + 8.0 * ramp ** (0.7 + 1.3 * depth))
-        zigzag = (torch.arange(1, d_inner + 1) % 3 - 1) * 0.5
+        zigzag = (torch.arange(1, d_inner + 1, dtype=torch.float32) % 3 - 1) * 0.5
         self.time_first.copy_(math.log(0.3) + zigzag)
         gain = max(1.0, math.sqrt(d_inner / d))
         nn.init.orthogonal_(self.value.weight, gain, generator)

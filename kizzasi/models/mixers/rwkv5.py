@@ -172,13 +172,14 @@ class RWKV5(Mixer):
         """
         d, index, heads = self.layer.d_model, self.layer.index, self.time_faaaa.shape
         depth, left = index / max(1, n_layers - 1), 1.0 - index / n_layers
-        channel, ramp = torch.arange(d) / d, torch.linspace(0.0, 1.0, d)
+        channel = torch.arange(d, dtype=torch.float32) / d
+        ramp = torch.linspace(0.0, 1.0, d, dtype=torch.float32)
         self.time_mix_k.copy_(channel**left)
         self.time_mix_v.copy_(channel**left + 0.3 * depth)
         self.time_mix_r.copy_(channel ** (0.5 * left))
         self.time_mix_g.copy_(channel ** (0.5 * left))
         self.time_decay.copy_((-6.0 + 5.0 * ramp ** (0.7 + 1.3 * depth)).view(heads))
-        zigzag = 0.1 * ((torch.arange(d) + 1) % 3 - 1)
+        zigzag = 0.1 * ((torch.arange(d, dtype=torch.float32) + 1) % 3 - 1)
         self.time_faaaa.copy_((depth * (1.0 - ramp) + zigzag).view(heads))
         for layer, gain in (
             (self.receptance, 1.0),

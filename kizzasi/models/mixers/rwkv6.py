@@ -208,7 +208,8 @@ class RWKV6(Mixer):
         """
         d, index, heads = self.layer.d_model, self.layer.index, self.time_faaaa.shape
         depth, left = index / max(1, n_layers - 1), 1.0 - index / n_layers
-        channel, ramp = torch.arange(d) / d, torch.linspace(0.0, 1.0, d)
+        channel = torch.arange(d, dtype=torch.float32) / d
+        ramp = torch.linspace(0.0, 1.0, d, dtype=torch.float32)
         for mix in "xwk":
             self.get_parameter(f"time_maa_{mix}").copy_(1.0 - channel**left)
         self.time_maa_v.copy_(1.0 - channel**left - 0.3 * depth)
@@ -221,7 +222,7 @@ class RWKV6(Mixer):
         ):
             enter.zero_()
             uniform_(leave, 0.01, generator)
-        zigzag = 0.1 * ((torch.arange(d) + 1) % 3 - 1)
+        zigzag = 0.1 * ((torch.arange(d, dtype=torch.float32) + 1) % 3 - 1)
         self.time_faaaa.copy_((depth * (1.0 - ramp) + zigzag).view(heads))
         for layer, gain in (
             (self.receptance, 1.0),

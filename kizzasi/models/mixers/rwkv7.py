@@ -228,8 +228,9 @@ class RWKV7(Mixer):
         """
         d, n, index = self.layer.d_model, self.spec.head_dim, self.layer.index
         depth, left = index / max(1, n_layers - 1), 1.0 - index / n_layers
-        channel, ramp = torch.arange(d) / d, torch.linspace(-0.5, 0.5, d)
-        zigzag = torch.linspace(-1.0, 1.0, n).repeat(d // n)
+        channel = torch.arange(d, dtype=torch.float32) / d
+        ramp = torch.linspace(-0.5, 0.5, d, dtype=torch.float32)
+        zigzag = torch.linspace(-1.0, 1.0, n, dtype=torch.float32).repeat(d // n)
         zigzag = zigzag * zigzag.abs()
         for mix, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
             self.get_parameter(f"x_{mix}").copy_(1.0 - channel ** (power * left))
