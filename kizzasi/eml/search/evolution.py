@@ -1,4 +1,4 @@
-"""Evolution strategies and simultaneous perturbation, in the manner of `optimizers.py`.
+"""Evolution strategies and simultaneous perturbation, in the manner of `optimizer.py`.
 
 They keep the best point seen in `x`; `mean` is where they search.
 """
@@ -7,38 +7,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kizzasi.eml.search.optimizer import hashed_noise, require, usable
-
-
-def _keep_best(
-    x: Tensor, best: Tensor, candidates: Tensor, losses: Tensor
-) -> tuple[Tensor, Tensor]:
-    low, where = losses.min(1)
-    better = low < best
-    chosen = candidates[torch.arange(len(low), device=low.device), where]
-    return torch.where(better[:, None], chosen, x), torch.where(better, low, best)
+from kizzasi.eml.search.optimizer import hashed_noise, keep_best, require, usable
 
 
 class GradientState(NamedTuple):
-    """x (R, n) and best (R) seen; mean (R, n); Adam's moments m, v (R, n); at; seed."""
+    """x (R, n) and best (R) seen; mean (R, n); Adam's moments m, v (R, n); counters.
+
+    steps    length of the schedule, where there is one
+    """
 
     x: Tensor
     best: Tensor
     mean: Tensor
     m: Tensor
     v: Tensor
+    steps: int
     at: int
+    used: int
     seed: int
 
 
-def _start(x: Tensor, loss: Tensor, seed: int) -> GradientState:
+def _start(x: Tensor, loss: Tensor, seed: int, steps: int = 0) -> GradientState:
     zero = torch.zeros_like(x)
-    return GradientState(x, usable(loss), x, zero, zero, 0, seed)
+    return GradientState(x, usable(loss), x, zero, zero, steps, 0, 1, seed)
 
 
 def _adam(state: GradientState, g: Tensor, lr: float) -> GradientState:
@@ -60,22 +56,26 @@ class AntitheticES:
         population: candidates per step, even.
         sigma: size of the perturbations.
         lr, lr_final: Adam's step at the start and after `steps`, geometric in between.
-        steps: length of the schedule.
+        steps: length of the schedule; None for what `minimize`'s budget allows.
 
     Source: Salimans et al. 2017, arXiv:1703.03864, section 2.1.
     """
 
+    residuals: ClassVar[bool] = False
+    speculative: ClassVar[bool] = False
     population: int = 64
     sigma: float = 0.05
     lr: float = 0.02
     lr_final: float = 0.002
-    steps: int = 1000
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         require(self.population % 2 == 0 < self.population, f"{self}: population must be even")
+        require(min(self.sigma, self.lr, self.lr_final) > 0, f"{self}: sizes must be above 0")
 
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> GradientState:
-        return _start(x, loss, seed)
+    def init(self, x: Tensor, loss: Tensor, seed: int, evaluations: int) -> GradientState:
+        steps = self.steps or max(1, evaluations // self.population)
+        return _start(x, loss, seed, steps)
 
     def ask(self, state: GradientState) -> Tensor:
         noise = self.sigma * hashed_noise(state.seed, state.at, self.population // 2, state.mean)
@@ -83,13 +83,17 @@ class AntitheticES:
 
     def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
         losses = usable(losses)
-        x, best = _keep_best(state.x, state.best, candidates, losses)
+        x, best, _ = keep_best(state.x, state.best, candidates, losses)
         ranks = losses.argsort(1).argsort(1).to(state.mean) / (self.population - 1) - 0.5
         noise = (candidates - state.mean[:, None]) / self.sigma
         g = torch.einsum("rp,rpn->rn", ranks, noise) / (self.population * self.sigma)
-        progress = min(state.at / self.steps, 1.0)
+        progress = min(state.at / state.steps, 1.0)
         lr = self.lr * (self.lr_final / self.lr) ** progress
-        return _adam(state._replace(x=x, best=best), g, lr)
+        used = state.used + losses.shape[1]
+        return _adam(state._replace(x=x, best=best, used=used), g, lr)
+
+    def renew(self, state: GradientState, loss: Tensor) -> GradientState:
+        return state._replace(best=usable(loss))
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,18 @@ class Spsa:
     Source: Spall 1992, IEEE TAC 37(3); MeZO: Malladi et al. 2023, arXiv:2305.17333, section 2.
     """
 
+    residuals: ClassVar[bool] = False
+    speculative: ClassVar[bool] = False
     pairs: int = 1
     c: float = 1e-3
     lr: float = 1e-3
     adam: bool = False
 
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> GradientState:
+    def __post_init__(self) -> None:
+        require(self.pairs >= 1, f"{self}: pairs must be >= 1")
+        require(min(self.c, self.lr) > 0, f"{self}: c and lr must be above 0")
+
+    def init(self, x: Tensor, loss: Tensor, seed: int, evaluations: int) -> GradientState:
         return _start(x, loss, seed)
 
     def ask(self, state: GradientState) -> Tensor:
@@ -123,19 +133,22 @@ class Spsa:
         return state.mean[:, None] + torch.cat((noise, -noise), 1)
 
     def tell(self, state: GradientState, candidates: Tensor, losses: Tensor) -> GradientState:
-        x, best = _keep_best(state.x, state.best, candidates, usable(losses))
+        x, best, _ = keep_best(state.x, state.best, candidates, usable(losses))
         plus, minus = losses.unflatten(1, (2, -1)).unbind(1)
         slope = ((plus - minus) / (2 * self.c)).nan_to_num(0.0, 0.0, 0.0)
         noise = hashed_noise(state.seed, state.at, self.pairs, state.mean)
         g = torch.einsum("rp,rpn->rn", slope.to(noise), noise) / self.pairs
-        state = state._replace(x=x, best=best)
+        state = state._replace(x=x, best=best, used=state.used + losses.shape[1])
         if self.adam:
             return _adam(state, g, self.lr)
         return state._replace(mean=state.mean - self.lr * g, at=state.at + 1)
 
+    def renew(self, state: GradientState, loss: Tensor) -> GradientState:
+        return state._replace(best=usable(loss))
+
 
 class CmaState(NamedTuple):
-    """x, best as ever; mean (R, n); sigma (R); paths p_sigma, p_c and variances c (R, n)."""
+    """x, best as ever; mean (R, n); sigma (R); paths p_sigma, p_c, variances c (R, n); counters."""
 
     x: Tensor
     best: Tensor
@@ -145,6 +158,7 @@ class CmaState(NamedTuple):
     p_c: Tensor
     c: Tensor
     at: int
+    used: int
     seed: int
 
 
@@ -160,13 +174,19 @@ class SeparableCma:
         the learning rate of the covariance raised by (n + 2) / 3.
     """
 
+    residuals: ClassVar[bool] = False
+    speculative: ClassVar[bool] = False
     population: int | None = None
     sigma: float = 0.1
 
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> CmaState:
+    def __post_init__(self) -> None:
+        require(self.population is None or self.population > 1, f"{self}: population must be > 1")
+        require(self.sigma > 0, f"{self}: sigma must be above 0")
+
+    def init(self, x: Tensor, loss: Tensor, seed: int, evaluations: int) -> CmaState:
         sigma = torch.full((len(x),), self.sigma, dtype=x.dtype, device=x.device)
         zero = torch.zeros_like(x)
-        return CmaState(x, usable(loss), x, sigma, zero, zero, torch.ones_like(x), 0, seed)
+        return CmaState(x, usable(loss), x, sigma, zero, zero, torch.ones_like(x), 0, 1, seed)
 
     def _size(self, n: int) -> int:
         return self.population or 4 + int(3 * math.log(n))
@@ -179,7 +199,7 @@ class SeparableCma:
     def tell(self, state: CmaState, candidates: Tensor, losses: Tensor) -> CmaState:
         n, size = state.x.shape[1], losses.shape[1]
         losses = usable(losses)
-        x, best = _keep_best(state.x, state.best, candidates, losses)
+        x, best, _ = keep_best(state.x, state.best, candidates, losses)
         mu = size // 2
         weights = math.log(mu + 0.5) - torch.arange(1, mu + 1, device=x.device).to(x).log()
         weights = weights / weights.sum()
@@ -207,4 +227,8 @@ class SeparableCma:
         rank_mu = torch.einsum("p,rpn->rn", weights, steps.square())
         c = (1 - c_1 - c_mu) * state.c + c_1 * rank_one + c_mu * rank_mu
         sigma = state.sigma * torch.exp((c_sigma / damping) * (length / expected - 1))
-        return CmaState(x, best, mean, sigma, p_sigma, p_c, c, state.at + 1, state.seed)
+        used = state.used + size
+        return CmaState(x, best, mean, sigma, p_sigma, p_c, c, state.at + 1, used, state.seed)
+
+    def renew(self, state: CmaState, loss: Tensor) -> CmaState:
+        return state._replace(best=usable(loss))

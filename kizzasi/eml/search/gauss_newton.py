@@ -1,7 +1,7 @@
 """Gauss-Newton without derivatives: secants of the residuals in place of the Jacobian.
 
 Where the loss is a mean of squares, the residuals say far more than their sum does. Candidates are
-asked and told as in `optimizers.py`, but `tell` is given residuals, not losses.
+asked and told as in `optimizer.py`, but `tell` is given residuals, not losses.
 
 Glossary (Cartis & Roberts 2019):
     R, P, n, m   problems, candidates, parameters, residuals
@@ -13,16 +13,16 @@ Glossary (Cartis & Roberts 2019):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kizzasi.eml.search.optimizer import sweep_block
+from kizzasi.eml.search.optimizer import keep_best, require, sweep_block, usable
 
 
 class GaussNewtonState(NamedTuple):
-    """x (R, n), best (R), r (R, m), damping (R), moves (R, P, n), None while probing; at, seed."""
+    """x (R, n), best (R), r (R, m), damping (R), moves (R, P, n), None while probing; counters."""
 
     x: Tensor
     best: Tensor
@@ -30,6 +30,7 @@ class GaussNewtonState(NamedTuple):
     damping: Tensor
     moves: Tensor | None
     at: int
+    used: int
     seed: int
 
 
@@ -52,14 +53,20 @@ class GaussNewton:
         in Brown & Dennis 1972.
     """
 
-    block: int
+    residuals: ClassVar[bool] = True
+    speculative: ClassVar[bool] = False
+    block: int = 64
     step: float = 1e-2
     damping: float = 1e-2
 
-    def init(self, x: Tensor, residuals: Tensor, seed: int) -> GaussNewtonState:
+    def __post_init__(self) -> None:
+        require(self.block >= 1, f"{self}: block must be >= 1")
+        require(min(self.step, self.damping) > 0, f"{self}: step and damping must be above 0")
+
+    def init(self, x: Tensor, residuals: Tensor, seed: int, evaluations: int) -> GaussNewtonState:
         """Start from points (R, n) whose residuals (R, m) are known."""
         damping = torch.full((len(x),), self.damping, dtype=torch.float64, device=x.device)
-        return GaussNewtonState(x, _mean_square(residuals), residuals, damping, None, 0, seed)
+        return GaussNewtonState(x, mean_square(residuals), residuals, damping, None, 0, 1, seed)
 
     def ask(self, state: GaussNewtonState) -> Tensor:
         x = state.x[:, None]
@@ -74,33 +81,36 @@ class GaussNewton:
         self, state: GaussNewtonState, candidates: Tensor, residuals: Tensor
     ) -> GaussNewtonState:
         """Return the state after the candidates' residuals (R, P, m)."""
+        state = state._replace(used=state.used + residuals.shape[1])
         if state.moves is None:
             return state._replace(moves=self._solve(state, residuals))
-        losses = _mean_square(residuals)
-        low, where = losses.min(1)
-        better = low < state.best
-        rows = torch.arange(len(low), device=low.device)
-        factor = torch.tensor(_FACTORS, dtype=torch.float64, device=low.device)
+        losses = mean_square(residuals)
+        x, best, better = keep_best(state.x, state.best, candidates, losses)
+        where = losses.argmin(1)
+        chosen = residuals[torch.arange(len(where), device=where.device), where]
+        factor = torch.tensor(_FACTORS, dtype=torch.float64, device=where.device)
         damping = state.damping * torch.where(better, factor[where], _FACTORS[-1])
         return state._replace(
-            x=torch.where(better[:, None], candidates[rows, where], state.x),
-            best=torch.where(better, low, state.best),
-            r=torch.where(better[:, None], residuals[rows, where], state.r),
+            x=x,
+            best=best,
+            r=torch.where(better[:, None], chosen, state.r),
             damping=damping.clamp(1e-9, 1e6),
             moves=None,
             at=state.at + 1,
         )
 
+    def renew(self, state: GaussNewtonState, residuals: Tensor) -> GaussNewtonState:
+        return state._replace(best=mean_square(residuals), r=residuals, moves=None)
+
     def _solve(self, state: GaussNewtonState, residuals: Tensor) -> Tensor:
         """Return one move (R, n) per damping, stacked to (R, 4, n)."""
         chosen = sweep_block(state.seed, state.at, self.block, state.x)
-        secants = residuals.sub_(state.r[:, None]).div_(self.step).nan_to_num_(0.0, 0.0, 0.0)
+        secants = ((residuals - state.r[:, None]) / self.step).nan_to_num_(0.0, 0.0, 0.0)
         square = (secants @ secants.mT).double()
         slope = (secants @ state.r[..., None]).double()
         scale = square.diagonal(dim1=1, dim2=2)
         scale = scale + 1e-9 * scale.mean(1, keepdim=True) + 1e-30
-        moves = torch.zeros(len(scale), len(_FACTORS), state.x.shape[1], dtype=state.x.dtype)
-        moves = moves.to(state.x.device)
+        moves = state.x.new_zeros(len(scale), len(_FACTORS), state.x.shape[1])
         for i, factor in enumerate(_FACTORS):
             damped = square + torch.diag_embed((state.damping * factor)[:, None] * scale)
             factored, _ = torch.linalg.cholesky_ex(damped)
@@ -112,6 +122,6 @@ class GaussNewton:
 _FACTORS = (1 / 30, 1.0, 30.0, 1000.0)
 
 
-def _mean_square(residuals: Tensor) -> Tensor:
-    loss = residuals.square().mean(-1)
-    return torch.where(loss.isfinite(), loss, torch.inf)
+def mean_square(residuals: Tensor) -> Tensor:
+    """Return the losses (...) of residuals (..., m)."""
+    return usable(residuals.square().mean(-1))

@@ -9,6 +9,7 @@ Glossary:
     R, P, n    problems, candidates per problem, parameters per problem
     x          (R, n) the current point
     best       (R) its loss
+    used       evaluations so far, per problem
     sigma      size of a step or of the search distribution
     g          estimated gradient
 """
@@ -16,7 +17,7 @@ Glossary:
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +26,17 @@ from kizzasi.errors import SpecError
 
 
 class Optimizer(Protocol):
-    """What `minimize` needs. States are NamedTuples with at least `x` and `best`."""
+    """What `minimize` needs. States are NamedTuples with at least `x`, `best` and `used`.
 
-    def init(self, x: Tensor, loss: Tensor, /, seed: int) -> Any:
-        """Start from points (R, n) whose losses (R) are known."""
+    residuals      whether it is told residuals (R, P, m), whose mean square is the loss, or losses
+    speculative    whether it may be told of the first few candidates only
+    """
+
+    residuals: ClassVar[bool]
+    speculative: ClassVar[bool]
+
+    def init(self, x: Tensor, loss: Tensor, /, seed: int, evaluations: int) -> Any:
+        """Start from points (R, n) whose losses (R) are known; `evaluations` is the budget."""
         ...
 
     def ask(self, state: Any, /) -> Tensor:
@@ -37,6 +45,10 @@ class Optimizer(Protocol):
 
     def tell(self, state: Any, candidates: Tensor, losses: Tensor, /) -> Any:
         """Return the state after the candidates' losses (R, P); nan and inf count as bad."""
+        ...
+
+    def renew(self, state: Any, loss: Tensor, /) -> Any:
+        """Return the state for another objective, on which the points `x` have these losses."""
         ...
 
 
@@ -48,8 +60,12 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def hashed_uniform(seed: int, *counters: Tensor) -> Tensor:
-    """Return float64 numbers in [0, 1), one per combination of the broadcast int64 counters."""
-    bits = torch.tensor(seed, dtype=torch.int64, device=counters[0].device)
+    """Return float64 numbers in [0, 1), one per combination of the broadcast int64 counters.
+
+    Any integer is a seed; it is taken modulo 2^64.
+    """
+    signed = (seed + 2**63) % 2**64 - 2**63
+    bits = torch.tensor(signed, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
         bits = _mix(bits * 0x5851F42D4C957F2D + counter + 1)
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2.0**53
@@ -73,6 +89,16 @@ def hashed_noise(seed: int, step: int, count: int, x: Tensor) -> Tensor:
 
 def usable(losses: Tensor) -> Tensor:
     return torch.where(losses.isfinite(), losses, torch.inf)
+
+
+def keep_best(
+    x: Tensor, best: Tensor, candidates: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x and best after candidates with usable losses, and where those were better."""
+    low, where = losses.min(1)
+    better = low < best
+    chosen = candidates[torch.arange(len(low), device=low.device), where]
+    return torch.where(better[:, None], chosen, x), torch.where(better, low, best), better
 
 
 def require(rule: bool, message: str) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kizzasi.eml.search.optimizer import hashed_uniform, usable
+from kizzasi.eml.search.optimizer import hashed_uniform, keep_best, require, usable
 
 
 class PatternState(NamedTuple):
-    """x (R, n), best (R), sigma (R), at the number of polls so far, seed."""
+    """x (R, n), best (R), sigma (R), at the number of polls so far; used, seed."""
 
     x: Tensor
     best: Tensor
     sigma: Tensor
     at: int
+    used: int
     seed: int
 
 
@@ -37,15 +38,21 @@ class PatternSearch:
     Source: Kolda, Lewis & Torczon 2003, SIAM Review 45(3), section 3.
     """
 
+    residuals: ClassVar[bool] = False
+    speculative: ClassVar[bool] = False
     directions: int = 16
     block: int = 8
     step: float = 0.2
     grow: float = 1.5
     shrink: float = 0.9
 
-    def init(self, x: Tensor, loss: Tensor, seed: int) -> PatternState:
+    def __post_init__(self) -> None:
+        require(min(self.directions, self.block) >= 1, f"{self}: counts must be >= 1")
+        require(self.step > 0, f"{self}: step must be above 0")
+
+    def init(self, x: Tensor, loss: Tensor, seed: int, evaluations: int) -> PatternState:
         sigma = torch.full((len(x),), self.step, dtype=x.dtype, device=x.device)
-        return PatternState(x, usable(loss), sigma, 0, seed)
+        return PatternState(x, usable(loss), sigma, 0, 1, seed)
 
     def ask(self, state: PatternState) -> Tensor:
         x, n = state.x, state.x.shape[1]
@@ -61,10 +68,9 @@ class PatternSearch:
         return x[:, None] + torch.cat((move, -move), 1)
 
     def tell(self, state: PatternState, candidates: Tensor, losses: Tensor) -> PatternState:
-        low, where = usable(losses).min(1)
-        better = low < state.best
-        chosen = candidates[torch.arange(len(low), device=low.device), where]
+        x, best, better = keep_best(state.x, state.best, candidates, usable(losses))
         sigma = state.sigma * torch.where(better, self.grow, self.shrink).to(state.sigma)
-        x = torch.where(better[:, None], chosen, state.x)
-        best = torch.where(better, low, state.best)
-        return PatternState(x, best, sigma, state.at + 1, state.seed)
+        return PatternState(x, best, sigma, state.at + 1, state.used + losses.shape[1], state.seed)
+
+    def renew(self, state: PatternState, loss: Tensor) -> PatternState:
+        return state._replace(best=usable(loss))

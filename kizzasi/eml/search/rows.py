@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.eml.attention import EmlAttention, EmlProjection, soft_chain
+from kizzasi.errors import ShapeError
 
 
 class OutputRows:
@@ -44,7 +45,14 @@ class OutputRows:
 
     @torch.no_grad()
     def assign(self, points: Tensor) -> None:
-        """Write one point per output, (n_out, n), into the projection."""
+        """Write one point per output, (n_out, n), into the projection.
+
+        Raises:
+            ShapeError: another shape.
+        """
+        expected = (len(self.targets), sum(self.sizes))
+        if points.shape != expected:
+            raise ShapeError(f"points are {tuple(points.shape)}; give {expected}, all of found.x")
         weight, bias, chain = points.split(self.sizes, -1)
         self.projection.affine.weight.copy_(weight)
         self.projection.affine.bias.copy_(bias[:, 0])
