@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kizzasi.models.ops import conv, scan
+from kizzasi.models.ops import conv, delta, linear_attention, scan, ssd, wkv4
 
 
 def normal(*shape, seed=0):
@@ -22,10 +22,75 @@ def selective():
     return (u, dt, A, B, C, normal(d), normal(b, d, n)), {}
 
 
+def negative(*shape, seed=0):
+    return -0.1 - normal(*shape, seed=seed).sigmoid()
+
+
+def linear(shape, bonus):
+    b, t, h, n, m = 2, 9, 2, 3, 2
+    q, k, v = normal(b, t, h, n), normal(b, t, h, n, seed=1), normal(b, t, h, m, seed=2)
+    made = (q, k, v, negative(*shape, seed=3), normal(h, n) if bonus else None)
+    return (*made, normal(b, h, n, m)), {}
+
+
+def dual():
+    b, t, h, p, g, n = 2, 9, 4, 2, 2, 3
+    B, C = normal(b, t, g, n, seed=1), normal(b, t, g, n, seed=2)
+    return (normal(b, t, h, p), negative(b, t, h), B, C, normal(b, h, p, n)), {}
+
+
+def trapezoid(run):
+    def wrapped(x, dt, log_decay, share, B, C, *state, starts=None):
+        state = ssd.TrapezoidState(*state)
+        return run(x, dt, log_decay, share, B, C, state, starts)
+
+    return wrapped
+
+
+def two_ends():
+    b, t, h, p, n = 2, 9, 2, 3, 2
+    dt, share = normal(b, t, h, seed=1).exp(), normal(b, t, h, seed=2).sigmoid()
+    B, C = normal(b, t, h, n, seed=3), normal(b, t, h, n, seed=4)
+    state = normal(b, h, p, n), normal(b, h, n), normal(b, h, p)
+    return (normal(b, t, h, p), dt, negative(b, t, h), share, B, C, *state), {}
+
+
+def corrected(g_width):
+    b, t, h, n, m = 2, 9, 2, 3, 2
+    q, k, v = normal(b, t, h, n), normal(b, t, h, n, seed=1), normal(b, t, h, m, seed=2)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    beta, g = normal(b, t, h).sigmoid(), negative(b, t, h, g_width)
+    return (q, k, v, g, beta, normal(b, h, n, m)), {}
+
+
+def average(run):
+    def wrapped(w, u, k, v, num, den, starts=None):
+        y, state = run(w, u, k, v, wkv4.WKV4State(num, den, torch.zeros_like(num)), starts)
+        unit = state.max.exp()  # of num and den: it has no gradient, and moves with the keys
+        return y, (state.num * unit, state.den * unit)
+
+    return wrapped
+
+
+def averaged():
+    b, t, d = 2, 9, 3
+    k, v = normal(b, t, d), normal(b, t, d, seed=1)
+    return (negative(d), normal(d), k, v, normal(b, d), normal(b, d, seed=1).exp()), {}
+
+
 # name: fast op, loop, inputs that have gradients, index of the first that is a state
+LINEAR = linear_attention.linear_attention, linear_attention.linear_attention_ref
 OPS = {
     "conv": (conv.causal_conv1d, conv.causal_conv1d_ref, short_conv, 3),
     "scan": (scan.selective_scan, scan.selective_scan_ref, selective, 6),
+    "linear_attention": (*LINEAR, lambda: linear((2, 9, 2, 3), False), 5),
+    "linear_attention-head-bonus": (*LINEAR, lambda: linear((2, 9, 2, 1), True), 5),
+    "linear_attention-fixed-bonus": (*LINEAR, lambda: linear((1, 1, 2, 3), True), 5),
+    "ssd": (ssd.ssd, ssd.ssd_ref, dual, 4),
+    "trapezoid": (trapezoid(ssd.trapezoid), trapezoid(ssd.trapezoid_ref), two_ends, 6),
+    "delta-head": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(1), 5),
+    "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
+    "wkv4": (average(wkv4.wkv4), average(wkv4.wkv4_ref), averaged, 4),
 }
 STARTS = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0, 0]]).bool()
 

@@ -184,3 +184,14 @@ def test_cuda_is_the_cpu(bonus):
     moved = [None if x is None else x.detach().cuda().requires_grad_() for x in tensors]
     for name, value in values_and_gradients(linear_attention, moved, starts.cuda()).items():
         assert_close(value.cpu(), expected[name], msg=name)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("w", [-1e-3, -1e-5, -1e-7, -2e-8])
+def test_weak_decays_are_not_lost_in_float32(w, fixed):
+    """exp(-2e-8) is 1 in float32, and 8000 of them are not."""
+    q, k, v, *_ = (None if x is None else x.detach() for x in inputs(8192, dtype=torch.float32))
+    decay = torch.full((1, 1, H, N) if fixed else (B, 8192, H, N), w)
+    _, s = linear_attention(q, k, v, decay)
+    _, exact = linear_attention(*(x.double() for x in (q, k, v, decay)))
+    assert (s - exact).abs().max() / exact.abs().max() < 4e-6

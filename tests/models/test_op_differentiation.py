@@ -29,8 +29,17 @@ def forms(name, starts):
     """The fast op and the loop as functions to one vector, and their inputs."""
     fast, loop, make, _ = OPS[name]
     inputs, options = make()
-    given = tuple(x.clone().requires_grad_() for x in inputs)
-    return *(lambda *x, op=op: flat(op(*x, starts=starts, **options)) for op in (fast, loop)), given
+    given = tuple(x.clone().requires_grad_() for x in inputs if x is not None)
+
+    def form(op):
+        def run(*xs):
+            xs = iter(xs)
+            full = [None if x is None else next(xs) for x in inputs]
+            return flat(op(*full, starts=starts, **options))
+
+        return run
+
+    return form(fast), form(loop), given
 
 
 def loss(form):

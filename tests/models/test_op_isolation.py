@@ -32,6 +32,9 @@ def poisoned(inputs, state_from, place, value):
     """The inputs with one bad number in every tensor: at a token, or in the state before it."""
     result = []
     for i, x in enumerate(inputs):
+        if x is None:
+            result.append(None)
+            continue
         x = x.clone()
         if place == "state" and i >= state_from:
             x[0].view(-1)[0] = value
@@ -54,7 +57,7 @@ def test_other_documents_are_untouched(name, form, place, value):
     touched[row] = DOCUMENT[row] == DOCUMENT[row, token]
     results = []
     for given in (
-        [x.clone().requires_grad_() for x in inputs],
+        [None if x is None else x.clone().requires_grad_() for x in inputs],
         poisoned(inputs, state_from, place, value),
     ):
         y, *state = leaves_of(op(*given, starts=STARTS, **options))
@@ -62,6 +65,7 @@ def test_other_documents_are_untouched(name, form, place, value):
         kept[row] = not touched[row, -1]
         out = [y[~touched], *(leaf[kept] for leaf in state)]
         loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in out)
+        given = [x for x in given if x is not None]
         grads = torch.autograd.grad(loss, given, allow_unused=True)
         per_token = [
             g[~touched]

@@ -206,3 +206,14 @@ def test_cuda_is_the_cpu(rule):
     moved = [v.detach().cuda().requires_grad_() for v in tensors]
     for v in run(rule, moved, starts.cuda()):
         assert_close(v.cpu(), expected.pop(0))
+
+
+def test_a_decay_of_zero_is_a_decay():
+    """log_decay = -inf empties the memory, and costs the tokens after it nothing."""
+    x, _, B, C, state = (v.detach() for v in inputs("ssd", 70))
+    log_decay = torch.full(x.shape[:3], -1e-3, dtype=x.dtype)
+    log_decay[:, 31] = -torch.inf
+    y, h = ssd(x, log_decay, B, C, state)
+    expected, last = ssd_ref(x, log_decay, B, C, state)
+    assert_close(y, expected)
+    assert_close(h, last)

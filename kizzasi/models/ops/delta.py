@@ -28,6 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.documents import isolated
 
 CHUNK_SIZE = 32  # a power of 2
 
@@ -104,11 +105,24 @@ def delta_rule(
     Args, Returns, Raises: as `delta_rule_ref`.
 
     Source: Yang et al. 2024, arXiv:2406.06484, section 3 (the WY form of the delta rule).
-    Differs: decays enter by `_decayed_scores`, safe for any g. A document starts
-        with g = -inf, which does not forget an infinite S (0 times infinity is NaN).
+    Differs: decays enter by `_decayed_scores`, safe for any g. A document starts with g = -inf,
+        which does not forget an S that grew infinite out of finite numbers (0 times infinity is
+        NaN); NaN and infinities that come in stay in their document.
     """
-    s = _check(q, k, v, g, beta, s0).flatten(0, 1)
-    (b, t, h, _), c = k.shape, _chunk_size(k.shape[1])
+    s = _check(q, k, v, g, beta, s0)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _by_chunks(q, k, v, g, beta, s, starts)
+
+    return isolated(run, starts, (q, k, v, beta), (g,), (s,))
+
+
+def _by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (b, t, h, _), c, s = k.shape, _chunk_size(k.shape[1]), s.flatten(0, 1)
     if starts is not None:
         g = g.masked_fill(starts[..., None, None], -torch.inf)
     q, k, v, g, beta = (_chunks(x, c) for x in (q, k, v, g, beta.unsqueeze(-1)))

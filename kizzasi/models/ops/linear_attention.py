@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.documents import isolated
 
 CHUNK_SIZE = 32  # a power of two
 
@@ -94,18 +95,30 @@ def linear_attention(
 
         y2 += (reads2 writes1^T) v1;    reads2 *= decay of block 1;    writes1 *= decay of block 2
 
-    Chunks then pass the memory on. Every factor is a product of decays, at most 1, for decays of
-    any strength: nothing is divided, and the one exponential is that of w. A document that starts
-    is a decay of 0. Products below 1e-38 are denormal numbers, with which a CPU is slow: a program
-    whose decays are that strong may set `torch.set_flush_denormal(True)`.
+    Chunks then pass the memory on. What fades over a whole chunk is the exponential of a sum of
+    logs, not a product of exponentials: of a decay of exp(-1e-8) float32 knows only the log. Every
+    factor is at most 1, for decays of any strength: nothing is divided. A document that starts is a
+    decay of 0. Products below 1e-38 are denormal numbers, with which a CPU is slow: a program whose
+    decays are that strong may set `torch.set_flush_denormal(True)`.
 
     Args, Returns, Raises: as `linear_attention_ref`.
 
     Source: the two levels of Yang et al. 2023, section 4, made as many as fit.
     """
-    s = _check(q, k, v, w, u, s0).flatten(0, 1)
-    b, t, h, _ = q.shape
-    c = _chunk_size(t)
+    s = _check(q, k, v, w, u, s0)
+    fixed = w.shape[:2] != q.shape[:2]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return _joined(q, k, v, w if fixed else rest[0], u, rest[-1], starts)
+
+    return isolated(run, starts, (q, k, v), () if fixed else (w,), (s,))
+
+
+def _joined(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor | None, s: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (b, t, h, _), c, s = q.shape, _chunk_size(q.shape[1]), s.flatten(0, 1)
+    kept = _fading(w, starts, b, t, c)
     decay, reads = w.exp().expand(b, t, h, -1), q
     if starts is not None:
         decay, reads = (x.masked_fill(starts[..., None, None], 0.0) for x in (decay, reads))
@@ -123,11 +136,23 @@ def linear_attention(
 
     memory = [s]  # the last one is stacked too, for the sake of w's gradient in a single chunk
     added = torch.bmm(writes.mT, values).unflatten(0, (-1, b * h))
-    for kept, more in zip(decay.mT.unflatten(0, (-1, b * h)).unbind(), added.unbind(), strict=True):
-        memory.append(torch.addcmul(more, kept, memory[-1]))
+    for kept_j, added_j in zip(kept.unbind(1), added.unbind(), strict=True):
+        memory.append(torch.addcmul(added_j, kept_j.flatten(0, 1), memory[-1]))
     y = torch.baddbmm(y, reads, torch.stack(memory)[:-1].flatten(0, 1))
     y = rearrange(y, "(z b h) c m -> b (z c) h m", b=b, h=h)
     return y[:, :t], memory[-1].unflatten(0, (b, h))
+
+
+def _fading(w: Tensor, starts: Tensor | None, b: int, t: int, c: int) -> Tensor:
+    """(b, z, h, n or 1, 1) what memory keeps from one chunk to the next, by a sum of logs."""
+    if starts is not None:
+        w = w.masked_fill(starts[..., None, None], -torch.inf)
+    if w.shape[1] == 1:
+        sizes = [min(c, t - start) for start in range(0, t, c)]
+        kept = (w * torch.tensor(sizes, dtype=w.dtype, device=w.device)[:, None, None]).exp()
+    else:
+        kept = F.pad(w, (0, 0, 0, 0, 0, -t % c)).unflatten(1, (-1, c)).sum(2).exp()
+    return kept.expand(b, -1, -1, -1).unsqueeze(-1)
 
 
 def linear_attention_step(

@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.documents import isolated
 
 CHUNK_SIZE = 64
 FORGET = -1e3  # exp of it, and of anything below, is exactly zero in float64
@@ -83,13 +84,28 @@ def ssd(
         y[i] = sum_{j<=i} a[i, j] (C[i] . B[j]) x[j]  +  a[i, start] H C[i]
 
     and H passes from chunk to chunk. Every exponent is a difference of sums that is <= 0. The sums
-    are in float64, so that neither strong decays nor starts cost digits of the tokens after them.
+    are in float64: each is the difference of two that count from the chunk's start, and float32
+    would lose the digits of a weak decay beside the -1000 of a start or of a strong one before it.
+    They are one number a token and head, so that slow float64 (consumer GPUs) costs little; a
+    device that has none (MPS) cannot run this form.
 
-    Differs: with `starts`, an infinite memory is not forgotten (0 times infinity is NaN).
+    Differs: with `starts`, a memory that grew infinite out of finite numbers is not forgotten (0
+    times infinity is NaN); NaN and infinities that come in stay in their document.
     """
     h = _prepare(x, log_decay, B, C, state, starts)
+
+    def run(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_chunks(x, log_decay, B, C, h, starts)
+
+    return isolated(run, starts, (x, B, C), (log_decay,), (h,))
+
+
+def _by_chunks(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, h: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     (b, t, n_heads, p), groups = x.shape, B.shape[2]
     c = min(CHUNK_SIZE, t)
+    log_decay = log_decay.clamp(min=FORGET)  # sums of -inf have no differences
     if starts is not None:
         log_decay = log_decay.masked_fill(starts.unsqueeze(-1), FORGET)
     x, B, C = (_chunks(v, c, groups) for v in (x, B, C))
@@ -210,12 +226,37 @@ def trapezoid(
     with weight share[t] dt[t] + after[t], where after[t] = (1 - share[t+1]) dt[t+1]. Only the token
     itself reads that too early, and gets it taken off: y[t] -= after[t] (B[t] . C[t]) x[t].
     """
+
+    def run(
+        x: Tensor,
+        dt: Tensor,
+        share: Tensor,
+        B: Tensor,
+        C: Tensor,
+        log_decay: Tensor,
+        *state: Tensor,
+    ) -> tuple[Tensor, TrapezoidState]:
+        return _by_ssd(x, dt, log_decay, share, B, C, TrapezoidState(*state), starts)
+
+    return isolated(run, starts, (x, dt, share, B, C), (log_decay,), state)
+
+
+def _by_ssd(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    share: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: TrapezoidState,
+    starts: Tensor | None,
+) -> tuple[Tensor, TrapezoidState]:
     left = (1.0 - share) * dt
     after = F.pad(left[:, 1:], (0, 0, 0, 1)).unsqueeze(-1)
     weight = torch.addcmul(after, share.unsqueeze(-1), dt.unsqueeze(-1))
     before = (left[:, 0].unsqueeze(-1) * state.x).unsqueeze(-1)
     h = torch.addcmul(state.h, before, state.B.unsqueeze(-2))
-    y, h = ssd(weight * x, log_decay, B, C, h, starts)
+    y, h = _by_chunks(weight * x, log_decay, B, C, _prepare(x, log_decay, B, C, h, starts), starts)
     y = torch.addcmul(y, after * (B * C).sum(-1, keepdim=True), x, value=-1.0)
     return y, TrapezoidState(h, B[:, -1].clone(), x[:, -1].clone())
 

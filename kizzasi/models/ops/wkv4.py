@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.documents import isolated
 
 
 class WKV4State(NamedTuple):
@@ -95,6 +96,16 @@ def wkv4(
     Args, Returns, Raises: as `wkv4_ref`.
     """
     state = _check(w, u, k, v, state)
+
+    def run(k: Tensor, v: Tensor, *state: Tensor) -> tuple[Tensor, WKV4State]:
+        return _by_chunks(w, u, k, v, WKV4State(*state), starts)
+
+    return isolated(run, starts, (k, v), (), state)
+
+
+def _by_chunks(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKV4State, starts: Tensor | None
+) -> tuple[Tensor, WKV4State]:
     (b, t, d), c = k.shape, math.isqrt(k.shape[1] - 1) + 1
     resets = k.new_zeros(b, t, 1)
     if starts is not None:
