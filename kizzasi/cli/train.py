@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score, beside = training.score(), baselines(corpus)
     whole = ranks.whole(model)
     leave(ranks)
-    whole.eval().save_pretrained(folder)
+    whole.eval().save_pretrained(folder, overwrite=True)
     state.unlink(missing_ok=True)
     result = {
         "folder": str(folder),

@@ -198,11 +198,17 @@ class SequenceModel(nn.Module, metaclass=Ready):
         self._require_causal("generate")
         return generate(self, prompt, max_new_tokens, **sampling)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors; `load` reads them."""
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ) -> None:
+        """Write config.json and model.safetensors, which `load` reads; see `checkpoints.save`."""
         from kizzasi.models.checkpoints.native import save
 
-        save(self, folder)
+        save(self, folder, max_shard_size=max_shard_size, overwrite=overwrite)
 
     @property
     def n_params(self) -> int:
@@ -295,17 +301,27 @@ def build_model(
     Raises:
         SpecError: a rule is broken, the backend is missing, or the model would not fit in memory.
     """
-    spec.check()
     target = torch.device(device or "cpu")
-    _refuse_if_too_large(spec, target, dtype or torch.float32)
+    model = skeleton(spec, target, backend)
+    refuse_if_too_large(spec, target, dtype or torch.float32)
+    if target.type != "meta":
+        materialize(model, lambda: model.reset_parameters(seed))
+    return model.to(device=target, dtype=dtype or torch.float32)
+
+
+def skeleton(spec: ModelSpec, target: torch.device, backend: Backend = "auto") -> SequenceModel:
+    """The modules without their numbers: on "meta", with the engines of the target.
+
+    Raises SpecError as `build_model` does.
+    """
+    spec.check()
+    refuse_if_too_large(spec, torch.device("meta"), torch.float32)
     with torch.device("meta"):
         model = SequenceModel(spec)
     for name, mixer in model.named_modules():
         if isinstance(mixer, Mixer):
             mixer.backend = choose_backend(backend, target, type(mixer), name)
-    if target.type != "meta":
-        materialize(model, lambda: model.reset_parameters(seed))
-    return model.to(device=target, dtype=dtype or torch.float32)
+    return model
 
 
 def choose_backend(
@@ -331,7 +347,8 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _refuse_if_too_large(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+def refuse_if_too_large(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise SpecError if the parameters alone need more than all memory of a device."""
     params = spec.cost(1).params
     need, have = params * dtype.itemsize, memory_bytes(device)
     if need > have:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, ShapeError
@@ -107,8 +108,11 @@ class ModelState(NamedTuple):
         return sum(leaf.nbytes for _, leaf in named_leaves(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; `load_state` reads it."""
-        save_file({name: leaf.detach().contiguous() for name, leaf in named_leaves(self)}, path)
+        """Write a safetensors file, which `load_state` reads, and read it back before it gets its
+        name. Raises CheckpointError."""
+        from kizzasi.models.checkpoints.storage import write_safetensors
+
+        write_safetensors(Path(path), {name: leaf.detach() for name, leaf in named_leaves(self)})
 
 
 def load_state(path: str | os.PathLike[str], like: ModelState) -> ModelState:

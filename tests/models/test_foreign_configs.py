@@ -82,7 +82,7 @@ def test_what_was_written_is_read(folders, name):
         assert ours.mixer.kind == theirs.mixer.kind
     expected = build_model(MODELS[name], seed=1).state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
-    save(model, folders / "again", name)
+    save(model, folders / "again", name, overwrite=True)
     for file in ("config.json", "model.safetensors"):
         assert (folders / "again" / file).read_bytes() == (folders / name / file).read_bytes()
 

@@ -157,7 +157,7 @@ def test_bfloat16_files_come_back_byte_for_byte(case, tmp_path):
     assert files[0] == files[1]
     with torch.no_grad():
         model.norm.weight.add_(1e-5)  # no longer a bfloat16 number
-    save(model, tmp_path / "again", case)
+    save(model, tmp_path / "again", case, overwrite=True)
     stored = load_file(tmp_path / "again" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16, torch.float32}
 

@@ -74,8 +74,8 @@ def test_shards(folder, tensors, expected, name, write):
         ({EMBEDDING: "/etc/passwd"}, "not the plain name of a file"),
         ({EMBEDDING: "..\\x.bin"}, "not the plain name of a file"),
         ({EMBEDDING: ".."}, "cannot read it|not the plain name"),
-        ({EMBEDDING: "none.bin"}, r"none\.bin: cannot read it|not both"),
-        ({EMBEDDING: 3}, "3: cannot read it"),
+        ({EMBEDDING: "none.bin"}, r"none\.bin: .*cannot read it|not both"),
+        ({EMBEDDING: 3}, "3: .*cannot read it"),
         ({"ghost": places[EMBEDDING]}, "ghost is listed or stored in .* but not both"),
     ):
         index.write_text(json.dumps({"weight_map": {**places, **change}}))
@@ -183,7 +183,7 @@ def test_hostile_torch_files_are_refused_and_nothing_is_run(tmp_path, folder):
     refused("'b' does not name a tensor", {"b": 3})
     refused("before 1.6", four, _use_new_zipfile_serialization=False)
     size = b"K\x04\x85"
-    refused("damaged", four, lambda data: data.replace(size, huge + b"\x85"))
+    refused("more values than the file stores", four, lambda d: d.replace(size, huge + b"\x85"))
     stride = b"K\x01\x85"
     expand = [(size, huge + b"\x85"), (stride, b"K\x00\x85")]
     for old, new in expand:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -64,7 +65,8 @@ def load(
     Args:
         path: a folder with config.json and weights, or a single file of weights that tells its
             format by the names in it.
-        device, backend: as for `build_model`.
+        device, backend: as for `build_model`. Tensors go there one by one; the host needs no more
+            memory than the file's size.
         dtype: None keeps the stored dtype; of several, the widest.
         quantized: keep the weights that a GGUF file stores in 4, 5 or 8 bits in that form, for fast
             decoding on the CPU. Scales, and inputs and outputs of those layers, are then rounded to
@@ -110,25 +112,36 @@ def _kind(path: Path) -> ModuleType:
     return native if config.is_file() and native.is_native(config) else foreign
 
 
-def save(model: SequenceModel, folder: str | os.PathLike[str], format: str = native.NAME) -> None:
-    """Write a checkpoint folder.
+def save(
+    model: SequenceModel,
+    folder: str | os.PathLike[str],
+    format: str = native.NAME,
+    *,
+    max_shard_size: int | str = native.SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint folder, and read it back before it gets its name.
 
     What a format cannot express is refused, but for the weights of losses that only training reads
     (a router's z-loss): those it has no key for are left out.
 
     Args:
         model: of any spec, if the format is our own; else of a spec that the format can express.
-        folder: made if need be; files of the same names are replaced.
+        folder: made if need be.
         format: "kizzasi", or one of `formats()`, such as "llama".
+        max_shard_size: bytes of a file of weights, or "500MB"; a larger model is cut in shards.
+        overwrite: replace the model that the folder holds.
 
     Raises:
-        CheckpointError: an unknown format, one that cannot express the model, or an unwritable
-            folder.
+        CheckpointError: an unknown format, one that cannot express the model, a model that could
+            not be loaded again (pruned, with adapters inside, layers cut), a folder that holds a
+            model already or cannot be written.
     """
+    options: Any = {"max_shard_size": max_shard_size, "overwrite": overwrite}
     if format == native.NAME:
-        native.save(model, folder)
+        native.save(model, folder, **options)
     elif format in foreign.FAMILIES:
-        foreign.write(model, folder, foreign.FAMILIES[format])
+        foreign.write(model, folder, foreign.FAMILIES[format], **options)
     else:
         raise CheckpointError(f"format: {format!r} {unknown_name(format, formats())}")
 

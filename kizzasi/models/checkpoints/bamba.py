@@ -21,7 +21,7 @@ from kizzasi.models.checkpoints.mamba_hf import (
     without_steps,
 )
 from kizzasi.models.checkpoints.names import renamed
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba2 import Mamba2Spec
 from kizzasi.models.spec import BlockSpec, ModelSpec

@@ -19,8 +19,6 @@ To add a family, write a file beside this one:
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +27,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.files import Make, write_files
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.names import Link, Rule, apply
-from kizzasi.models.checkpoints.native import CONFIG, compare
-from kizzasi.models.checkpoints.storage import Shapes, Storage, open_file, open_folder, read_json
-from kizzasi.models.model import Backend, SequenceModel, build_model
+from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, to_json
+from kizzasi.models.checkpoints.native import write as write_folder
+from kizzasi.models.checkpoints.storage import (
+    WHOLE,
+    earlier_weights,
+    open_file,
+    open_folder,
+    read_json,
+    require_equal,
+)
+from kizzasi.models.checkpoints.stored import FLOATS, Shapes, Storage
+from kizzasi.models.checkpoints.weights import (
+    alone,
+    compare,
+    empty,
+    fill,
+    folder_with_no_model,
+    shapes_of,
+    taken,
+)
+from kizzasi.models.model import Backend, SequenceModel
 from kizzasi.models.spec import ModelSpec
 
 Rules = Sequence[Rule]
@@ -118,54 +133,68 @@ def build(
     backend: Backend,
 ) -> SequenceModel:
     """The model of a spec with the tensors of an open file; the rest is as in `read`."""
-    try:
-        meta = build_model(spec, device="meta")
-    except SpecError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    links = _fit(path, family, spec, meta, storage)
-    dtype = dtype or _stored_dtype(meta, links, storage)
-    model = build_model(spec, dtype=dtype, backend=backend)
-    _fill(model, links, storage)
-    return model.to(device)
+    model = empty(spec, path, device, backend)
+    return fill(model, _fit(path, family, spec, model, storage), storage, device, dtype)
 
 
-def write(model: SequenceModel, folder: str | os.PathLike[str], family: Family) -> None:
-    """Write the folder that the family's own program reads.
+def write(
+    model: SequenceModel,
+    folder: str | os.PathLike[str],
+    family: Family,
+    *,
+    max_shard_size: int | str = SHARD_BYTES,
+    overwrite: bool = False,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the folder that the family's own program reads, and read it back.
 
     Every floating tensor has the embedding's dtype, or float32 where that would lose something (a
-    bfloat16 model keeps some parameters in float32).
+    bfloat16 model keeps some parameters in float32). The rest is as in `native.save`.
 
     Raises:
-        CheckpointError: the format cannot express the model's spec, or the folder is unwritable.
+        CheckpointError: the format cannot express the model's spec, a model is there already, this
+            one could not be loaded again, or the folder is unwritable.
     """
     folder = Path(folder)
     try:
         data = {} if family.config is None else family.config(model.spec)
-        tensors = _tensors(model, family)
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        told, given = read_spec(family, data, shapes, CONFIG), family.canonical(model.spec)
+        tensors = _tensors(model, family, folder)
+        told = read_spec(family, data, shapes_of(tensors), CONFIG)
+        given = family.canonical(model.spec)
     except (SpecError, CheckpointError) as error:
         raise CheckpointError(f"{folder}: cannot write it as {family.name}: {error}") from error
     if given != told:
         reason = _difference(given.to_dict(), told.to_dict())
         raise CheckpointError(f"{folder}: cannot write it as {family.name}: {reason}")
+    there = [CONFIG, family.file, *(p.name for p in earlier_weights(folder))]
+    folder_with_no_model(folder, there, overwrite)
+    config = None if family.config is None else dict(sorted({**data, **(beside or {})}.items()))
+    if family.file == WHOLE[0]:
+        write_folder(folder, tensors, config, max_shard_size)
+    else:
+        _write_torch(folder, tensors, config, family.file)
+
+
+def _write_torch(
+    folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any] | None, name: str
+) -> None:
+    makers: dict[Path, Make] = {folder / name: lambda file: torch.save(tensors, file)}
+    if config is not None:
+        makers[folder / CONFIG] = lambda file: file.write(to_json(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors = _write_safetensors if family.file.endswith(SAFE) else torch.save
-        _replace(folder / family.file, lambda path: write_tensors(tensors, path))
-        if family.config is not None:
-            text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-            _replace(folder / CONFIG, lambda path: path.write_text(text, "utf-8"))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        stale = [path for path in earlier_weights(folder) if path.name != name]
+        write_files(makers, lambda paths: require_equal(paths[0], tensors), stale)
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
 
 
-def _tensors(model: SequenceModel, family: Family) -> dict[str, Tensor]:
+def _tensors(model: SequenceModel, family: Family, folder: Path) -> dict[str, Tensor]:
     """Under the names of the family's first layout."""
     usual = next(model.stem.parameters()).dtype
-    state = {name: _lossless(t, usual) for name, t in model.state_dict().items()}
+    state = {name: _lossless(t, usual) for name, t in taken(model, folder).items()}
     links = apply(family.layouts(model.spec)[0], list(state))
-    return {name: _alone(t) for name, t in _written(links, state).items()}
+    return {name: alone(t) for name, t in _written(links, state).items()}
 
 
 def _written(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -226,7 +255,7 @@ def _fit(
             best = faults, links, wanted
     assert best is not None, f"{family.name} has no layout"
     compare(path, given, best[2])
-    odd = [name for name in given if storage[name].dtype is None]
+    odd = [name for name in given if storage[name].dtype not in FLOATS]
     if odd:
         raise CheckpointError(f"{path}: {odd[0]} is not of float64, 32, 16 or bfloat16; convert it")
     return best[1]
@@ -240,37 +269,10 @@ def _check_twin(path: Path, head: str, embedding: str, storage: Storage) -> None
         raise CheckpointError(f"{path}: {rule}; set tie_word_embeddings to false")
 
 
-def _stored_dtype(meta: SequenceModel, links: Sequence[Link], storage: Storage) -> torch.dtype:
-    """The widest dtype, but for float32 where a bfloat16 model has float32 anyway."""
-    low = meta.to(torch.bfloat16).state_dict()
-    found: list[torch.dtype] = []
-    for link in links:
-        kept = all(low[name].dtype == torch.float32 for name in link.ours)
-        dtypes = [storage[name].dtype or torch.float32 for name in link.theirs]
-        found += [dtype for dtype in dtypes if not kept or dtype == torch.float64]
-    return functools.reduce(torch.promote_types, found)
-
-
-def _fill(model: SequenceModel, links: Sequence[Link], storage: Storage) -> None:
-    state = model.state_dict()
-    for link in links:
-        shapes = [state[name].shape for name in link.ours]
-        values = link.form.read([storage[name].read() for name in link.theirs], shapes)
-        for name, value in zip(link.ours, values, strict=True):
-            assert value.shape == state[name].shape, f"{name}: the form does not undo itself"
-            state[name].copy_(value)
-
-
 def _lossless(tensor: Tensor, usual: torch.dtype) -> Tensor:
     """In the usual dtype if no value changes."""
     low = tensor.to(usual)
     return low if torch.equal(low.to(tensor.dtype), tensor) else tensor
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and not a part of a larger tensor, which would be written whole."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _difference(ours: Any, theirs: Any, path: str = "") -> str:
@@ -282,14 +284,3 @@ def _difference(ours: Any, theirs: Any, path: str = "") -> str:
     else:
         return f"{path} is {ours!r:.200}, and the format can only say {theirs!r:.200}"
     return next(_difference(a, b, at) for at, a, b in pairs if a != b)
-
-
-def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _replace(path: Path, make: Callable[[Path], Any]) -> None:
-    """A crash leaves the old file or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    make(partial)
-    os.replace(partial, path)

@@ -27,7 +27,7 @@ from kizzasi.models.checkpoints.gguf_file import MAGIC, GGUFTensor, open_gguf
 from kizzasi.models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from kizzasi.models.checkpoints.names import apply
 from kizzasi.models.checkpoints.quantized import GROUP, LevelTensor, quantize
-from kizzasi.models.checkpoints.storage import Stored
+from kizzasi.models.checkpoints.stored import Stored
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.model import Backend, SequenceModel
 from kizzasi.models.rope_scaling import RopeScaling

@@ -20,7 +20,7 @@ from kizzasi.models.checkpoints.names import (
     Rule,
     renamed,
 )
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens

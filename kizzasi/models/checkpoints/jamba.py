@@ -23,7 +23,7 @@ from kizzasi.models.checkpoints.mamba_hf import (
     without_steps,
 )
 from kizzasi.models.checkpoints.names import STACKED, Rule, renamed
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec

@@ -24,7 +24,7 @@ from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, Rules, register
 from kizzasi.models.checkpoints.names import renamed
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import BlockSpec, ModelSpec

@@ -21,7 +21,7 @@ from kizzasi.models.checkpoints import llama
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, register
 from kizzasi.models.checkpoints.names import renamed
-from kizzasi.models.checkpoints.storage import Shapes, count_values
+from kizzasi.models.checkpoints.stored import Shapes, count_values
 from kizzasi.models.mixer import MixerSpec
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec

@@ -37,7 +37,7 @@ from kizzasi.models.checkpoints.llama import (
     used_window,
 )
 from kizzasi.models.checkpoints.names import STACKED, Form, Rule, renamed
-from kizzasi.models.checkpoints.storage import Shapes, count_values
+from kizzasi.models.checkpoints.stored import Shapes, count_values
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
 EXPERT = "blocks.#.channel.experts"

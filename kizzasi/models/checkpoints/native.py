@@ -1,45 +1,116 @@
-"""Our own format: config.json holds the spec, model.safetensors the weights."""
+"""Our own format: config.json holds the spec, model.safetensors (or its shards) the weights.
+
+Beside the spec, config.json may hold what is no part of the architecture: "tokenizer" and
+"generation" (companions.py). The keys "model_type" and "architectures" are for transformers, whose
+AutoClasses read the folder after `kizzasi.hf.register()`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models.checkpoints.storage import read_json
-from kizzasi.models.model import Backend, SequenceModel, build_model
+from kizzasi.files import write_files
+from kizzasi.models.checkpoints.names import SAME, Link
+from kizzasi.models.checkpoints.storage import (
+    earlier_weights,
+    open_safetensors,
+    read_json,
+    require_equal,
+    weight_files,
+)
+from kizzasi.models.checkpoints.weights import (
+    compare,
+    empty,
+    fill,
+    folder_with_no_model,
+    shapes_of,
+    taken,
+)
+from kizzasi.models.model import Backend, SequenceModel
 from kizzasi.models.spec import ModelSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NAME = "kizzasi"
 FORMAT = f"{NAME}/1"
+SHARD_BYTES = 5 * 10**9
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
-    """Write both files; each replaces an old one in one move, so a crash leaves whole files.
+def save(
+    model: SequenceModel,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = SHARD_BYTES,
+    overwrite: bool = False,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json and the weights, and read them back before they get their names.
+
+    Args:
+        model: of any spec, its modules as the spec says.
+        folder: made if need be.
+        max_shard_size: bytes of a file of weights, or "500MB"; a larger model is cut in shards.
+        overwrite: replace the model that the folder holds.
+        beside: further entries of config.json.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: a model is there already, this one could not be loaded again, or the folder
+            cannot be written.
     """
     folder = Path(folder)
-    config = {"format": FORMAT, "spec": model.spec.to_dict()}
-    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    folder_with_no_model(folder, [CONFIG, *(p.name for p in earlier_weights(folder))], overwrite)
+    spec = model.spec
+    if ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))).digest != spec.digest:
+        raise CheckpointError(f"{folder}: cannot save: the spec does not survive its own JSON")
+    config = {
+        "format": FORMAT,
+        "model_type": NAME,
+        "architectures": ["KizzasiForCausalLM"],
+        "spec": spec.to_dict(),
+        **(beside or {}),
+    }
+    write(folder, taken(model, folder), config, max_shard_size)
+
+
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, most: int | str
+) -> None:
+    """Weights and config.json, read back; an earlier model's other files of weights go."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (WEIGHTS + ".partial")
-        save_file(tensors, partial)
-        os.replace(partial, folder / WEIGHTS)
-        partial = folder / (CONFIG + ".partial")
-        partial.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        os.replace(partial, folder / CONFIG)
+        makers, parts = weight_files(folder, tensors, shard_bytes(most))
+        if config is not None:
+            makers[folder / CONFIG] = lambda file: file.write(to_json(config))
+
+        def check(paths: Any) -> None:
+            for path, part in zip(paths, parts, strict=False):
+                require_equal(path, part)
+
+        write_files(makers, check, earlier_weights(folder))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def shard_bytes(size: int | str) -> int:
+    """Bytes of "5GB" and the like. Raises CheckpointError."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]B)?", str(size).upper())
+    if isinstance(size, bool) or match is None or int(match[1]) == 0:
+        raise CheckpointError(f'max_shard_size: {size!r}; give bytes, or a text such as "500MB"')
+    return int(match[1]) * UNITS.get(match[2], 1)
 
 
 def load(
@@ -51,16 +122,20 @@ def load(
 ) -> SequenceModel:
     """See `kizzasi.models.load`. Shapes are compared before anything is allocated."""
     spec = read_spec(folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS, spec)
-    stored = {t.dtype for name, t in tensors.items() if name.startswith("stem.")}
-    model = build_model(spec, backend=backend, dtype=dtype or stored.pop())
-    model.load_state_dict(tensors, strict=True)
-    return model.to(device)
+    path, storage = open_safetensors(folder)
+    model = empty(spec, folder / CONFIG, device, backend)
+    wanted = model.state_dict()
+    compare(path, {name: s.shape for name, s in storage.items()}, shapes_of(wanted))
+    odd = next((n for n, s in storage.items() if s.dtype is None), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {odd} is of a dtype that no model here has")
+    return fill(model, [Link([n], [n], SAME) for n in wanted], storage, device, dtype)
 
 
 def is_native(path: Path) -> bool:
     """Whether a config.json is one of ours, of whatever version. Raises CheckpointError."""
-    return str(read_json(path).get("format")).startswith(NAME)
+    config = read_json(path)
+    return str(config.get("format")).startswith(NAME) or config.get("model_type") == NAME
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -74,33 +149,3 @@ def read_spec(path: Path) -> ModelSpec:
     except SpecError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return spec
-
-
-def read_tensors(path: Path, spec: ModelSpec) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, after its header agreed with the spec in every shape."""
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-            wanted = _meta(spec, path).state_dict()
-            compare(path, shapes, {k: tuple(v.shape) for k, v in wanted.items()})
-            return {name: file.get_tensor(name) for name in shapes}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: missing or damaged: {error}") from error
-
-
-def _meta(spec: ModelSpec, path: Path) -> SequenceModel:
-    try:
-        return build_model(spec, device="meta")
-    except SpecError as error:
-        raise CheckpointError(f"{path}: cannot fit its config: {error}") from error
-
-
-def compare(path: Path, given: dict[str, tuple], wanted: dict[str, tuple]) -> None:
-    """Raise CheckpointError naming missing, unexpected and misshapen tensors."""
-    faults = [f"missing {n}" for n in sorted(wanted.keys() - given.keys())]
-    faults += [f"unexpected {n}" for n in sorted(given.keys() - wanted.keys())]
-    both = sorted(given.keys() & wanted.keys())
-    faults += [f"{n} is {given[n]}, not {wanted[n]}" for n in both if given[n] != wanted[n]]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(f"{path}: does not fit its config: {'; '.join(faults[:5])}{more}")

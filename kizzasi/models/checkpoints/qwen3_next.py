@@ -18,7 +18,7 @@ from kizzasi.models.checkpoints.jamba import attention_keys
 from kizzasi.models.checkpoints.mamba_hf import canonical as plain
 from kizzasi.models.checkpoints.mamba_hf import only_mixer
 from kizzasi.models.checkpoints.names import renamed
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.gated_delta import GatedDeltaSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec

@@ -19,7 +19,7 @@ from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, register
 from kizzasi.models.checkpoints.names import STACKED, TRANSPOSED, Rule, renamed
 from kizzasi.models.checkpoints.rwkv_pth import FLAT, SHIFTS, canonical, same_blocks, sizes_of
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.rwkv4 import RWKV4Spec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
 from kizzasi.models.spec import BlockSpec, ModelSpec

@@ -22,7 +22,7 @@ from kizzasi.models.channels.rwkv_channel import SHARES, ChannelVersion, RWKVCha
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, Rules, register
 from kizzasi.models.checkpoints.names import Rule, renamed, reshaped
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixer import MixerSpec
 from kizzasi.models.mixers.rwkv4 import RWKV4Spec
 from kizzasi.models.mixers.rwkv5 import RWKV5Spec

@@ -27,7 +27,7 @@ from kizzasi.models.checkpoints.mamba_hf import (
     step_rank,
 )
 from kizzasi.models.checkpoints.names import CONCATENATED, Form, Rule, renamed
-from kizzasi.models.checkpoints.storage import Shapes
+from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.mamba2 import Mamba2Spec

@@ -64,7 +64,7 @@ def export(run: Path, out: Path) -> Path:
             f"{run / 'best'}: not the architecture that the journal calls the winner, "
             f"{summary.winner.entry['name']}; delete the folder's copy or restore the original"
         )
-    model.save_pretrained(out)
+    model.save_pretrained(out, overwrite=True)
     model.spec.to_file(out / "spec.yaml")
     model.spec.to_file(out / "spec.json")
     texts = {

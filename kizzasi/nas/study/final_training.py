@@ -117,7 +117,7 @@ class Finish:
             list(study.executor.run([job], study.bar))
         training = study.executor.evaluator.training(trial.entry.spec, trial.seed)
         training.restore(path)
-        training.model.eval().save_pretrained(folder)
+        training.model.eval().save_pretrained(folder, overwrite=True)
 
     def _train_twins(self, entries: Sequence[Entry]) -> None:
         """Every finalist once more at about half of the parameters, on the same tokens."""
