@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kizzasi.models.ops import conv, delta, linear_attention, scan, ssd, wkv4
+from kizzasi.models.ops import conv, delta, linear_attention, scan, ssd, wkv, wkv4
 
 
 def normal(*shape, seed=0):
@@ -78,6 +78,14 @@ def averaged():
     return (negative(d), normal(d), k, v, normal(b, d), normal(b, d, seed=1).exp()), {}
 
 
+def rewritten(strength):
+    b, t, h, n = 2, 9, 2, 4
+    r, k, v, removal, rate = (normal(b, t, h, n, seed=i) for i in range(5))
+    removal = torch.nn.functional.normalize(removal, dim=-1)
+    w = strength * negative(b, t, h, n)
+    return (r, w, k, v, -removal, removal * rate.sigmoid(), normal(b, h, n, n)), {}
+
+
 # name: fast op, loop, inputs that have gradients, index of the first that is a state
 LINEAR = linear_attention.linear_attention, linear_attention.linear_attention_ref
 OPS = {
@@ -90,6 +98,8 @@ OPS = {
     "trapezoid": (trapezoid(ssd.trapezoid), trapezoid(ssd.trapezoid_ref), two_ends, 6),
     "delta-head": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(1), 5),
     "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
+    "wkv7": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(1), 6),
+    "wkv7-strong": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(60), 6),
     "wkv4": (average(wkv4.wkv4), average(wkv4.wkv4_ref), averaged, 4),
 }
 STARTS = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0, 0]]).bool()

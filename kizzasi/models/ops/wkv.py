@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops import autodiff
+from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.wkv7_wide import CHUNK_SIZE, chunks, joined, wkv7_wide
 
-CHUNK_SIZE = 32
+WEAKEST = {torch.float32: -2.5, torch.float64: -20.0}  # log decays that `_WKV7` can divide by
 
 
 def wkv7_ref(
@@ -87,18 +87,34 @@ def wkv7(
         u[t] = S P[t-1] a[t] + sum_{s<t} (u[s] b[s]^T + v[s] k[s]^T) (P[t-1] / P[s]) a[t]
 
     is a unit triangular system for all u at once; the outputs and the memory at the end are sums of
-    the same form. P[t] / P[s] is split at the middle of the chunk into a factor for each side, so
-    that no exponent exceeds half a chunk of decay: float32 holds for any w > -2.5.
+    the same form. On a CPU P[t] / P[s] is split at the middle of the chunk into a factor for each
+    side, which float32 holds for any w > -2.5, and the adjoint is written out, for two thirds of
+    autograd's time and half its memory. Stronger decays, other devices and further derivatives go
+    through `wkv7_wide`, which divides by nothing.
 
     Args, Returns, Raises: as `wkv7_ref`.
 
     Source: Yang et al. 2024, arXiv:2406.06484, section 3 (the WY form of the delta rule).
-    Differs: a decay per channel, separate a and b, and documents that start anywhere in a chunk.
-        The adjoint is written out, for two thirds of autograd's time and half its memory; it
-        cannot be differentiated again (`wkv7_ref` can).
+    Differs: a decay per channel, separate a and b, and documents that start anywhere in a chunk. A
+        memory that grew infinite out of finite numbers is not forgotten at a start.
     """
     _same_shape(r, w, k, v, a, b)
-    return _WKV7.apply(r, w, k, v, a, b, _empty(r) if s0 is None else s0, starts)
+
+    def run(
+        r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, w: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        form = _WKV7.apply if _divides(w) else wkv7_wide
+        return form(r, w, k, v, a, b, s, starts)
+
+    return isolated(run, starts, (r, k, v, a, b), (w,), (_empty(r) if s0 is None else s0,))
+
+
+def _divides(w: Tensor) -> bool:
+    """The rule. Only a CPU says at once whether the decays are weak enough to divide by; the meta
+    device has none."""
+    if torch.compiler.is_compiling() or autodiff.transformed() or not (w.is_cpu or w.is_meta):
+        return False
+    return w.is_meta or bool(w.detach().amin() > WEAKEST[w.dtype])
 
 
 def wkv7_step(
@@ -158,7 +174,8 @@ class _WKV7(torch.autograd.Function):
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.shape, c = r.shape, min(CHUNK_SIZE, r.shape[1])
-        r, w, k, v, a, b = (_chunks(x, c) for x in (r, w, k, v, a, b))
+        inputs = (r, w, k, v, a, b, s0, starts)
+        r, w, k, v, a, b = (chunks(x, c) for x in (r, w, k, v, a, b))
         z, n = r.shape[0], r.shape[-1]
         decay = (_from_middle(c, w) @ w.reshape(-1, c, n)).exp_()
         queries = torch.stack([a, r], 3).view_as(decay).mul_(decay)
@@ -187,21 +204,23 @@ class _WKV7(torch.autograd.Function):
             torch.baddbmm(kept, values[j].mT, writes[j], out=memory[j + 1]).mul_(step[j])
         y = torch.bmm(reads[:, c:], memory[:-1].flatten(0, 1).mT)
         torch.baddbmm(y, scores[:, c:], values.flatten(0, 1), out=y)
-        ctx.save_for_backward(decay, queries, keys, scores, solver, values, memory, starts)
-        return _joined(y, ctx.shape), memory[-1].view(s0.shape).clone()
+        ctx.save_for_backward(*inputs, decay, queries, keys, scores, solver, values, memory)
+        return joined(y, ctx.shape), memory[-1].view(s0.shape).clone()
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor, ds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        decay, queries, keys, scores, solver, values, memory, starts = ctx.saved_tensors
+        inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        if autodiff.too_narrow(dy, ds):
+            return autodiff.gradients(wkv7_wide, inputs, (dy, ds))
+        (decay, queries, keys, scores, solver, values, memory), starts = saved, inputs[-1]
         z, _, double, n = values.shape
         c = double // 2
         with torch.autocast(dy.device.type, enabled=False):
             sight = _look(starts, z, decay)
             enter, step = _rescale(decay, z)
-            dy = _chunks(dy, c).reshape(-1, c, n)
+            dy = chunks(dy, c).reshape(-1, c, n)
             reads, writes = _times(queries, sight.entry), _times(keys, sight.exit)
             own = torch.bmm(solver.mT, torch.bmm(scores[:, c:, :c].mT, dy))
             reader = torch.bmm(solver.mT, writes[:, :c])
@@ -237,7 +256,7 @@ class _WKV7(torch.autograd.Function):
             dw = _from_middle(c, dlog).mT @ dlog
             da, dr = dqueries.mul_(decay).chunk(2, 1)
             db, dk = dkeys.unflatten(1, (2, c)).div_(decay[:, None, c:]).unbind(1)
-            grads = [_joined(x, ctx.shape) for x in (dr, dw, dk, dv, da, db)]
+            grads = [joined(x, ctx.shape) for x in (dr, dw, dk, dv, da, db)]
             return *grads, (ds * enter).unflatten(0, (ctx.shape[0], -1)), None
 
 
@@ -267,7 +286,7 @@ def _look(starts: Tensor | None, z: int, decay: Tensor) -> _Sight:
         return _Sight(seen.to(dtype), None, None, [None] * z)
     heads = len(decay) // (z * len(starts))
     starts = starts[..., None, None].expand(-1, -1, heads, 1)
-    document = _chunks(starts, c).cumsum(-2).flatten(0, 2)
+    document = chunks(starts, c).cumsum(-2).flatten(0, 2)
     last = document[:, -1:]
     seen = seen & (document == document.mT).tile(1, 2, 2)
     first_document, last_document = ((document == i).tile(1, 2, 1).to(dtype) for i in (0, last))
@@ -277,20 +296,6 @@ def _look(starts: Tensor | None, z: int, decay: Tensor) -> _Sight:
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
-
-
-def _chunks(x: Tensor, c: int) -> Tensor:
-    """(b, t, h, n) to (z, b, h, c, n). Zeros fill the last chunk: they neither write nor decay."""
-    missing = -x.shape[1] % c
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    return rearrange(x, "b (z c) h n -> z b h c n", c=c)
-
-
-def _joined(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `_chunks` for (z b h, c, n)."""
-    b, t, h, _ = shape
-    return rearrange(x, "(z b h) c n -> b (z c) h n", b=b, h=h)[:, :t]
 
 
 def _empty(r: Tensor) -> Tensor:
