@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,10 +17,10 @@ from kizzasi.models.block import Block, add_losses
 from kizzasi.models.decoding.generate import generate
 from kizzasi.models.groups import parameter_groups
 from kizzasi.models.init import Ready, materialize
+from kizzasi.models.loss import IGNORED, mean_loss
 from kizzasi.models.mixer import Mixer, document_starts
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import document_positions
-from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
 
@@ -40,20 +39,20 @@ class ModelOutput(NamedTuple):
     state: ModelState
     aux: Mapping[str, Tensor]
 
-    def loss(self, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    def loss(
+        self, targets: Tensor, mask: Tensor | None = None, *, ignore_index: int = IGNORED
+    ) -> Tensor:
         """Mean loss over the positions that count, plus every auxiliary loss.
 
         Args:
             targets: ids (b, t) for cross entropy in nats, or frames like logits for squared error.
-            mask: (b, t) bool, which positions count; None means all.
+            mask: (b, t) bool, which positions count, or their weights; None means all.
+            ignore_index: the id of labels that do not count.
+
+        Raises:
+            ShapeError: targets or mask do not fit, or an id is outside the vocabulary.
         """
-        logits = full_precision(self.logits)
-        if targets.is_floating_point():
-            each = (logits - targets).square().mean(-1)
-        else:
-            each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-            each = each.view(targets.shape)
-        mean = each.mean() if mask is None else (each * mask).sum() / mask.sum().clamp(min=1)
+        mean = mean_loss(self.logits, targets, mask, ignore_index)
         return mean + sum(self.aux.values())
 
 

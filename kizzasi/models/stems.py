@@ -158,7 +158,7 @@ class SignalStem(Stem):
             raise ShapeError(f"expected frames {wanted} of a floating dtype, got {given}")
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        return self.in_proj(inputs)
+        return self.in_proj(torch.where(position[..., None] < 0, 0.0, inputs))
 
     def head(self, x: Tensor) -> Tensor:
         return self.out_proj(x)
