@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.decoding.generate import generate
+from kizzasi.models.decoding.streaming import forecast
 from kizzasi.models.groups import parameter_groups
 from kizzasi.models.init import Ready, materialize
 from kizzasi.models.loss import IGNORED, mean_loss
@@ -72,6 +73,8 @@ class SequenceModel(nn.Module, metaclass=Ready):
     """
 
     recompute: bool = False
+    generate = generate
+    forecast = forecast
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -98,6 +101,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         *,
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Parallel form.
 
@@ -108,6 +112,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 before it; the first id continues the state's document if it is the same.
             mask: (b, t), False for padding, which must come before a row's first token. Logits at
                 padding mean nothing.
+            last_only: make logits (b, 1, v) of the last token alone: all that a prompt is for.
 
         Raises:
             ShapeError: inputs, segment_ids or mask do not fit, or a document is longer than the
@@ -115,7 +120,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
             SpecError: a state was given to a model that is not causal.
         """
         if state is not None:
-            self._require_causal("a carried state")
+            self.require_causal("a carried state")
         self.stem.check(inputs, time=True)
         shape = (inputs.shape[0], inputs.shape[1])
         self._check_batch(state, shape[0])
@@ -139,6 +144,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         after = ModelState(tuple(states), position[:, -1] + 1, segment)
         if mask is not None:
             after = self._forget_padding(after)
+        x = x[:, -1:] if last_only else x
         return ModelOutput(self.stem.head(self.norm(x)), after, aux)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
@@ -146,7 +152,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
 
         Raises SpecError if the model is not causal.
         """
-        self._require_causal("step")
+        self.require_causal("step")
         self.stem.check(inputs, time=False)
         self._check_batch(state, inputs.shape[0])
         self._check_positions(state.position)
@@ -189,14 +195,6 @@ class SequenceModel(nn.Module, metaclass=Ready):
         """Optimiser groups by each mixer's own rules; see `kizzasi.models.parameter_groups`."""
         return parameter_groups(self, lr, weight_decay)
 
-    def generate(self, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue a prompt; see `kizzasi.models.decoding.generate` for its arguments.
-
-        Raises SpecError if the model is not causal.
-        """
-        self._require_causal("generate")
-        return generate(self, prompt, max_new_tokens, **sampling)
-
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -217,7 +215,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         backends = sorted({m.backend for m in self.modules() if isinstance(m, Mixer)})
         return f"backend={'+'.join(backends)}, params={self.n_params:,}, {self.spec.digest[:12]}"
 
-    def _require_causal(self, wish: str) -> None:
+    def require_causal(self, wish: str) -> None:
         """Refuse what needs results that no later token can change."""
         if not self._causal:
             path, part = next((p, s) for p, s in self.spec.parts() if not s.causal)

@@ -25,9 +25,9 @@ SPECIAL = (3, 4)  # token types: control, and user-defined
 
 
 class Tokenizer(ABC):
-    """eos: the id that ends a text, if one does."""
+    """eos: the id that ends a text, or several of which each does; None if none does."""
 
-    eos: int | None = None
+    eos: int | Sequence[int] | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -57,7 +57,9 @@ class ByteTokenizer(Tokenizer):
 class PackagedTokenizer(Tokenizer):
     """A tokenizer of the package tokenizers; bos, if given, comes before every text."""
 
-    def __init__(self, inner: Any, eos: int | None = None, bos: int | None = None) -> None:
+    def __init__(
+        self, inner: Any, eos: int | Sequence[int] | None = None, bos: int | None = None
+    ) -> None:
         self.inner, self.eos, self.bos = inner, eos, bos
 
     def encode(self, text: str) -> list[int]:
@@ -82,7 +84,10 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         return from_gguf(open_gguf(path).metadata, str(path))
     if (path / TOKENIZER).is_file():
         eos = read_json(path / native.CONFIG).get("eos_token_id")
-        return PackagedTokenizer(_read(path / TOKENIZER), eos if isinstance(eos, int) else None)
+        known = isinstance(eos, int) or (
+            isinstance(eos, list) and all(isinstance(i, int) for i in eos)
+        )
+        return PackagedTokenizer(_read(path / TOKENIZER), eos if known else None)
     if vocab_size > 2 * 256:
         raise CheckpointError(
             f"{path}: no {TOKENIZER} there, and {vocab_size} ids are no bytes; put it in the folder"

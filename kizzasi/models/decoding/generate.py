@@ -3,45 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kizzasi.errors import ShapeError
 from kizzasi.models.decoding.beams import search_beams
+from kizzasi.models.decoding.draft import Guesser, speculate
+from kizzasi.models.decoding.reading import (
+    as_mask,
+    as_rows,
+    check_model,
+    evaluating,
+    read,
+    read_each,
+    vocabulary,
+)
+from kizzasi.models.decoding.sampling import Draws, Process, Sampling, Seen, integer, require
+from kizzasi.models.decoding.transcript import Decoded, Run, Stopping, Transcript
+from kizzasi.models.state import map_state
 
 if TYPE_CHECKING:
     from kizzasi.models.model import ModelOutput, SequenceModel
     from kizzasi.models.state import ModelState
 
 
-def generate(
+class Generated(NamedTuple):
+    """What `generate` returns if it is asked for more than ids.
+
+    ids        (b, t + n), or (t + n,) for a flat prompt.
+    state      after every row's last token, its eos included and what it is filled with left out:
+               the next turn of a conversation goes on from it. None unless asked for.
+    logprobs   (b, n), or (n,), log p of every new token under the model itself, before penalties,
+               `process`, temperature and filters; 0 where a row is filled. None unless asked for.
+    """
+
+    ids: Tensor
+    state: ModelState | None
+    logprobs: Tensor | None
+
+
+@overload
+def generate(  # pyright: ignore[reportOverlappingOverload]
     model: SequenceModel,
-    prompt: Tensor,
+    prompt: Tensor | Sequence[Any],
     max_new_tokens: int,
     *,
+    return_state: Literal[True],
+    **others: Any,
+) -> Generated: ...
+@overload
+def generate(  # pyright: ignore[reportOverlappingOverload]
+    model: SequenceModel,
+    prompt: Tensor | Sequence[Any],
+    max_new_tokens: int,
+    *,
+    return_logprobs: Literal[True],
+    **others: Any,
+) -> Generated: ...
+@overload
+def generate(
+    model: SequenceModel, prompt: Tensor | Sequence[Any], max_new_tokens: int, **others: Any
+) -> Tensor: ...
+def generate(  # pyright: ignore[reportInconsistentOverload]
+    model: SequenceModel,
+    prompt: Tensor | Sequence[Any],
+    max_new_tokens: int,
+    *,
+    state: ModelState | None = None,
+    mask: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    process: Process | None = None,
     n_beams: int = 1,
     length_penalty: float = 1.0,
-    eos: int | None = None,
-    stop: Sequence[str] = (),
+    draft: SequenceModel | None = None,
+    n_drafted: int = 4,
+    eos: int | Sequence[int] | Tensor | None = None,
+    stop: str | Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[Tensor], object] | None = None,
     step: Callable[[Tensor, ModelState], ModelOutput] | None = None,
-    seed: int = 0,
-    mask: Tensor | None = None,
-) -> Tensor:
+    seed: int | torch.Generator = 0,
+    return_state: bool = False,
+    return_logprobs: bool = False,
+) -> Tensor | Generated:
     """Continue a prompt.
 
+    Every module of the model is in evaluation mode for the call and has its own mode afterwards.
+
     Args:
-        model: a model with a token stem; it is put into eval mode for the call.
-        prompt: ids (b, t) or (t,), t >= 1.
+        model: a causal model with a token stem.
+        prompt: ids (b, t) or (t,), t >= 1, a tensor of any integers or a list.
         max_new_tokens: how many tokens to add at most.
+        state: what the prompt continues, such as `Generated.state` of the turn before; None starts
+            afresh. It is left as it was.
+        mask: (b, t), False for left padding of prompts of unequal length, also after a state.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the fewest tokens whose probability reaches p (Holtzman et al. 2020,
@@ -50,159 +110,108 @@ def generate(
             2024, arXiv:2407.01082).
         repetition_penalty: positive logits of tokens seen before, in the prompt too, are divided by
             it, negative ones multiplied (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing.
+            What a given state has read is not counted.
+        process: process(ids, logits) -> logits (b, v), after the penalty and before the
+            temperature: a grammar, allowed ids, a bias. ids (b, t) are each row's own prompt and
+            continuation so far, also of every beam and every drafted token; -inf forbids a token.
         n_beams: above 1, look for the likeliest continuation; see `search_beams`. It takes
             temperature 0.
         length_penalty: beams are compared by log likelihood / length ** length_penalty.
-        eos: a row that has produced this id is finished and filled up with it.
-        stop: a row whose continuation contains one of these strings is finished and filled up with
-            eos, or with 0 if there is none. Needs `decode`.
+        draft: a smaller model of the same vocabulary. It guesses n_drafted tokens at a time, which
+            the model reads at once and takes or replaces: tokens are distributed as without it, and
+            equal at temperature 0. See `speculate`.
+        n_drafted: how many.
+        eos: a row that has produced this id, or one of these, is finished and filled up with it,
+            with the first of several.
+        stop: a row whose continuation contains this text, or one of these, is finished and filled
+            up with eos, or with 0 if there is none. Needs `decode`.
         decode: a tokenizer's ids -> text.
         on_token: called with each new (b,) ids as soon as they are chosen.
         step: what decodes in place of `model.step`, such as `torch.compile(model.step)`.
-        seed: of the sampling, drawn on the CPU: the same on every device up to rounding of logits.
-        mask: (b, t), False for left padding of prompts of unequal length.
+        seed: of the sampling, or a generator, which is then advanced. The same seed gives the same
+            tokens on every device, up to rounding of logits.
+        return_state, return_logprobs: return `Generated`, with these.
 
     Returns:
-        (b, t + n) prompt and continuation, n <= max_new_tokens; (t + n,) for a prompt (t,).
+        (b, t + n) int64 prompt and continuation, n <= max_new_tokens; (t + n,) for a prompt (t,).
 
     Raises:
-        ShapeError: an argument is out of range, or two of them exclude each other.
+        GenerateError: an argument is out of range, two of them exclude each other, a row is all
+            padding, or logits are NaN or infinite so that nothing can be chosen.
+        ShapeError: the prompt does not fit the model, or pads on the right.
+        SpecError: the model is not causal.
     """
-    beams_ask_for = temperature == 0 and not stop and on_token is None
-    for name, ok, rule in (
-        ("max_new_tokens", max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature >= 0, "at least 0"),
-        ("top_k", top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p is None or 0 < top_p <= 1, "in (0, 1]"),
-        ("min_p", min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
-        ("repetition_penalty", repetition_penalty > 0, "above 0"),
-        ("n_beams", n_beams >= 1, "at least 1"),
-        ("n_beams", n_beams == 1 or beams_ask_for, "1 unless temperature is 0, without callbacks"),
-        ("decode", not stop or decode is not None, "given, to find stop strings in the text"),
-    ):
-        if not ok:
-            raise ShapeError(f"generate: {name} must be {rule}")
-    rows = prompt[None] if prompt.ndim == 1 else prompt
-    generator = torch.Generator().manual_seed(seed)
+    check_model(model, "generate")
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        process=process,
+    )
+    sampling.check()
+    for name, value in {
+        "max_new_tokens": max_new_tokens,
+        "n_beams": n_beams,
+        "n_drafted": n_drafted,
+    }.items():
+        require(integer(value) and value >= 1, name, f"an integer from 1 on, not {value!r}")
+    greedy = not (temperature or stop or on_token or draft or return_logprobs)
+    rule = "1 unless temperature is 0, without stop, on_token, draft and return_logprobs"
+    require(n_beams == 1 or greedy, "n_beams", rule)
+    require(not (step and draft), "step", "left out with draft, which reads several tokens at once")
+    stopping = Stopping.of(eos, stop, decode, vocabulary(model))
+    rows, flat = as_rows(prompt)
+    mask = None if mask is None else as_mask(mask, rows)
+    with evaluating(model), evaluating(draft or nn.Module()):
+        logits, read_state = read(model, rows, mask, state)
+        run = Run(
+            model=model,
+            step=step or model.step,
+            logits=logits,
+            state=read_state,
+            seen=Seen.begin(sampling, rows, mask, logits.shape[-1]),
+            sampling=sampling,
+            draws=Draws(seed, len(rows), logits.device),
+            stopping=stopping,
+            max_new_tokens=max_new_tokens,
+            on_token=on_token,
+            with_logprobs=return_logprobs,
+        )
+        if n_beams > 1:
+            out = search_beams(run, n_beams, length_penalty)
+        elif draft is not None:
+            out = speculate(run, Guesser.begin(draft, model, rows, mask), n_drafted)
+        else:
+            out = _sample(run)
+        after = _state_after(run, out) if return_state else None
+    ids = torch.cat([rows, out.ids.to(rows.device)], dim=1)
+    if not (return_state or return_logprobs):
+        return ids[0] if flat else ids
+    # What was computed in inference mode cannot be trained on; copies can.
+    after = None if after is None else map_state(Tensor.clone, after)
+    p = None if out.logprobs is None else out.logprobs.clone()
+    return Generated(ids[0], after, p if p is None else p[0]) if flat else Generated(ids, after, p)
 
-    def draw(logits: Tensor) -> Tensor:
-        return pick(logits, temperature, top_k, top_p, min_p, generator)
 
-    def finished(tokens: list[Tensor]) -> Tensor:
-        ended = tokens[-1].cpu() == (-1 if eos is None else eos)
-        if decode is not None and stop:
-            texts = [decode(row) for row in torch.stack(tokens, 1).tolist()]
-            ended |= torch.tensor([any(s in text for s in stop) for text in texts])
-        return ended
-
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            out = model(rows, mask=mask)
-            begun = Begun(step or model.step, out.logits[:, -1], out.state)
-            seen = Seen(rows, mask, out.logits.shape[-1], repetition_penalty)
-            if n_beams > 1:
-                new = search_beams(begun, seen, max_new_tokens, n_beams, length_penalty, eos)
-            else:
-                new = _sample(begun, seen, max_new_tokens, draw, finished, eos or 0, on_token)
-    finally:
-        model.train(training)
-    full = torch.cat([rows, new.to(rows)], dim=1)
-    return full[0] if prompt.ndim == 1 else full
-
-
-def _sample(
-    begun: Begun,
-    seen: Seen,
-    max_new_tokens: int,
-    draw: Callable[[Tensor], Tensor],
-    finished: Callable[[list[Tensor]], Tensor],
-    fill: int,
-    on_token: Callable[[Tensor], object] | None,
-) -> Tensor:
-    """Draw tokens until all rows have finished. Returns (b, n) ids."""
-    step, logits, state = begun
-    tokens: list[Tensor] = []
-    done = torch.zeros(len(logits), dtype=torch.bool)
+def _sample(run: Run) -> Decoded:
+    """Draw tokens, one step of the model for each, until all rows have finished."""
+    transcript, sampling = Transcript(run), run.sampling
+    logits, state, seen = run.logits, run.state, run.seen
     while True:
-        chosen = draw(seen.penalize(logits.float().cpu())).masked_fill(done, fill)
-        tokens.append(chosen.to(logits.device))
-        if on_token is not None:
-            on_token(tokens[-1])
-        done = done | finished(tokens)
-        if len(tokens) == max_new_tokens or done.all():
-            return torch.stack(tokens, dim=1)
-        seen.add(chosen)
-        logits, state, _ = step(tokens[-1], state)
+        ids, sound = sampling.pick(sampling.logits(logits, seen), run.draws)
+        ids = transcript.add(ids, sound, logits)
+        if transcript.finished:
+            return transcript.decoded(state)
+        seen = seen.add(ids)
+        logits, state, _ = run.step(ids, state)
 
 
-class Begun(NamedTuple):
-    """A model that has read the prompts: its step, logits (b, v) of the next token, its state."""
-
-    step: Callable[[Tensor, ModelState], ModelOutput]
-    logits: Tensor
-    state: ModelState
-
-
-class Seen:
-    """The tokens that each row holds so far, and the penalty on saying them again."""
-
-    def __init__(self, rows: Tensor, mask: Tensor | None, n_tokens: int, penalty: float) -> None:
-        self.penalty = penalty
-        self.rows = torch.zeros(len(rows), n_tokens, dtype=torch.bool)
-        if penalty != 1:
-            real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask.bool()
-            for row, ids, kept in zip(self.rows, rows.cpu(), real.cpu(), strict=True):
-                row[ids[kept]] = True
-
-    def add(self, ids: Tensor) -> None:
-        self.rows.scatter_(1, ids[:, None].long(), True)
-
-    def gather(self, order: Tensor) -> None:
-        self.rows = self.rows[order]
-
-    def penalize(self, logits: Tensor) -> Tensor:
-        if self.penalty == 1:
-            return logits
-        less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-        return torch.where(self.rows, less, logits)
-
-
-def pick(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """Draw one id per row of logits (b, v) on the CPU. Returns (b,) int64."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = sampled_from(logits, temperature, top_k, top_p, min_p)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
-
-
-def sampled_from(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> Tensor:
-    """The (b, v) probabilities that `pick` draws from; each filter works on what the one before
-    it left, in the order of the arguments."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        floor = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    if min_p is not None:
-        p = logits.softmax(-1)
-        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return logits.softmax(-1)
+def _state_after(run: Run, out: Decoded) -> ModelState:
+    """The state after every row's own last token."""
+    n = out.ids.shape[1]
+    if out.state is not None and min(out.lengths) == n:
+        return run.step(out.ids[:, -1], out.state).state
+    pieces = [ids[:length] for ids, length in zip(out.ids, out.lengths, strict=True)]
+    return read_each(run.model, pieces, run.state)[1]
