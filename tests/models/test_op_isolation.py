@@ -17,7 +17,7 @@ def form(request, monkeypatch):
     monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 20)
     monkeypatch.setattr(scan_blocks, "BLOCK_STATES", 1)
     if request.param == "no questions":
-        monkeypatch.setattr(documents, "_all_finite", lambda *inputs: False)
+        monkeypatch.setattr(documents, "all_finite", lambda *inputs: False)
     if request.param == "chunks":
         monkeypatch.setattr(scan, "_by_blocks", lambda u: False)
     return 1 if request.param == "loop" else 0

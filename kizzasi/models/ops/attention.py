@@ -13,10 +13,14 @@ arXiv:2305.13245. ALiBi: Press et al. 2021, arXiv:2108.12409. Soft cap: Gemma 2,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.documents import all_finite
 from kizzasi.models.ops.precision import full_precision
 
 
@@ -30,6 +34,7 @@ def attention_ref(
     softcap: float | None = None,
     causal: bool = True,
     scale: float | None = None,
+    finite: bool = False,
 ) -> Tensor:
     """Attend by the formula, with the scores written out.
 
@@ -42,19 +47,36 @@ def attention_ref(
         k: (b, h_kv, s, d) with h_kv a divisor of h.
         v: (b, h_kv, s, any width).
         visible: bool, broadcastable to (b, h, t, s), True where a query may look at a key; every
-            query must see a key. None: as `causal` says.
+            query must see a key, and NaN in those that it does not see touches nothing. None: as
+            `causal` says.
         bias: broadcastable to (b, h, t, s), added to the scores.
         softcap: bound on the size of the scores.
         causal: the last query sees every key, each one before it one key less; False: all see all.
         scale: of the scores; None means 1 / sqrt(d).
+        finite: the caller knows that the keys and values that nobody sees are finite.
 
     Returns:
         (b, h, t, width of v) in q's dtype. The softmax is taken in at least float32.
     """
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if visible is not None and not finite:
+        run = partial(_formula, bias=bias, softcap=softcap, scale=scale)
+        return _shielded(run, q, k, v, visible)
     if visible is None and causal:
         visible = _earlier(q, k)
+    return _formula(q, k, v, visible, bias=bias, softcap=softcap, scale=scale)
+
+
+def _formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+) -> Tensor:
+    k, v = _expand(q, k), _expand(q, v)
     scores = full_precision(q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -75,28 +97,80 @@ def attention(
     softcap: float | None = None,
     causal: bool = True,
     scale: float | None = None,
+    finite: bool = False,
 ) -> Tensor:
     """`attention_ref` by torch's fused kernels, except for capped scores, which they lack."""
     if softcap is not None:
         return attention_ref(
-            q, k, v, visible=visible, bias=bias, softcap=softcap, causal=causal, scale=scale
+            q,
+            k,
+            v,
+            visible=visible,
+            bias=bias,
+            softcap=softcap,
+            causal=causal,
+            scale=scale,
+            finite=finite,
         )
+    if visible is not None and not finite:
+        return _shielded(partial(_fused, bias=bias, scale=scale), q, k, v, visible)
     causal = causal and visible is None and q.shape[2] > 1
     if causal and (bias is not None or q.shape[2] != k.shape[2]):  # what the kernels cannot say
         visible, causal = _earlier(q, k), False
+    return _fused(q, k, v, visible, bias=bias, scale=scale, causal=causal)
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    *,
+    bias: Tensor | None,
+    scale: float | None,
+    causal: bool = False,
+) -> Tensor:
     mask = visible
     if bias is not None:
         mask = bias.to(q.dtype)
         mask = mask if visible is None else mask.masked_fill(~visible, -torch.inf)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and _expands(q, mask):
+        k, v, grouped = _expand(q, k), _expand(q, v), False
     return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _expands(q: Tensor, mask: Tensor | None) -> bool:
+    """The rule. Of CUDA's kernels, flash refuses masks and the memory-efficient one shared keys;
+    with both there remains the one that writes the scores out."""
+    return q.is_cuda and mask is not None
+
+
+def _expand(q: Tensor, k: Tensor) -> Tensor:
+    """Keys or values (b, h_kv, s, n) once for every query head."""
+    group = q.shape[1] // k.shape[1]
+    return k if group == 1 else k.repeat_interleave(group, dim=1)
+
+
+def _shielded(
+    run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+) -> Tensor:
+    """run(q, k, v, visible), where a weight of zero hides NaN and infinities too: a query that sees
+    one, or is one, gets NaN, and no gradient passes through it; others are as if it were zero."""
+    if all_finite(q, k, v):
+        return run(q, k, v, visible)
+    odd_q = ~q.isfinite().all(-1).all(1)
+    odd_k = ~(k.isfinite().all(-1) & v.isfinite().all(-1)).all(1)
+    q = q.masked_fill(odd_q[:, None, :, None], 0.0)
+    k, v = (x.masked_fill(odd_k[:, None, :, None], 0.0) for x in (k, v))
+    sick = (visible & odd_k[:, None, None]).any(-1).any(1) | odd_q
+    return run(q, k, v, visible).masked_fill(sick[:, None, :, None], torch.nan)
 
 
 def _earlier(q: Tensor, k: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def isolated(
         logs: each (b, t, ...), logarithms: -inf is a number among them.
         memory: each (b, ...), what the tokens before the first one left.
     """
-    if starts is None or _all_finite(*tokens, *logs, *memory):
+    if starts is None or all_finite(*tokens, *logs, *memory):
         return run(*tokens, *logs, *memory)
     bad = [~x.isfinite().flatten(2).all(-1) for x in tokens]
     bad += [~(x < torch.inf).flatten(2).all(-1) for x in logs]
@@ -54,7 +54,7 @@ def isolated(
     return y, type(state)(*(x.masked_fill(_to_shape(after, x), torch.nan) for x in state))
 
 
-def _all_finite(*inputs: Tensor) -> bool:
+def all_finite(*inputs: Tensor) -> bool:
     """Whether all are known to be: only a CPU answers at once. A finite sum has finite terms."""
     if torch.compiler.is_compiling() or transformed() or not inputs[0].is_cpu:
         return False
