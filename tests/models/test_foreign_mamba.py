@@ -335,7 +335,7 @@ ATTENDING = {"causal": True, "num_heads": 2, "qkv_proj_bias": False, "out_proj_b
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ssm_cfg": {"layer": "Mamba3"}}, r"ssm_cfg\.layer: 'Mamba3' is not supported; only"),
+        ({"ssm_cfg": {"layer": "Mamba4"}}, r"ssm_cfg\.layer: 'Mamba4' is not supported; only"),
         ({"ssm_cfg": {"d_ssm": 8, "layer": "Mamba2"}}, r"ssm_cfg\.d_ssm: 8 is not supported"),
         ({"ssm_cfg": {"d_stat": 8}}, r"ssm_cfg\.d_stat: 8 is unknown here"),
         ({"attn_layer_idx": [0, 5]}, r"attn_layer_idx: \[0, 5\] for 2 layers"),

@@ -26,6 +26,18 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Keys of transformers that say nothing as long as they have this value.
+INERT = {
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "encoder_no_repeat_ngram_size": 0,
+    "quantization_config": None,
+}
+
 
 class Config:
     """The keys of a config.json, handed out one by one; `finish` refuses those that remain.
@@ -95,7 +107,7 @@ class Config:
     def finish(self, harmless: Iterable[str] = HARMLESS) -> None:
         """Refuse every key that nobody asked for."""
         for key in sorted(self._left - set(harmless)):
-            if self.data[key] is not None:
+            if self.data[key] is not None and self.data[key] != INERT.get(key):
                 rule = "unknown here, and ignoring it might change what the model computes"
                 self.refuse(key, f"{self.data[key]!r:.80} is {rule}; remove it if it does not")
 

@@ -69,7 +69,8 @@ class Family:
         spec, layouts, config: see the module. `config` is None for a format without config.json.
         signature: tensors that tell the format where config.json has no "model_type".
         ignored: stored tensors that are no weights; "#" stands for a number.
-        tied: name of a head that may be stored too if the spec ties it, and the embedding's.
+        tied: name of a head that may be stored too if the spec ties it, and the embedding's, whose
+            first part is missing in files of a model without its head, and put back in all names.
         canonical: specs of equal models become equal specs.
         file: what the tensors are written to, by torch.save unless it ends in .safetensors.
     """
@@ -119,6 +120,8 @@ def recognise(path: Path) -> tuple[Family, ModelSpec, Storage]:
     data = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     shapes = {name: stored.shape for name, stored in storage.items()}
     family = _family(path, data, shapes)
+    storage = _whole_names(family, storage)
+    shapes = {name: stored.shape for name, stored in storage.items()}
     return family, read_spec(family, data, shapes, path), storage
 
 
@@ -221,6 +224,20 @@ def _family(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
         f"{len(shapes)} tensors ({', '.join(sorted(shapes)[:3])}, ...) tell none; "
         f"if there is a {CONFIG}, give its folder"
     )
+
+
+def _whole_names(family: Family, storage: Storage) -> Storage:
+    """The names of a model with its head, of a file that holds one without."""
+    if family.tied is None:
+        return storage
+    base, _, embedding = family.tied[1].partition(".")
+    if embedding not in storage or any(name.startswith(f"{base}.") for name in storage):
+        return storage
+    head = family.tied[0].rpartition(".")[0]
+    return {
+        name if name.startswith(f"{head}.") else f"{base}.{name}": stored
+        for name, stored in storage.items()
+    }
 
 
 def read_spec(family: Family, data: Mapping[str, Any], shapes: Shapes, where: object) -> ModelSpec:

@@ -26,6 +26,7 @@ from kizzasi.models.mixer import MixerSpec
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.mamba2 import Mamba2Spec
+from kizzasi.models.mixers.mamba3 import Mamba3Spec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens
 from kizzasi.models.strict import coerce
@@ -116,7 +117,7 @@ def _plain_mixer(mixer: MixerSpec, d_model: int) -> MixerSpec:
         eps = mixer.inner_norm_eps if mixer.inner_norm else MambaSpec().inner_norm_eps
         rank, expand = mixer.rank(d_model), mixer.d_inner(d_model) / d_model
         return replace(mixer, dt_rank=rank, expand=expand, inner_norm_eps=eps)
-    if isinstance(mixer, Mamba2Spec):
+    if isinstance(mixer, (Mamba2Spec, Mamba3Spec)):
         expand = mixer.n_heads(d_model) * mixer.head_dim / d_model
         return replace(mixer, expand=expand)
     return mixer

@@ -1,8 +1,13 @@
 """The original Mamba checkpoints of state-spaces/mamba: config.json without "model_type", and
 pytorch_model.bin, in which a tied head is stored too.
 
-`ssm_cfg`, `attn_cfg` and `d_intermediate` are the arguments of their Mamba1 or Mamba2, MHA and
-GatedMLP. Attention with a convolution over its projections (mamba2attn-2.7b) is refused.
+`ssm_cfg`, `attn_cfg` and `d_intermediate` are the arguments of their Mamba1, Mamba2 or Mamba3, MHA
+and GatedMLP. Attention with a convolution over its projections (mamba2attn-2.7b) is refused, and so
+are Mamba3 with several inputs per head or a norm of its output.
+
+Which activation a Mamba3's decays were trained with is not in the file: their program has used one,
+heavy_tail, since June 2026, and softplus before. Without a key it is read as the newer; for older
+weights put `"a_activation": "softplus"` into `ssm_cfg`, where their program ignores it.
 
 Source: mixer_seq_simple.py, mha.py and mlp.py of state-spaces/mamba.
 """
@@ -31,6 +36,7 @@ from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.mamba2 import Mamba2Spec
+from kizzasi.models.mixers.mamba3 import Mamba3Spec
 from kizzasi.models.norm import NormKind
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens
@@ -38,6 +44,7 @@ from kizzasi.models.stems import Tokens
 LAYER = "backbone.layers.#."
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 HIDDEN_MULTIPLE = 128  # of GatedMLP
+DECAYS = ("heavy_tail", "softplus")
 STEPS = {"dt_min": "dt_min", "dt_max": "dt_max", "dt_floor": "dt_init_floor"}
 
 
@@ -59,6 +66,7 @@ RULES = [
     *renamed(
         {
             **NAMES,
+            **{f"blocks.#.mixer.{bc}_norm.@": f"{LAYER}mixer.{bc}_norm.@" for bc in "BC"},
             "stem.embedding.@": "backbone.embedding.@",
             "blocks.#.mixer.o_proj.@": f"{LAYER}mixer.out_proj.@",
             "blocks.#.channel_norm.@": f"{LAYER}norm2.@",
@@ -101,17 +109,20 @@ def _channel(config: Config) -> SwiGLUSpec | None:
     return SwiGLUSpec(hidden + -hidden % HIDDEN_MULTIPLE) if hidden else None
 
 
-def _mamba(config: Config, d_model: int) -> MambaSpec | Mamba2Spec:
+def _mamba(config: Config, d_model: int) -> MambaSpec | Mamba2Spec | Mamba3Spec:
     keys = config.within("ssm_cfg") or Config({}, config.where)
-    make = keys.choose("layer", {"Mamba1": _mamba1, "Mamba2": _mamba2}, "Mamba1")
+    makers = {"Mamba1": _mamba1, "Mamba2": _mamba2, "Mamba3": _mamba3}
+    make = keys.choose("layer", makers, "Mamba1")
     steps = {ours: keys.get(key, float, getattr(MambaSpec(), ours)) for ours, key in STEPS.items()}
-    mixer = make(keys, d_model)
+    mixer = replace(make(keys, d_model), **steps)
+    if isinstance(mixer, Mamba3Spec):
+        keys.finish(())
+        return mixer
     mixer = replace(
         mixer,
         d_conv=keys.get("d_conv", int, 4),
         conv_bias=keys.get("conv_bias", bool, True),
         bias=keys.get("bias", bool, False),
-        **steps,
     )
     keys.finish(())
     return mixer
@@ -140,6 +151,22 @@ def _mamba2(keys: Config, d_model: int) -> Mamba2Spec:
         dt_limit=step_limit(keys, "dt_limit"),
         rms_norm=keys.get("rmsnorm", bool, True),
         norm_before_gate=keys.get("norm_before_gate", bool, False),
+    )
+
+
+def _mamba3(keys: Config, d_model: int) -> Mamba3Spec:
+    keys.skip("chunk_size", "dropout")  # speed; their program ignores it
+    keys.skip("mimo_rank")  # of what follows
+    keys.only("is_mimo", False)
+    keys.only("is_outproj_norm", False)
+    return Mamba3Spec(
+        d_state=keys.get("d_state", int, 128),
+        expand=int(keys.get("expand", float, 2.0) * d_model) / d_model,
+        head_dim=keys.get("headdim", int, 64),
+        n_groups=keys.get("ngroups", int, 1),
+        rope_fraction=keys.get("rope_fraction", float, 0.5),
+        a_activation=keys.choose("a_activation", {name: name for name in DECAYS}, "heavy_tail"),
+        A_floor=keys.get("A_floor", float, 1e-4),
     )
 
 
@@ -190,8 +217,12 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
 
 def _mamba_keys(spec: ModelSpec) -> dict[str, Any]:
     kinds = {type(block.mixer) for block in spec.blocks}
-    mixer = only_mixer(spec, Mamba2Spec if Mamba2Spec in kinds else MambaSpec)
+    mixer = only_mixer(spec, next((k for k in (Mamba2Spec, Mamba3Spec) if k in kinds), MambaSpec))
     keys = {key: getattr(mixer, ours) for ours, key in STEPS.items()}
+    if isinstance(mixer, Mamba3Spec):
+        same = ("d_state", "expand", "rope_fraction", "a_activation", "A_floor")
+        keys |= {key: getattr(mixer, key) for key in same}
+        return {"layer": "Mamba3", **keys, "headdim": mixer.head_dim, "ngroups": mixer.n_groups}
     keys |= {key: getattr(mixer, key) for key in ("d_state", "d_conv", "conv_bias", "bias")}
     keys["expand"] = int(mixer.expand) if mixer.expand == int(mixer.expand) else mixer.expand
     if isinstance(mixer, MambaSpec):
