@@ -52,6 +52,7 @@ NAS_ROOMS = (
 )
 # eml sees the contract of a mixer, not the models made of them.
 MIXER_CONTRACT = {
+    "kizzasi.models.call",
     "kizzasi.models.cost",
     "kizzasi.models.init",
     "kizzasi.models.mixer",

@@ -13,7 +13,6 @@ itself; the projections are shared by all positions, so the layer is equivariant
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.eml.operator import eml_soft
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -29,7 +29,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.strict import join, register, require
@@ -216,20 +215,11 @@ class EmlAttention(Mixer):
             cache, cache, torch.zeros(batch, 0, dtype=torch.int64, device=device)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        state: EmlAttentionState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        b, t, _ = x.shape
+    def parallel(self, x: Tensor, state: EmlAttentionState | None, call: Call) -> MixerOut:
+        b = len(x)
         if state is None:
             state = self.init_state(b, x.device, x.dtype)
-        if segment_ids is None:
-            segment_ids = torch.zeros(b, t, dtype=torch.int64, device=x.device)
-        document = document_starts(segment_ids).cumsum(1)
+        document = call.places(state.document.new_zeros(b))[0]
         q, k, v = self._project(x)
         k = torch.cat([state.k.to(k.dtype), k], dim=2)
         v = torch.cat([state.v.to(v.dtype), v], dim=2)
@@ -239,14 +229,10 @@ class EmlAttention(Mixer):
             slots = state.document.shape[1]
             visible = visible & torch.ones_like(visible[0]).tril(slots)
         y = self._attend(q, k, v, visible[:, None])
-        alive = (key_document == document[:, -1:]) & (segment_ids[:, -1:] >= 0)
+        alive = key_document == document[:, -1:]
+        if call.real is not None:
+            alive = alive & call.real[:, -1:]
         return MixerOut(y, EmlAttentionState(k, v, torch.where(alive, 0, -1)))
-
-    def step(
-        self, x: Tensor, state: EmlAttentionState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        out = self.forward(x[:, None], state)
-        return MixerOut(out.y[:, 0], out.state)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, h, t, r); the first two of length 1."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.init import Ready
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, add_losses
 from kizzasi.models.norm import Norm
@@ -48,36 +47,23 @@ class Block(nn.Module, metaclass=Ready):
                 part.reset_parameters(n_layers, generator)
 
     def forward(
-        self,
-        x: Tensor,
-        state: BlockState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
+        self, x: Tensor, state: BlockState | None = None, *, call: Call | None = None
     ) -> MixerOut:
-        """Parallel form; arguments and result as in `Mixer.forward`."""
+        """Either form; arguments and result as in `Mixer.forward`."""
         before = BlockState(None, None) if state is None else state
-        out = self.mixer(self.mixer_norm(x), before.mixer, segment_ids=segment_ids, shared=shared)
+        call = Call.of(x) if call is None else call
+        out = self.mixer(self.mixer_norm(x), before.mixer, call=call)
         x = x + self._drop(out.y)
         if self.channel is None or self.channel_norm is None:
             return MixerOut(x, BlockState(out.state, ()), out.aux, out.shared)
-        wide = self.channel(self.channel_norm(x), before.channel, segment_ids=segment_ids)
+        wide = self.channel(self.channel_norm(x), before.channel, call=call)
         x = x + self._drop(wide.y)
         state = BlockState(out.state, wide.state)
         return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
 
-    def step(
-        self, x: Tensor, state: BlockState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def step(self, x: Tensor, state: BlockState, *, call: Call | None = None) -> MixerOut:
         """Recurrent form; arguments and result as in `Mixer.step`."""
-        out = self.mixer.step(self.mixer_norm(x), state.mixer, shared=shared)
-        x = x + self._drop(out.y)
-        if self.channel is None or self.channel_norm is None:
-            return MixerOut(x, BlockState(out.state, ()), out.aux, out.shared)
-        wide = self.channel.step(self.channel_norm(x), state.channel)
-        x = x + self._drop(wide.y)
-        state = BlockState(out.state, wide.state)
-        return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
+        return self(x, state, call=Call.of(x, step=True) if call is None else call)
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, add_losses
 
 
@@ -30,24 +30,19 @@ class Branches(nn.ModuleList):
             spec.build(place) for spec, place in zip(specs, layer.place(specs), strict=True)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Any, ...] | None,
-        segment_ids: Tensor | None,
-        shared: Mapping[str, Tensor] | None,
-    ) -> BranchesOut:
-        """Parallel form of all; arguments as in `Mixer.forward`."""
-        states = (None,) * len(self) if state is None else state
-        pairs = zip(self.mixers, states, strict=True)
-        return _run((partial(m, x, s, segment_ids=segment_ids) for m, s in pairs), shared)
-
-    def step(
-        self, x: Tensor, state: tuple[Any, ...], shared: Mapping[str, Tensor] | None
-    ) -> BranchesOut:
-        """Recurrent form of all; arguments as in `Mixer.step`."""
-        pairs = zip(self.mixers, state, strict=True)
-        return _run((partial(m.step, x, s) for m, s in pairs), shared)
+    def forward(self, x: Tensor, state: tuple[Any, ...] | None, call: Call) -> BranchesOut:
+        """Either form of all; arguments as in `Mixer.forward`."""
+        ys: list[Tensor] = []
+        states: list[Any] = []
+        aux: Mapping[str, Tensor] = {}
+        offered: Mapping[str, Tensor] = {}
+        before = (None,) * len(self) if state is None else state
+        for mixer, memory in zip(self.mixers, before, strict=True):
+            out: MixerOut = mixer(x, memory, call=call.offering(offered))
+            ys.append(out.y)
+            states.append(out.state)
+            aux, offered = add_losses(aux, out.aux), {**offered, **out.shared}
+        return BranchesOut(ys, tuple(states), aux, offered)
 
     def init_state(
         self, batch: int, device: torch.device | None, dtype: torch.dtype | None
@@ -66,18 +61,3 @@ class Branches(nn.ModuleList):
 def kinds_with(kind: str, mixers: Sequence[MixerSpec]) -> frozenset[str]:
     """`MixerSpec.kinds` of a composite whose mixers share tensors with other layers."""
     return frozenset({kind}).union(*(mixer.kinds for mixer in mixers))
-
-
-def _run(
-    calls: Iterable[Callable[..., MixerOut]], shared: Mapping[str, Tensor] | None
-) -> BranchesOut:
-    ys: list[Tensor] = []
-    states: list[Any] = []
-    aux: Mapping[str, Tensor] = {}
-    offered: Mapping[str, Tensor] = {}
-    for call in calls:
-        out = call(shared={**(shared or {}), **offered})
-        ys.append(out.y)
-        states.append(out.state)
-        aux, offered = add_losses(aux, out.aux), {**offered, **out.shared}
-    return BranchesOut(ys, tuple(states), aux, offered)

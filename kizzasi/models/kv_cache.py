@@ -15,25 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.mixer import document_starts
-from kizzasi.models.ops.attention import document_positions, visibility
+from kizzasi.models.call import Call
+from kizzasi.models.ops.attention import visibility
 
 
 class AttentionState(NamedTuple):
     """The cache.
 
-    k, v           (b, n_kv_heads, s, width), keys after norm and rotation. Without a window one
-                   slot per token; with one, a ring of `window` slots, position p in p % window.
-    position       (b, s) int64, place in the open document; -1: dead, of another document or empty.
-                   (b, 0) where slot i holds position i of every row, so that no slot is dead: the
-                   shape alone says that nothing need be masked.
-    next_position  (b,) int64, position of the next token.
+    k, v      (b, n_kv_heads, s, width), keys after norm and rotation. Without a window one slot per
+              token; with one, a ring of `window` slots, position p in p % window.
+    position  (b, s) int64, place in the open document; -1: dead, of another document or empty.
+              (b, 0) where slot i holds position i of every row, so that no slot is dead: the shape
+              alone says that nothing need be masked.
     """
 
     k: Tensor
     v: Tensor
     position: Tensor
-    next_position: Tensor
 
     @property
     def in_order(self) -> bool:
@@ -52,9 +50,15 @@ class AttentionState(NamedTuple):
         slots = torch.arange(self.k.shape[2], device=self.k.device)
         return slots.expand(self.k.shape[0], -1)
 
-    def add(self, k: Tensor, v: Tensor, window: int | None = None) -> AttentionState:
-        """The cache with one more token, k and v (b, n_kv_heads, 1, width)."""
-        now, position = self.next_position[:, None], self.position
+    def next_position(self) -> Tensor:
+        """(b,) int64, position of the next token; (1,) for all rows if the slots are in order."""
+        if self.in_order:
+            return self.position.new_full((1,), self.k.shape[2])
+        return self.position.amax(1) + 1
+
+    def add(self, k: Tensor, v: Tensor, now: Tensor, window: int | None = None) -> AttentionState:
+        """The cache with one more token, k and v (b, n_kv_heads, 1, width), at `now` (b, 1)."""
+        position = self.position
         if window is None:
             k, v = append(self.k, k), append(self.v, v)
             if not self.in_order:
@@ -65,7 +69,7 @@ class AttentionState(NamedTuple):
             index = slot[:, None, :, None]
             k = self.k.to(k.dtype).scatter(2, index.expand_as(k), k)
             v = self.v.to(v.dtype).scatter(2, index.expand_as(v), v)
-        return AttentionState(k, v, position, self.next_position + 1)
+        return AttentionState(k, v, position)
 
     def n_alive(self) -> int:
         """The live slots of the row that has most; see `state.Cache`."""
@@ -84,7 +88,7 @@ class AttentionState(NamedTuple):
             return F.pad(leaf.gather(2, index), (0, 0, 0, spare))
 
         position = F.pad(position.gather(1, order), (0, spare), value=-1)
-        return AttentionState(take(self.k), take(self.v), position, self.next_position)
+        return AttentionState(take(self.k), take(self.v), position)
 
 
 def empty_cache(
@@ -100,15 +104,16 @@ def empty_cache(
         torch.zeros(batch, n_kv_heads, slots, width, device=device, dtype=dtype) for width in widths
     )
     position = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
-    return AttentionState(k, v, position, position.new_zeros(batch))
+    return AttentionState(k, v, position)
 
 
 class Layout(NamedTuple):
     """Where the t tokens of a call stand, and the s slots of the cache before them.
 
-    document, position          (b, t) of the tokens; see `document_positions`.
+    document, position          (b, t) of the tokens; see `Call`.
     key_document, key_position  (b, s + t) of all that they may see.
     last                        (b,) position of the last token, -1 if it is padding.
+    counted                     names how the positions were counted.
     alike                       no slot is dead and no row differs from another: the first four have
                                 one row for all.
     """
@@ -119,6 +124,7 @@ class Layout(NamedTuple):
     key_position: Tensor
     last: Tensor
     alike: bool
+    counted: str
 
     def visible(self, window: int | None = None, causal: bool = True) -> Tensor | None:
         """(b or 1, 1, t, s + t) bool; None where `attention` knows it from `causal` alone."""
@@ -134,28 +140,44 @@ class Layout(NamedTuple):
         if window is not None:
             return _ring(k, v, self.last, self.position.shape[1], window)
         if self.alike:
-            return AttentionState(k, v, self.last.new_empty(len(self.last), 0), self.last + 1)
+            return AttentionState(k, v, self.last.new_empty(len(self.last), 0))
         alive = (self.key_document == self.document[:, -1:]) & (self.last >= 0)[:, None]
-        position = torch.where(alive, self.key_position, -1)
-        return AttentionState(k, v, position, self.last + 1)
+        return AttentionState(k, v, torch.where(alive, self.key_position, -1))
 
 
-def layout(state: AttentionState, segment_ids: Tensor | None, length: int) -> Layout:
-    """Lay out a call on `length` tokens; segment_ids as in `Mixer.forward`.
+def layout(call: Call, state: AttentionState, window: int | None = None) -> Layout:
+    """Lay out a call after a cache; the layers of one call that remember alike share the result.
 
     Padding is a document of its own: it sees itself, so that nothing is ever divided by zero.
     """
-    alike = segment_ids is None and state.in_order
-    rows = slice(1) if alike else slice(None)
-    start, before = state.next_position[rows], state.positions()[rows]
-    if segment_ids is None:
-        segment_ids = start.new_zeros(len(start), length)
-    document, position = document_positions(document_starts(segment_ids), start)
+    key = _key("layout", state, window)
+    return call.once(key, lambda: _lay_out(call, state, key))
+
+
+def visible(
+    call: Call, state: AttentionState, window: int | None = None, causal: bool = True
+) -> Tensor | None:
+    """`Layout.visible`, made once for all layers of a call that see alike."""
+    sight = layout(call, state, window)
+    key = _key(f"visible {causal}", state, window)
+    return call.once(key, lambda: sight.visible(window, causal))
+
+
+def _key(name: str, state: AttentionState, window: int | None) -> str:
+    """What tells apart the caches of one model's layers, which have all seen the same tokens."""
+    return f"{name} after {state.k.shape[2]}, in order {state.in_order}, window {window}"
+
+
+def _lay_out(call: Call, state: AttentionState, counted: str) -> Layout:
+    rows, alike = len(state.position), call.segments is None and state.in_order
+    document, position = call.places(state.next_position())
+    before = state.positions()[: len(position)]
     key_document = torch.cat([before.clamp(-1, 0), document], dim=1)
     key_position = torch.cat([before, position], dim=1)
-    last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
-    last = last.expand(len(state.next_position))
-    return Layout(document, position, key_document, key_position, last, alike)
+    last = position[:, -1].expand(rows)
+    if call.real is not None:
+        last = torch.where(call.real[:, -1], last, -1)
+    return Layout(document, position, key_document, key_position, last, alike, counted)
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:
@@ -181,4 +203,4 @@ def _ring(k: Tensor, v: Tensor, last: Tensor, t: int, window: int) -> AttentionS
         there = index.expand(-1, slots.shape[1], -1, slots.shape[3])
         return slots.gather(2, there).masked_fill(dead, 0.0)
 
-    return AttentionState(take(k), take(v), position, last + 1)
+    return AttentionState(take(k), take(v), position)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import SpecError
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
@@ -85,6 +86,9 @@ def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str,
 class Mixer(KeepFloat32, metaclass=Ready):
     """Base of all mixers. Constructed from its spec and a LayerContext; see `Ready`.
 
+    A mixer defines `parallel` and `recurrent`. Both are reached through the module's call alone, so
+    that hooks, adapters, sharding and offloading act in a step as they do in training.
+
     Class attributes:
         float32_parameters: names never stored below float32 (decays, step sizes, routers).
         param_rules: optimiser rules for parameters of this module by name; a parameter without one
@@ -110,31 +114,34 @@ class Mixer(KeepFloat32, metaclass=Ready):
     def start(self, spec: MixerSpec | ChannelSpec, layer: LayerContext, *_: Any) -> None:
         self.reset_parameters(layer.n_layers)
 
-    @abstractmethod
-    def forward(
-        self,
-        x: Tensor,
-        state: Any = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        """Parallel form over a stretch of tokens.
+    def forward(self, x: Tensor, state: Any = None, *, call: Call | None = None) -> MixerOut:
+        """Run `parallel`, or if the call is a step, `recurrent`.
 
         Args:
-            x: (b, t, d) with t >= 1.
+            x: (b, t, d) with t >= 1, or (b, d) in a step.
             state: what an earlier call returned, or None for `init_state`.
-            segment_ids: (b, t) int64, None if every token continues the state. 0 continues the
-                carried state; every change of value along t starts a document from the zero state;
-                -1 is padding. `document_starts` turns it into resets.
-            shared: what earlier layers of this call offered.
+            call: what all layers of a model's call have in common; None for a mixer by itself.
         """
+        if call is None:
+            call = Call.of(x)
+        if not call.step:
+            return self.parallel(x, state, call)
+        if state is None:
+            state = self.init_state(len(x), x.device, x.dtype)
+        return self.recurrent(x, state, call)
+
+    def step(self, x: Tensor, state: Any, *, call: Call | None = None) -> MixerOut:
+        """Recurrent form: one token, x (b, d). Equals `forward` on x[:, None]."""
+        return self(x, state, call=Call.of(x, step=True) if call is None else call)
 
     @abstractmethod
-    def step(
-        self, x: Tensor, state: Any, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        """Recurrent form: one token, x (b, d). Equals `forward` on x[:, None]."""
+    def parallel(self, x: Tensor, state: Any, call: Call) -> MixerOut:
+        """All tokens x (b, t, d) of a call. A state of None is the one before any token."""
+
+    def recurrent(self, x: Tensor, state: Any, call: Call) -> MixerOut:
+        """One token, x (b, d). Here: `parallel` on a stretch of one."""
+        out = self.parallel(x[:, None], state, call)
+        return out._replace(y=out.y[:, 0])
 
     @abstractmethod
     def init_state(
@@ -151,15 +158,6 @@ class Mixer(KeepFloat32, metaclass=Ready):
 def state_dtype(dtype: torch.dtype | None) -> torch.dtype:
     """float64 for float64 models, else float32: the dtype of recurrent sums."""
     return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-
-
-def document_starts(segment_ids: Tensor) -> Tensor:
-    """(b, t) bool: True where a token must not see what came before it.
-
-    The first token is compared with 0, the id that continues the carried state.
-    """
-    before = torch.cat([torch.zeros_like(segment_ids[:, :1]), segment_ids[:, :-1]], dim=1)
-    return segment_ids != before
 
 
 class _Part(Registered):

@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.block import Block, add_losses
+from kizzasi.models.call import Call
 from kizzasi.models.decoding.generate import generate
 from kizzasi.models.decoding.streaming import forecast
 from kizzasi.models.groups import parameter_groups
 from kizzasi.models.init import Ready, materialize
 from kizzasi.models.loss import IGNORED, mean_loss
-from kizzasi.models.mixer import Mixer, document_starts
+from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.attention import document_positions
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
 
@@ -102,49 +102,42 @@ class SequenceModel(nn.Module, metaclass=Ready):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         last_only: bool = False,
+        step: bool = False,
     ) -> ModelOutput:
-        """Parallel form.
+        """Parallel form, or with `step` the recurrent one.
 
         Args:
-            inputs: ids (b, t), or frames (b, t, n_in) for a signal stem.
+            inputs: ids (b, t), or frames (b, t, n_in) for a signal stem; without t in a step.
             state: what an earlier call returned; None starts afresh.
             segment_ids: (b, t) integers. A change of id starts a new document, which sees nothing
                 before it; the first id continues the state's document if it is the same.
             mask: (b, t), False for padding, which must come before a row's first token. Logits at
                 padding mean nothing.
             last_only: make logits (b, 1, v) of the last token alone: all that a prompt is for.
+            step: one token per row, and neither segment_ids nor mask.
 
         Raises:
             ShapeError: inputs, segment_ids or mask do not fit, or a document is longer than the
                 positions that the stem knows.
-            SpecError: a state was given to a model that is not causal.
+            SpecError: a state was given to a model that is not causal, or a step asked of it.
         """
-        if state is not None:
-            self.require_causal("a carried state")
-        self.stem.check(inputs, time=True)
-        shape = (inputs.shape[0], inputs.shape[1])
+        if step or state is not None:
+            self.require_causal("step" if step else "a carried state")
+        self.stem.check(inputs, time=not step)
+        shape = (inputs.shape[0], 1 if step else inputs.shape[1])
         self._check_batch(state, shape[0])
         segments = canonical_segments(shape, state, segment_ids, mask)
-        position = self._positions(shape, state, segments)
-        x = self._embed(inputs, position)
-        aux: Mapping[str, Tensor] = {}
-        shared: Mapping[str, Tensor] = {}
-        states: list[BlockState] = []
-        before = [None] * len(self.blocks) if state is None else state.blocks
-        for block, block_state in zip(self.blocks, before, strict=True):
-            run = block
-            if self.recompute and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False)
-            out = run(x, block_state, segment_ids=segments, shared=shared)
-            x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
-            states.append(out.state)
+        call = Call(shape, inputs.device, segments=segments, step=step)
+        position = self._positions(call, state)
+        x = self._embed(inputs, position[:, 0] if step else position)
+        x, blocks, aux = self._run_blocks(x, state, call)
         segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
         if segment_ids is not None:
             segment = segment_ids[:, -1].long()
-        after = ModelState(tuple(states), position[:, -1] + 1, segment)
+        after = ModelState(blocks, position[:, -1] + 1, segment)
         if mask is not None:
             after = self._forget_padding(after)
-        x = x[:, -1:] if last_only else x
+        x = x[:, -1:] if last_only and not step else x
         return ModelOutput(self.stem.head(self.norm(x)), after, aux)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
@@ -152,20 +145,22 @@ class SequenceModel(nn.Module, metaclass=Ready):
 
         Raises SpecError if the model is not causal.
         """
-        self.require_causal("step")
-        self.stem.check(inputs, time=False)
-        self._check_batch(state, inputs.shape[0])
-        self._check_positions(state.position)
-        x = self._embed(inputs, state.position)
+        return self(inputs, state, step=True)
+
+    def _run_blocks(
+        self, x: Tensor, state: ModelState | None, call: Call
+    ) -> tuple[Tensor, tuple[BlockState, ...], Mapping[str, Tensor]]:
+        """The residual stream after all blocks, their states, and their losses."""
         aux: Mapping[str, Tensor] = {}
-        shared: Mapping[str, Tensor] = {}
         states: list[BlockState] = []
-        for block, block_state in zip(self.blocks, state.blocks, strict=True):
-            out = block.step(x, block_state, shared=shared)  # pyright: ignore[reportCallIssue]
-            x, aux, shared = out.y, add_losses(aux, out.aux), {**shared, **out.shared}
+        before = [None] * len(self.blocks) if state is None else state.blocks
+        recompute = self.recompute and not call.step and torch.is_grad_enabled()
+        for block, memory in zip(self.blocks, before, strict=True):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            out = run(x, memory, call=call)
+            x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
             states.append(out.state)
-        after = ModelState(tuple(states), state.position + 1, state.segment)
-        return ModelOutput(self.stem.head(self.norm(x)), after, aux)
+        return x, tuple(states), aux
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before any input, on the model's device and in its dtype."""
@@ -233,17 +228,16 @@ class SequenceModel(nn.Module, metaclass=Ready):
             rows = state.position.shape[0]
             raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
 
-    def _positions(
-        self, shape: tuple[int, int], state: ModelState | None, segments: Tensor | None
-    ) -> Tensor:
+    def _positions(self, call: Call, state: ModelState | None) -> Tensor:
         """(b, t) int64: place of every token in its document, -1 at padding."""
-        batch, length = shape
-        device = next(self.stem.parameters()).device
-        index = torch.arange(length, device=device).expand(batch, -1)
-        position = index if state is None else index + state.position[:, None]
-        if segments is not None:
-            starts = document_starts(segments)
-            position = document_positions(starts, position[:, 0])[1].masked_fill(segments < 0, -1)
+        batch, length = call.shape
+        if state is None:
+            start = torch.zeros(batch, dtype=torch.int64, device=call.device)
+        else:
+            start = state.position
+        position = call.places(start)[1]
+        if call.real is not None:
+            position = position.masked_fill(~call.real, -1)
         if state is not None or length > (self.stem.max_positions or length):
             self._check_positions(position)
         return position

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kizzasi.models.call import Call
 from kizzasi.models.ops.rope import (
     llama3_frequencies,
     ntk_theta,
@@ -117,20 +117,25 @@ UNSCALED = RopeScaling("linear", 1.0)
 
 
 class Rotary:
-    """The tables of `rotate`. Layers that rotate alike share one: the first offers it to the others
-    under `name`."""
+    """The tables of `rotate`. Layers of one call that rotate alike share one."""
 
     def __init__(self, n_rotated: int, theta: float, scaling: RopeScaling | None) -> None:
         self.n_rotated, self.theta, self.scaling = n_rotated, theta, scaling or UNSCALED
         self.name = f"rope of {n_rotated}, {theta}, {scaling}"
 
     def tables(
-        self, position: Tensor, dtype: torch.dtype, shared: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor]:
-        """{name: cosine and sine (2, b, 1, t, n_rotated) of positions (b, t)}."""
-        if shared and self.name in shared:
-            return {self.name: shared[self.name]}
-        frequencies = self.scaling.frequencies(
-            self.n_rotated, self.theta, device=position.device, dtype=dtype
-        )
-        return {self.name: rope_tables(position, frequencies, self.scaling.scale)}
+        self, call: Call, counted: str, position: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (b, 1, t, n_rotated) of the call's positions (b or 1, t).
+
+        counted: names how they were counted; what has one name in a call is computed once.
+        """
+
+        def make() -> tuple[Tensor, ...]:
+            frequencies = self.scaling.frequencies(
+                self.n_rotated, self.theta, device=position.device, dtype=dtype
+            )
+            return rope_tables(position, frequencies, self.scaling.scale).unbind()
+
+        cos, sin = call.once(f"{self.name}, {dtype}, {counted}", make)
+        return cos, sin

@@ -8,6 +8,7 @@ import kizzasi.eml  # noqa: F401  (registers the mixer)
 from kizzasi.eml.attention import EmlAttentionSpec
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext, MixerSpec
 
 VARIANTS = [
@@ -62,7 +63,7 @@ def test_causality(spec):
 def test_packed_documents_and_left_padding(spec):
     layer, x = build(spec), sequence()
     ids = torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 2, 2, 2, 2, 2]])
-    packed = layer(x, segment_ids=ids)
+    packed = layer(x, call=Call.of(x, ids))
     for row, start, stop in ((0, 2, 6), (0, 6, 9), (1, 0, 4), (1, 4, 9)):
         alone = layer(x[row : row + 1, start:stop])
         assert_close(packed.y[row, start:stop], alone.y[0])

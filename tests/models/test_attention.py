@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import ShapeError, SpecError
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.ops.attention import (
@@ -165,7 +166,7 @@ def test_reference_backend_agrees_in_values_gradients_and_state(spec, segments, 
             leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in mixer(prefix).state
         ]
         state, x = type(mixer(prefix).state)(*before), signal(2, length).requires_grad_()
-        out = mixer(x, state, segment_ids=None if segments == "none" else ids)
+        out = mixer(x, state, call=Call.of(x, None if segments == "none" else ids))
         weight = torch.linspace(-1, 1, out.y.numel(), dtype=torch.float64).view_as(out.y)
         loss = (out.y * weight).sum() + out.state.k.square().sum() + out.state.v.sum()
         grads = torch.autograd.grad(loss, leaves(mixer, x, state))
@@ -203,19 +204,19 @@ def test_documents_and_padding_leave_no_trace(spec):
     packed = torch.cat(documents, 1)
     ids = torch.cat([torch.full((1, n), i) for i, n in ((1, 6), (2, 1), (3, 11))], 1)
     alone = [mixer(x) for x in documents]
-    out = mixer(packed, segment_ids=ids)
+    out = mixer(packed, call=Call.of(packed, ids))
     assert_close(out.y, torch.cat([a.y for a in alone], 1))
     more = signal(1, 9, 5)
     assert_close(fold(mixer, more, out.state)[0], mixer(more, alone[-1].state).y)
     padded = torch.cat([signal(1, 4, 8), documents[0]], 1).requires_grad_()
     ids = torch.tensor([[-1] * 4 + [1] * 6])
-    out = mixer(padded, segment_ids=ids)
+    out = mixer(padded, call=Call.of(padded, ids))
     assert_close(out.y[:, 4:], alone[0].y)
     assert out.y.isfinite().all()
     (gradient,) = torch.autograd.grad(out.y.sum(), padded)
     assert gradient.isfinite().all()
     assert_close(fold(mixer, more, out.state)[0], mixer(more, alone[0].state).y)
-    nothing = mixer(padded, segment_ids=torch.full((1, 10), -1)).state
+    nothing = mixer(padded, call=Call.of(padded, torch.full((1, 10), -1))).state
     assert (nothing.position == -1).all()
     assert_close(mixer(more, nothing).y, mixer(more).y)
 
@@ -233,7 +234,7 @@ def test_cache_and_ring_layout():
     assert empty.k.data_ptr() != empty.v.data_ptr()
     out = ring(signal(1, 9, 1), out.state)
     assert out.state.position.tolist() == [[10, 11, 7, 8, 9]]
-    assert out.state.next_position.tolist() == [12]
+    assert out.state.next_position().tolist() == [12]
     assert fold(ring, signal(1, 40))[1].k.shape == (1, 2, 5, 8)
     assert AttentionSpec(2, window=5).context_window == 5
     assert AttentionSpec(2).context_window == math.inf
@@ -249,7 +250,7 @@ def test_a_cache_in_order_and_its_written_out_form_are_one(spec):
     assert_close(fold(mixer, more, short)[0], fold(mixer, more, written)[0])
     assert_close(mixer(more, short).y, mixer(more, written).y)
     ids = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
-    packed = [mixer(more, state, segment_ids=ids) for state in (short, written)]
+    packed = [mixer(more, state, call=Call.of(more, ids)) for state in (short, written)]
     assert_close(packed[0].y, packed[1].y)
     assert_same_state(packed[0].state, packed[1].state)
 
@@ -263,15 +264,38 @@ def test_ring_forgets_what_left_the_window():
     assert_same_state(a.state, b.state)
 
 
-def test_layers_that_rotate_alike_share_one_table():
-    mixer, other, x = build(SPECS["mha"]), build(SPECS["gqa-norm"]), signal(1, 4)
-    offered = mixer(x).shared
-    assert len(offered) == 1
-    shifted = {key: table.roll(1, -1) for key, table in offered.items()}
-    assert not torch.equal(mixer(x, shared=shifted).y, mixer(x).y)
-    assert torch.equal(mixer(x, shared=offered).y, mixer(x).y)
-    assert torch.equal(other(x, shared=offered).y, other(x).y)  # another width, another name
-    assert not build(SPECS["alibi"])(x).shared
+def made_by(mixer, call, x, state=None):
+    """Names of what a mixer made of a call, given what others had made before."""
+    before = set(call._made)
+    mixer(x, state, call=call)
+    return {name.split(",")[0] for name in set(call._made) - before}
+
+
+def test_layers_of_one_call_share_layouts_masks_and_rotary_tables():
+    x = signal(1, 9)
+    mixer, wider, ring = (build(SPECS[name]) for name in ("mha", "gqa-norm", "window"))
+    call, states = Call.of(x), [m(signal(1, 3)).state for m in (mixer, wider, ring)]
+    full, narrow = "layout after 3", "layout after 5"
+    assert made_by(mixer, call, x, states[0]) == {full, "visible True after 3", "rope of 8"}
+    assert made_by(mixer, call, x, states[0]) == set()
+    assert made_by(wider, call, x, states[1]) == {"rope of 4"}  # another width
+    assert made_by(ring, call, x, states[2]) == {narrow, "visible True after 5", "rope of 8"}
+    assert made_by(build(SPECS["alibi"]), Call.of(x), x) == {
+        "layout after 0",
+        "visible True after 0",
+    }
+
+
+def test_what_is_shared_changes_nothing():
+    x = signal(2, 9)
+    mixers = [build(SPECS[name]) for name in ("mha", "window", "gqa-norm", "alibi", "mha")]
+    ids = torch.tensor([[0] * 4 + [1] * 5, [-1] * 2 + [0] * 7])
+    states = [m(signal(2, 3)).state for m in mixers]
+    call = Call.of(x, ids)
+    for mixer, state in zip(mixers, states, strict=True):
+        alone, together = mixer(x, state, call=Call.of(x, ids)), mixer(x, state, call=call)
+        assert torch.equal(together.y, alone.y)
+        assert_same_state(together.state, alone.state)
 
 
 @every_spec
@@ -411,12 +435,14 @@ def test_an_encoder_honours_documents_and_padding(spec, backend):
     documents = [signal(1, n, n) for n in (6, 1, 11)]
     ids = torch.tensor([[-1] * 4 + [1] * 6 + [2] + [3] * 11])
     packed = torch.cat([signal(1, 4, 8), *documents], 1).requires_grad_()
-    out = mixer(packed, segment_ids=ids)
+    out = mixer(packed, call=Call.of(packed, ids))
     assert_close(out.y[:, 4:], torch.cat([mixer(x).y for x in documents], 1))
     (gradient,) = torch.autograd.grad(out.y.sum(), packed)
     assert gradient.isfinite().all()
     both = torch.cat([documents[2], documents[2].flip(0)])
-    assert_close(mixer(both, segment_ids=torch.tensor([[0] * 11, [4] * 11])).y, mixer(both).y)
+    assert_close(
+        mixer(both, call=Call.of(both, torch.tensor([[0] * 11, [4] * 11]))).y, mixer(both).y
+    )
 
 
 @every_encoder

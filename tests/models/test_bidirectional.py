@@ -6,6 +6,7 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, SignalPredictor, Tokens, build_model
+from kizzasi.models.call import Call, document_starts
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.moe_routers import ExpertChoice
 from kizzasi.models.mixer import LayerContext
@@ -38,8 +39,8 @@ def sequence(t=12, d=8):
 def test_documents_are_reversed_where_they_stand():
     ids = torch.tensor([[0, 0, 0, 1, 1, 2], [-1, -1, 0, 0, 0, 0], [-1, 3, 3, 3, 4, 5]])
     expected = [[2, 1, 0, 4, 3, 5], [1, 0, 5, 4, 3, 2], [0, 3, 2, 1, 4, 5]]
-    assert reversal(ids).tolist() == expected
-    assert reversal(torch.zeros(1, 1, dtype=torch.long)).tolist() == [[0]]
+    assert reversal(document_starts(ids)).tolist() == expected
+    assert reversal(torch.zeros(1, 1, dtype=torch.bool)).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("combine", ["sum", "mean", "concat"])
@@ -67,7 +68,7 @@ def test_tied_weights_make_it_symmetric_in_time(mixer):
 def test_packed_and_padded_documents_stay_apart(mixer):
     layer, x = build(BidirectionalSpec(mixer)), sequence(t=11)[:1]
     ids = torch.tensor([[-1] * 2 + [0] * 4 + [1] * 1 + [2] * 4])
-    y = layer(x, segment_ids=ids).y
+    y = layer(x, call=Call.of(x, ids)).y
     for here in (slice(2, 6), slice(6, 7), slice(7, 11)):
         assert_close(y[:, here], layer(x[:, here]).y)
 

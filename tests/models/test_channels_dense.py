@@ -7,6 +7,7 @@ from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
+from kizzasi.models.call import Call
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext
@@ -59,7 +60,7 @@ def test_default_widths():
 @every_spec
 def test_tokens_are_independent_and_there_is_no_state(spec):
     mixer, x = build(spec), torch.randn(2, 7, 16, dtype=torch.float64)
-    out = mixer(x, mixer.init_state(2), segment_ids=torch.ones(2, 7, dtype=torch.int64))
+    out = mixer(x, mixer.init_state(2), call=Call.of(x, torch.ones(2, 7, dtype=torch.int64)))
     assert out.state == mixer.init_state(2) == ()
     for t in range(7):
         step = mixer.step(x[:, t], ())

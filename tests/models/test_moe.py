@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.channels.moe import PASSES_WITHOUT_AUX, MoE, MoESpec
 from kizzasi.models.channels.moe_routers import (
     ExpertChoice,
@@ -108,7 +109,7 @@ def test_left_padding_changes_neither_results_nor_losses(name):
     pad = torch.cat([tokens(2, 4, seed=5), x], dim=1)
     segments = torch.zeros(2, 13, dtype=torch.int64)
     segments[:, :4] = -1
-    plain, padded = moe(x), moe(pad, segment_ids=segments)
+    plain, padded = moe(x), moe(pad, call=Call.of(pad, segments))
     assert_close(padded.y[:, 4:], plain.y)
     assert plain.aux.keys() == padded.aux.keys()
     for key, value in plain.aux.items():

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 
+from kizzasi.models.call import Call
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.moe_routers import (
     ExpertChoice,
@@ -113,7 +114,7 @@ def test_a_hash_is_dealt_out_by_real_tokens_alone():
     moe, same = (build(MoESpec(router=Hash()), torch.Generator().manual_seed(0)) for _ in "ab")
     x = torch.randn(2, 40, 16, generator=generator)
     ids = torch.where(torch.arange(40) < 15, -1, 0).expand(2, -1)
-    balance_hashes(moe, lambda: moe(x, segment_ids=ids))
+    balance_hashes(moe, lambda: moe(x, call=Call.of(x, ids)))
     same.gate.balance(x[:, 15:])
     assert torch.equal(moe.gate.table, same.gate.table)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tolerance import assert_close
 
+from kizzasi.models.call import Call
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.moe import convert_experts
@@ -66,7 +67,7 @@ def test_layer_equals_transformers(family):
     x = torch.randn(2, 9, D, generator=generator, requires_grad=True)
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, :3] = 0
-    out = ours(x, segment_ids=mask - 1)
+    out = ours(x, call=Call.of(x, mask - 1))
     logits = theirs.gate(x)[0]
     balance = coeff * hf.load_balancing_loss_func((logits,), E, K, mask)
     assert_close(out.aux["moe_balance"], balance)

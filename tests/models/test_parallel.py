@@ -8,6 +8,7 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.bidirectional import BidirectionalSpec
@@ -82,7 +83,7 @@ def test_the_second_takes_the_value_of_the_first():
         for parameter in layer.parameters():
             parameter.add_(0.1)
     out = first(x)
-    expected = out.y + second(x, shared=out.shared).y
+    expected = out.y + second(x, call=Call.of(x).offering(out.shared)).y
     got = layer(x)
     assert_close(got.y, expected)
     assert_close(got.shared["v_first"], out.shared["v_first"])

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.retention import RetentionSpec
 
@@ -67,22 +68,23 @@ def test_values_of_any_width_and_another_base():
 def test_positions_restart_at_documents_and_padding_leaves_no_trace():
     module, x = build(), draw(1, 20, D)
     ids = torch.tensor([[-1] * 3 + [0] * 7 + [4] * 10])
-    out = module(x, segment_ids=ids)
+    out = module(x, call=Call.of(x, ids))
     assert_close(out.y[0, 3:10], paper(module, x[0, 3:10]))
     assert_close(out.y[0, 10:], paper(module, x[0, 10:]))
     alone = module(x[:, 10:]).state
     assert_close(out.state.memory, alone.memory)
-    assert out.state.next_position.tolist() == alone.next_position.tolist() == [10]
-    padding = module(x[:, :3], segment_ids=ids[:, :3]).state
-    assert padding.next_position.tolist() == [0]
 
 
-def test_only_distances_count():
-    """The same tokens give the same output 100,000 tokens on."""
-    module, x = build(), draw(1, 4, D)
-    near = module.init_state(1, dtype=torch.float64)
-    far = near._replace(next_position=near.next_position + 100_000)
-    assert_close(module(x, far).y, module(x, near).y)
+def test_what_was_written_long_ago_is_turned_by_the_whole_distance():
+    """A state taken through many tokens of no content, which only turn it, in one or many calls."""
+    module, x = build(), draw(1, 1, D)
+    first, still, last = module(x).state, torch.zeros(1, 500, D, dtype=torch.float64), draw(1, 4, D)
+    once = module(last, module(still, first).state).y
+    assert_close(once, module(torch.cat([x, still, last], 1)).y[:, -4:])
+    state = first
+    for i in range(500):
+        state = module.step(still[:, i], state).state
+    assert_close(module(last, state).y, once)
 
 
 @pytest.mark.parametrize(

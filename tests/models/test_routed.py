@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
@@ -52,7 +53,7 @@ def test_sequence_mixers_see_every_token_and_channels_those_that_chose_them():
     _, chosen = choices(layer, x)
     ids = torch.zeros(2, 12, dtype=torch.long)
     ids[0, :5] = -1
-    layer(x, segment_ids=ids)
+    layer(x, call=Call.of(x, ids))
     n = chosen[ids >= 0].sum(0).tolist()
     assert seen == [(2, 12), (2, 12), (1, n[2]), (1, n[3])]
     assert layer.spec.sparse == (False, False, True, True)
@@ -106,7 +107,7 @@ def test_the_balance_loss_is_switch_loss_over_real_tokens_in_training():
     assert grad.abs().max() > 0
     ids = torch.zeros(2, 12, dtype=torch.long)
     ids[:, :5] = -1
-    padded = layer(x, segment_ids=ids).aux["routed_balance"]
+    padded = layer(x, call=Call.of(x, ids)).aux["routed_balance"]
     assert_close(padded, layer(x[:, 5:]).aux["routed_balance"])
     assert layer.eval()(x).aux == {}
     assert build(RoutedSpec((MAMBA, HEADS), balance_weight=0.0))(x).aux == {}

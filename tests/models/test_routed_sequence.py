@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kizzasi.eml  # noqa: F401 (registers eml_attention)
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.gating import choose
 from kizzasi.models.mixer import LayerContext, MixerSpec
 from kizzasi.models.mixers import (
@@ -96,7 +97,7 @@ def test_a_mixer_runs_on_the_rows_that_chose_it_and_on_no_others(spec):
     ids = torch.zeros(6, 12, dtype=torch.long)
     ids[:2, 7:] = 1  # two rows hold a second document
     ids[2] = -1  # one holds padding alone: every mixer leaves its memory as padding does
-    layer(x, segment_ids=ids)
+    layer(x, call=Call.of(x, ids))
     second = torch.zeros_like(chosen)
     second[:2] = chosen_by(layer, x[:2, 7])
     second[2] = True
@@ -127,9 +128,10 @@ def test_packed_documents_choose_for_themselves(spec):
     ids = torch.tensor([7, 3, 9, 1]).repeat_interleave(torch.tensor(lengths))[None]
     packed = torch.cat(documents, 1)
     for cut in (3, 5, 6):
-        first = layer(packed[:, :cut], segment_ids=ids[:, :cut])
+        begin, end = packed[:, :cut], packed[:, cut:]
+        first = layer(begin, call=Call.of(begin, ids[:, :cut]))
         rest = ids[:, cut:] - ids[:, cut - 1]  # 0 goes on with the document
-        second = layer(packed[:, cut:], first.state, segment_ids=rest + 100 * (rest < 0))
+        second = layer(end, first.state, call=Call.of(end, rest + 100 * (rest < 0)))
         assert_close(torch.cat([first.y, second.y], 1), torch.cat([out.y for out in alone], 1))
 
 
@@ -216,7 +218,7 @@ def test_the_balance_loss_counts_every_document_once():
     assert again == 0
     packed = torch.cat([sequence(1, 3, seed=5), x[:3].flatten(0, 1)[None]], 1)
     ids = torch.tensor([-1, 4, 5, 6]).repeat_interleave(torch.tensor([3, 12, 12, 12]))[None]
-    given = layer(packed, segment_ids=ids).aux["sequence_routed_balance"]
+    given = layer(packed, call=Call.of(packed, ids)).aux["sequence_routed_balance"]
     assert_close(given, layer(x[:3]).aux["sequence_routed_balance"])
     assert layer.eval()(x).aux == {}
 
@@ -241,7 +243,8 @@ def test_the_mean_of_a_document_decides_and_nothing_streams():
     spec = SequenceRoutedSpec((MAMBA, HEADS, EML), 1, "mean")
     layer, documents = build(spec), [sequence(1, n, seed=n) for n in (5, 1, 6)]
     ids = torch.tensor([-1, 4, 5, 6]).repeat_interleave(torch.tensor([2, 5, 1, 6]))[None]
-    packed = layer(torch.cat([sequence(1, 2), *documents], 1), segment_ids=ids).y[:, 2:]
+    x = torch.cat([sequence(1, 2), *documents], 1)
+    packed = layer(x, call=Call.of(x, ids)).y[:, 2:]
     each = []
     for document in documents:
         p, chosen = choose(spec, layer.gate, document.mean(1))

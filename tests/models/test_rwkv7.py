@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
@@ -45,8 +46,13 @@ def draw(*shape, dtype=torch.float64, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def call(module, x, v_first, state=None, **kwargs):
-    return module(x, state, shared={"v_first": v_first}, **kwargs)
+def call(module, x, v_first, state=None, segments=None):
+    offer = {"v_first": v_first}
+    return module(x, state, call=Call.of(x, segments).offering(offer))
+
+
+def step(module, x, v_first, state):
+    return module.step(x, state, call=Call.of(x, step=True).offering({"v_first": v_first}))
 
 
 def flat(state):
@@ -61,7 +67,7 @@ def test_forward_is_a_fold_of_step_and_any_split_is_one_call(part, backend):
     whole = call(module, x, v_first)
     state, ys = module.init_state(2, dtype=torch.float64), []
     for i in range(37):
-        out = module.step(x[:, i], state, shared={"v_first": v_first[:, i]})
+        out = step(module, x[:, i], v_first[:, i], state)
         state = out.state
         ys.append(out.y)
     assert_close(torch.stack(ys, 1), whole.y)
@@ -83,7 +89,7 @@ def test_backends_agree_in_every_gradient(part):
         module.backend = backend
         for leaf in leaves:
             leaf.requires_grad_().grad = None
-        out = call(module, x, v_first, state, segment_ids=segments)
+        out = call(module, x, v_first, state, segments=segments)
         offers = [s.square().sum() for s in out.shared.values()]
         sum([out.y.square().sum(), flat(out.state).square().sum(), *offers]).backward()
         zero = torch.zeros(())
@@ -98,7 +104,7 @@ def test_backends_agree_in_every_gradient(part):
 def test_a_packed_document_is_a_separate_one(part):
     module, x, v_first = build(part), draw(1, 40, 12), draw(1, 40, 12, seed=2)
     segments = torch.tensor([[-1] * 5 + [0] * 12 + [1] * 23])
-    out = call(module, x, v_first, segment_ids=segments)
+    out = call(module, x, v_first, segments=segments)
     for lo, hi in ((5, 17), (17, 40)):
         alone = call(module, x[:, lo:hi], v_first[:, lo:hi])
         assert_close(out.y[:, lo:hi], alone.y)
@@ -183,9 +189,9 @@ def test_bfloat16_keeps_the_recurrence_and_its_parameters_in_float32():
     expected = call(module, x, v_first).y
     with torch.autocast("cpu", torch.bfloat16):
         mixed = call(module, x, v_first)
-        step = module.step(x[:, 0], module.init_state(2), shared={"v_first": v_first[:, 0]})
-    assert mixed.y.dtype is step.y.dtype is torch.bfloat16
-    assert mixed.state.wkv.dtype is step.state.wkv.dtype is torch.float32
+        stepped = step(module, x[:, 0], v_first[:, 0], module.init_state(2))
+    assert mixed.y.dtype is stepped.y.dtype is torch.bfloat16
+    assert mixed.state.wkv.dtype is stepped.state.wkv.dtype is torch.float32
     assert_close(mixed.y.float(), expected, torch.bfloat16)
     module.to(torch.bfloat16)
     kept = {name for name, p in module.named_parameters() if p.dtype is torch.float32}

@@ -9,6 +9,7 @@ from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
+from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.s4d import S4DSpec
 from kizzasi.models.ops.s4 import (
@@ -216,12 +217,12 @@ def test_documents_and_padding_leave_no_trace(spec):
     documents = [signal(1, n, seed=n) for n in (6, 1, 11)]
     ids = torch.cat([torch.full((1, n), i) for i, n in ((0, 6), (1, 1), (5, 11))], 1)
     before = mixer(signal(1, 4, seed=2)).state
-    out = mixer(torch.cat(documents, 1), before, segment_ids=ids)
+    out = mixer(torch.cat(documents, 1), before, call=Call.of(torch.cat(documents, 1), ids))
     alone = [mixer(documents[0], before), mixer(documents[1]), mixer(documents[2])]
     assert_close(out.y, torch.cat([a.y for a in alone], 1))
     close(out.state.h, alone[-1].state.h)
     padded = torch.cat([signal(1, 3), documents[0]], 1)
-    out = mixer(padded, segment_ids=torch.tensor([[-1] * 3 + [0] * 6]))
+    out = mixer(padded, call=Call.of(padded, torch.tensor([[-1] * 3 + [0] * 6])))
     assert_close(out.y[:, 3:], mixer(documents[0]).y)
 
 

@@ -119,7 +119,7 @@ def test_bamba_keeps_counting_positions_in_a_cached_forward():
     assert prompt.state.position.tolist() == [6, 6]
     assert_close(by_steps(model, ids[:, 6:], prompt.state), whole[:, 6:])
     first, second = prompt.state.blocks
-    restarted = second.mixer._replace(next_position=torch.zeros(2, dtype=torch.int64))
+    restarted = second.mixer._replace(position=second.mixer.positions() + 7)
     forgetful = prompt.state._replace(blocks=(first, second._replace(mixer=restarted)))
     wrong = model.step(ids[:, 6], forgetful).logits
     assert (wrong - whole[:, 6]).abs().max() > 1e-3  # and positions matter here

@@ -165,14 +165,14 @@ class LeakySpec(AttentionSpec):
 
 
 class Leaky(Attention):
-    def forward(self, x, state=None, *, segment_ids=None, shared=None):
-        out = super().forward(x, state, segment_ids=segment_ids, shared=shared)
+    def parallel(self, x, state, call):
+        out = super().parallel(x, state, call)
         return MixerOut(out.y + 1e-3 * x.roll(-1, dims=1), out.state)
 
 
 class Drifting(Attention):
-    def step(self, x, state, *, shared=None):
-        out = super().step(x, state, shared=shared)
+    def recurrent(self, x, state, call):
+        out = super().recurrent(x, state, call)
         return MixerOut(out.y * 1.001, out.state)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.strict import register
@@ -84,18 +85,6 @@ class MLP(Mixer):
     ) -> tuple[()]:
         return ()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[()] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         activation = ACTIVATIONS[self.spec.activation]
         return MixerOut(self.down_proj(activation(self.up_proj(x))), ())
-
-    def step(
-        self, x: Tensor, state: tuple[()], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        return self.forward(x)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.channels import moe_parallel
 from kizzasi.models.channels.moe_router import Choice, Router, RouterSpec, Routing
 from kizzasi.models.channels.moe_routers import TopK
@@ -247,18 +248,14 @@ class MoE(Mixer):
     ) -> tuple[()]:
         return ()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[()] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        """Parallel form; arguments and result as in `Mixer.forward`. Padding gets no expert and
-        does not enter the losses."""
-        real = None if segment_ids is None else segment_ids >= 0
-        (b, t), spec, n_choices = x.shape[:2], self.spec, self.gate.choice.n_experts
+    def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
+        """Padding gets no expert and does not enter the losses."""
+        (b, t), real, spec, n_choices = (
+            x.shape[:2],
+            call.real,
+            self.spec,
+            self.gate.choice.n_experts,
+        )
         routing = self.gate(x, real)
         to = routing.to
         if self.training and spec.capacity_factor:
@@ -281,16 +278,13 @@ class MoE(Mixer):
         self._watch_aux(y, aux)
         return MixerOut(y, (), aux)
 
-    def step(
-        self, x: Tensor, state: tuple[()], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
         if not self.spec.causal:
             raise SpecError(
                 f"router: {self.spec.router.kind!r} compares all tokens of a sequence and cannot "
                 'run one token at a time; use "top_k" in a model that steps or generates'
             )
-        out = self.forward(x[:, None])
-        return out._replace(y=out.y[:, 0])
+        return super().recurrent(x, state, call)
 
     def listen(self, hear: Callable[[Report], None]) -> Callable[[], None]:
         """Have `hear` called after every forward; returns what ends it."""

@@ -15,7 +15,6 @@ al. 2025, arXiv:2503.14456, section 4.2. Parameters are named as in RWKV-LM.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -23,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
-from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, document_starts
+from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.strict import register
 
@@ -95,21 +95,11 @@ class RWKVChannel(Mixer):
         self.key = nn.Linear(d, hidden, bias=False)
         self.value = nn.Linear(hidden, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RWKVChannelState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        before, last = token_shift(x, None if state is None else state.shift, starts)
+    def parallel(self, x: Tensor, state: RWKVChannelState | None, call: Call) -> MixerOut:
+        before, last = token_shift(x, None if state is None else state.shift, call.starts)
         return MixerOut(self._mix(x, before), RWKVChannelState(last))
 
-    def step(
-        self, x: Tensor, state: RWKVChannelState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: RWKVChannelState, call: Call) -> MixerOut:
         return MixerOut(self._mix(x, state.shift), RWKVChannelState(x))
 
     def init_state(

@@ -5,7 +5,6 @@ Source: Shazeer 2020, arXiv:2002.05202; width rule: Touvron et al. 2023, arXiv:2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.strict import register
@@ -75,17 +75,5 @@ class SwiGLU(Mixer):
     ) -> tuple[()]:
         return ()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[()] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         return MixerOut(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), ())
-
-    def step(
-        self, x: Tensor, state: tuple[()], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        return self.forward(x)

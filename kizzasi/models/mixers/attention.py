@@ -12,7 +12,7 @@ arXiv:2409.02060. Gate: Qiu et al. 2025, arXiv:2505.06708, as in Qwen3-Next.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout
+from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.ops.attention import alibi_slopes, attention, attention_ref
@@ -125,7 +126,7 @@ class AttentionSpec(MixerSpec):
         head_dim = self.width(d)
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
         slots = seq_len if self.window is None else self.window
-        places = 1 if self.window is None else slots + 1  # int64; see AttentionState
+        places = 0 if self.window is None else slots  # int64; see AttentionState
         cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal else 0
         scores = dense(0, flops=2 * (2 * n * seq_len * d_q), state_bytes=cache)  # masked ones too
         q = linear(n, d, d_q * (1 + self.gate), bias=self.qkv_bias)
@@ -192,36 +193,27 @@ class Attention(Mixer):
             return ()
         return self._empty(batch, self.spec.window or 0, device, dtype)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: AttentionState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: AttentionState | None, call: Call) -> MixerOut:
         causal, window = self.spec.causal, self.spec.window
         if not (causal or state is None):
             raise ShapeError(f"state: {NO_STATE}")
         before = state or self._empty(x.shape[0], 0, x.device, x.dtype)
-        sight = layout(before, segment_ids, x.shape[1])
-        q, k, v, gate, offered = self._project(x, sight.position, shared)
+        sight = layout(call, before, window)
+        q, k, v, gate = self._project(x, sight, call)
         k, v = append(before.k, k), append(before.v, v)
-        visible = sight.visible(window, causal)
-        y = self._attend(q, k, v, visible, sight.position, lambda: sight.key_position)
-        after = sight.cache(k, v, window) if causal else ()
-        return MixerOut(self._leave(y, gate), after, shared=offered)
+        seen = visible(call, before, window, causal)
+        y = self._attend(q, k, v, seen, sight.position, lambda: sight.key_position)
+        return MixerOut(self._leave(y, gate), sight.cache(k, v, window) if causal else ())
 
-    def step(
-        self, x: Tensor, state: AttentionState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise ShapeError(f"step: {NO_STATE}")
-        now = state.next_position[:, None]
-        q, k, v, gate, offered = self._project(x[:, None], now, shared)
-        after = state.add(k, v, self.spec.window)
+        sight = layout(call, state, self.spec.window)
+        q, k, v, gate = self._project(x[:, None], sight, call)
+        now = sight.position.expand(len(x), -1)
+        after = state.add(k, v, now, self.spec.window)
         y = self._attend(q, after.k, after.v, after.alive, now, after.positions)
-        return MixerOut(self._leave(y, gate)[:, 0], after, shared=offered)
+        return MixerOut(self._leave(y, gate)[:, 0], after)
 
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
@@ -230,12 +222,10 @@ class Attention(Mixer):
         return empty_cache(batch, self.spec.kv_heads, slots, widths, device, dtype)
 
     def _project(
-        self, x: Tensor, position: Tensor, shared: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Mapping[str, Tensor]]:
-        """Queries, keys and values (b, heads, t, head_dim), normalised, clipped and rotated; gates
-        (b, t, d_q); and the rotary tables that other layers may share.
-
-        position is (b or 1, t).
+        self, x: Tensor, sight: Layout, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values (b, heads, t, head_dim), normalised, clipped and rotated; and
+        gates (b, t, d_q).
         """
         q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
         if self.spec.gate:
@@ -250,10 +240,9 @@ class Attention(Mixer):
             bound = self.spec.clip_qkv
             q, k, v = (part.clamp(-bound, bound) for part in (q, k, v))
         if self.spec.position != "rope":
-            return q, k, v, gate, {}
-        offered = self.rotary.tables(position, state_dtype(x.dtype), shared)
-        cos, sin = offered[self.rotary.name].unbind()
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate, offered
+            return q, k, v, gate
+        cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
     def _attend(
         self,

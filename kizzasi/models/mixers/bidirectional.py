@@ -14,7 +14,6 @@ Source: Schuster & Paliwal 1997, "Bidirectional recurrent neural networks"; of M
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import (
     LayerContext,
@@ -30,7 +30,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     add_losses,
-    document_starts,
 )
 from kizzasi.models.strict import join, register, require
 
@@ -76,11 +75,10 @@ def alone(layer: LayerContext) -> LayerContext:
     return replace(layer, first_of_kind=True, earlier=frozenset())
 
 
-def reversal(segment_ids: Tensor) -> Tensor:
+def reversal(starts: Tensor) -> Tensor:
     """(b, t) int64: for each token its mirror image within its document. Padding counts as one."""
-    last = segment_ids.shape[1] - 1
-    time = torch.arange(last + 1, device=segment_ids.device).expand_as(segment_ids)
-    starts = document_starts(segment_ids)
+    last = starts.shape[1] - 1
+    time = torch.arange(last + 1, device=starts.device).expand_as(starts)
     begin = torch.where(starts, time, 0).cummax(1).values
     ends = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], 1)
     end = torch.where(ends, time, last).flip(1).cummin(1).values.flip(1)
@@ -98,28 +96,20 @@ class Bidirectional(Mixer):
         self.backwards = None if spec.tied else spec.mixer.build(place)
         self.out_proj = nn.Linear(2 * d, d, bias=False) if spec.combine == "concat" else None
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[()] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        order = None if segment_ids is None else reversal(segment_ids).unsqueeze(-1)
+    def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
+        starts, alone = call.starts, call.alone()
+        order = None if starts is None else reversal(starts).unsqueeze(-1)
 
         def mirror(z: Tensor) -> Tensor:
             return z.flip(1) if order is None else z.gather(1, order.expand_as(z))
 
-        # Documents stay where they are, so segment_ids are their own mirror image.
-        a = self.forwards(x, segment_ids=segment_ids)
+        # Documents stay where they are, so the call is its own mirror image.
+        a = self.forwards(x, call=alone)
         backwards = self.forwards if self.backwards is None else self.backwards
-        b = backwards(mirror(x), segment_ids=segment_ids)
+        b = backwards(mirror(x), call=alone)
         return MixerOut(self._combine(a.y, mirror(b.y)), (), add_losses(a.aux, b.aux))
 
-    def step(
-        self, x: Tensor, state: tuple[()], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
         raise SpecError(
             "bidirectional: a token's result depends on later tokens, so there is no step; "
             f"use {self.spec.mixer.kind!r} by itself in a model that steps or generates"

@@ -16,7 +16,6 @@ flash-linear-attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import uniform_
 from kizzasi.models.mixer import (
@@ -31,7 +31,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import Norm
@@ -121,24 +120,14 @@ class GLA(Mixer):
         self.g_norm = Norm("rms", self.m, spec.norm_eps)
         self.o_proj = nn.Linear(h * self.m, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: GLAState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        starts = None if segment_ids is None else document_starts(segment_ids)
+    def parallel(self, x: Tensor, state: GLAState | None, call: Call) -> MixerOut:
         run = linear_attention_ref if self.backend == "reference" else linear_attention
         streams = self._project(x)
         with without_autocast(x):
-            y, memory = run(*streams, None, None if state is None else state.memory, starts)
+            y, memory = run(*streams, None, None if state is None else state.memory, call.starts)
         return MixerOut(self._finish(x, y), GLAState(memory))
 
-    def step(
-        self, x: Tensor, state: GLAState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: GLAState, call: Call) -> MixerOut:
         streams = self._project(x)
         with without_autocast(x):
             y, memory = linear_attention_step(state.memory, *streams)

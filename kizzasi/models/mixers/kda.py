@@ -17,7 +17,6 @@ Source: Kimi Team 2025, arXiv:2510.26692, section 4. Parameters are named as in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -32,7 +32,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import Norm
@@ -140,30 +139,20 @@ class KDA(Mixer):
         self.o_norm = Norm("rms", n, spec.norm_eps)
         self.o_proj = nn.Linear(h * n, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: KDAState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: KDAState | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
         conv = causal_conv1d_ref if reference else causal_conv1d
         run = delta_rule_ref if reference else delta_rule
         conv_state, memory = (None, None) if state is None else state
-        starts = None if segment_ids is None else document_starts(segment_ids)
         qkv, conv_state = conv(
-            self._project(x), self._filter(), None, conv_state, starts, silu=True
+            self._project(x), self._filter(), None, conv_state, call.starts, silu=True
         )
         streams = self._streams(x, qkv)
         with without_autocast(x):
-            y, memory = run(*streams, memory, starts)
+            y, memory = run(*streams, memory, call.starts)
         return MixerOut(self._finish(x, y), KDAState(conv_state, memory))
 
-    def step(
-        self, x: Tensor, state: KDAState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: KDAState, call: Call) -> MixerOut:
         qkv, conv_state = causal_conv1d_step(
             self._project(x), self._filter(), None, state.conv, silu=True
         )

@@ -19,7 +19,6 @@ Source: Poli et al. 2023, arXiv:2302.10866, sections 3.1-3.3 and appendix D; cod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -34,7 +34,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
@@ -172,29 +171,19 @@ class LongConv(Mixer):
             ),
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LongConvState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: LongConvState | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
         short = causal_conv1d_ref if reference else causal_conv1d
         conv, history = (None, None) if state is None else state
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        mixed, conv = short(self.in_proj(x), *self._short(), conv, starts)
+        mixed, conv = short(self.in_proj(x), *self._short(), conv, call.starts)
         gate, z = self._gates(mixed)
         if reference:
-            y, history = causal_conv1d_ref(z, self.filter(), None, history, starts)
+            y, history = causal_conv1d_ref(z, self.filter(), None, history, call.starts)
         else:
-            y, history = long_conv1d(z, self.filter(), history, starts)
+            y, history = long_conv1d(z, self.filter(), history, call.starts)
         return MixerOut(self._finish(gate, y, z), LongConvState(conv, history))
 
-    def step(
-        self, x: Tensor, state: LongConvState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: LongConvState, call: Call) -> MixerOut:
         mixed, conv = causal_conv1d_step(self.in_proj(x), *self._short(), state.conv)
         gate, z = self._gates(mixed)
         y, history = causal_conv1d_step(z, self.filter(), None, state.history)

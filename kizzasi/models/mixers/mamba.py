@@ -17,7 +17,6 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3; parameters are named as in s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -33,7 +33,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import Norm
@@ -142,27 +141,17 @@ class Mamba(Mixer):
             self.b_layernorm = self._norm(n)
             self.c_layernorm = self._norm(n)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: MambaState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: MambaState | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
         conv = causal_conv1d_ref if reference else causal_conv1d
         scan = selective_scan_ref if reference else selective_scan
         conv_state, ssm = (None, None) if state is None else state
-        starts = None if segment_ids is None else document_starts(segment_ids)
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv_state = conv(u, *self._filter(), conv_state, starts, silu=True)
-        y, ssm = scan(u, *self._select(u), self.D, ssm, starts)
+        u, conv_state = conv(u, *self._filter(), conv_state, call.starts, silu=True)
+        y, ssm = scan(u, *self._select(u), self.D, ssm, call.starts)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
 
-    def step(
-        self, x: Tensor, state: MambaState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: MambaState, call: Call) -> MixerOut:
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv_state = causal_conv1d_step(u, *self._filter(), state.conv, silu=True)
         y, ssm = selective_scan_step(u, *self._select(u), self.D, state.ssm)

@@ -17,7 +17,6 @@ Source: Dao & Gu 2024, arXiv:2405.21060, section 7; parameters are named as in s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -32,7 +32,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
@@ -182,29 +181,19 @@ class Mamba2(Mixer):
         )
         self.out_proj = nn.Linear(inner, d, bias=spec.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: Mamba2State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: Mamba2State | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
         conv = causal_conv1d_ref if reference else causal_conv1d
         run = ssd_ref if reference else ssd
         conv_state, ssm = (None, None) if state is None else state
-        starts = None if segment_ids is None else document_starts(segment_ids)
         z, xBC, dt = self._project(x)
-        xBC, conv_state = conv(xBC, *self._filter(), conv_state, starts, silu=True)
+        xBC, conv_state = conv(xBC, *self._filter(), conv_state, call.starts, silu=True)
         u, dt, log_decay, B, C = self._streams(xBC, dt)
         with without_autocast(x):
-            y, ssm = run(u * dt, log_decay, B, C, ssm, starts)
+            y, ssm = run(u * dt, log_decay, B, C, ssm, call.starts)
         return MixerOut(self._finish(y, u, z), Mamba2State(conv_state, ssm))
 
-    def step(
-        self, x: Tensor, state: Mamba2State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: Mamba2State, call: Call) -> MixerOut:
         z, xBC, dt = self._project(x)
         xBC, conv_state = causal_conv1d_step(xBC, *self._filter(), state.conv, silu=True)
         u, dt, log_decay, B, C = self._streams(xBC, dt)

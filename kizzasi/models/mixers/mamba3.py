@@ -20,7 +20,6 @@ Source: arXiv:2603.15569, section 3; parameters are named as in state-spaces/mam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse
 from kizzasi.models.mixer import (
@@ -36,7 +36,6 @@ from kizzasi.models.mixer import (
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import Norm
@@ -169,28 +168,18 @@ class Mamba3(Mixer):
         self.D = nn.Parameter(torch.empty(h))
         self.out_proj = nn.Linear(inner, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: Mamba3State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: Mamba3State | None, call: Call) -> MixerOut:
         run = trapezoid_ref if self.backend == "reference" else trapezoid
-        starts = None if segment_ids is None else document_starts(segment_ids)
         angle, *memory = self.init_state(len(x), x.device, x.dtype) if state is None else state
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
-        angles = summed_angles(speed, angle, starts)
+        angles = summed_angles(speed, angle, call.starts)
         B, C = rotate_pairs(B, angles), rotate_pairs(C, angles)
         before = TrapezoidState(memory[0], memory[1], memory[2])
         with without_autocast(x):
-            y, after = run(u, dt, log_decay, share, B, C, before, starts)
+            y, after = run(u, dt, log_decay, share, B, C, before, call.starts)
         return MixerOut(self._finish(y, u, z), Mamba3State(angles[:, -1].clone(), *after))
 
-    def step(
-        self, x: Tensor, state: Mamba3State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: Mamba3State, call: Call) -> MixerOut:
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
         angle = (state.angle + speed).remainder(TURN)
         B, C = rotate_pairs(B, angle), rotate_pairs(C, angle)

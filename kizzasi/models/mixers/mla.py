@@ -10,7 +10,6 @@ Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; names and layout of DeepSeek
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout
+from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import attention, attention_ref
@@ -86,7 +86,7 @@ class MLASpec(MixerSpec):
             total += linear(n, self.q_lora_rank, heads * qk)
         total += linear(n, rank, heads * (self.qk_nope_head_dim + self.v_head_dim))
         flops = 2 * n * seq_len * heads * (qk + self.v_head_dim)  # masked scores too
-        total += dense(0, flops=flops, state_bytes=batch * (seq_len * kept * 4 + 8))
+        total += dense(0, flops=flops, state_bytes=4 * batch * seq_len * kept)
         return total + linear(n, heads * self.v_head_dim, d)
 
     @property
@@ -136,34 +136,25 @@ class MLA(Mixer):
         widths = self.spec.qk_rope_head_dim, self.spec.kv_lora_rank
         return empty_cache(batch, 1, 0, widths, device, dtype)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: AttentionState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        spec, (b, t, _) = self.spec, x.shape
-        before = self.init_state(b, x.device, x.dtype) if state is None else state
-        sight = layout(before, segment_ids, t)
-        q_nope, q_rope, k_rope, latent, offered = self._project(x, sight.position, shared)
+    def parallel(self, x: Tensor, state: AttentionState | None, call: Call) -> MixerOut:
+        spec = self.spec
+        before = self.init_state(len(x), x.device, x.dtype) if state is None else state
+        sight = layout(call, before)
+        q_nope, q_rope, k_rope, latent = self._project(x, sight, call)
         k_rope, latent = append(before.k, k_rope), append(before.v, latent)
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (spec.n_heads, -1)).transpose(1, 2)
         k_nope, v = heads.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(-1, spec.n_heads, -1, -1)], dim=-1)
         attend = attention_ref if self.backend == "reference" else attention
-        y = attend(q, k, v, visible=sight.visible(), scale=self.scale)
+        y = attend(q, k, v, visible=visible(call, before), scale=self.scale)
         y = self.o_proj(y.transpose(1, 2).flatten(-2))
-        return MixerOut(y, sight.cache(k_rope, latent), shared=offered)
+        return MixerOut(y, sight.cache(k_rope, latent))
 
-    def step(
-        self, x: Tensor, state: AttentionState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        spec, now = self.spec, state.next_position[:, None]
-        q_nope, q_rope, k_rope, latent, offered = self._project(x[:, None], now, shared)
-        after = state.add(k_rope, latent)
+    def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
+        spec, sight = self.spec, layout(call, state)
+        q_nope, q_rope, k_rope, latent = self._project(x[:, None], sight, call)
+        after = state.add(k_rope, latent, sight.position.expand(len(x), -1))
         up = self._up(x).unflatten(0, (spec.n_heads, -1))
         up_k, up_v = up.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=1)
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, up_k)
@@ -173,7 +164,7 @@ class MLA(Mixer):
         attend = attention_ref if self.backend == "reference" else attention
         y = attend(q, k, after.v, visible=after.alive, causal=False, scale=self.scale)
         y = torch.einsum("bthr,hvr->bthv", y, up_v)
-        return MixerOut(self.o_proj(y.flatten(1)), after, shared=offered)
+        return MixerOut(self.o_proj(y.flatten(1)), after)
 
     def _up(self, x: Tensor) -> Tensor:
         """W_UK and W_UV, a weight as `nn.Linear` has it. What stands in place of that layer, an
@@ -183,12 +174,9 @@ class MLA(Mixer):
         return self.kv_b_proj(torch.eye(self.spec.kv_lora_rank, device=x.device, dtype=x.dtype)).mT
 
     def _project(
-        self, x: Tensor, position: Tensor, shared: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
-        """q_N and q_R (b, n_heads, t, width), r and c (b, 1, t, width), and the rotary tables.
-
-        position is (b or 1, t).
-        """
+        self, x: Tensor, sight: Layout, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_N and q_R (b, n_heads, t, width), r and c (b, 1, t, width)."""
         spec = self.spec
         if spec.q_lora_rank is None:
             q = self.q_proj(x)
@@ -198,7 +186,6 @@ class MLA(Mixer):
         q_nope, q_rope = q.split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         kept = self.kv_a_proj_with_mqa(x)[:, None]
         latent, k_rope = kept.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        offered = self.rotary.tables(position, state_dtype(x.dtype), shared)
-        cos, sin = offered[self.rotary.name].unbind()
+        cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
         q_rope, k_rope = (rotate(split_pairs(part), cos, sin) for part in (q_rope, k_rope))
-        return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent), offered
+        return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent)

@@ -11,7 +11,6 @@ Differs: the mixers are whole, each with its own projections, and outputs are no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.branches import Branches, BranchesOut, kinds_with
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.strict import join, register, require
@@ -85,20 +85,11 @@ class Parallel(Mixer):
         self.mix_logits = nn.Parameter(torch.empty(n)) if spec.combine == "weighted" else None
         self.out_proj = nn.Linear(n * d, d, bias=False) if spec.combine == "concat" else None
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Any, ...] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        return self._combine(self.mixers(x, state, segment_ids, shared))
+    def parallel(self, x: Tensor, state: tuple[Any, ...] | None, call: Call) -> MixerOut:
+        return self._combine(self.mixers(x, state, call))
 
-    def step(
-        self, x: Tensor, state: tuple[Any, ...], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        return self._combine(self.mixers.step(x, state, shared))
+    def recurrent(self, x: Tensor, state: tuple[Any, ...], call: Call) -> MixerOut:
+        return self._combine(self.mixers(x, state, call))
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

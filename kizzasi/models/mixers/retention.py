@@ -15,7 +15,6 @@ Source: Sun et al. 2023, arXiv:2307.08621, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -23,17 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     LayerContext,
     Mixer,
     MixerOut,
     MixerSpec,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import HeadNorm
-from kizzasi.models.ops.attention import document_positions
 from kizzasi.models.ops.linear_attention import (
     linear_attention,
     linear_attention_flops,
@@ -42,6 +40,7 @@ from kizzasi.models.ops.linear_attention import (
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.rope import rope_frequencies, rope_tables, rotate
+from kizzasi.models.rope_scaling import Rotary
 from kizzasi.models.strict import join, register, require
 
 
@@ -85,7 +84,7 @@ class RetentionSpec(MixerSpec):
         total = dense(
             params=2 * h * m,
             flops=linear_attention_flops(batch, seq_len, h, n, m),
-            state_bytes=batch * (4 * h * n * m + 8),
+            state_bytes=4 * batch * h * n * m,
         )
         for _ in range(2):
             total += linear(tokens, d, d) + linear(tokens, d, h * m)
@@ -93,23 +92,24 @@ class RetentionSpec(MixerSpec):
 
 
 class RetentionState(NamedTuple):
-    """memory: (b, h, n, m), at least float32. next_position: (b,) int64, of the next token."""
+    """memory: (b, h, n, m), at least float32, its keys turned as the next token sees them."""
 
     memory: Tensor
-    next_position: Tensor
 
 
 class Retention(Mixer):
     """y = W_o (swish(W_g x) norm(retention(rotate(W_q x), rotate(W_k x) / sqrt(n), W_v x))).
 
     Differs: the norm makes the paper's three scalings of scores superfluous; only 1 / sqrt(n) is
-    kept. Entries (i, i + n / 2) are rotated together, and the slowest has Llama's frequency.
+    kept. Entries (i, i + n / 2) are rotated together, and the slowest has Llama's frequency. Only
+    distances count, so places are counted from each call's first token, and the memory is turned.
     """
 
     def __init__(self, spec: RetentionSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
         d = layer.d_model
+        self.rotary = Rotary(d // spec.n_heads, spec.rope_theta, None)
         self.n, self.m = spec.head_widths(d)
         values = spec.n_heads * self.m
         self.q_proj = nn.Linear(d, d, bias=False)
@@ -119,59 +119,47 @@ class Retention(Mixer):
         self.g_norm = HeadNorm(values, spec.norm_eps)
         self.o_proj = nn.Linear(values, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RetentionState | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        b, t, _ = x.shape
-        if state is None:
-            state = self.init_state(b, x.device, x.dtype)
-        if segment_ids is None:
-            starts = None
-            position = state.next_position[:, None] + torch.arange(t, device=x.device)
-            last = position[:, -1]
-        else:
-            starts = document_starts(segment_ids)
-            _, position = document_positions(starts, state.next_position)
-            last = torch.where(segment_ids[:, -1] < 0, -1, position[:, -1])
-        q, k, v = self._project(x, position)
+    def parallel(self, x: Tensor, state: RetentionState | None, call: Call) -> MixerOut:
+        q, k, v = self._project(x, call)
         run = linear_attention_ref if self.backend == "reference" else linear_attention
+        before = None if state is None else state.memory
         with without_autocast(x):
-            y, memory = run(q, k, v, self._decay(q)[None, None], None, state.memory, starts)
-        return MixerOut(self._finish(x, y), RetentionState(memory, last + 1))
+            y, memory = run(q, k, v, self._decay(q)[None, None], None, before, call.starts)
+            memory = self._turn_back(memory, x.shape[1])
+        return MixerOut(self._finish(x, y), RetentionState(memory))
 
-    def step(
-        self, x: Tensor, state: RetentionState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        streams = self._project(x.unsqueeze(1), state.next_position.unsqueeze(1))
-        q, k, v = (s.squeeze(1) for s in streams)
+    def recurrent(self, x: Tensor, state: RetentionState, call: Call) -> MixerOut:
+        q, k, v = (s.squeeze(1) for s in self._project(x.unsqueeze(1), call))
         with without_autocast(x):
             y, memory = linear_attention_step(state.memory, q, k, v, self._decay(q))
-        return MixerOut(self._finish(x, y), RetentionState(memory, state.next_position + 1))
+            memory = self._turn_back(memory, 1)
+        return MixerOut(self._finish(x, y), RetentionState(memory))
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> RetentionState:
         shape = (batch, self.spec.n_heads, self.n, self.m)
-        memory = torch.zeros(shape, device=device, dtype=state_dtype(dtype))
-        return RetentionState(memory, torch.zeros(batch, device=device, dtype=torch.int64))
+        return RetentionState(torch.zeros(shape, device=device, dtype=state_dtype(dtype)))
 
-    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From x (b, t, d) at positions (b, t) to q, k (b, t, h, n) and v (b, t, h, m)."""
+    def _project(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """From x (b, t, d) to q, k (b, t, h, n), rotated, and v (b, t, h, m)."""
         heads = (self.spec.n_heads, -1)
         q, k, v = (
             full_precision(project(x)).unflatten(-1, heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        frequencies = rope_frequencies(
-            self.n, self.spec.rope_theta, device=x.device, dtype=state_dtype(x.dtype)
-        )
-        cos, sin = rope_tables(position, frequencies).transpose(2, 3).unbind()
+        time = torch.arange(call.shape[1], device=x.device)[None]
+        tables = self.rotary.tables(call, "from the call's first token", time, state_dtype(x.dtype))
+        cos, sin = (table.transpose(1, 2) for table in tables)
         return rotate(q, cos, sin), rotate(k, cos, sin) * self.n**-0.5, v
+
+    def _turn_back(self, memory: Tensor, t: int) -> Tensor:
+        """The memory (b, h, n, m) after t tokens, as the next one sees it from place 0."""
+        frequencies = rope_frequencies(
+            self.n, self.spec.rope_theta, device=memory.device, dtype=memory.dtype
+        )
+        place = torch.full((1, 1), -t, device=memory.device)
+        return rotate(memory.mT, *rope_tables(place, frequencies).unbind()).mT
 
     def _decay(self, like: Tensor) -> Tensor:
         """(h, 1) log gamma."""

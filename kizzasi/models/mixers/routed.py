@@ -16,7 +16,6 @@ gradient at k = 1: Fedus et al. 2021, arXiv:2101.03961, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.branches import Branches, BranchesOut, kinds_with
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
@@ -113,21 +113,11 @@ class Routed(Mixer):
         self.mixers = Branches(spec.mixers, layer)
         self.channels = nn.ModuleList(channel.build(layer) for channel in spec.channels)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: tuple[Any, ...] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        real = None if segment_ids is None else segment_ids >= 0
-        return self._combine(x, self.mixers(x, state, segment_ids, shared), real)
+    def parallel(self, x: Tensor, state: tuple[Any, ...] | None, call: Call) -> MixerOut:
+        return self._combine(x, self.mixers(x, state, call), call.real)
 
-    def step(
-        self, x: Tensor, state: tuple[Any, ...], *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        out = self.mixers.step(x, state, shared)
+    def recurrent(self, x: Tensor, state: tuple[Any, ...], call: Call) -> MixerOut:
+        out = self.mixers(x, state, call)
         out = self._combine(x[:, None], out._replace(ys=[y[:, None] for y in out.ys]), None)
         return out._replace(y=out.y[:, 0])
 

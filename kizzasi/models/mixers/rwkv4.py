@@ -14,13 +14,13 @@ Source: Peng et al. 2023, arXiv:2305.13048, section 3; parameters are named as i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     LayerContext,
@@ -28,7 +28,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     ParamRule,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
@@ -99,26 +98,16 @@ class RWKV4(Mixer):
         self.receptance = nn.Linear(d, d_inner, bias=False)
         self.output = nn.Linear(d_inner, d, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RWKV4State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        before, last = token_shift(x, None if state is None else state.shift, starts)
+    def parallel(self, x: Tensor, state: RWKV4State | None, call: Call) -> MixerOut:
+        before, last = token_shift(x, None if state is None else state.shift, call.starts)
         r, k, v = self._project(x, before)
         run = wkv4_ref if self.backend == "reference" else wkv4
         memory = None if state is None else state.wkv
         with without_autocast(x):
-            y, memory = run(-self.time_decay.exp(), self.time_first, k, v, memory, starts)
+            y, memory = run(-self.time_decay.exp(), self.time_first, k, v, memory, call.starts)
         return MixerOut(self._finish(r, y), RWKV4State(last, memory))
 
-    def step(
-        self, x: Tensor, state: RWKV4State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: RWKV4State, call: Call) -> MixerOut:
         r, k, v = self._project(x, state.shift)
         with without_autocast(x):
             y, memory = wkv4_step(state.wkv, -self.time_decay.exp(), self.time_first, k, v)

@@ -14,7 +14,6 @@ Source: Peng et al. 2024, arXiv:2404.05892, section 4.1; parameters are named as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -30,7 +30,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     ParamRule,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import HeadNorm
@@ -111,27 +110,17 @@ class RWKV5(Mixer):
         self.output = nn.Linear(d, d, bias=False)
         self.ln_x = HeadNorm(d)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RWKV5State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: RWKV5State | None, call: Call) -> MixerOut:
         shift, wkv = (None, None) if state is None else state
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        before, last = token_shift(x, shift, starts)
+        before, last = token_shift(x, shift, call.starts)
         streams, gate = self._project(x, before)
         run = linear_attention_ref if self.backend == "reference" else linear_attention
         decay = -self.time_decay.exp()[None, None]
         with without_autocast(x):
-            y, wkv = run(*streams, decay, self.time_faaaa, wkv, starts)
+            y, wkv = run(*streams, decay, self.time_faaaa, wkv, call.starts)
         return MixerOut(self._finish(y, gate), RWKV5State(last, wkv))
 
-    def step(
-        self, x: Tensor, state: RWKV5State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: RWKV5State, call: Call) -> MixerOut:
         streams, gate = self._project(x, state.shift)
         decay = -self.time_decay.exp()
         with without_autocast(x):

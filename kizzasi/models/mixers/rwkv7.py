@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -33,7 +34,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     ParamRule,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.norm import HeadNorm
@@ -151,26 +151,16 @@ class RWKV7(Mixer):
         self.output = nn.Linear(d, d, bias=False)
         self.ln_x = HeadNorm(d)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: RWKV7State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
-        starts = None if segment_ids is None else document_starts(segment_ids)
-        before, last = token_shift(x, None if state is None else state.shift, starts)
-        streams, gate, offer = self._project(x, before, shared)
+    def parallel(self, x: Tensor, state: RWKV7State | None, call: Call) -> MixerOut:
+        before, last = token_shift(x, None if state is None else state.shift, call.starts)
+        streams, gate, offer = self._project(x, before, call.shared)
         run = wkv7_ref if self.backend == "reference" else wkv7
         with without_autocast(x):
-            y, s = run(*streams, None if state is None else state.wkv, starts)
+            y, s = run(*streams, None if state is None else state.wkv, call.starts)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(last, s), shared=offer)
 
-    def step(
-        self, x: Tensor, state: RWKV7State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
-        streams, gate, offer = self._project(x, state.shift, shared)
+    def recurrent(self, x: Tensor, state: RWKV7State, call: Call) -> MixerOut:
+        streams, gate, offer = self._project(x, state.shift, call.shared)
         with without_autocast(x):
             y, s = wkv7_step(state.wkv, *streams)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(x, s), shared=offer)
@@ -185,7 +175,7 @@ class RWKV7(Mixer):
         )
 
     def _project(
-        self, x: Tensor, before: Tensor, shared: Mapping[str, Tensor] | None
+        self, x: Tensor, before: Tensor, shared: Mapping[str, Tensor]
     ) -> tuple[Streams, Tensor, dict[str, Tensor]]:
         """From (..., d) to the inputs (..., h, n) of `wkv7`, the gate (..., d), what to share."""
         delta = before - x
@@ -197,7 +187,6 @@ class RWKV7(Mixer):
         if self.layer.first_of_kind:
             offer["v_first"] = v
         else:
-            assert shared is not None, "the first RWKV-7 layer offers v_first"
             share = full_precision(self.v0 + x_v @ self.v1 @ self.v2).sigmoid()
             v = torch.lerp(v, shared["v_first"], share)
         x_w = torch.addcmul(x, delta, self.x_w)

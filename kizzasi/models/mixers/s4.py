@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     LayerContext,
@@ -31,7 +32,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     ParamRule,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.ops.dplr import (
@@ -139,25 +139,15 @@ class S4(Mixer):
         kind = state_dtype(dtype).to_complex()
         return S4State(torch.zeros(batch, *self.shape, device=device, dtype=kind))
 
-    def forward(
-        self,
-        x: Tensor,
-        state: S4State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: S4State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
-        starts = None if segment_ids is None else document_starts(segment_ids)
         scan = s4_scan_ref if self.backend == "reference" else s4_scan
         u = full_precision(x)
         with without_autocast(x):
-            y, h = scan(u, self._system(), h0, starts)
+            y, h = scan(u, self._system(), h0, call.starts)
         return MixerOut(self._readout(x, y + self.D * u), S4State(h))
 
-    def step(
-        self, x: Tensor, state: S4State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: S4State, call: Call) -> MixerOut:
         u = full_precision(x)
         y, h = s4_step(u, state.h, self._system())
         return MixerOut(self._readout(x, y + self.D * u), S4State(h))

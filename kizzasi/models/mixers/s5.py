@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     LayerContext,
@@ -29,7 +30,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     ParamRule,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
@@ -133,26 +133,16 @@ class S5(Mixer):
         kind = state_dtype(dtype).to_complex()
         return S5State(torch.zeros(batch, self.n, device=device, dtype=kind))
 
-    def forward(
-        self,
-        x: Tensor,
-        state: S5State | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
-    ) -> MixerOut:
+    def parallel(self, x: Tensor, state: S5State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
-        starts = None if segment_ids is None else document_starts(segment_ids)
         scan = diagonal_scan_ref if self.backend == "reference" else diagonal_scan
         with without_autocast(x):
             u, v, a = self._enter(x)
-            h = scan(v, a, h0, starts)
+            h = scan(v, a, h0, call.starts)
             y = self._leave(u, h)
         return MixerOut(self._gate(x, y), S5State(h[:, -1].clone()))
 
-    def step(
-        self, x: Tensor, state: S5State, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: S5State, call: Call) -> MixerOut:
         with without_autocast(x):
             u, v, a = self._enter(x)
             h = a * state.h + v

@@ -21,9 +21,9 @@ to this layer: what sets documents apart must stand first (a task's tag), or be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from kizzasi.errors import SpecError
 from kizzasi.models import init
 from kizzasi.models.branches import Branches
+from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import (
@@ -39,7 +40,6 @@ from kizzasi.models.mixer import (
     MixerOut,
     MixerSpec,
     add_losses,
-    document_starts,
     state_dtype,
 )
 from kizzasi.models.ops.precision import full_precision
@@ -158,9 +158,6 @@ class Rows(NamedTuple):
         return part.new_zeros(self.batch, *part.shape[1:]).index_copy(0, self.chosen, part)
 
 
-Run: TypeAlias = Callable[[Mixer, Rows, Any], MixerOut]
-
-
 class SequenceRouted(Mixer):
     """See `SequenceRoutedSpec`. Without a causal spec its state is the empty tuple."""
 
@@ -173,44 +170,28 @@ class SequenceRouted(Mixer):
         self.mixers = Branches((), layer)
         self.mixers.extend(mixer.build(alone(layer)) for mixer in spec.mixers)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: SequenceRoutedState | tuple[()] | None = None,
-        *,
-        segment_ids: Tensor | None = None,
-        shared: Mapping[str, Tensor] | None = None,
+    def parallel(
+        self, x: Tensor, state: SequenceRoutedState | tuple[()] | None, call: Call
     ) -> MixerOut:
         before = state or None
-        weights, loss = self._weigh(x, before and before.weights, segment_ids)
+        weights, loss = self._weigh(x, before and before.weights, call)
         busy = (weights != 0).any(1)
-        if segment_ids is not None:  # a row without a token leaves every memory as padding does
-            busy = busy | (segment_ids < 0).all(1, keepdim=True)
-
-        def run(mixer: Mixer, rows: Rows, memory: Any) -> MixerOut:
-            ids = None if segment_ids is None else rows.take(segment_ids)
-            return mixer(rows.take(x), memory, segment_ids=ids)
-
-        out = self._mix(x, weights, busy, before, run)
+        if call.real is not None:  # a row without a token leaves every memory as padding does
+            busy = busy | ~call.real.any(1, keepdim=True)
+        out = self._mix(x, weights, busy, before, call)
         return out._replace(aux=add_losses(out.aux, loss))
 
-    def step(
-        self, x: Tensor, state: SequenceRoutedState, *, shared: Mapping[str, Tensor] | None = None
-    ) -> MixerOut:
+    def recurrent(self, x: Tensor, state: SequenceRoutedState, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise SpecError(
                 "sequence_routed: a document's choice, or a mixer's result, depends on later "
                 'tokens, so there is no step; use summary "first" and causal mixers in a model '
                 "that steps or generates"
             )
-        weights, loss = self._weigh(x[:, None], state.weights, None)
-
-        def run(mixer: Mixer, rows: Rows, memory: Any) -> MixerOut:
-            out = mixer.step(rows.take(x), memory)
-            return out._replace(y=out.y[:, None])
-
-        out = self._mix(x[:, None], weights, weights[:, 0] != 0, state, run)
-        return out._replace(y=out.y[:, 0], aux=add_losses(out.aux, loss))
+        weights, loss = self._weigh(x[:, None], state.weights, call)
+        weights = weights[:, 0]
+        out = self._mix(x, weights, weights != 0, state, call)
+        return out._replace(aux=add_losses(out.aux, loss))
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -229,17 +210,17 @@ class SequenceRouted(Mixer):
         return f"top_k={self.spec.top_k}, summary={self.spec.summary}"
 
     def _weigh(
-        self, x: Tensor, carried: Tensor | None, segment_ids: Tensor | None
+        self, x: Tensor, carried: Tensor | None, call: Call
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Weights (b, t or 1, n) of every token's mixers, 0 where not chosen or at padding, and the
         loss over the documents that begin here. `carried` (b, n) are those of the open ones."""
-        if segment_ids is None:
+        starts, real = call.starts, call.real
+        if starts is None or real is None:
             mean = self.spec.summary == "mean"
             seen = full_precision(x).mean(1, keepdim=True) if mean else x[:, :1]
             opening = torch.ones_like(seen[..., 0], dtype=torch.bool)
             continuing, real = opening, opening
         else:
-            starts, real = document_starts(segment_ids), segment_ids >= 0
             seen = document_means(x, starts) if self.spec.summary == "mean" else firsts(x, starts)
             opening = torch.cat([real[:, :1], starts[:, 1:] & real[:, 1:]], 1)
             continuing = starts.cumsum(1) == 0
@@ -258,9 +239,12 @@ class SequenceRouted(Mixer):
         weights: Tensor,
         busy: Tensor,
         state: SequenceRoutedState | None,
-        run: Run,
+        call: Call,
     ) -> MixerOut:
-        """Weighted sum of what the mixers make of the rows where they are `busy` (b, n)."""
+        """Weighted sum of what the mixers make of the rows where they are `busy` (b, n).
+
+        x (b, t, d) and weights (b, t or 1, n), both without t in a step.
+        """
         y = torch.zeros_like(full_precision(x))
         states: list[Any] = []
         aux: Mapping[str, Tensor] = {}
@@ -270,11 +254,14 @@ class SequenceRouted(Mixer):
                 y = y + _nothing(mixer, before)
                 states.append(mixer.init_state(len(x), x.device, x.dtype))
                 continue
-            out = run(mixer, rows, None if before is None else map_state(rows.take, before))
+            memory = None if before is None else map_state(rows.take, before)
+            within = call.alone() if rows.chosen is None else call.rows(rows.chosen)
+            out = mixer(rows.take(x), memory, call=within)
             y = torch.addcmul(y, rows.put(out.y), weights[..., i, None])
             states.append(map_state(rows.put, out.state))
             aux = add_losses(aux, out.aux)
-        after = SequenceRoutedState(weights[:, -1], tuple(states)) if self.spec.causal else ()
+        last = weights if call.step else weights[:, -1]
+        after = SequenceRoutedState(last, tuple(states)) if self.spec.causal else ()
         return MixerOut(y.to(x.dtype), after, aux)
 
     def _rows(self, busy: Tensor) -> list[Rows | None]:
