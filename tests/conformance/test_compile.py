@@ -15,7 +15,7 @@ from cases import CAUSAL, CHANNELS, MIXERS, make, tokens
 from tolerance import assert_close
 
 from kizzasi.models.export import StepModule
-from kizzasi.models.ops import scan
+from kizzasi.models.ops import devices, scan
 
 # The compiler itself makes a Function and looks at .grad while it traces.
 pytestmark = [
@@ -99,8 +99,10 @@ def test_documents_and_padding_compile_to_one_graph(name, backend):
         forward(x, mask=~mask, segment_ids=ids)
 
 
+@pytest.mark.parametrize("cpu", [True, False])
 @pytest.mark.parametrize("length", [9, 200])
-def test_a_scan_is_one_node_whatever_its_length(length):
+def test_a_scan_is_one_node_whatever_its_length(length, cpu, monkeypatch):
+    monkeypatch.setattr(devices, "on_cpu", lambda x: cpu)
     graphs = []
 
     def note(graph, inputs):

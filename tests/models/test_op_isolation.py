@@ -5,21 +5,21 @@ import torch
 from op_cases import OPS, STARTS, every_op
 from tolerance import assert_close
 
-from kizzasi.models.ops import conv, documents, scan, scan_blocks
+from kizzasi.models.ops import conv, devices, documents, scan_blocks
 
 DOCUMENT = STARTS.cumsum(1)
 BAD = [torch.nan, torch.inf, -torch.inf]
 
 
-@pytest.fixture(autouse=True, params=["fast", "loop", "no questions", "chunks"])
+@pytest.fixture(autouse=True, params=["fast", "loop", "no questions", "as on CUDA"])
 def form(request, monkeypatch):
-    """Both forms; and the fast one where the device cannot say whether all numbers are finite."""
+    """Both forms; and the fast one where the device does not say whether all numbers are finite."""
     monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 20)
     monkeypatch.setattr(scan_blocks, "BLOCK_STATES", 1)
     if request.param == "no questions":
         monkeypatch.setattr(documents, "all_finite", lambda *inputs: False)
-    if request.param == "chunks":
-        monkeypatch.setattr(scan, "_by_blocks", lambda u: False)
+    if request.param == "as on CUDA":
+        monkeypatch.setattr(devices, "on_cpu", lambda x: False)
     return 1 if request.param == "loop" else 0
 
 

@@ -7,7 +7,7 @@ import torch
 from tolerance import assert_close
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import conv, scan, scan_blocks
+from kizzasi.models.ops import conv, devices, scan, scan_blocks
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 100)
 SCAN_NAMES = ("u", "dt", "A", "B", "C", "D", "h0")
@@ -32,7 +32,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(scan_blocks, "ROW_STATES", 30)
         monkeypatch.setattr(conv, "BLOCK_ELEMENTS", 50)
     if request.param == "chunks":
-        monkeypatch.setattr(scan, "_by_blocks", lambda u: False)
+        monkeypatch.setattr(devices, "on_cpu", lambda x: False)
         monkeypatch.setattr(scan, "PIECE_STATES", 1)
 
 

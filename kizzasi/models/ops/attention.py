@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops import devices
 from kizzasi.models.ops.documents import all_finite
 from kizzasi.models.ops.precision import full_precision
 
@@ -145,7 +146,7 @@ def _fused(
 def _expands(q: Tensor, mask: Tensor | None) -> bool:
     """The rule. Of CUDA's kernels, flash refuses masks and the memory-efficient one shared keys;
     with both there remains the one that writes the scores out."""
-    return q.is_cuda and mask is not None
+    return devices.on_cuda(q) and mask is not None
 
 
 def _expand(q: Tensor, k: Tensor) -> Tensor:

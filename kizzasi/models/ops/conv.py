@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import autodiff
+from kizzasi.models.ops import autodiff, devices
 from kizzasi.models.ops.precision import without_autocast
 
 BLOCK_ELEMENTS = 2**16  # of (b, tokens, c) in a block: 256 KiB of float32
@@ -82,7 +82,7 @@ def _engine(x: Tensor, foreign: Tensor | None) -> Callable[..., Tensor]:
     """
     if torch.compiler.is_compiling() or autodiff.transformed() or x.is_meta:
         return _by_taps
-    if x.is_cpu:
+    if devices.on_cpu(x):
         return _Conv.apply
     return _by_kernel if foreign is None else _by_taps
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kizzasi.models.ops import devices
 from kizzasi.models.ops.autodiff import transformed
 
 
@@ -56,7 +57,7 @@ def isolated(
 
 def all_finite(*inputs: Tensor) -> bool:
     """Whether all are known to be: only a CPU answers at once. A finite sum has finite terms."""
-    if torch.compiler.is_compiling() or transformed() or not inputs[0].is_cpu:
+    if torch.compiler.is_compiling() or transformed() or not devices.on_cpu(inputs[0]):
         return False
     return all(bool(x.detach().sum().isfinite()) for x in inputs)
 

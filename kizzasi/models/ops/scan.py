@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import autodiff, scan_blocks
+from kizzasi.models.ops import autodiff, devices, scan_blocks
 from kizzasi.models.ops.documents import isolated
 
 PIECE_STATES = 2**26  # b t d n that `selective_scan_chunked` holds at once: 256 MiB of float32
@@ -115,7 +115,7 @@ def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _by_blocks(u: Tensor) -> bool:
     """The rule: only a CPU is better off with a call per token over states that its cache holds."""
-    return u.is_cpu
+    return devices.on_cpu(u)
 
 
 def selective_scan_step(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import autodiff
+from kizzasi.models.ops import autodiff, devices
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.wkv7_wide import CHUNK_SIZE, chunks, joined, wkv7_wide
 
@@ -112,9 +112,9 @@ def wkv7(
 def _divides(w: Tensor) -> bool:
     """The rule. Only a CPU says at once whether the decays are weak enough to divide by; the meta
     device has none."""
-    if torch.compiler.is_compiling() or autodiff.transformed() or not (w.is_cpu or w.is_meta):
+    if torch.compiler.is_compiling() or autodiff.transformed():
         return False
-    return w.is_meta or bool(w.detach().amin() > WEAKEST[w.dtype])
+    return w.is_meta or (devices.on_cpu(w) and bool(w.detach().amin() > WEAKEST[w.dtype]))
 
 
 def wkv7_step(
