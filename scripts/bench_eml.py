@@ -1,6 +1,6 @@
 """Measure EML attention: `python scripts/bench_eml.py speed | learn | recover`.
 
-speed    trials per second of coordinate descent, after checking incremental against plain
+speed    trials per second of coordinate descent, after checking that both ways take one path
 learn    held-out R2 on the mean and identity tasks, gradient-free
 recover  exact-tree recovery by depth
 
@@ -11,15 +11,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kizzasi.eml import EndToEndTrainConfig, ToyEmlAttention
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
-from kizzasi.eml.core.incremental import IncrementalTrials
-from kizzasi.eml.core.trials import FlatAttention, PlainTrials, draw_trials
+from kizzasi.eml.core.descent import descend, draw_trials
 from kizzasi.eml.core.walk import Walk
 from kizzasi.eml.exact.anneal import relative_error, train_master_formula
 from kizzasi.eml.exact.enumerate import TreeSearch
@@ -29,7 +28,7 @@ from kizzasi.eml.search.minimize import minimize
 from kizzasi.eml.search.objective import ModuleObjective
 from kizzasi.eml.search.rows import output_rows
 from kizzasi.eml.tasks import Task, draw, identity, position_mean, r_squared
-from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixer import LayerContext, MixerOut
 
 # Trials per second of eml-core's compiled Rust on the same kind of machine, and the factor wanted.
 SEED_SPEED = {
@@ -51,17 +50,6 @@ MAX_STARTS = 5
 JOINT_LIMIT = 1000  # parameters that are fitted together, at most
 
 
-class Output(nn.Module):
-    """An attention layer as a plain function of x."""
-
-    def __init__(self, layer: EmlAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).y
-
-
 def build(d_model: int, head_dim: int, heads: int, seed: int) -> EmlAttention:
     spec = EmlAttentionSpec(n_heads=heads, head_dim=head_dim, causal=False, depth=3)
     layer = spec.build(LayerContext(d_model))
@@ -76,12 +64,10 @@ class Fit:
         self.layer, self.x, self.y, self.seed, self.evaluations = layer, x, y, seed, 0
 
     def joint(self, steps: int, names: list[str] | None = None, target: float = 0.0) -> None:
-        def residuals(output: Tensor) -> Tensor:
-            return (output - self.y).flatten()
+        def residuals(output: MixerOut) -> Tensor:
+            return (output.y - self.y).flatten()
 
-        objective = ModuleObjective(
-            Output(self.layer), residuals, self.x, names=names, batch_size=16
-        )
+        objective = ModuleObjective(self.layer, residuals, self.x, names=names, batch_size=16)
         self._run(objective, objective.start, steps, target, lambda x: objective.assign(x[0]))
 
     def rows(self, steps: int) -> None:
@@ -142,7 +128,7 @@ def fit(
 
 def _fit_in_stages(work: Fit, target: float) -> None:
     """Fit everything together where that is small enough, else outputs and values in turn."""
-    values = [f"layer.v_proj.{name}" for name in ("affine.weight", "affine.bias", "chain")]
+    values = [f"v_proj.{name}" for name in ("affine.weight", "affine.bias", "chain")]
     if sum(p.numel() for p in work.layer.parameters()) <= JOINT_LIMIT:
         if work.layer.head_dim == work.x.shape[-1]:
             # Values and outputs both start small, and their product bends. Outputs first escapes
@@ -177,61 +163,53 @@ def learn(seeds: list[int], tasks: list[str]) -> None:
         )
 
 
-def speed(seconds: float, clock: Callable[[], float]) -> None:
+def speed(seconds: float, clock: Callable[[], float], device: str) -> None:
     """Time trials of coordinate descent on 16 samples, float64, and check them first."""
     named = "CPU seconds" if clock is time.process_time else "seconds"
     print(f"{torch.get_num_threads()} threads of torch, {named}; 16 samples, float64.")
-    print(
-        "'batch': candidates per second in batches of 256. 'path': trials per second of the exact"
-    )
-    print("one-by-one path from a fresh model on the mean task, and the share that succeeded.")
+    print("Trials per second of the one-by-one path from a fresh model on the mean task, and the")
+    print(f"share that succeeded: 'walk' on the CPU, 'tensors' by tensor operations on {device}.")
     for sizes, (seed_speed, factor) in SEED_SPEED.items():
         d_model, d_k, seq_len, depth = sizes
-        model = ToyEmlAttention("speed", d_model, d_k, seq_len, depth)
         x, y = draw(position_mean, 16, seq_len, d_model, 0, torch.float64)
         x, y = x.flatten(1), y.flatten(1)
-        q, k, v, softmax, out = model.trees()
-        attention = FlatAttention(q, k, v, out, seq_len)
-        parameters: list[Tensor] = [tree.params for tree in (q, k, v, softmax, out)]
-        fast = IncrementalTrials(attention, parameters, x, y)
-        plain = PlainTrials(attention, parameters, x, y)
-        random = np.random.default_rng(0)
-        index = random.integers(0, model.param_count, 256)
-        delta = random.normal(size=256) * 0.1
-        sample = slice(0, 32)
-        torch.testing.assert_close(
-            fast.evaluate(index[sample], delta[sample]),
-            plain.evaluate(index[sample], delta[sample]),
-            rtol=1e-9,
-            atol=1e-12,
-        )
-        rates, stop = [], time.perf_counter() + seconds / 2
-        while time.perf_counter() < stop:
-            started = clock()
-            fast.evaluate(index, delta)
-            rates.append(256 / (clock() - started))
-        batch = statistics.median(rates)
-        walk = Walk(attention, parameters, x, y)
-        path, success = _path_speed(walk, model.param_count, seconds / 2, clock)
+        ends = []
+        for where in ("cpu", device):
+            model = ToyEmlAttention("speed", d_model, d_k, seq_len, depth).to(where)
+            trials = draw_trials(EndToEndTrainConfig(trials=64), 1, model.param_count, "fixed")
+            if where == "cpu" and not ends:
+                ends.append(Walk(model.trees(), seq_len, x, y).run(*trials))
+            else:
+                ends.append(descend(model, x.to(where), y.to(where), *trials)[1:])
+        assert ends[0][1] == ends[1][1], ends
+        assert abs(ends[0][0] - ends[1][0]) <= 1e-9 * ends[0][0], ends
+        model = ToyEmlAttention("speed", d_model, d_k, seq_len, depth)
+        walk = Walk(model.trees(), seq_len, x, y)
+        path, success = _speed(walk.run, model.param_count, seconds / 2, clock)
+        other = ToyEmlAttention("speed", d_model, d_k, seq_len, depth).to(device)
+        run = partial(descend, other, x.to(device), y.to(device))
+        tensors, _ = _speed(run, other.param_count, seconds / 2, clock)
         print(
             f"{model.param_count:7} parameters  seed {seed_speed:6}/s  "
-            f"batch {batch:8.0f}/s = {batch / seed_speed:5.1f}x  "
-            f"path {path:8.0f}/s = {path / seed_speed:5.1f}x at {success:.0%} success  "
-            f"(wanted {factor}x)",
+            f"walk {path:8.0f}/s = {path / seed_speed:5.1f}x at {success:.0%} success  "
+            f"tensors {tensors:8.0f}/s = {tensors / seed_speed:5.1f}x  (wanted {factor}x)",
             flush=True,
         )
 
 
-def _path_speed(
-    walk: Walk, n_params: int, seconds: float, clock: Callable[[], float]
+def _speed(
+    run: Callable[..., tuple[float, ...]],
+    n_params: int,
+    seconds: float,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
     """Return the median of trials per second and the share that succeeded, in rounds of 500."""
-    rates, accepted, stop = [], 0, time.perf_counter() + seconds
+    rates, accepted, stop = [], 0.0, time.perf_counter() + seconds
     config = EndToEndTrainConfig(trials=500, step_final=0.01)
     while time.perf_counter() < stop:
         trials = draw_trials(config, len(rates) + 1, n_params, "fixed")
         started = clock()
-        accepted += walk.run(*trials)[1]
+        accepted += run(*trials)[-1]
         rates.append(config.trials / (clock() - started))
     return statistics.median(rates), accepted / (config.trials * len(rates))
 
@@ -305,13 +283,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["mean", "identity"], help="learn")
     parser.add_argument("--seconds", type=float, default=5.0, help="speed: per size")
     parser.add_argument("--cpu-time", action="store_true", help="speed: where others use the cores")
+    parser.add_argument("--device", default="cpu", help="speed: of the tensor operations")
     parser.add_argument("--count", type=int, default=20, help="recover: targets per depth")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="recover")
     parser.add_argument("--lookups", type=float, default=2.5e8, help="recover: of one search")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "speed":
-        speed(arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        speed(arguments.seconds, clock, arguments.device)
     elif arguments.what == "learn":
         learn(arguments.seeds, arguments.tasks)
     else:

@@ -5,18 +5,35 @@ figures under rng="seed" and really learn under the default rng="fixed".
 """
 
 from kizzasi.eml.attention import EmlAttention, EmlAttentionSpec
-from kizzasi.eml.core.attention import BaselineAttention, ToyEmlAttention
+from kizzasi.eml.core.attention import (
+    MAX_TOY_D_MODEL,
+    MAX_TOY_SEQ_LEN,
+    BaselineAttention,
+    ToyEmlAttention,
+)
 from kizzasi.eml.core.benchmark import (
     AttentionBenchmark,
     AttentionComparison,
+    ScalingPoint,
     compare_eml_vs_baseline,
     run_benchmark,
     run_benchmark_with_trials,
 )
-from kizzasi.eml.core.events import Drift, Event, Loaded, Prediction, Reset, Saved, Trained
+from kizzasi.eml.core.descent import EndToEndTrainConfig
+from kizzasi.eml.core.events import (
+    Drift,
+    EmlEvent,
+    EmlEventLog,
+    Event,
+    Loaded,
+    Prediction,
+    Reset,
+    Saved,
+    Trained,
+)
+from kizzasi.eml.core.flat import numerical_softmax
 from kizzasi.eml.core.model import EmlModel
 from kizzasi.eml.core.tree import SafeTree
-from kizzasi.eml.core.trials import EndToEndTrainConfig
 from kizzasi.eml.exact.anneal import MasterFormula, train_master_formula
 from kizzasi.eml.exact.compiler import compile_expression, verify
 from kizzasi.eml.exact.enumerate import TreeSearch, search_tree
@@ -31,6 +48,8 @@ from kizzasi.eml.search.pattern import PatternSearch
 from kizzasi.eml.search.rows import OutputRows, output_rows
 
 __all__ = [
+    "MAX_TOY_D_MODEL",
+    "MAX_TOY_SEQ_LEN",
     "AntitheticES",
     "AttentionBenchmark",
     "AttentionComparison",
@@ -40,6 +59,8 @@ __all__ = [
     "Drift",
     "EmlAttention",
     "EmlAttentionSpec",
+    "EmlEvent",
+    "EmlEventLog",
     "EmlModel",
     "EndToEndTrainConfig",
     "Event",
@@ -54,6 +75,7 @@ __all__ = [
     "Reset",
     "SafeTree",
     "Saved",
+    "ScalingPoint",
     "SeparableCma",
     "Spsa",
     "ToyEmlAttention",
@@ -67,6 +89,7 @@ __all__ = [
     "evaluate",
     "formula",
     "minimize",
+    "numerical_softmax",
     "output_rows",
     "run_benchmark",
     "run_benchmark_with_trials",

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kizzasi.eml.operator import eml_soft
+from kizzasi.eml.operator import eml_chain, soft_node
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
@@ -37,24 +37,6 @@ from kizzasi.models.strict import join, register, require
 _NEUTRAL = (0.5, 0.89451042, 9.85156299)
 _GAIN = 0.3
 _NORM_EPS = 1e-6
-
-
-def soft_chain(v: Tensor, coefficients: Tensor) -> Tensor:
-    """Run v through `depth` soft EML operators.
-
-        v <- eml_soft(v c0 + c1, v + c2),      once per level
-
-    Args:
-        v: (..., i).
-        coefficients: (..., i, depth, 3), broadcastable.
-
-    Returns:
-        (..., i), bounded by the soft clamp for any v.
-    """
-    for level in range(coefficients.shape[-2]):
-        c0, c1, c2 = coefficients[..., level, :].unbind(-1)
-        v = eml_soft(v * c0 + c1, v + c2)
-    return v
 
 
 def _set_neutral(chain: Tensor) -> None:
@@ -86,7 +68,7 @@ class EmlProjection(nn.Module):
         _set_neutral(self.chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return soft_chain(self.affine(x), self.chain)
+        return eml_chain(self.affine(x), self.chain, soft_node)
 
 
 @register
@@ -247,6 +229,6 @@ class EmlAttention(Mixer):
         scores = (q @ k.mT).to(state_dtype(q.dtype))
         scores = scores * self.log_temperature.exp()[:, None, None]
         if self.score_chain is not None:
-            scores = soft_chain(scores, self.score_chain[:, None, None])
+            scores = eml_chain(scores, self.score_chain[:, None, None], soft_node)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return self.o_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2))

@@ -5,6 +5,8 @@ Glossary (Odrzywolek 2026, arXiv:2603.21852):
     EXP_LIMIT      the clamp on the exponent in `eml_safe`; exp(20) = 4.85e8
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,3 +72,34 @@ def softmax3(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the softmax of three tensors, elementwise: three weights that sum to 1."""
     alpha, beta, gamma = torch.softmax(torch.stack((a, b, c)), dim=0)
     return alpha, beta, gamma
+
+
+def safe_node(x: Tensor, v: Tensor, c2: Tensor) -> Tensor:
+    """One level of eml-core's chain: eml_safe(x, |v| + c2 + 1)."""
+    return eml_safe(x, v.abs() + c2 + 1.0)
+
+
+def soft_node(x: Tensor, v: Tensor, c2: Tensor) -> Tensor:
+    """One level of EML attention's chain: eml_soft(x, v + c2)."""
+    return eml_soft(x, v + c2)
+
+
+def eml_chain(
+    v: Tensor, coefficients: Tensor, node: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Run v through `depth` EML operators.
+
+        v <- node(v c0 + c1, v, c2),      once per level
+
+    Args:
+        v: (..., i).
+        coefficients: (..., i, depth, 3), broadcastable; c0, c1, c2 last.
+        node: `safe_node` or `soft_node`.
+
+    Returns:
+        (..., i); with `soft_node` bounded for any v.
+    """
+    for level in range(coefficients.shape[-2]):
+        c0, c1, c2 = coefficients[..., level, :].unbind(-1)
+        v = node(v * c0 + c1, v, c2)
+    return v

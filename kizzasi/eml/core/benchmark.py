@@ -5,17 +5,19 @@ Both default to the repaired random numbers; `rng="seed"` gives the published fi
 it says little about learning: `tasks.r_squared` on fresh samples does.
 """
 
-import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kizzasi.eml.core.attention import BaselineAttention, ToyEmlAttention
+from kizzasi.eml.core.descent import EndToEndTrainConfig
+from kizzasi.eml.core.fields import Fields, write
+from kizzasi.eml.core.flat import FlatAttention
 from kizzasi.eml.core.rng import Lcg, Rng
-from kizzasi.eml.core.trials import EndToEndTrainConfig
 from kizzasi.eml.tasks import position_mean
 
 _DATA_SEED, _COMPARE_SEED = 0xCAFEF00D, 0xA11CE
@@ -55,7 +57,25 @@ class AttentionBenchmark:
 
     def to_json(self) -> str:
         """Return eml-core's JSON."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return write(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "AttentionBenchmark":
+        """Rebuild the figures from `to_json` or from eml-core's JSON.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        read = Fields.parse(text, [each.name for each in fields(cls)])
+        points = read.objects("phase4_scaling", [each.name for each in fields(ScalingPoint)])
+        scaling = [ScalingPoint(**_numbers(ScalingPoint, point)) for point in points]
+        return cls(**_numbers(cls, read), phase4_scaling=scaling)
+
+
+def _numbers(cls: type, read: Fields) -> dict[str, Any]:
+    """Return the fields of a dataclass that are numbers, as it declares them."""
+    kinds = {int: partial(read.whole, high=2**63), float: read.number, bool: read.flag}
+    return {each.name: kinds[each.type](each.name) for each in fields(cls) if each.type in kinds}
 
 
 @dataclass(frozen=True)
@@ -78,14 +98,25 @@ class AttentionComparison:
 
 
 def run_benchmark(
-    d_model: int, d_k: int, seq_len: int, depth: int, rng: Rng = "fixed"
+    d_model: int,
+    d_k: int,
+    seq_len: int,
+    depth: int,
+    rng: Rng = "fixed",
+    device: torch.device | str = "cpu",
 ) -> AttentionBenchmark:
     """Run the four phases with 400 trials a round; see `run_benchmark_with_trials`."""
-    return run_benchmark_with_trials(d_model, d_k, seq_len, depth, 400, rng)
+    return run_benchmark_with_trials(d_model, d_k, seq_len, depth, 400, rng, device)
 
 
 def run_benchmark_with_trials(
-    d_model: int, d_k: int, seq_len: int, depth: int, phase2_trials: int, rng: Rng = "fixed"
+    d_model: int,
+    d_k: int,
+    seq_len: int,
+    depth: int,
+    phase2_trials: int,
+    rng: Rng = "fixed",
+    device: torch.device | str = "cpu",
 ) -> AttentionBenchmark:
     """Run warm-up, training, inference and scaling on a new `ToyEmlAttention`.
 
@@ -96,11 +127,12 @@ def run_benchmark_with_trials(
         d_model, d_k, seq_len, depth: of the model, within its limits.
         phase2_trials: trials per round.
         rng: "seed" with (4, 2, 2, 3) and 15000 trials reproduces the published 7.3 %.
+        device: where the model and its samples live.
 
     Raises:
         SpecError: a size outside its limits.
     """
-    model = ToyEmlAttention("bench", d_model, d_k, seq_len, depth, rng)
+    model = ToyEmlAttention("bench", d_model, d_k, seq_len, depth, rng).to(device)
     lcg = Lcg(_DATA_SEED, rng)
     width = seq_len * d_model
     warm_up = _inference_ns(model, [lcg.sample(width)])[0]
@@ -116,7 +148,7 @@ def run_benchmark_with_trials(
     scaling = []
     for length, wide in _SCALING_SHAPES:
         if length <= seq_len and wide <= d_model:
-            small = ToyEmlAttention("scale", wide, min(wide, d_k), length, depth, rng)
+            small = ToyEmlAttention("scale", wide, min(wide, d_k), length, depth, rng).to(device)
             took = _inference_ns(small, [lcg.sample(length * wide)] * 32)
             scaling.append(ScalingPoint(length, wide, small.param_count, sum(took) // len(took)))
     return AttentionBenchmark(
@@ -146,6 +178,7 @@ def compare_eml_vs_baseline(
     config: EndToEndTrainConfig,
     rounds: int,
     rng: Rng = "fixed",
+    device: torch.device | str = "cpu",
 ) -> AttentionComparison:
     """Train EML and affine attention side by side on the per-position mean.
 
@@ -155,8 +188,8 @@ def compare_eml_vs_baseline(
     Raises:
         SpecError: a size outside its limits.
     """
-    eml = ToyEmlAttention("eml", d_model, d_k, seq_len, depth, rng)
-    affine = BaselineAttention("base", d_model, d_k, seq_len, rng)
+    eml = ToyEmlAttention("eml", d_model, d_k, seq_len, depth, rng).to(device)
+    affine = BaselineAttention("base", d_model, d_k, seq_len, rng).to(device)
     lcg = Lcg(_COMPARE_SEED, rng)
     width = seq_len * d_model
     samples = [[lcg.signed() for _ in range(width)] for _ in range(96)]
@@ -177,26 +210,33 @@ def compare_eml_vs_baseline(
     return AttentionComparison((d_model, d_k, seq_len, depth), config.trials, rounds, **measured)
 
 
-def _target(model: ToyEmlAttention | BaselineAttention, x: Tensor) -> Tensor:
+def _target(model: FlatAttention, x: Tensor) -> Tensor:
     return position_mean(x.unflatten(-1, (model.seq_len, model.d_model))).flatten(-2)
 
 
-def _record_mean(model: ToyEmlAttention | BaselineAttention, samples: list[list[float]]) -> None:
-    for x in torch.tensor(samples, dtype=torch.float64):
+def _samples(model: FlatAttention, samples: list[list[float]]) -> Tensor:
+    return torch.tensor(samples, dtype=torch.float64, device=next(model.parameters()).device)
+
+
+def _record_mean(model: FlatAttention, samples: list[list[float]]) -> None:
+    for x in _samples(model, samples):
         model.record(x, _target(model, x))
 
 
 @torch.no_grad()
-def _mean_error(model: ToyEmlAttention | BaselineAttention, samples: list[list[float]]) -> float:
-    x = torch.tensor(samples, dtype=torch.float64)
+def _mean_error(model: FlatAttention, samples: list[list[float]]) -> float:
+    x = _samples(model, samples)
     return float((model(x) - _target(model, x)).square().mean())
 
 
 @torch.no_grad()
-def _inference_ns(model: Callable[[Tensor], Tensor], samples: list[list[float]]) -> list[int]:
+def _inference_ns(model: FlatAttention, samples: list[list[float]]) -> list[int]:
+    """Time one sample after another; on CUDA until the device has finished."""
     times = []
-    for x in torch.tensor(samples, dtype=torch.float64):
+    for x in _samples(model, samples):
         start = time.perf_counter_ns()
-        model(x)
+        y = model(x)
+        if y.is_cuda:
+            torch.cuda.synchronize(y.device)
         times.append(time.perf_counter_ns() - start)
     return times

@@ -3,8 +3,11 @@
 Each record serialises as one tagged object, e.g. {"Trained": {"model_name": "t", ...}}.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from kizzasi.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """Return {"Name": {fields}}, ready for JSON."""
         return {type(self).__name__: asdict(self)}
+
+
+EmlEvent = Event  # eml-core's name
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,36 @@ _BY_NAME = {each.__name__: each for each in (Trained, Prediction, Drift, Saved, 
 
 
 def event_from_dict(tagged: dict[str, dict[str, Any]]) -> Event:
-    """Rebuild an event from `Event.to_dict`."""
-    ((name, fields),) = tagged.items()
-    return _BY_NAME[name](**fields)
+    """Rebuild an event from `Event.to_dict`.
+
+    Raises:
+        CheckpointError: no event, or other fields than it has.
+    """
+    try:
+        ((name, fields),) = tagged.items()
+        return _BY_NAME[name](**fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{tagged!r:.80} is no event; it must be {{name: fields}}, name of {[*_BY_NAME]}"
+        ) from error
+
+
+class EmlEventLog:
+    """Events in the order in which they happened, until they are drained."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def push(self, event: Event) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        """Return the events so far and forget them."""
+        drained, self._events = self._events, []
+        return drained
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self._events)

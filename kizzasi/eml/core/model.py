@@ -9,18 +9,19 @@ Glossary (eml-core's levels):
     P, S      candidates and samples evaluated together
 """
 
-import json
+from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kizzasi.eml.core.events import Event, Trained
+from kizzasi.eml.core.events import EmlEventLog, Event, Trained
+from kizzasi.eml.core.fields import Fields, write
 from kizzasi.eml.core.rng import Lcg, Rng
-from kizzasi.eml.core.tree import parse_json
-from kizzasi.eml.core.trials import descend
 from kizzasi.eml.operator import eml_safe
-from kizzasi.errors import CheckpointError, ShapeError, SpecError
+from kizzasi.eml.search.coordinate import ListedDescent
+from kizzasi.eml.search.minimize import minimize
+from kizzasi.eml.search.objective import Loss
+from kizzasi.errors import ShapeError, SpecError
 
 _NODES, _LEVEL0 = 8, 24
 _DELTAS = (-0.1, -0.01, -0.001, 0.001, 0.01, 0.1)
@@ -59,6 +60,10 @@ def _mix4(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return w0 + w1 * a + (1.0 - w0 - w1) * b
 
 
+def _count(depth: int, head_count: int) -> int:
+    return _LEVEL0 + 12 * len(_MIX3[depth]) + 4 * len(_MIX4[depth]) + 2 * head_count
+
+
 class EmlModel:
     """eml-core's multi-head EML regressor: 26 to 60 parameters or so, outputs at least 0.
 
@@ -70,6 +75,7 @@ class EmlModel:
         input_count, head_count: widths, 1 or more.
         name: for events; "" for a name made of the sizes.
         rng: "seed" for eml-core's half-range random restarts.
+        device: where parameters live and training runs.
 
     Raises:
         SpecError: depth or a width outside its range.
@@ -78,7 +84,13 @@ class EmlModel:
     """
 
     def __init__(
-        self, depth: int, input_count: int, head_count: int, name: str = "", rng: Rng = "fixed"
+        self,
+        depth: int,
+        input_count: int,
+        head_count: int,
+        name: str = "",
+        rng: Rng = "fixed",
+        device: torch.device | str | None = None,
     ) -> None:
         if depth not in _MIX3 or input_count < 1 or head_count < 1:
             raise SpecError(
@@ -88,11 +100,11 @@ class EmlModel:
         self.depth, self.input_count, self.head_count = depth, input_count, head_count
         self.name = name or f"eml_d{depth}x{input_count}x{head_count}"
         self.rng: Rng = rng
-        count = _LEVEL0 + 12 * len(_MIX3[depth]) + 4 * len(_MIX4[depth]) + 2 * head_count
-        self.params = torch.zeros(count, dtype=torch.float64)
+        count = _count(depth, head_count)
+        self.params = torch.zeros(count, dtype=torch.float64, device=device)
         self.trained = False
         self.samples: list[tuple[list[float], list[float]]] = []
-        self.events: list[Event] = []
+        self.events = EmlEventLog()
 
     @property
     def param_count(self) -> int:
@@ -154,27 +166,30 @@ class EmlModel:
         """
         if len(self.samples) < _MIN_SAMPLES:
             return False
-        loss = _WeightedError(self)
-        before, n = loss.loss(), self.param_count
+        loss, n, device = self._loss(), self.param_count, self.params.device
         lcg = Lcg(_TRAIN_SEED, self.rng)
         count = 200 if n > 40 else 100
-        restarts = torch.tensor([lcg.sample(n) for _ in range(count)], dtype=torch.float64)
-        losses = loss.of(restarts)
-        if losses.min() < before:
-            loss.point = restarts[losses.argmin()]
-        index, delta = np.repeat(np.arange(n), len(_DELTAS)), np.tile(_DELTAS, n)
-        after = loss.loss()
+        drawn = [lcg.sample(n) for _ in range(count)]
+        restarts = torch.tensor(drawn, dtype=torch.float64, device=device)
+        losses = loss(torch.cat((self.params[None], restarts))[None])[0]
+        best, before = int(losses.argmin()), float(losses[0])
+        point = restarts[best - 1] if best else self.params
+        index = torch.arange(n, device=device).repeat_interleave(len(_DELTAS))
+        deltas = torch.tensor(_DELTAS, dtype=torch.float64, device=device).repeat(n)
+        sweep = ListedDescent(index, deltas, margin=0.0)
+        after = float(losses[best])
         for _ in range(max_sweeps):
-            after, accepts = descend(loss, index, delta, margin=0.0)
-            if not accepts:
+            found = minimize(loss, sweep, point[None], evaluations=len(index) + 1)
+            point, after = found.x[0], float(found.loss)
+            if not int(found.state.accepts):
                 break
-        self.params = loss.point
+        self.params = point
         self.trained = after < _CONVERGED
         event = Trained(self.name, len(self.samples), before, after, self.trained, n)
-        self.events.append(event)
+        self.events.push(event)
         return self.trained
 
-    def distill(self, target_depth: int, n_samples: int, max_sweeps: int = 1000) -> "EmlModel":
+    def distill(self, target_depth: int, n_samples: int, max_sweeps: int = 1000) -> EmlModel:
         """Train a shallower model on this one's answers to uniform inputs in [0, 1).
 
         Args:
@@ -187,11 +202,14 @@ class EmlModel:
         """
         if target_depth >= self.depth:
             raise SpecError(f"target_depth {target_depth} must be below the teacher's {self.depth}")
-        student = EmlModel(target_depth, self.input_count, self.head_count, rng=self.rng)
+        device = self.params.device
+        student = EmlModel(
+            target_depth, self.input_count, self.head_count, rng=self.rng, device=device
+        )
         lcg = Lcg(_DISTILL_SEED, "fixed")
         count = max(n_samples, _MIN_SAMPLES)
         inputs = [[lcg.unit() for _ in range(self.input_count)] for _ in range(count)]
-        answers = self.predict(torch.tensor(inputs, dtype=torch.float64))
+        answers = self.predict(torch.tensor(inputs, dtype=torch.float64, device=device))
         for x, y in zip(inputs, answers.tolist(), strict=True):
             student.record(x, y)
         student.train(max_sweeps)
@@ -199,59 +217,49 @@ class EmlModel:
 
     def drain_events(self) -> list[Event]:
         """Return the events so far and forget them."""
-        drained, self.events = self.events, []
-        return drained
+        return self.events.drain()
 
     def to_json(self) -> str:
         """Return eml-core's JSON: depth, input_count, head_count, params, trained."""
         sizes = {key: getattr(self, key) for key in ("depth", "input_count", "head_count")}
         fields = sizes | {"params": self.params.tolist(), "trained": self.trained}
-        return json.dumps(fields, separators=(",", ":"))
+        return write(fields)
 
     @classmethod
-    def from_json(cls, text: str) -> "EmlModel":
+    def from_json(cls, text: str) -> EmlModel:
         """Rebuild a model from eml-core's JSON.
 
         Raises:
             CheckpointError: damaged, or a wrong number of params.
         """
-        fields = parse_json(text)
-        required = {"depth", "input_count", "head_count", "params", "trained"}
-        if set(fields) != required:
-            raise CheckpointError(f"keys are {sorted(fields)}; they must be {sorted(required)}")
-        model = cls(fields["depth"], fields["input_count"], fields["head_count"])
-        params = torch.tensor(fields["params"], dtype=torch.float64)
-        if params.shape != model.params.shape:
-            raise CheckpointError(f"{len(params)} params; the sizes call for {model.param_count}")
-        model.params = params
-        model.trained = fields["trained"]
+        keys = ("depth", "input_count", "head_count", "params", "trained")
+        fields = Fields.parse(text, keys)
+        depth, heads = fields.whole("depth", 2, 5), fields.whole("head_count", 1)
+        params = fields.numbers("params", _count(depth, heads))
+        model = cls(depth, fields.whole("input_count", 1), heads)
+        model.params = torch.tensor(params, dtype=torch.float64)
+        model.trained = fields.flag("trained")
         return model
 
+    def to(self, device: torch.device | str) -> EmlModel:
+        """Move the parameters; training then runs there. Returns the model itself."""
+        self.params = self.params.to(device)
+        return self
 
-class _WeightedError:
-    """The training loss as an `Objective` for `descend`, holding its own copy of the parameters."""
-
-    def __init__(self, model: EmlModel) -> None:
-        self.model, self.point = model, model.params.clone()
-        inputs, targets = zip(*model.samples, strict=True)
-        self.inputs = torch.tensor(inputs, dtype=torch.float64)
-        targets = torch.tensor(targets, dtype=torch.float64)
+    def _loss(self) -> Loss:
+        """The weighted error on the samples, of candidates (R, P, n)."""
+        inputs, targets = (
+            torch.tensor(each, dtype=torch.float64, device=self.params.device)
+            for each in zip(*self.samples, strict=True)
+        )
         weight = torch.full_like(targets, _SECONDARY_WEIGHT)
         weight[:, 0] = 1.0
-        self.weight = torch.where(targets.isnan(), 0.0, weight)
-        self.targets = targets.nan_to_num()
+        weight = torch.where(targets.isnan(), 0.0, weight)
+        targets = targets.nan_to_num()
 
-    def of(self, points: Tensor) -> Tensor:
-        error = (self.model.evaluate(points, self.inputs) - self.targets).square() * self.weight
-        return error.sum((1, 2)) / self.weight.sum()
+        def loss(points: Tensor) -> Tensor:
+            answers = self.evaluate(points.flatten(0, 1), inputs)
+            error = (answers - targets).square() * weight
+            return (error.sum((1, 2)) / weight.sum()).unflatten(0, points.shape[:2])
 
-    def loss(self) -> float:
-        return float(self.of(self.point[None]))
-
-    def evaluate(self, index: np.ndarray, delta: np.ndarray) -> Tensor:
-        points = self.point.repeat(len(index), 1)
-        points[torch.arange(len(index)), torch.from_numpy(index)] += torch.from_numpy(delta)
-        return self.of(points)
-
-    def commit(self, index: int, delta: float) -> None:
-        self.point[index] += delta
+        return loss

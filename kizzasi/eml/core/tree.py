@@ -7,34 +7,18 @@ Glossary (eml-core's names):
     params         all of them flat: W row by row | b | (heads, depth, 3)
 """
 
-import json
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.operator import eml_safe
-from kizzasi.errors import CheckpointError, ShapeError, SpecError
+from kizzasi.eml.core.fields import Fields, write
+from kizzasi.eml.operator import eml_chain, safe_node
+from kizzasi.errors import ShapeError, SpecError
 
-
-def tree_chain(v: Tensor, coefficients: Tensor) -> Tensor:
-    """Run v through `depth` guarded EML operators.
-
-        v <- eml_safe(v * c0 + c1, |v| + c2 + 1),      once per level
-
-    Args:
-        v: (..., heads).
-        coefficients: (..., heads, depth, 3), broadcastable; c0, c1, c2 last.
-
-    Returns:
-        (..., heads).
-
-    Source: the Rust crate eml-core, SafeTree. Its claim that the guard is at least 1 holds only
-        for c2 >= 0.
-    """
-    for level in range(coefficients.shape[-2]):
-        c0, c1, c2 = coefficients[..., level, :].unbind(-1)
-        v = eml_safe(v * c0 + c1, v.abs() + c2 + 1.0)
-    return v
+TREE_KEYS = ("depth", "inputs", "heads", "params")
 
 
 class SafeTree(nn.Module):
@@ -51,6 +35,9 @@ class SafeTree(nn.Module):
 
     Raises:
         SpecError: a width below 1 or a negative depth.
+
+    Source: the Rust crate eml-core, SafeTree. Its claim that the guard is at least 1 holds only
+        for c2 >= 0.
     """
 
     def __init__(
@@ -68,7 +55,7 @@ class SafeTree(nn.Module):
                 "depth must be >= 0, inputs and heads >= 1"
             )
         self.depth, self.inputs, self.heads = depth, inputs, heads
-        count = heads * inputs + heads + heads * depth * 3
+        count = _count(depth, inputs, heads)
         self.params = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
 
     @property
@@ -90,53 +77,45 @@ class SafeTree(nn.Module):
         if x.shape[-1:] != (self.inputs,):
             raise ShapeError(f"SafeTree got {tuple(x.shape)}; the last size must be {self.inputs}")
         weight, bias, chain = self.split()
-        return tree_chain(torch.nn.functional.linear(x, weight, bias), chain)
+        return eml_chain(torch.nn.functional.linear(x, weight, bias), chain, safe_node)
 
     def to_json(self) -> str:
         """Return eml-core's JSON: depth, inputs, heads, params."""
-        return json.dumps(tree_to_dict(self), separators=(",", ":"))
+        return write(tree_to_dict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "SafeTree":
+    def from_json(cls, text: str) -> SafeTree:
         """Rebuild a tree from eml-core's JSON.
 
         Raises:
             CheckpointError: not JSON, a key missing, or a wrong number of params.
         """
-        return tree_from_dict(parse_json(text))
+        return read_tree(Fields.parse(text, TREE_KEYS))
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, inputs={self.inputs}, heads={self.heads}"
 
 
-def parse_json(text: str) -> dict:
-    """Parse a JSON object, or raise CheckpointError."""
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"not JSON: {error}; give the text that to_json wrote") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"JSON holds a {type(parsed).__name__}; an object is needed")
-    return parsed
+def _count(depth: int, inputs: int, heads: int) -> int:
+    return heads * (inputs + 1 + 3 * depth)
 
 
-def tree_to_dict(tree: SafeTree, keys: tuple[str, ...] = ("depth", "inputs", "heads")) -> dict:
-    """Return the named sizes and the flat params as plain Python numbers."""
-    return {key: getattr(tree, key) for key in keys} | {"params": tree.params.tolist()}
+def tree_to_dict(tree: SafeTree) -> dict[str, Any]:
+    """Return the sizes and the flat params as plain Python numbers."""
+    sizes = {"depth": tree.depth, "inputs": tree.inputs, "heads": tree.heads}
+    return sizes | {"params": tree.params.tolist()}
 
 
-def tree_from_dict(fields: dict, depth: int | None = None) -> SafeTree:
+def read_tree(fields: Fields, depth: int | None = None) -> SafeTree:
     """Build a tree from `tree_to_dict`'s fields; `depth` where the file does not say it."""
-    keys = {"inputs", "heads", "params"} | ({"depth"} if depth is None else set())
-    if set(fields) != keys:
-        raise CheckpointError(f"a tree has keys {sorted(fields)}; it must have {sorted(keys)}")
-    tree = SafeTree(fields.get("depth", depth), fields["inputs"], fields["heads"])
-    values = fields["params"]
-    if len(values) != tree.param_count or not all(isinstance(v, (int, float)) for v in values):
-        raise CheckpointError(
-            f"params holds {len(values)} values; {tree!r} needs {tree.param_count} numbers "
-            "(a diverged model's nan is written as null and cannot be read back)"
-        )
+    depth = fields.whole("depth") if depth is None else depth
+    inputs, heads = fields.whole("inputs", 1), fields.whole("heads", 1)
+    return build_tree(depth, inputs, heads, fields.numbers("params", _count(depth, inputs, heads)))
+
+
+def build_tree(depth: int, inputs: int, heads: int, params: list[float]) -> SafeTree:
+    """Make a tree of given parameters, as many as it needs."""
+    tree = SafeTree(depth, inputs, heads)
     with torch.no_grad():
-        tree.params.copy_(torch.tensor(values, dtype=torch.float64))
+        tree.params.copy_(torch.tensor(params, dtype=torch.float64))
     return tree

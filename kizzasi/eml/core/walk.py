@@ -1,4 +1,4 @@
-"""Coordinate descent on flattened attention along the exact one-by-one path, without waste.
+"""Coordinate descent on flattened attention along the exact one-by-one path, on the CPU.
 
 The sequence of trials is known beforehand; only which of them succeed is not. A window holds the
 next few trials of q, k or v, and every trial of the out tree among them. All outcomes of the former
@@ -8,7 +8,10 @@ columns add up. A trial of an unused softmax tree never succeeds and costs nothi
 
 Arrays are numpy's: at these sizes most of an operation's cost is its call, and numpy's is lowest.
 
-Glossary (with S, n, r, z, u, A, C of `trials.py`):
+Glossary:
+    S, n, r        samples, positions (seq_len), channels per position (d_k)
+    z, u           a head's value before and after its chain of EML operators, kept as (heads, S)
+    A, C           attention weights, and A V, the context
     slot           a set of succeeded trials of the window: bit j stands for its j-th trial of q, k
                    or v; slot 0 is the present point
     column         one value of the output, O in all
@@ -16,15 +19,16 @@ Glossary (with S, n, r, z, u, A, C of `trials.py`):
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kizzasi.eml.core.incremental import OUT, SOFTMAX, Q, V, parameter_table
-from kizzasi.eml.core.trials import MARGIN, FlatAttention
+from kizzasi.eml.core.table import OUT, SOFTMAX, Q, V, parameter_table
+from kizzasi.eml.core.tree import SafeTree
 from kizzasi.eml.operator import EXP_LIMIT
+from kizzasi.eml.search.coordinate import MARGIN
 
 _BLOCK = 512  # trials between recomputations, which keep rounding errors from piling up
 _SMALL = 512  # with fewer output values a call costs more than its elements: two trials a window
@@ -36,7 +40,7 @@ _TINY = np.finfo(np.float64).tiny
 def _chain(
     start: np.ndarray, coefficients: np.ndarray, floor: bool, clamp: bool = False
 ) -> np.ndarray:
-    """`tree_chain` on start, with coefficients (depth * 3, ...) holding c0, c1, c2 + 1 per level.
+    """`eml_chain` of safe nodes, with coefficients (depth * 3, ...): c0, c1, c2 + 1 per level.
 
     Exponents rarely leave their bounds, so they are clamped only after some have been seen to.
     """
@@ -81,27 +85,29 @@ def _sum_over_samples(error: np.ndarray) -> np.ndarray:
 
 
 class Walk:
-    """The path of `descend` over `PlainTrials` one by one, under the numerical softmax, in float64.
+    """The path of one trial after another, under the numerical softmax, on the CPU in float64.
+
+    `ListedDescent` is the definition; this is its path at a fraction of the work.
 
     Args:
-        attention: read at the start; `run` changes its parameters.
-        parameters: the flat tensors that a trial's index runs over, in order: q, k, v, an unused
-            softmax tree or none, out.
-        inputs, targets: (S, seq * d_model).
+        trees: what a trial's index runs over, in order: q, k, v, an unused softmax tree or none,
+            out; read at the start, and changed by `run`.
+        seq_len: positions.
+        inputs, targets: (S, seq * d_model), on the CPU.
     """
 
     def __init__(
-        self, attention: FlatAttention, parameters: list[Tensor], inputs: Tensor, targets: Tensor
+        self, trees: Sequence[SafeTree], seq_len: int, inputs: Tensor, targets: Tensor
     ) -> None:
-        assert attention.softmax is None
-        self.parameters = [p.detach() for p in parameters]
-        self.ends = np.cumsum([0, *map(len, parameters)]).tolist()
-        self.flat = torch.cat(self.parameters).double().cpu().numpy()
-        self.table = parameter_table(attention, len(parameters[3]) if len(parameters) == 5 else 0)
-        self.n, self.depth, self.scale = attention.seq_len, attention.q.depth, attention.scale
-        self.n_in, self.n_ctx, self.n_out = attention.q.inputs, attention.q.heads, targets.shape[1]
+        self.parameters = [tree.params.detach() for tree in trees]
+        self.ends = np.cumsum([0, *map(len, self.parameters)]).tolist()
+        self.flat = torch.cat(self.parameters).double().numpy()
+        self.table = parameter_table(trees, seq_len)
+        self.n, self.depth = seq_len, trees[0].depth
+        self.n_in, self.n_ctx, self.n_out = trees[0].inputs, trees[0].heads, targets.shape[1]
         self.d_k = self.n_ctx // self.n
-        self.inputs, self.targets = (each.double().cpu().numpy() for each in (inputs, targets))
+        self.scale = self.d_k**-0.5
+        self.inputs, self.targets = (each.double().numpy() for each in (inputs, targets))
         self.count = self.targets.size
         self.width = 2 if self.count <= _SMALL else 1
         n_samples, slots = len(inputs), 1 << self.width

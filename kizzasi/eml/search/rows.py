@@ -7,7 +7,8 @@ one candidate for every output is evaluated in a single pass: R = d problems in 
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.attention import EmlAttention, EmlProjection, soft_chain
+from kizzasi.eml.attention import EmlAttention, EmlProjection
+from kizzasi.eml.operator import eml_chain, soft_node
 from kizzasi.errors import ShapeError
 
 
@@ -40,7 +41,7 @@ class OutputRows:
         z = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), self.features.T)
         chain = chain.flatten(0, 1).unflatten(-1, (-1, 3))[:, None]
         pairs = zip(z.split(256), chain.split(256), strict=True)
-        residuals = torch.cat([soft_chain(*pair) for pair in pairs])
+        residuals = torch.cat([eml_chain(*pair, soft_node) for pair in pairs])
         return residuals.unflatten(0, points.shape[:2]).sub_(self.targets[:, None])
 
     @torch.no_grad()
