@@ -1,7 +1,7 @@
 """Decoding, for every causal mixer and channel: what is asked of many rows is right row by row."""
 
 import torch
-from cases import causal_parts, make, tokens
+from cases import MIXERS, causal_parts, make, tokens
 from tolerance import assert_close
 
 from kizzasi.models.state import join_states
@@ -36,3 +36,17 @@ def test_joining_drops_slots_that_are_dead_in_every_row():
         both = model.step(token, both).state
     rest = join_states([both.gather(torch.tensor([1])), young])
     assert rest.blocks[0].mixer.k.shape[2] == 3 + 5
+
+
+@causal_parts
+def test_a_draft_changes_no_greedy_token(name):
+    """A perfect draft, which is never rolled back, and a strange one, which always is."""
+    model, x = make(name, hybrid=name in MIXERS), tokens(2, 7)
+    free = model.generate(x, 13, temperature=0)
+    eos = int(free[0, 11])
+    ended = model.generate(x, 13, temperature=0, eos=eos)
+    strange = make("mamba-small")
+    for draft, n_drafted in ((model, 3), (strange, 2)):
+        settings = {"temperature": 0, "draft": draft, "n_drafted": n_drafted}
+        assert torch.equal(model.generate(x, 13, **settings), free)
+        assert torch.equal(model.generate(x, 13, eos=eos, **settings), ended)
