@@ -1,7 +1,7 @@
 """Time a SwiGLU mixture of experts, forward and backward, against its peers in one run.
 
 Peers: the equal-FLOP dense SwiGLU, and the eager expert loop of transformers if it is installed.
-Prints medians, least times and ratios after checking that all backends agree.
+Prints medians, least times and ratios after checking that all ways of dispatch agree.
 
     python scripts/bench_moe.py [--threads 1] [--repeats 9] [--device cpu] [--dtype float32]
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.channels.moe import MoE, MoESpec
-from kizzasi.models.channels.moe_layouts import convert_experts
 from kizzasi.models.mixer import ChannelSpec, LayerContext
+from kizzasi.models.ops import experts
 
 SHAPES = ((2048, 256, 128, 64, 4), (2048, 256, 512, 8, 2), (256, 256, 256, 16, 2))
-BACKENDS = ("sorted", "grouped", "padded", "masked")
+WAYS = ("sorted", "grouped", "masked")
 
 
 def main() -> None:
@@ -61,8 +61,8 @@ def bench(
     x = torch.randn(1, n, d, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     check(moe, x)
     calls: dict[str, Callable[[], object]] = {"dense": lambda: run(dense, lambda v: dense(v).y, x)}
-    for backend in BACKENDS:
-        calls[backend] = lambda backend=backend: run(moe, with_backend(moe, backend), x)
+    for how in WAYS:
+        calls[how] = lambda how=how: run(moe, dispatched(moe, how), x)
     eager = transformers_loop(moe)
     if eager is not None:
         calls["transformers"] = lambda: run(eager, eager, x)
@@ -74,10 +74,16 @@ def bench(
         print(f"   least {1e3 * least:7.1f} ms {ratios[1]:6.2f} x dense")
 
 
-def with_backend(moe: MoE, backend: str) -> Callable[[Tensor], Tensor]:
+def dispatched(moe: MoE, how: str) -> Callable[[Tensor], Tensor]:
+    """The layer's call with a way of dispatch in place of the rule's."""
+
     def call(x: Tensor) -> Tensor:
-        moe.backend = backend
-        return moe(x).y
+        rule = experts.dispatch_rule
+        experts.dispatch_rule = lambda x, packed: how
+        try:
+            return moe(x).y
+        finally:
+            experts.dispatch_rule = rule
 
     return call
 
@@ -95,11 +101,11 @@ def run(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[
 
 def check(moe: MoE, x: Tensor) -> None:
     tolerance = 3e-2 if x.dtype == torch.bfloat16 else 1e-4
-    want = run(moe, with_backend(moe, "masked"), x)
-    for backend in BACKENDS:
-        for a, b in zip(run(moe, with_backend(moe, backend), x), want, strict=True):
+    want = run(moe, dispatched(moe, "masked"), x)
+    for how in WAYS:
+        for a, b in zip(run(moe, dispatched(moe, how), x), want, strict=True):
             wrong = float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
-            assert wrong < tolerance, f"{backend} is off by {wrong:.1e}; no timing before it agrees"
+            assert wrong < tolerance, f"{how} is off by {wrong:.1e}; no timing before it agrees"
 
 
 def transformers_loop(moe: MoE) -> nn.Module | None:
@@ -112,7 +118,7 @@ def transformers_loop(moe: MoE) -> nn.Module | None:
     d, e, k = moe.gate.choice.d_model, moe.spec.n_experts, moe.spec.top_k
     config = Qwen3MoeConfig(
         hidden_size=d,
-        moe_intermediate_size=moe.experts[0].get_parameter("up_proj.weight").shape[0],
+        moe_intermediate_size=moe.experts.tensors(0)[0].shape[0],
         num_experts=e,
         num_experts_per_tok=k,
         norm_topk_prob=True,
@@ -121,7 +127,7 @@ def transformers_loop(moe: MoE) -> nn.Module | None:
     block = hf.Qwen3MoeSparseMoeBlock(config)
     weight = next(moe.experts.parameters())
     block.to(weight.device, weight.dtype)
-    block.load_state_dict(convert_experts(moe.state_dict(), e, "packed"))
+    block.load_state_dict(moe.state_dict())
     return block
 
 

@@ -91,12 +91,14 @@ class Mixer(KeepFloat32, metaclass=Ready):
 
     Class attributes:
         float32_parameters: names never stored below float32 (decays, step sizes, routers).
+        stacked_parameters: names of parameters that hold several matrices, (n, n_out, n_in).
         param_rules: optimiser rules for parameters of this module by name; a parameter without one
             decays when it has two or more dimensions.
         backends: what `backend` may be set to. "torch" is the fast portable path, "reference" the
             defining loop; plain layers have one path, which is both.
     """
 
+    stacked_parameters: ClassVar[tuple[str, ...]] = ()
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
     backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
     backend: str = "torch"

@@ -10,9 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError, SpecError
+from kizzasi.models.adaptive import after_step
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.generate import generate
@@ -189,6 +191,15 @@ class SequenceModel(nn.Module, metaclass=Ready):
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups by each mixer's own rules; see `kizzasi.models.parameter_groups`."""
         return parameter_groups(self, lr, weight_decay)
+
+    def after_step(self, group: ProcessGroup | None = None) -> None:
+        """Let routers move their balancing bias; call it after every `optimizer.step()`, as
+        `kizzasi.models.moe.after_every_step(optimizer, model)` does. Nothing for other models.
+
+        Args:
+            group: the processes that train on one batch together; None means all, if there are any.
+        """
+        after_step(self, group)
 
     def save_pretrained(
         self,

@@ -1,42 +1,54 @@
 """Mixture of experts for use outside a sequence model, and tools for models that hold some.
 
 `MixtureOfExperts(MoEConfig(...))` mixes vectors: any modules as experts, one vector or many at a
-time. Inside a sequence model use the channel `MoESpec` of this package instead.
+time. Inside a sequence model use the channel `MoESpec` of this package instead, which knows more
+routers.
 
-Tools: `watch_routing`, `revive_dead_experts`, `convert_experts`, `upcycle`.
+Tools: `after_step`, `after_every_step`, `watch_routing`, `revive_dead_experts`, `balance_hashes`,
+`convert_experts`, `upcycle`, `share_experts`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError, SpecError
-from kizzasi.models.channels.moe import MoE, MoESpec, Report
-from kizzasi.models.channels.moe_layouts import convert_experts
-from kizzasi.models.channels.moe_router import RouterSpec
+from kizzasi.models.adaptive import after_every_step, after_step, counts_here
+from kizzasi.models.channels.moe import ListedExperts, MoE, MoESpec
 from kizzasi.models.channels.moe_routers import (
     ExpertChoice,
     Hash,
     NoisyTopK,
+    RouterSpec,
+    Routing,
     Sinkhorn,
     Softmax,
     TopK,
 )
-from kizzasi.models.channels.moe_telemetry import (
+from kizzasi.models.channels.moe_routers import Router as Gate
+from kizzasi.models.checkpoints.experts import convert_experts
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.moe_tools import (
     LayerUsage,
     RoutingUsage,
+    balance_hashes,
     revive_dead_experts,
+    share_experts,
+    upcycle,
     watch_routing,
 )
-from kizzasi.models.mixer import LayerContext
-from kizzasi.models.model import SequenceModel, build_model
+from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.ops.routing import count_jobs, cv_squared
+from kizzasi.models.strict import coerce, field_types, require, unknown_name
 
 __all__ = [
     "ExpertChoice",
@@ -53,15 +65,23 @@ __all__ = [
     "Sinkhorn",
     "Softmax",
     "TopK",
+    "after_every_step",
+    "after_step",
+    "balance_hashes",
     "convert_experts",
     "revive_dead_experts",
+    "share_experts",
     "upcycle",
     "watch_routing",
 ]
+FORWARDS_WITHOUT_LOSS = 32
 
 
 class RoutingStrategy(Enum):
-    """How `MixtureOfExperts` routes: all experts, the top k, or the top k under trained noise."""
+    """How `MixtureOfExperts` routes: all experts, the top k, or the top k under trained noise.
+
+    A name or value in any spelling gives the member: RoutingStrategy("TopK").
+    """
 
     SOFTMAX = "Softmax"
     TOP_K = "Top-K"
@@ -69,6 +89,10 @@ class RoutingStrategy(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+    @classmethod
+    def _missing_(cls, value: object) -> RoutingStrategy | None:
+        return next((one for one in cls if _letters(one.value) == _letters(value)), None)
 
 
 @dataclass(frozen=True)
@@ -78,11 +102,14 @@ class MoEConfig:
     Args:
         num_experts, top_k: how many there are, and how many work on a vector.
         input_dim, output_dim: widths of vectors going in and out.
-        routing_strategy: see `RoutingStrategy`.
+        routing_strategy: see `RoutingStrategy`; its text is taken too.
         load_balance_coeff: weight of `load_balance_loss`: importance CV^2 for softmax, Switch for
             top-k, importance CV^2 + load CV^2 for noisy top-k.
         expert_dropout: in training, chance that an expert cannot be chosen by a vector.
         noise_std: factor on the trained noise.
+
+    Raises:
+        SpecError: a value of a wrong type, or no routing strategy.
     """
 
     num_experts: int = 8
@@ -94,12 +121,41 @@ class MoEConfig:
     expert_dropout: float = 0.0
     noise_std: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            if hint is RoutingStrategy:
+                texts = [str(one) for one in RoutingStrategy]
+                known = any(_letters(value) == _letters(text) for text in texts)
+                require(known, name, f"{value!r} is none of {texts}")
+                value = RoutingStrategy(value)
+            else:
+                value = coerce(value, hint, name)
+            object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the strategy is written as "Softmax", "TopK" or "NoisyTopK"."""
+        strategy = str(self.routing_strategy).replace("-", "").replace(" ", "")
+        return asdict(self) | {"routing_strategy": strategy}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MoEConfig:
+        """Read plain data. Raises SpecError for an unknown key or a wrong value."""
+        known = [field.name for field in fields(cls)]
+        for key in data:
+            require(key in known, str(key), unknown_name(key, known))
+        return cls(**data)
+
     def to_spec(self) -> MoESpec:
         """The channel spec that routes and balances likewise.
+
+        With top_k = 1 a vector's weight is the probability of its expert, not 1, so that the
+        router learns from the task too.
 
         Raises:
             SpecError: a field breaks a rule.
         """
+        self._check()
         strategy, coeff = self.routing_strategy, self.load_balance_coeff
         softmax = strategy is RoutingStrategy.SOFTMAX
         noisy = strategy is RoutingStrategy.NOISY_TOP_K
@@ -114,40 +170,70 @@ class MoEConfig:
             router=router,
             normalize="all" if self.top_k == 1 else "topk",
             expert_dropout=self.expert_dropout,
-            balance_weight=coeff if strategy is RoutingStrategy.TOP_K else 0.0,
-            importance_weight=0.0 if strategy is RoutingStrategy.TOP_K else coeff,
+            balance_weight=0.0 if softmax or noisy else coeff,
+            importance_weight=coeff if softmax or noisy else 0.0,
             load_weight=coeff if noisy else 0.0,
             z_loss_weight=0.0,
         )
-        if min(self.input_dim, self.output_dim) < 1:
-            raise SpecError(
-                f"input_dim, output_dim: {self.input_dim}, {self.output_dim}; give >= 1"
-            )
         spec.check(self.input_dim, "")
         return spec
 
+    def _check(self) -> None:
+        for name in ("num_experts", "top_k", "input_dim", "output_dim", "noise_std"):
+            value = getattr(self, name)
+            require(value > 0, name, f"{value} is not positive")
+        rule = f"{self.top_k} is more than the {self.num_experts} of num_experts"
+        require(self.top_k <= self.num_experts, "top_k", rule)
+        coeff, dropout = self.load_balance_coeff, self.expert_dropout
+        require(coeff >= 0, "load_balance_coeff", f"{coeff} is negative; give 0 or more")
+        require(0 <= dropout < 1, "expert_dropout", f"{dropout} is outside [0, 1)")
+
 
 class Router:
-    """Chooses experts for single vectors: the router of a `MixtureOfExperts`, seen alone."""
+    """Chooses experts for vectors: that of a `MixtureOfExperts`, or one by itself.
 
-    def __init__(self, mixture: MixtureOfExperts) -> None:
-        self.mixture = mixture
+    Args:
+        config: sizes and routing.
+        gate: of a mixture; None makes a new one.
+        generator: of the new one's weights; None draws from torch's own.
+    """
+
+    def __init__(
+        self, config: MoEConfig, gate: Gate | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        if gate is None:
+            spec = config.to_spec()
+            gate = spec.router.build(spec.choice(config.input_dim))
+            gate.reset_parameters(generator)
+        self.config, self.gate = config, gate
 
     @property
     def weights(self) -> Tensor:
         """(input_dim, num_experts)."""
-        return cast(Tensor, self.mixture.layer.gate.weight).T
+        return cast(Tensor, self.gate.weight).T
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[list[int], list[float]]:
-        """The chosen experts of one vector (input_dim,), best first, and their weights.
+        """The chosen experts of one vector (input_dim,), and their weights, as in evaluation.
+
+        The best come first; softmax, which takes all, lists them in order.
 
         Raises:
-            ShapeError: another width.
+            ShapeError: another shape.
         """
-        self.mixture.check(x)
-        to = self.mixture.layer.gate(x.reshape(1, 1, -1)).to
+        check_input(x, self.config, self.gate)
+        if x.ndim != 1:
+            raise ShapeError(f"router input: expected one vector, got shape {tuple(x.shape)}")
+        with evaluating(self.gate):
+            to = self.gate(x[None, None]).to
         return to.expert.tolist(), to.weight.tolist()
+
+    def load_balance_loss(self, all_routes: Iterable[Sequence[int]]) -> float:
+        """Coefficient of variation of how often experts occur in many routes, times the config's
+        coefficient: a measure, which has no gradient."""
+        jobs = torch.tensor([i for route in all_routes for i in route], dtype=torch.int64)
+        counts = torch.bincount(jobs, minlength=self.config.num_experts).double()
+        return self.config.load_balance_coeff * cv_squared(counts).sqrt().item()
 
 
 class MixtureOfExperts(nn.Module):
@@ -156,58 +242,75 @@ class MixtureOfExperts(nn.Module):
     Args:
         config: sizes, routing, balancing.
         experts: modules from (n, input_dim) to (n, output_dim), one per expert; None makes two
-            Linear layers with SiLU between them, as wide inside as the output.
-        seed: of the initialisation.
+            Linear layers with SiLU between them, as wide inside as the output. A sequence mixer
+            sees every vector as a sequence of its own.
+        generator: of the initialisation; None draws from torch's own.
 
     Raises:
-        SpecError: the config breaks a rule, or the experts are not num_experts.
+        SpecError: the config breaks a rule, the experts are not num_experts modules, or one mixes
+            the vectors that it is given.
+        ShapeError: an expert does not map input_dim to output_dim.
     """
 
     def __init__(
-        self, config: MoEConfig, experts: Sequence[nn.Module] | None = None, seed: int = 0
+        self,
+        config: MoEConfig,
+        experts: Iterable[nn.Module] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.config, spec = config, config.to_spec()
-        generator = torch.Generator().manual_seed(seed)
         if experts is None:
             experts = [_expert(config, generator) for _ in range(config.num_experts)]
+        experts = list(experts)
         if len(experts) != config.num_experts:
             raise SpecError(f"experts: {len(experts)} given, num_experts is {config.num_experts}")
-        self.layer = MoE(spec, LayerContext(config.input_dim), experts)
-        self.layer.gate.reset_parameters(generator)
-        self.layer.listen(self._hear)
-        self.router = Router(self)
+        for i, expert in enumerate(experts):
+            require(isinstance(expert, nn.Module), f"experts[{i}]", f"{expert!r:.60} is no module")
+        with torch.device("meta"):
+            self.layer = MoE(spec, LayerContext(config.input_dim))
+        self.layer.experts = listed = ListedExperts(experts)
+        try_experts(listed, config)
+        self.layer.gate.to_empty(device=torch.get_default_device()).reset_parameters(generator)
+        self.layer.gate.register_forward_hook(self._count)
+        self.router = Router(config, self.layer.gate)
         self.reset()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) to (..., output_dim), each vector on its own.
 
         Raises:
-            ShapeError: another width.
+            ShapeError: another width, or no floating tensor of the mixture's precision.
         """
-        self.check(x)
+        check_input(x, self.config, self.layer.gate)
         out = self.layer(x.reshape(1, -1, x.shape[-1]))
-        if self.training:
-            self._loss = sum(out.aux.values(), torch.zeros((), device=x.device))
+        if self.training and out.aux and counts_here():
+            self._add_loss(sum(out.aux.values()))  # pyright: ignore[reportArgumentType]
         return out.y.reshape(*x.shape[:-1], self.config.output_dim)
 
     def load_balance_loss(self) -> Tensor:
-        """The balance loss of the last forward in training, weighted and differentiable: add it to
-        your loss. Zero before any."""
-        return self._loss
+        """The balance losses of all forwards in training since the last call, weighted, summed and
+        differentiable: add it to your loss before its backward. Zero if there were none."""
+        loss, self._loss, self._forwards = self._loss, None, 0
+        weight = cast(Tensor, self.layer.gate.weight)
+        return weight.new_zeros(()) if loss is None else loss
 
     def expert_usage_stats(self) -> list[int]:
         """Jobs of every expert since the last `clear_routing_history`."""
-        return self._usage
+        return self._usage.tolist()
 
     def clear_routing_history(self) -> None:
         """Start counting anew."""
-        self._usage, self._loss = [0] * self.config.num_experts, torch.zeros(())
+        self._usage = torch.zeros(self.config.num_experts, dtype=torch.int64)
+        self._loss: Tensor | None = None
+        self._forwards = 0
 
     @torch.no_grad()
     def step(self, x: Tensor) -> Tensor:
-        """`forward` without gradients: the streaming face."""
-        return self(x)
+        """`forward` in evaluation mode, without gradients: the streaming face."""
+        with evaluating(self):
+            return self(x)
 
     def reset(self) -> None:
         """Forget the history; vectors are mixed one by one, so there is no other state."""
@@ -218,95 +321,96 @@ class MixtureOfExperts(nn.Module):
         """How many inputs an output depends on: its own."""
         return 1
 
-    def check(self, x: Tensor) -> None:
-        """Raise ShapeError unless x is (..., input_dim)."""
-        if x.ndim == 0 or x.shape[-1] != self.config.input_dim:
-            raise ShapeError(
-                f"router input: expected {self.config.input_dim} values per vector, "
-                f"got shape {tuple(x.shape)}"
-            )
-
     def extra_repr(self) -> str:
         config = self.config
-        return f"{config.num_experts} experts, top_k={config.top_k}, {config.routing_strategy}"
+        top_k = self.layer.spec.top_k
+        return f"{config.num_experts} experts, top_k={top_k}, strategy={config.routing_strategy}"
 
-    def _hear(self, report: Report) -> None:
-        now = report.counts.sum(0).tolist()
-        self._usage = [a + b for a, b in zip(self._usage, now, strict=True)]
+    def _add_loss(self, loss: Tensor) -> None:
+        self._loss = loss if self._loss is None else self._loss + loss
+        if torch.compiler.is_compiling():
+            return
+        self._forwards += 1
+        if self._forwards == FORWARDS_WITHOUT_LOSS:
+            self._loss = None
+            warnings.warn(
+                f"{self._forwards} forwards in training without load_balance_loss(), whose losses "
+                "are now forgotten; add it to your loss, or set load_balance_coeff to 0",
+                stacklevel=2,
+            )
+
+    def _count(self, gate: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        if counts_here():
+            jobs = count_jobs(routing.to, len(routing.to.token), 1, self.config.num_experts)[0]
+            self._usage = self._usage.to(jobs.device) + jobs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin without the pending loss, whose graph belongs to this module's weights."""
+        return {**self.__dict__, "_loss": None, "_forwards": 0}
 
 
-def _expert(config: MoEConfig, generator: torch.Generator) -> nn.Module:
+def check_input(x: object, config: MoEConfig, gate: nn.Module) -> None:
+    """Raise ShapeError unless x is a floating tensor (..., input_dim) of the gate's precision."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ShapeError(f"router input: expected a floating tensor, got {given}; use x.float()")
+    if x.ndim == 0 or x.shape[-1] != config.input_dim:
+        raise ShapeError(
+            f"router input: expected {config.input_dim} values per vector, "
+            f"got shape {tuple(x.shape)}"
+        )
+    wide = full_precision(cast(Tensor, gate.weight)).dtype
+    if full_precision(x).dtype != wide:
+        raise ShapeError(f"router input: {x.dtype}, but the router is {wide}; use x.to({wide})")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every part gets its own mode back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@torch.no_grad()
+def try_experts(experts: ListedExperts, config: MoEConfig) -> None:
+    """Refuse experts that do not map two vectors to two vectors, each on its own."""
+    for i, expert in enumerate(experts):
+        like = next((p for p in expert.parameters() if p.is_floating_point()), torch.empty(0))
+        if like.is_meta:
+            continue
+        n, call = config.input_dim, experts.caller(i)
+        rows = torch.linspace(-1, 1, 2 * n, dtype=like.dtype, device=like.device).view(2, n)
+        where = f"experts[{i}]: {type(expert).__name__}"
+        with evaluating(expert):
+            try:
+                both, again, first = call(rows), call(rows), call(rows[:1])
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise ShapeError(f"{where} does not take rows (m, {n}): {error}") from error
+        if both.shape[1:] != (config.output_dim,):
+            given = tuple(both.shape[1:])
+            raise ShapeError(f"{where} gives {given} per vector, output_dim is {config.output_dim}")
+        if torch.equal(both, again) and not torch.allclose(both[:1], first, 1e-3, 1e-4):
+            raise SpecError(
+                f"{where} mixes the vectors that it is given, and those that meet at an expert are "
+                "chance; give it one that maps each vector on its own"
+            )
+
+
+def _expert(config: MoEConfig, generator: torch.Generator | None) -> nn.Module:
     n_in, n_out = config.input_dim, config.output_dim
     expert = nn.Sequential(nn.Linear(n_in, n_out), nn.SiLU(), nn.Linear(n_out, n_out))
     for layer, width in ((expert[0], n_in), (expert[2], n_out)):
         for parameter in layer.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width), generator)
+            bound = 1 / math.sqrt(width)
+            nn.init.uniform_(parameter, -bound, bound, generator)
     return expert
 
 
-def upcycle(
-    dense: SequenceModel,
-    n_experts: int,
-    *,
-    top_k: int = 2,
-    layers: Sequence[int] | None = None,
-    noise: float = 0.0,
-    reinit: float = 0.0,
-    seed: int = 0,
-) -> SequenceModel:
-    """Turn the channels of a dense model into mixtures whose experts begin as its copies.
-
-    With noise = reinit = 0 the new model gives the dense model's logits, because the weights of
-    the chosen sum to 1. The routers begin at random.
-
-    Args:
-        dense: a model whose channels are stateless.
-        n_experts, top_k: as in `MoESpec`; top_k is at least 2.
-        layers: which blocks; None means all that have a stateless channel.
-        noise: each expert's tensors get noise of this share of their root mean square.
-        reinit: this share of each expert's values is drawn anew (drop-upcycling).
-        seed: of routers, noise and re-initialisation.
-
-    Returns:
-        A new model on the dense one's device and in its dtype.
-
-    Raises:
-        SpecError: a named block has no stateless channel, or a rule of `MoESpec` is broken.
-
-    Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261.
-    Differs: dropped values are drawn one by one, from a normal law of the tensor's deviation.
-    """
-    blocks = list(dense.spec.blocks)
-    chosen = range(len(blocks)) if layers is None else layers
-    for i in chosen:
-        channel = blocks[i].channel
-        if channel is None or channel.context_window != 1 or channel.kind == "moe":
-            if layers is None:
-                continue
-            raise SpecError(f"blocks[{i}].channel: {channel} cannot be copied into experts")
-        spec = MoESpec(n_experts=n_experts, top_k=top_k, experts=(channel,) * n_experts)
-        blocks[i] = replace(blocks[i], channel=spec)
-    parameter = next(dense.stem.parameters())
-    model = build_model(dense.spec.replace(blocks=tuple(blocks)), seed=seed, dtype=parameter.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    old, new = dense.state_dict(), model.state_dict()
-    for name in new:
-        prefix, _, rest = name.partition(".channel.experts.")
-        if name in old:
-            new[name] = old[name]
-        elif rest:
-            source = old[f"{prefix}.channel.{rest.partition('.')[2]}"].cpu()
-            new[name] = _perturb(source, noise, reinit, generator)
-    model.load_state_dict(new)
-    return model.to(parameter.device).train(dense.training)
-
-
-def _perturb(source: Tensor, noise: float, share: float, generator: torch.Generator) -> Tensor:
-    scale = source.float().square().mean().sqrt()
-    draw, fresh = (torch.randn(source.shape, generator=generator) for _ in range(2))
-    if noise:
-        source = source + noise * scale * draw
-    if share:
-        anew = torch.rand(source.shape, generator=generator) < share
-        source = torch.where(anew, scale * fresh, source)
-    return source
+def _letters(text: object) -> str:
+    """Without case and what is no letter."""
+    return "".join(letter for letter in str(text).lower() if letter.isalpha())

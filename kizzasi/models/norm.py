@@ -30,7 +30,8 @@ def original_name(name: str) -> str:
 
 
 class KeepFloat32(nn.Module):
-    """A module whose parameters named in `float32_parameters` are never stored below float32.
+    """A module whose parameters and buffers named in `float32_parameters` are never stored below
+    float32.
 
     Names may be dotted, such as "dt_proj.bias". Adapters (PEFT) that wrap a layer change nothing,
     and of a parametrised weight (weight_norm) the originals are kept. `.to(torch.bfloat16)`,
@@ -40,10 +41,10 @@ class KeepFloat32(nn.Module):
 
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
-    def _kept(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.named_parameters():
+    def _kept(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if original_name(name) in self.float32_parameters:
-                yield name, parameter
+                yield name, tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepFloat32:
         guarded = {id(t) for _, p in self._kept() for t in (p, p.grad) if t is not None}

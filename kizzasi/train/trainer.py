@@ -114,6 +114,7 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
+        self.model.after_step()
         self.step += 1
         return loss.detach()
 

@@ -118,7 +118,23 @@ CHANNEL_VARIANTS: dict[str, dict[str, dict]] = {
         "relu": {"activation": "relu"},
     },
     "swiglu": {"plain": {}, "bias": {"bias": True}},
-    "moe": {"top2": {"n_experts": 4, "top_k": 2}},
+    "moe": {
+        "top2": {"n_experts": 4, "top_k": 2},
+        "deepseek": {
+            "n_experts": 4,
+            "router": {
+                **{"kind": "top_k", "score": "sigmoid", "bias_rate": 0.1, "scale": 2.5},
+                **{"n_groups": 2, "top_groups": 1, "group_best": 2},
+            },
+            "shared_hidden": 8,
+            "shared_gate": True,
+        },
+        "listed": {
+            "n_experts": 3,
+            "experts": [{"kind": "swiglu", "hidden": 8, "bias": True}] * 3,
+            "normalize": "all",
+        },
+    },
     "rwkv_channel": {f"v{n}": {"hidden": 40, "version": n} for n in (4, 6, 7)},
 }
 

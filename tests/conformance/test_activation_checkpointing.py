@@ -7,8 +7,8 @@ from tolerance import assert_close
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MoESpec
-from kizzasi.models.channels.moe_telemetry import watch_routing
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec
+from kizzasi.models.moe import watch_routing
 
 KINDS = list({name.split("-")[0]: name for name in reversed([*MIXERS, *CHANNELS])}.values())
 

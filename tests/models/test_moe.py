@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.adaptive import PASSES_WITHOUT_A_STEP, after_step
 from kizzasi.models.call import Call
-from kizzasi.models.channels.moe import PASSES_WITHOUT_AUX, MoE, MoESpec
+from kizzasi.models.channels.moe import MoE, MoESpec
 from kizzasi.models.channels.moe_routers import (
     ExpertChoice,
     Hash,
@@ -130,11 +131,10 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name):
     assert gate is None or gate.grad.any()
 
 
-@pytest.mark.parametrize("backend", MoE.backends)
-@pytest.mark.parametrize("name", ["shared", "null", "groups", "expert_choice"])
-def test_layer_backends_agree(name, backend):
+@pytest.mark.parametrize("name", ["shared", "null", "groups", "expert_choice", "mixed"])
+def test_layer_backends_agree(name):
     results = []
-    for one in ("reference", backend):
+    for one in MoE.backends:
         moe, x = make(SPECS[name]), tokens(2, 11).requires_grad_()
         moe.backend = one
         y = moe(x).y
@@ -281,7 +281,9 @@ def test_capacity_serves_the_first_tokens_of_each_row():
 def test_identity_experts_return_their_input():
     moe, x = make(MoESpec(n_experts=1, top_k=3, n_identity=2)), tokens(1, 5)
     weights = (x @ moe.gate.weight.T).softmax(-1)
-    y = weights[..., :1] * moe.experts[0](x).y + weights[..., 1:].sum(-1, keepdim=True) * x
+    gate, up, down = moe.experts.tensors(0)
+    expert = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    y = weights[..., :1] * expert + weights[..., 1:].sum(-1, keepdim=True) * x
     assert_close(moe(x).y, y)
 
 
@@ -292,8 +294,12 @@ def train_bias(forward, batches):
     for x in batches:
         forward(moe, x.requires_grad_()).sum().backward()
     optimizer.step()
-    moe(batches[0])
-    return moe.gate.bias
+    assert not moe.gate.bias.any()
+    after_step(moe)
+    bias = moe.gate.bias.clone()
+    after_step(moe)  # nothing was counted since
+    assert torch.equal(moe.gate.bias, bias)
+    return bias
 
 
 def test_bias_moves_once_per_step_with_accumulation_and_checkpointing():
@@ -319,6 +325,7 @@ def test_bias_steers_the_choice_towards_idle_experts():
     for _ in range(60):
         moe(x).y.sum().backward()
         optimizer.step()
+        after_step(moe)
     after = torch.bincount(moe.gate(x).to.expert, minlength=8).max()
     assert after < 0.6 * before
 
@@ -326,7 +333,7 @@ def test_bias_steers_the_choice_towards_idle_experts():
 def test_router_is_float32_in_bfloat16_models_and_under_autocast():
     moe = make(SPECS["aux_free"], torch.float32).to(torch.bfloat16)
     assert moe.gate.weight.dtype == moe.gate.bias.dtype == torch.float32
-    assert moe.experts[0].up_proj.weight.dtype == torch.bfloat16
+    assert moe.experts.gate_up_proj.dtype == torch.bfloat16
     x = tokens(2, 8, dtype=torch.bfloat16)
     assert moe(x).y.dtype == torch.bfloat16
     moe = make(SPECS["default"], torch.float32)
@@ -335,48 +342,33 @@ def test_router_is_float32_in_bfloat16_models_and_under_autocast():
     assert routing.logits.dtype == torch.float32
 
 
-def test_unused_losses_warn_once():
-    moe, x = make(SPECS["default"], torch.float32), tokens(1, 4, dtype=torch.float32)
+def test_a_bias_that_nobody_moves_warns_once():
+    moe, x = make(SPECS["aux_free"], torch.float32), tokens(1, 4, dtype=torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2 * PASSES_WITHOUT_AUX):
-            moe(x).y.sum().backward()
+        for _ in range(2 * PASSES_WITHOUT_A_STEP):
+            moe(x)
     assert len(caught) == 1
-    assert "never trained on" in str(caught[0].message)
-    moe = make(SPECS["default"], torch.float32)
+    assert "no model.after_step()" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2 * PASSES_WITHOUT_AUX):
-            out = moe(x)
-            (out.y.sum() + sum(out.aux.values())).backward()
+        for _ in range(2 * PASSES_WITHOUT_A_STEP):
+            moe(x)
+            after_step(moe)
 
 
-def test_wrapped_linear_layers_are_called():
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
+def test_hooks_and_parametrizations_of_packed_experts_act():
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
 
-    moe, x = make(SPECS["default"]), tokens(2, 8)
+    moe, x, called = make(SPECS["default"]), tokens(2, 8), []
     want = moe(x).y
-    for expert in moe.experts:
-        wrapped = Doubled(expert.down_proj.in_features, D, bias=False).double()
-        wrapped.weight = expert.down_proj.weight
-        expert.down_proj = wrapped
+    moe.experts.register_forward_hook(lambda *_: called.append(1))
+    torch.nn.utils.parametrize.register_parametrization(moe.experts, "down_proj", Doubled())
     assert_close(moe(x).y, 2 * want)
-
-
-def test_backends_that_stack_refuse_unequal_experts():
-    moe = make(SPECS["mixed"])
-    moe.backend = "padded"
-    with pytest.raises(SpecError, match="'padded' stacks weights"):
-        moe(tokens(1, 4))
-    moe = make(SPECS["cost_aware"])
-    want = moe(tokens(1, 4)).y
-    moe.backend = "grouped"
-    with pytest.raises(SpecError, match="'grouped' stacks weights"):
-        moe(tokens(1, 4))
-    moe.backend = "masked"
-    assert_close(moe(tokens(1, 4)).y, want)
+    moe.eval().step(x[:, 0], ())
+    assert called == [1, 1]
 
 
 def test_in_a_model_losses_reach_the_model_loss():

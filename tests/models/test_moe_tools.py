@@ -1,15 +1,17 @@
 """The seed's face of mixtures, telemetry, expert layouts and upcycling."""
 
+import copy
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tolerance import assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import CheckpointError, DataError, ShapeError, SpecError
-from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext
 from kizzasi.models.mixers import AttentionSpec
@@ -163,7 +165,23 @@ def test_revival_shares_the_work_of_the_busiest():
     assert dead
     assert revive_dead_experts(moe, before, noise=0.01) == {"blocks.0.channel": dead}
     busiest = int(before["blocks.0.channel"].counts.argmax())
-    a, b = layer.experts[dead[0]].up_proj.weight, layer.experts[busiest].up_proj.weight
+    for a, b in zip(layer.experts.tensors(dead[0]), layer.experts.tensors(busiest), strict=True):
+        assert 0 < (a - b).norm() / b.norm() < 0.05
+
+
+def test_revival_keeps_to_experts_of_one_form():
+    kinds = (SWIGLU(hidden=8), MLP(), SWIGLU(hidden=8), SWIGLU(hidden=12))
+    moe = model(MoESpec(n_experts=4, top_k=1, normalize="all", experts=kinds), n_layers=1).eval()
+    layer, before = moe.blocks[0].channel, copy.deepcopy(moe.state_dict())
+    with watch_routing(moe) as usage:
+        pass
+    usage.sums["blocks.0.channel"].counts += torch.tensor([5, 9, 0, 0])
+    assert revive_dead_experts(moe, usage, noise=0.01) == {"blocks.0.channel": [2]}
+    for name, tensor in moe.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (
+            ".experts.2." not in name and "gate.w" not in name
+        )
+    a, b = layer.experts[2].up_proj.weight, layer.experts[0].up_proj.weight
     assert 0 < (a - b).norm() / b.norm() < 0.05
 
 
@@ -171,26 +189,62 @@ def test_layouts_round_trip_and_are_strict():
     moe = MoESpec(n_experts=3, hidden=5).build(LayerContext(4))
     moe.reset_parameters(1)
     state = moe.state_dict()
-    for layout in ("packed", "mixtral", "list"):
+    for layout in ("list", "mixtral", "packed"):
         there = convert_experts(state, 3, layout)
         assert "gate.weight" in there
-        back = convert_experts(there, 3, "list")
+        back = convert_experts(there, 3, "packed")
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], state[name]) for name in state)
-    packed, mixtral = convert_experts(state, 3, "packed"), convert_experts(state, 3, "mixtral")
-    assert packed["experts.gate_up_proj"].shape == (3, 10, 4)
-    assert torch.equal(mixtral["experts.1.w3.weight"], state["experts.1.up_proj.weight"])
+    each, mixtral = convert_experts(state, 3, "list"), convert_experts(state, 3, "mixtral")
+    assert state["experts.gate_up_proj"].shape == (3, 10, 4)
+    assert torch.equal(mixtral["experts.1.w3.weight"], each["experts.1.up_proj.weight"])
+    assert torch.equal(each["experts.1.up_proj.weight"], state["experts.gate_up_proj"][1, 5:])
     cases = [
-        (state, 4, r"missing \[\('down_proj', 3\)"),
-        (state, 2, r"unexpected \[\('down_proj', 2\)"),
-        (packed, 4, r"experts.gate_up_proj: expected \(4, 2h, d\), got \(3, 10, 4\)"),
-        ({**state, "experts.0.bias": state["gate.weight"]}, 3, "not a name of any known"),
-        ({**state, "experts.0.w1.weight": state["gate.weight"]}, 3, "two layouts at once"),
-        ({**state, "experts.0.up_proj.weight": torch.ones(4, 4)}, 3, r"experts.0: gate, up and"),
+        (each, 4, r"missing \[\('down_proj', 3\)"),
+        (each, 2, r"unexpected \[\('down_proj', 2\)"),
+        (state, 4, r"experts.gate_up_proj: expected \(4, 2h, d\), got \(3, 10, 4\)"),
+        ({**each, "experts.0.bias": each["gate.weight"]}, 3, "not a name of any known"),
+        ({**each, "experts.0.w1.weight": each["gate.weight"]}, 3, "two layouts at once"),
+        ({**each, "experts.0.up_proj.weight": torch.ones(4, 4)}, 3, r"experts.0: gate, up and"),
     ]
     for bad, n, message in cases:
         with pytest.raises(CheckpointError, match=message):
             convert_experts(bad, n, "list")
+
+
+def test_state_dicts_and_checkpoints_of_version_0_1_are_read(tmp_path):
+    moe = model(MoESpec(n_experts=4, shared_hidden=8), n_layers=2)
+    old = {}
+    for name, tensor in moe.state_dict().items():
+        layer, _, part = name.partition(".experts.")
+        if not part:
+            old[name] = tensor
+        for i in range(4 if part else 0):
+            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+            for one, values in zip(names, tensor[i].chunk(len(names)), strict=True):
+                old[f"{layer}.experts.{i}.{one}.weight"] = values.clone()
+    fresh = model(moe.spec.blocks[0].channel, n_layers=2, seed=5)
+    fresh.load_state_dict(old)
+    moe.save_pretrained(tmp_path)
+    save_file(old, tmp_path / "model.safetensors")
+    for again in (fresh, load(tmp_path)):
+        assert all(map(torch.equal, again.state_dict().values(), moe.state_dict().values()))
+    del old["blocks.1.channel.experts.2.up_proj.weight"]
+    save_file(old, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"channel\.experts"):
+        load(tmp_path)
+
+
+def test_weights_start_as_those_of_single_swiglus():
+    """Seeds mean what they meant when every expert was a module of its own."""
+    generator = torch.Generator().manual_seed(3)
+    moe = MoESpec(n_experts=3, hidden=5).build(LayerContext(4))
+    moe.reset_parameters(2, torch.Generator().manual_seed(3))
+    moe.gate.reset_parameters(generator)
+    for i in range(3):
+        one = SWIGLU(hidden=5).build(LayerContext(4))
+        one.reset_parameters(2, generator)
+        assert all(map(torch.equal, moe.experts.tensors(i), one.parameters()))
 
 
 @pytest.mark.parametrize("channel", [SWIGLU(hidden=20), MLP()])
@@ -204,10 +258,12 @@ def test_upcycled_model_equals_the_dense_one(channel):
         other = upcycle(dense, 4, **options)
         gap = (other(IDS).logits - dense(IDS).logits).abs().max()
         assert gap > 1e-4
-    kept = other.blocks[0].channel.experts[2].state_dict()
-    share = [
-        (kept[n] == v).double().mean() for n, v in dense.blocks[0].channel.state_dict().items()
-    ]
+    pairs = zip(
+        other.blocks[0].channel.experts.tensors(2),
+        dense.blocks[0].channel.parameters(),
+        strict=True,
+    )
+    share = [(kept == was).double().mean() for kept, was in pairs]
     assert all(0.3 < s < 0.7 for s in share if s not in (0, 1))
     with pytest.raises(SpecError, match=r"blocks\[1\].channel: .* cannot be copied"):
         upcycle(sparse, 2, layers=[1])

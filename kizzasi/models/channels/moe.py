@@ -5,10 +5,10 @@
 Dropless unless told otherwise. Balance losses are returned in `aux`, in training only, so that the
 loss of an evaluated model is its loss on the data.
 
-Experts are a list of modules with plain Linear layers, `experts.3.up_proj.weight`, not stacked
-tensors: published checkpoints (Qwen3-MoE, OLMoE) name them so, adapters (LoRA) and quantisers find
-Linear layers to wrap, matrix optimisers see matrices, and no indexing of a stacked parameter fills
-a gradient of all experts with zeros once per expert.
+SwiGLUs of one width without biases, the usual experts, are packed: one parameter for the gates and
+ups of all, one for the downs, named as transformers 5 holds them in memory. Hooks, parametrizations
+and adapters act on the module `experts` and on those parameters (PEFT: `target_parameters`); as
+there are no Linear layers inside, target_modules finds none. Other experts are a list of modules.
 
 Symbols: b batch, t time, d d_model, e experts, k = top_k; f_i, P_i as in ops/routing.py.
 Source: Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
@@ -16,33 +16,27 @@ Source: Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.039
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from kizzasi.errors import SpecError
+from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models import init
 from kizzasi.models.call import Call
-from kizzasi.models.channels import moe_parallel
-from kizzasi.models.channels.moe_router import Choice, Router, RouterSpec, Routing
-from kizzasi.models.channels.moe_routers import TopK
+from kizzasi.models.channels.moe_routers import Choice, Router, RouterSpec, Routing, TopK
 from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
-from kizzasi.models.ops.experts import SwiGLUWeights
 from kizzasi.models.ops.routing import Assignments, Normalize
 from kizzasi.models.strict import join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")
-PASSES_WITHOUT_AUX = 32
-PROJECTIONS = tuple(f"{name}_proj" for name in SwiGLUWeights._fields)
+PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @register
@@ -179,6 +173,15 @@ class MoESpec(ChannelSpec):
             width = 8 * -(-d_model // (3 * self.top_k))
         return (ChannelSpec.registry["swiglu"](hidden=width),) * self.n_experts
 
+    def packed_width(self, d_model: int) -> int | None:
+        """Inner width of experts that are packed; None if they are a list of modules."""
+        swiglu = ChannelSpec.registry["swiglu"]
+        widths: set[int | None] = {
+            expert.width(d_model) if isinstance(expert, swiglu) and not expert.bias else None  # pyright: ignore
+            for expert in self.expert_specs(d_model)
+        }
+        return widths.pop() if len(widths) == 1 else None
+
     def relative_costs(self, choice: Choice) -> list[float]:
         """Parameters of every choice, divided by their mean."""
         layer, n = LayerContext(choice.d_model), choice.n_experts
@@ -189,57 +192,139 @@ class MoESpec(ChannelSpec):
         return ChannelSpec.registry["swiglu"](hidden=self.shared_hidden)
 
 
-class Report(NamedTuple):
-    """What a listener hears after every forward; see moe_telemetry.py.
+class PackedExperts(nn.Module):
+    """n SwiGLUs of one width.
 
-    routing  the router's decisions, before jobs over capacity were dropped.
-    counts   (b, e) jobs done, by row and choice.
-    wanted   jobs there would be if none had been dropped.
-    real     (b, t) bool, False for padding; None if there was none.
+    gate_up_proj  (n, 2h, d), of every expert the gates, then the ups
+    down_proj     (n, d, h)
+
+    State dicts of version 0.1, which name every expert's three matrices, are read too.
     """
 
-    routing: Routing
-    counts: Tensor
-    wanted: int
-    real: Tensor | None
+    def __init__(self, n: int, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden, d_model))
+        self.down_proj = nn.Parameter(torch.empty(n, d_model, hidden))
+        self.register_load_state_dict_pre_hook(_pack)
+
+    @torch.no_grad()
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Every expert as a `SwiGLU` by itself."""
+        _, d, h = self.down_proj.shape
+        out = init.residual_scale(n_layers) / math.sqrt(h)
+        for gate_up, down in zip(self.gate_up_proj, self.down_proj, strict=True):
+            for part in gate_up.split(h):
+                init.uniform_(part, 1 / math.sqrt(d), generator)
+            init.uniform_(down, out, generator)
+
+    def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
+        """(n, d) to (n, d); backend as in `MoE`."""
+        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, packed=True)
+        weights = self.gate_up_proj, self.down_proj
+        if how == "sorted" and _alone(x):
+            gate_up, down = weights
+            return dispatch.mix_one(
+                x, to, lambda i: dispatch.swiglu(gate_up[i], down[i]), len(down)
+            )
+        return dispatch.mix_swiglu(x, to, *weights, how)
+
+    @torch.no_grad()
+    def tensors(self, i: int) -> list[Tensor]:
+        """Those of the i-th expert, to be read and written: gates, ups and downs."""
+        return [*self.gate_up_proj[i].chunk(2), self.down_proj[i]]
+
+    def part(self, first: int, last: int) -> PackedExperts:
+        """A copy of experts first .. last - 1."""
+        with torch.device("meta"):
+            part = PackedExperts(last - first, *self.down_proj.shape[1:])
+        for name, parameter in self.named_parameters():
+            setattr(part, name, nn.Parameter(parameter.detach()[first:last].clone()))
+        return part
+
+    def __len__(self) -> int:
+        return len(self.down_proj)
+
+    def extra_repr(self) -> str:
+        n, d, h = self.down_proj.shape
+        return f"{n} SwiGLUs, {d} -> {h} -> {d}"
+
+
+class ListedExperts(nn.ModuleList):
+    """Any modules from (m, d) to (m, d_out), or mixers, which see every row as a sequence of its
+    own."""
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        """Of mixers; other modules stay as they are."""
+        for expert in self:
+            if isinstance(expert, Mixer):
+                expert.reset_parameters(n_layers, generator)
+
+    def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
+        """(n, d) to (n, d_out); backend as in `MoE`.
+
+        Raises:
+            ShapeError: an expert does not take or give such rows.
+        """
+        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, packed=False)
+        if how == "sorted" and _alone(x):
+            return dispatch.mix_one(x, to, self.caller, len(self))
+        return dispatch.mix(x, to, [self.caller(i) for i in range(len(self))], how)
+
+    def caller(self, i: int) -> Callable[[Tensor], Tensor]:
+        """The i-th expert as a function of rows."""
+        expert = self[i]
+
+        def call(rows: Tensor) -> Tensor:
+            if isinstance(expert, Mixer):
+                return expert(rows[:, None]).y[:, 0]
+            out = expert(rows)
+            if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
+                given = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+                raise ShapeError(
+                    f"experts[{i}]: {type(expert).__name__} made {given} of {tuple(rows.shape)}; "
+                    "an expert maps (m, d) to a tensor (m, d_out)"
+                )
+            return out
+
+        return call
+
+    def tensors(self, i: int) -> list[Tensor]:
+        """Those of the i-th expert, to be read and written."""
+        return list(self[i].parameters())
+
+    def part(self, first: int, last: int) -> ListedExperts:
+        """Experts first .. last - 1."""
+        return ListedExperts(list(self)[first:last])
 
 
 class MoE(Mixer):
     """See `MoESpec`. Its state is the empty tuple.
 
     backend: "torch" follows the rule in ops/experts.py; "reference" is "masked".
-
-    Args:
-        experts: modules from (m, d) to (m, d_out) in place of those that the spec describes. They
-            come initialised, and the spec's cost does not describe them.
     """
 
-    backends = ("torch", "reference", "masked", "sorted", "grouped", "padded", "dense")
+    stacked_parameters = ("experts.gate_up_proj", "experts.down_proj")
 
-    def __init__(
-        self, spec: MoESpec, layer: LayerContext, experts: Sequence[nn.Module] | None = None
-    ) -> None:
+    def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
         self.gate: Router = spec.router.build(spec.choice(layer.d_model))
-        specs = spec.expert_specs(layer.d_model)
-        self.experts = nn.ModuleList(experts or [expert.build(layer) for expert in specs])
+        width = spec.packed_width(layer.d_model)
+        self.experts: PackedExperts | ListedExperts = (
+            ListedExperts(expert.build(layer) for expert in spec.expert_specs(layer.d_model))
+            if width is None
+            else PackedExperts(spec.n_experts, layer.d_model, width)
+        )
         self.shared_expert = spec.shared_spec().build(layer) if spec.shared_hidden else None
         self.shared_expert_gate: nn.Linear | None = None
         if spec.shared_gate:
             self.shared_expert_gate = nn.Linear(layer.d_model, 1, bias=False)
-        self._listeners: list[Callable[[Report], None]] = []
-        built_swiglus = experts is None and all(expert.kind == "swiglu" for expert in specs)
-        self._swiglu = type(self.experts[0]) if built_swiglus else None
-        self._group: dist.ProcessGroup | None = None
-        self._passes = 0
-        self._aux_used = False
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         self.gate.reset_parameters(generator)
-        for expert in (*self.experts, self.shared_expert):
-            if isinstance(expert, Mixer):
-                expert.reset_parameters(n_layers, generator)
+        self.experts.reset_parameters(n_layers, generator)
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters(n_layers, generator)
         if self.shared_expert_gate is not None:
             init.linear_(self.shared_expert_gate, generator)
 
@@ -250,33 +335,23 @@ class MoE(Mixer):
 
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         """Padding gets no expert and does not enter the losses."""
-        (b, t), real, spec, n_choices = (
-            x.shape[:2],
-            call.real,
-            self.spec,
-            self.gate.choice.n_experts,
-        )
+        (b, t), real, spec = x.shape[:2], call.real, self.spec
         routing = self.gate(x, real)
         to = routing.to
         if self.training and spec.capacity_factor:
-            to = ops.drop_over_capacity(to, t, n_choices, spec.capacity_factor)
-        y = self._mix(x.flatten(0, 1), to).unflatten(0, (b, t))
+            n_choices = self.gate.choice.n_experts
+            to = ops.drop_over_capacity(to, b, t, n_choices, spec.capacity_factor)
+        rows = x.flatten(0, 1)
+        y = self.experts(rows, to, self.backend)
+        if spec.n_identity:
+            y = y + self._identities(rows, to).to(y.dtype)
+        y = y.unflatten(0, (b, t))
         if self.shared_expert is not None:
             extra = self.shared_expert(x).y
             if self.shared_expert_gate is not None:
                 extra = extra * torch.sigmoid(self.shared_expert_gate(x))
             y = y + extra
-        if not (self._listeners or self.training):
-            return MixerOut(y, ())
-        counts = ops.count_jobs(routing.to, t, b, n_choices)
-        for hear in self._listeners:
-            done = ops.count_jobs(to, t, b, n_choices)
-            hear(Report(routing, done, int(counts.sum()), real))
-        if not self.training:
-            return MixerOut(y, ())
-        aux = self._losses(routing, counts, real)
-        self._watch_aux(y, aux)
-        return MixerOut(y, (), aux)
+        return MixerOut(y, (), self._losses(routing, b, t, real) if self.training else {})
 
     def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
         if not self.spec.causal:
@@ -286,59 +361,19 @@ class MoE(Mixer):
             )
         return super().recurrent(x, state, call)
 
-    def listen(self, hear: Callable[[Report], None]) -> Callable[[], None]:
-        """Have `hear` called after every forward; returns what ends it."""
-        self._listeners.append(hear)
-        return partial(self._listeners.remove, hear)
+    def _identities(self, x: Tensor, to: Assignments) -> Tensor:
+        """What the experts that return their input make of (n, d)."""
+        weight = torch.where(to.expert >= self.spec.n_experts + self.spec.n_null, to.weight, 0)
+        return x * weight.new_zeros(len(x)).index_add(0, to.token, weight)[:, None]
 
-    def share_experts(self, group: dist.ProcessGroup) -> None:
-        """Keep this process's share of the experts only; see moe_parallel.py. For good."""
-        self.experts = moe_parallel.share_of(self.experts, group)
-        self._group = group
-
-    def _mix(self, x: Tensor, to: Assignments) -> Tensor:
-        if self._group is None:
-            y = self._run(x, to)
-        else:
-            n = self.spec.n_experts
-            y = moe_parallel.mix_over_processes(x, to, n, self._group, self._run)
-        if self.spec.n_identity:
-            first = self.spec.n_experts + self.spec.n_null
-            weight = torch.where(to.expert >= first, to.weight, 0)
-            share = weight.new_zeros(len(x)).index_add(0, to.token, weight)
-            y = y + (x * share[:, None]).to(y.dtype)
-        return y
-
-    def _run(self, x: Tensor, to: Assignments) -> Tensor:
-        decoding = len(x) == 1 and x.is_cpu and not torch.is_grad_enabled()
-        if decoding and self.backend == "torch" and not torch.compiler.is_compiling():
-            return dispatch.mix_one(x, to, [partial(_call, one) for one in self.experts])
-        weights = self._swiglu_weights()
-        backend = "masked" if self.backend == "reference" else self.backend
-        if backend == "torch":
-            backend = dispatch.choose_backend(x.device, x.dtype, weights is not None)
-        if weights is None:
-            return dispatch.mix(x, to, [partial(_call, one) for one in self.experts], backend)
-        return dispatch.mix_swiglu(x, to, weights, backend)
-
-    def _swiglu_weights(self) -> SwiGLUWeights | None:
-        """The matrices, if all experts are SwiGLUs of one width whose Linear layers have no bias
-        and no hooks: a layer of another type, an adapter's say, must be called, not read."""
-        layers: list[list[nn.Linear]] = []
-        for expert in self.experts:
-            if type(expert) is not self._swiglu or not _plain(expert):
-                return None
-            layers.append([getattr(expert, name) for name in PROJECTIONS])
-            if not all(type(p) is nn.Linear and p.bias is None and _plain(p) for p in layers[-1]):
-                return None
-        weights = SwiGLUWeights(*([p.weight for p in part] for part in zip(*layers, strict=True)))
-        return weights if len({w.shape for w in weights.gate}) == 1 else None
-
-    def _losses(self, routing: Routing, counts: Tensor, real: Tensor | None) -> dict[str, Tensor]:
+    def _losses(
+        self, routing: Routing, batch: int, length: int, real: Tensor | None
+    ) -> dict[str, Tensor]:
         """The balance losses with a weight, already weighted, by name."""
         spec, probs, logits = self.spec, routing.probs, routing.logits
         if logits is None:
             return {}
+        counts = ops.count_jobs(routing.to, length, batch, probs.shape[-1])
         jobs = counts.to(probs.dtype)
         if spec.cost_aware:
             jobs = jobs * probs.new_tensor(spec.relative_costs(self.gate.choice))
@@ -361,34 +396,23 @@ class MoE(Mixer):
             losses["z_loss"] = ops.mean_over(ops.z_loss(logits), real)
         return {f"moe_{n}": getattr(spec, f"{n}_weight") * loss for n, loss in losses.items()}
 
-    def _watch_aux(self, y: Tensor, aux: Mapping[str, Tensor]) -> None:
-        """Warn once if gradients keep coming through y and never through aux."""
-        if self._aux_used or not aux or not y.requires_grad or torch.compiler.is_compiling():
-            return  # a traced graph has no memory from one pass to the next
-        for loss in aux.values():
-            if loss.requires_grad:
-                loss.register_hook(self._use_aux)
-        y.register_hook(self._count_pass)
 
-    def _use_aux(self, grad: Tensor) -> None:
-        self._aux_used = True
-
-    def _count_pass(self, grad: Tensor) -> None:
-        self._passes += 1
-        if self._passes == PASSES_WITHOUT_AUX and not self._aux_used:
-            self._aux_used = True
-            warnings.warn(
-                f"a mixture's balance losses were computed {PASSES_WITHOUT_AUX} times and never "
-                "trained on; add sum(output.aux.values()) to the loss, as ModelOutput.loss does, "
-                "or set their weights to 0",
-                stacklevel=2,
-            )
+def _alone(x: Tensor) -> bool:
+    """A single token in decoding."""
+    return len(x) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _call(expert: nn.Module, rows: Tensor) -> Tensor:
-    return expert(rows[None]).y[0] if isinstance(expert, Mixer) else expert(rows)
+def pack_experts(state: dict[str, Tensor], prefix: str) -> None:
+    """In a state dict, replace the matrices of single SwiGLUs, as version 0.1 named them, by those
+    of all. The prefix ends with a dot; without such names nothing changes."""
+    parts: list[list[Tensor]] = []
+    while all(f"{prefix}{len(parts)}.{part}.weight" in state for part in PARTS):
+        parts.append([state.pop(f"{prefix}{len(parts)}.{part}.weight") for part in PARTS])
+    if parts:
+        gates, ups, downs = (torch.stack(part) for part in zip(*parts, strict=True))
+        state[f"{prefix}gate_up_proj"] = torch.cat([gates, ups], dim=1)
+        state[f"{prefix}down_proj"] = downs
 
 
-def _plain(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return not (forward or module._backward_hooks or module._backward_pre_hooks)
+def _pack(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    pack_experts(state, prefix)

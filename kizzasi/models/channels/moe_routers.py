@@ -1,31 +1,136 @@
-"""The routers. A spec names one by its kind: {"kind": "top_k", "score": "sigmoid"}.
+"""The routers: which experts work on a token, and how much each counts.
 
-Symbols as in moe_router.py and ops/routing.py.
+A spec names one by its kind: {"kind": "top_k", "score": "sigmoid"}.
+
+Symbols: b batch, t time, d d_model, e experts, k = top_k choices per token.
+    weight        (e, d) W_g; logits h = W_g x, in at least float32 also under autocast
+    noise_weight  (e, d) W_noise
+    bias          (e,) b, added to the scores when choosing, never when weighing
+    planes        (d, n_bits), frozen
+    table         (2^n_bits,) int64, the expert of every code
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.channels.moe_router import (
-    Choice,
-    LinearRouter,
-    Router,
-    RouterSpec,
-    Routing,
-    Tally,
-    linear_logits,
-)
-from kizzasi.models.norm import full_precision
+from kizzasi.models.adaptive import Adaptive, Tally
+from kizzasi.models.norm import KeepFloat32, full_precision, without_autocast
 from kizzasi.models.ops import routing as ops
-from kizzasi.models.strict import join, register, require
+from kizzasi.models.ops.routing import Assignments, Normalize
+from kizzasi.models.strict import Registered, join, register, require
+
+
+class Routing(NamedTuple):
+    """What a router decided about (b, t) tokens.
+
+    to      the jobs of the experts.
+    probs   (b, t, e), sums to 1 over e: the P of the balance losses.
+    logits  (b, t, e), None for a router that learns nothing.
+    load    (b, t, e), probability of being chosen (noisy top-k in training), else None.
+    """
+
+    to: Assignments
+    probs: Tensor
+    logits: Tensor | None = None
+    load: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """What every router is told; see `MoESpec` for the fields of the same names."""
+
+    d_model: int
+    n_experts: int
+    top_k: int
+    normalize: Normalize = "topk"
+    jitter: float = 0.0
+    expert_dropout: float = 0.0
+
+
+class Router(KeepFloat32, ABC):
+    """Base of all routers."""
+
+    float32_parameters = ("weight", "noise_weight", "bias", "planes")
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__()
+        self.choice = choice
+
+    @abstractmethod
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
+        """Route (b, t, d); tokens where `real` (b, t) is False get nobody."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise; see each router."""
+
+
+class RouterSpec(Registered):
+    """Base of router specs: frozen dataclasses registered under `kind`."""
+
+    registry: ClassVar[dict[str, type]] = {}
+    causal: ClassVar[bool] = True  # False: a choice depends on later tokens, so no streaming
+
+    def check(self, choice: Choice, path: str) -> None:
+        """Raise SpecError for every rule broken; path is that of the mixture. By default the rule
+        of routers that learn a choice of k."""
+        learns = choice.top_k > 1 or choice.normalize != "topk"
+        rule = 'top_k 1 with "topk" makes every weight 1, and the router learns nothing; use "all"'
+        require(learns or choice.n_experts == 1, join(path, "normalize"), rule)
+
+    def build(self, choice: Choice) -> Router:
+        raise AssertionError(f"{type(self).__name__} must define build")
+
+    def n_params(self, choice: Choice) -> int:
+        return choice.d_model * choice.n_experts
+
+    def flops(self, choice: Choice, n_tokens: int) -> int:
+        return 2 * n_tokens * choice.d_model * choice.n_experts
+
+    def n_jobs(self, choice: Choice, seq_len: int) -> int:
+        """Jobs that one row of seq_len real tokens makes."""
+        return seq_len * choice.top_k
+
+
+def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
+    with without_autocast(x):
+        return F.linear(full_precision(x), full_precision(weight))
+
+
+class LinearRouter(Router):
+    """A router with logits: weight ~ U(-1/sqrt(d), 1/sqrt(d))."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        self.weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        init.uniform_(self.weight, self.choice.d_model**-0.5, generator)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, in training of an input multiplied by U(1 - jitter, 1 + jitter)."""
+        if self.training and self.choice.jitter:
+            x = full_precision(x)
+            jitter = self.choice.jitter
+            x = x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter)
+        return linear_logits(x, self.weight)
+
+    def rank(self, scores: Tensor) -> Tensor:
+        """In training each expert is out of the running for a token with p = expert_dropout."""
+        scores = scores.detach()
+        if not (self.training and self.choice.expert_dropout):
+            return scores
+        out = torch.rand_like(scores) < self.choice.expert_dropout
+        return scores.masked_fill(out, -math.inf)
 
 
 @register
@@ -68,19 +173,18 @@ class TopK(RouterSpec):
     def build(self, choice: Choice) -> Router:
         return TopKRouter(self, choice)
 
-    def n_params(self, choice: Choice) -> int:
-        return super().n_params(choice) + (choice.n_experts if self.bias_rate else 0)
 
+class TopKRouter(LinearRouter, Adaptive):
+    """See `TopK`. It counts the choices by expert."""
 
-class TopKRouter(LinearRouter):
-    """See `TopK`. The bias moves at the first training forward after an optimiser step."""
+    bias: Tensor | None
 
     def __init__(self, spec: TopK, choice: Choice) -> None:
         super().__init__(choice)
         self.spec = spec
-        zeros = torch.empty(choice.n_experts)
-        self.bias = nn.Parameter(zeros, requires_grad=False) if spec.bias_rate else None
-        self.tally = Tally()  # choices by expert
+        bias = torch.empty(choice.n_experts, dtype=self.weight.dtype)
+        self.register_buffer("bias", bias if spec.bias_rate else None)
+        self.tally = Tally(choice.n_experts) if spec.bias_rate else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         super().reset_parameters(generator)
@@ -88,33 +192,29 @@ class TopKRouter(LinearRouter):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        if self.training and self.bias is not None:
-            self._move_bias(self.bias)
         logits = self.logits(x)
-        scores = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
+        softmax = self.spec.score == "softmax"
+        scores = logits.softmax(-1) if softmax else logits.sigmoid()
         ranking = self.rank(scores if self.bias is None else scores + self.bias)
         if self.spec.top_groups < self.spec.n_groups:
             ranking = ops.keep_best_groups(
                 ranking, self.spec.n_groups, self.spec.top_groups, self.spec.group_best
             )
         ids, weights = ops.choose(scores, self.choice.top_k, self.choice.normalize, ranking)
-        weights = weights * self.spec.scale
-        to = ops.assign(ids, weights, real)
-        if self.training and self.bias is not None and weights.requires_grad:
-            weights.register_hook(lambda grad: self._count(to.expert))
-        softmax = self.spec.score == "softmax"
+        to = ops.assign(ids, weights * self.spec.scale, real)
+        if self.training and self.tally is not None:
+            self.tally.add(ops.count_jobs(to, to.token.numel(), 1, self.choice.n_experts)[0])
         return Routing(to, scores if softmax else scores / scores.sum(-1, keepdim=True), logits)
 
-    def _count(self, expert: Tensor) -> None:
-        self.tally.add(torch.bincount(expert[expert >= 0], minlength=self.choice.n_experts))
+    def take(self) -> Tensor | None:
+        return None if self.tally is None else self.tally.take()
 
-    @torch.no_grad()
-    def _move_bias(self, bias: Tensor) -> None:
-        taken = self.tally.take(self.weight)
-        if taken is not None:
-            load = taken[0].to(bias.dtype)
-            direction = torch.sign(load.mean() - load)
-            bias.add_(direction - direction.mean(), alpha=self.spec.bias_rate)
+    def after_step(self, counted: Tensor) -> None:
+        assert self.bias is not None
+        if counted.any():
+            direction = torch.sign(counted.mean() - counted)
+            direction = direction - direction.mean()
+            self.bias.add_(direction.to(self.bias.dtype), alpha=self.spec.bias_rate)
 
 
 @register
@@ -188,7 +288,7 @@ class NoisyTopKRouter(LinearRouter):
         load = None
         if self.training:
             raw = linear_logits(x, self.noise_weight)
-            std = self.spec.noise_std * ops.softplus_std(raw)
+            std = self.spec.noise_std * (F.softplus(raw) + 1e-2)  # above zero
             noisy = clean + torch.randn_like(clean) * std
             load = ops.smooth_load(clean, noisy, std, self.choice.top_k)
         probs = noisy.softmax(-1)
@@ -235,49 +335,47 @@ class Sinkhorn(RouterSpec):
     def build(self, choice: Choice) -> Router:
         return SinkhornRouter(self, choice)
 
-    def n_params(self, choice: Choice) -> int:
-        return super().n_params(choice) + choice.n_experts
 
+class SinkhornRouter(LinearRouter, Adaptive):
+    """See `Sinkhorn`. It sums v over plans, and counts them; the first mean is taken whole."""
 
-class SinkhornRouter(LinearRouter):
-    """See `Sinkhorn`. The bias moves at the first training forward after an optimiser step; the
-    first plans are taken whole."""
+    bias: Tensor
 
     def __init__(self, spec: Sinkhorn, choice: Choice) -> None:
         super().__init__(choice)
         self.spec = spec
-        self.bias = nn.Parameter(torch.empty(choice.n_experts), requires_grad=False)
-        self.tally = Tally()  # v of every plan
+        self.register_buffer("bias", torch.empty(choice.n_experts, dtype=self.weight.dtype))
+        self.tally = Tally(choice.n_experts + 1)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         super().reset_parameters(generator)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        if self.training:
-            self._move_bias()
         logits = self.logits(x)
         shift = self._plan(logits.detach(), real) if self.training else self.bias
         probs, ranking = logits.softmax(-1), self.rank(logits + shift)
         ids, weights = ops.choose(probs, self.choice.top_k, self.choice.normalize, ranking)
-        if self.training and weights.requires_grad:
-            weights.register_hook(lambda grad: self.tally.add(shift))
         return Routing(ops.assign(ids, weights, real), probs, logits)
+
+    def take(self) -> Tensor:
+        return self.tally.take()
+
+    def after_step(self, counted: Tensor) -> None:
+        n_plans = counted[-1].clamp(min=1)
+        first = ~self.bias.any()
+        rate = torch.where(first, 1.0, self.spec.bias_rate) * (counted[-1] > 0)
+        self.bias.lerp_((counted[:-1] / n_plans).to(self.bias.dtype), rate.to(self.bias.dtype))
 
     def _plan(self, logits: Tensor, real: Tensor | None) -> Tensor:
         """(e,): v, with mean zero, of the plan over the real tokens."""
-        cold = (logits.flatten(0, 1) if real is None else logits[real]) / self.spec.temperature
-        moved = ops.sinkhorn(cold, self.spec.n_iterations) - cold
-        v = moved.sum(0) / max(1, len(moved))  # the same for every token, but for u and rounding
-        return self.spec.temperature * (v - v.mean())
-
-    @torch.no_grad()
-    def _move_bias(self) -> None:
-        taken = self.tally.take(self.weight)
-        if taken is not None:
-            total, passes = taken
-            rate = torch.where(self.bias.any(), self.spec.bias_rate, 1.0)
-            self.bias.lerp_((total / passes).to(self.bias.dtype), rate.to(self.bias.dtype))
+        cold = logits.flatten(0, 1) / self.spec.temperature
+        counted = None if real is None else real.flatten()
+        moved = ops.sinkhorn(cold, self.spec.n_iterations, counted) - cold
+        v = ops.mean_over(moved[None], None if counted is None else counted[None])
+        v = self.spec.temperature * (v - v.mean())  # the same for every token, but for u, rounding
+        self.tally.add(torch.cat([v, torch.ones_like(v[:1])]))
+        return v
 
 
 @register
@@ -364,7 +462,9 @@ class HashRouter(Router):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         init.normal_(self.planes, 1.0, generator)
-        self.table.copy_(ops.hash_table(len(self.table), self.choice.n_experts))
+        codes = torch.arange(len(self.table), device=self.table.device)
+        spread = codes * 2654435761 % 2**32 >> 8  # Knuth's multiplicative hash
+        self.table.copy_(spread % self.choice.n_experts)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
         k, n_experts = self.choice.top_k, self.choice.n_experts
@@ -376,35 +476,21 @@ class HashRouter(Router):
 
     @torch.no_grad()
     def balance(self, x: Tensor, real: Tensor | None = None) -> None:
-        """Deal the codes out anew, by their frequencies in (b, t, d); arguments as in forward."""
+        """Deal the codes out anew, by their frequencies in (b, t, d); arguments as in forward.
+
+        The most frequent code goes to the expert that has the fewest tokens so far, then the next;
+        codes that did not occur stay where they are.
+        """
         codes = self._codes(x)
-        counts = torch.bincount(codes.flatten() if real is None else codes[real])
-        self.table.copy_(ops.deal_out(counts, self.table, self.choice.n_experts))
+        amounts = torch.bincount(codes.flatten() if real is None else codes[real]).tolist()
+        load = [(0, expert) for expert in range(self.choice.n_experts)]
+        for code in sorted((c for c, n in enumerate(amounts) if n), key=lambda c: -amounts[c]):
+            tokens, expert = load[0]
+            self.table[code] = expert
+            heapq.heapreplace(load, (tokens + amounts[code], expert))
 
     def _codes(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return ops.sign_codes(full_precision(x.detach()), self.planes)
-
-
-@torch.no_grad()
-def balance_hashes(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Balance every hash router in a model by what reaches it while `run` calls the model.
-
-    Deeper ones see what the balanced ones before them send on. Do it once, before training.
-
-    Args:
-        model: whose hash routers.
-        run: calls the model on a sample of the data, as in `lambda: model(batch)`.
-    """
-
-    def look(router: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(router, HashRouter)
-        router.balance(*args)
-
-    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
-    hooks = [router.register_forward_pre_hook(look) for router in routers]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        """(b, t): the signs of the projections, read as a binary number."""
+        with without_autocast(x):
+            signs = full_precision(x.detach()) @ full_precision(self.planes) > 0
+        return (signs * 2 ** torch.arange(signs.shape[-1], device=x.device)).sum(-1)

@@ -32,7 +32,7 @@ from torch import Tensor
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import Make, write_files
 from kizzasi.models.checkpoints.config import Config
-from kizzasi.models.checkpoints.names import Link, Rule, apply
+from kizzasi.models.checkpoints.names import Link, Rule, apply, written
 from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, to_json
 from kizzasi.models.checkpoints.native import write as write_folder
 from kizzasi.models.checkpoints.storage import (
@@ -197,16 +197,7 @@ def _tensors(model: SequenceModel, family: Family, folder: Path) -> dict[str, Te
     usual = next(model.stem.parameters()).dtype
     state = {name: _lossless(t, usual) for name, t in taken(model, folder).items()}
     links = apply(family.layouts(model.spec)[0], list(state))
-    return {name: alone(t) for name, t in _written(links, state).items()}
-
-
-def _written(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors in their form."""
-    theirs: dict[str, Tensor] = {}
-    for link in links:
-        tensors = link.form.write([ours[name] for name in link.ours])
-        theirs |= zip(link.theirs, tensors, strict=True)
-    return theirs
+    return {name: alone(t) for name, t in written(links, state).items()}
 
 
 def _family(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
@@ -266,7 +257,7 @@ def _fit(
     best: tuple[int, list[Link], dict[str, tuple]] | None = None
     for rules in family.layouts(spec):
         links = apply(rules, list(ours))
-        wanted = {name: tuple(t.shape) for name, t in _written(links, ours).items()}
+        wanted = {name: tuple(t.shape) for name, t in written(links, ours).items()}
         faults = len(wanted.keys() ^ given.keys())
         if best is None or faults < best[0]:
             best = faults, links, wanted

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from kizzasi.models.channels.moe import MoESpec
-from kizzasi.models.channels.moe_layouts import PARTS
+from kizzasi.models.channels.moe import PARTS, MoESpec
 from kizzasi.models.checkpoints import llama, mixtures
 from kizzasi.models.checkpoints.config import Config
-from kizzasi.models.checkpoints.foreign import Family, register
+from kizzasi.models.checkpoints.foreign import Family, Rules, register
 from kizzasi.models.checkpoints.mamba_hf import (
     d_model_of,
     mixer_names,
@@ -22,7 +21,7 @@ from kizzasi.models.checkpoints.mamba_hf import (
     step_rank,
     without_steps,
 )
-from kizzasi.models.checkpoints.names import STACKED, Rule, renamed
+from kizzasi.models.checkpoints.names import renamed
 from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
@@ -36,25 +35,14 @@ TRUNK = {
     **mixer_names(LAYER + "mamba"),
     **{f"blocks.#.channel.{part}.@": f"{FEED}{part}.@" for part in PARTS},
 }
-ROUTER = {"blocks.#.channel.gate.weight": FEED + "router.weight"}
-GATE, UP, DOWN = (f"{mixtures.EXPERT}.*.{part}.weight" for part in PARTS)
-LAYOUTS = [
-    renamed(
-        {
-            **TRUNK,
-            **ROUTER,
-            **{
-                f"{mixtures.EXPERT}.#.{part}.weight": f"{FEED}experts.#.{part}.weight"
-                for part in PARTS
-            },
-        }
-    ),
-    [
-        *renamed(TRUNK | ROUTER),
-        Rule((GATE, UP), FEED + "experts.gate_up_proj", mixtures.STACKED_PAIRS),
-        Rule(DOWN, FEED + "experts.down_proj", STACKED),
-    ],
-]
+ROUTER = {mixtures.GATE: FEED + "router.weight"}
+
+
+def _layouts(spec: ModelSpec) -> list[Rules]:
+    return [
+        [*renamed(TRUNK | ROUTER), *mixtures.one_by_one(spec, FEED)],
+        renamed(TRUNK | ROUTER | mixtures.stacked(FEED)),
+    ]
 
 
 def attention_keys(spec: ModelSpec) -> dict[str, Any]:
@@ -165,7 +153,7 @@ JAMBA = register(
     Family(
         "jamba",
         _spec,
-        lambda _: LAYOUTS,
+        _layouts,
         _keys,
         tied=llama.TIED,
         canonical=without_steps,

@@ -310,14 +310,14 @@ def dialect(
     architecture: str,
     spec: Callable[[Config, Shapes], ModelSpec],
     keys: Callable[[ModelSpec], dict[str, Any]],
-    layouts: Sequence[Rules] = (renamed(TRUNK | GATED),),
+    layouts: Callable[[ModelSpec], Sequence[Rules]] = lambda _: [renamed(TRUNK | GATED)],
 ) -> Family:
     """A family with the trunk of Llama."""
     return register(
         Family(
             name,
             spec,
-            lambda _: layouts,
+            layouts,
             lambda model: {"architectures": [architecture], "model_type": name, **keys(model)},
             ignored=ROTARY_BUFFERS,
             tied=TIED,

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kizzasi.errors import SpecError
-from kizzasi.models.channels.moe import MoESpec
-from kizzasi.models.channels.moe_layouts import MIXTRAL as MIXTRAL_PARTS
-from kizzasi.models.channels.moe_layouts import PARTS
+from kizzasi.models.channels.moe import PARTS, MoESpec
 from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.checkpoints.config import Config
+from kizzasi.models.checkpoints.experts import EACH, PAIRS
+from kizzasi.models.checkpoints.experts import MIXTRAL as MIXTRAL_PARTS
 from kizzasi.models.checkpoints.foreign import Rules
 from kizzasi.models.checkpoints.llama import (
     GATED,
@@ -36,46 +33,58 @@ from kizzasi.models.checkpoints.llama import (
     trunk,
     used_window,
 )
-from kizzasi.models.checkpoints.names import STACKED, Form, Rule, renamed
+from kizzasi.models.checkpoints.names import Rule, renamed
 from kizzasi.models.checkpoints.stored import Shapes, count_values
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
-EXPERT = "blocks.#.channel.experts"
+GATE = "blocks.#.channel.gate.weight"
 
 
-def _write_pairs(ours: list[Tensor]) -> list[Tensor]:
-    gates, ups = ours[: len(ours) // 2], ours[len(ours) // 2 :]
-    return [torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)]
+def one_by_one(spec: ModelSpec, layer: str, names: Mapping[Any, str] | None = None) -> Rules:
+    """Rules for experts that are stored one by one.
+
+    Args:
+        spec: of the model.
+        layer: what stands before "experts" in their names, with "#" for the layer.
+        names: of an expert's matrices; None means as in `PARTS`.
+    """
+    rules: list[Rule] = []
+    for i, block in enumerate(spec.blocks):
+        if isinstance(block.channel, MoESpec):
+            ours, theirs = f"blocks.{i}.channel.experts", layer.replace("#", str(i))
+            gate, up, down = (
+                [
+                    f"{theirs}experts.{n}.{names[part] if names else part}.weight"
+                    for n in range(block.channel.n_experts)
+                ]
+                for part in PARTS
+            )
+            rules.append(Rule(f"{ours}.gate_up_proj", (*gate, *up), PAIRS))
+            rules.append(Rule(f"{ours}.down_proj", down, EACH))
+    return rules
 
 
-def _read_pairs(theirs: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-    gates, ups = theirs[0].chunk(2, dim=1)
-    return [*gates.unbind(), *ups.unbind()]
-
-
-STACKED_PAIRS = Form(_write_pairs, _read_pairs)  # (e, 2h, d) of all gates, then all ups
-
-
-def _one_by_one(block: str, parts: Mapping[Any, str]) -> Rules:
-    experts = {
-        f"{EXPERT}.#.{ours}.weight": f"{LAYER}{block}.experts.#.{part}.weight"
-        for ours, part in parts.items()
+def stacked(layer: str) -> dict[str, str]:
+    """Names of experts that are stored as we hold them; the argument is as in `one_by_one`."""
+    return {
+        f"blocks.#.channel.experts.{part}": f"{layer}experts.{part}"
+        for part in ("gate_up_proj", "down_proj")
     }
-    gate = {"blocks.#.channel.gate.weight": f"{LAYER}{block}.gate.weight"}
-    return renamed(TRUNK | GATED | gate | experts)
 
 
-def _stacked() -> Rules:
-    gate, up, down = (f"{EXPERT}.*.{part}.weight" for part in PARTS)
-    return [
-        *renamed(TRUNK | GATED | {"blocks.#.channel.gate.weight": f"{LAYER}mlp.gate.weight"}),
-        Rule((gate, up), f"{LAYER}mlp.experts.gate_up_proj", STACKED_PAIRS),
-        Rule(down, f"{LAYER}mlp.experts.down_proj", STACKED),
-    ]
+def like_mixtral(spec: ModelSpec) -> list[Rules]:
+    """The layouts of mixtral."""
+    sparse = f"{LAYER}block_sparse_moe."
+    each = one_by_one(spec, sparse, MIXTRAL_PARTS)
+    first = [*renamed(TRUNK | GATED | {GATE: f"{sparse}gate.weight"}), *each]
+    return [first, like_qwen(spec)[1]]
 
 
-LIKE_MIXTRAL = (_one_by_one("block_sparse_moe", MIXTRAL_PARTS), _stacked())
-LIKE_QWEN = (_one_by_one("mlp", {part: part for part in PARTS}), _stacked())
+def like_qwen(spec: ModelSpec) -> list[Rules]:
+    """The layouts of qwen3_moe, qwen3_next and olmoe."""
+    mlp = f"{LAYER}mlp."
+    names = TRUNK | GATED | {GATE: f"{mlp}gate.weight"}
+    return [[*renamed(names), *one_by_one(spec, mlp)], renamed(names | stacked(mlp))]
 
 
 def read_mixture(
@@ -220,6 +229,6 @@ def _olmoe_keys(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-MIXTRAL = dialect("mixtral", "MixtralForCausalLM", _mixtral, _mixtral_keys, LIKE_MIXTRAL)
-QWEN3_MOE = dialect("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe, _qwen3_moe_keys, LIKE_QWEN)
-OLMOE = dialect("olmoe", "OlmoeForCausalLM", _olmoe, _olmoe_keys, LIKE_QWEN)
+MIXTRAL = dialect("mixtral", "MixtralForCausalLM", _mixtral, _mixtral_keys, like_mixtral)
+QWEN3_MOE = dialect("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe, _qwen3_moe_keys, like_qwen)
+OLMOE = dialect("olmoe", "OlmoeForCausalLM", _olmoe, _olmoe_keys, like_qwen)

@@ -115,6 +115,15 @@ def apply(rules: Iterable[Rule], names: Sequence[str]) -> list[Link]:
     return list(links.values())
 
 
+def written(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names and in their form."""
+    theirs: dict[str, Tensor] = {}
+    for link in links:
+        tensors = link.form.write([ours[name] for name in link.ours])
+        theirs |= zip(link.theirs, tensors, strict=True)
+    return theirs
+
+
 def _pattern(text: str) -> str:
     """Numbers as groups 1, 2, ..., the last part as the group "leaf"; "*" starts at 0."""
     text = re.escape(text).replace(r"\#", r"(\d+)")

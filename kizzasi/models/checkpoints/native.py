@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import write_files
-from kizzasi.models.checkpoints.names import SAME, Link
+from kizzasi.models.checkpoints.experts import native_links
+from kizzasi.models.checkpoints.names import written
 from kizzasi.models.checkpoints.storage import (
     earlier_weights,
     open_safetensors,
@@ -125,11 +126,12 @@ def load(
     path, storage = open_safetensors(folder)
     model = empty(spec, folder / CONFIG, device, backend)
     wanted = model.state_dict()
-    compare(path, {name: s.shape for name, s in storage.items()}, shapes_of(wanted))
+    links = native_links(wanted, storage.keys())
+    compare(path, {name: s.shape for name, s in storage.items()}, shapes_of(written(links, wanted)))
     odd = next((n for n, s in storage.items() if s.dtype is None), None)
     if odd is not None:
         raise CheckpointError(f"{path}: {odd} is of a dtype that no model here has")
-    return fill(model, [Link([n], [n], SAME) for n in wanted], storage, device, dtype)
+    return fill(model, links, storage, device, dtype)
 
 
 def is_native(path: Path) -> bool:

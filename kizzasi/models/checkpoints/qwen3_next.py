@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models.channels.moe_layouts import PARTS
+from kizzasi.models.channels.moe import PARTS
 from kizzasi.models.checkpoints import llama, mixtures
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Family, register
@@ -37,7 +37,6 @@ OWN = {
     },
     "blocks.#.channel.shared_expert_gate.@": LAYER + "mlp.shared_expert_gate.@",
 }
-LAYOUTS = [[*renamed(OWN), *rules] for rules in mixtures.LIKE_QWEN]
 DRAFT_LAYER = (
     *("input_layernorm", "post_attention_layernorm"),
     *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
@@ -141,7 +140,7 @@ QWEN3_NEXT = register(
     Family(
         "qwen3_next",
         _spec,
-        lambda _: LAYOUTS,
+        lambda spec: [[*renamed(OWN), *rules] for rules in mixtures.like_qwen(spec)],
         _keys,
         ignored=(*llama.ROTARY_BUFFERS, *DRAFT),
         tied=llama.TIED,

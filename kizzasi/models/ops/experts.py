@@ -1,30 +1,35 @@
-"""Five ways to send tokens to their experts and to bring the results back. All are equal.
+"""Sending tokens to their experts and bringing the results back.
 
     y[t] = sum over jobs j with token[j] = t of weight[j] * expert_{expert[j]}(x[t])
 
     masked    each expert picks its tokens with a mask: the definition
     sorted    jobs sorted by expert, one dense product per group
     grouped   jobs sorted by expert, one `grouped_mm` for all groups
-    padded    groups padded to the longest, one batched product
     dense     every expert works on every token, e / k times the work
 
-Sums over jobs are taken in at least float32. Every parameter of every expert gets a gradient, zero
-where the expert had no job, so that data-parallel training never waits for one.
+All are equal. Sums over jobs are taken in at least float32. Every parameter of every expert gets a
+gradient, zero where the expert had no job, so that data-parallel training never waits for one.
 
-The rule (`choose_backend`): sorted, except grouped for bfloat16 on CUDA, where a loop over experts
-would wait for the device and many small kernels would not fill it (not measured here: no GPU).
-One token alone, in decoding, visits its experts one after the other: nothing is sorted.
-While a graph is traced (torch.compile, torch.export) the rule is dense: only there do no shapes
-depend on how many tokens an expert has.
+SwiGLU experts of one width are packed: gate_up (e, 2h, d), gates first, and down (e, d, h). Slices
+of them are read, so no weight is copied; autocast casts the experts that have jobs, or, for
+"grouped", all of them.
 
-Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 15 by
-scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32 unless named:
+The rule (`dispatch_rule`) is sorted, except
+    grouped   packed bfloat16 on CUDA, where a loop over experts would wait for the device and many
+              small kernels would not fill it (not measured here: no GPU)
+    dense     inside torch.func, and of experts that are not packed in a graph (torch.compile,
+              torch.export): only there do no shapes depend on how many tokens an expert has
+In a graph and on the meta device "sorted" is one node, which runs the same code. All have second
+derivatives but that node: use backend="reference" for those of a compiled model. One token alone,
+without gradients, visits its experts one after the other: nothing is sorted.
 
-    n, d, h, e, k            sorted  grouped  padded  masked  transformers' eager loop
-    2048, 256, 128, 64, 4     2.0     2.2      2.6     5.0     14
-    2048, 256, 512, 8, 2      1.3     1.4      1.4     1.5     1.8
-    256, 256, 256, 16, 2      2.2     2.5      3.6     3.6     11
-    first row in bfloat16     1.6     1.6      1.6     2.7     4.2
+Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 9 by
+scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32:
+
+    n, d, h, e, k            sorted  grouped  masked  transformers' eager loop
+    2048, 256, 128, 64, 4     1.6     1.8      2.3     5.9
+    2048, 256, 512, 8, 2      1.1     1.1      1.1     1.2
+    256, 256, 256, 16, 2      1.9     2.0      2.6     5.1
 
 Symbols: n tokens, m jobs, e experts, d width, h hidden.
 """
@@ -32,14 +37,13 @@ Symbols: n tokens, m jobs, e experts, d width, h hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
-from kizzasi.errors import SpecError
 from kizzasi.models.ops.routing import Assignments
 
 Expert = Callable[[Tensor], Tensor]
@@ -48,103 +52,104 @@ ALIGNMENT_BYTES = 16  # of every row that grouped_mm reads
 BLOCK_ROWS = 1024  # jobs that "sorted" takes at once, in whole experts
 
 
-class SwiGLUWeights(NamedTuple):
-    """down(silu(gate x) * up x), one matrix per expert: gate, up (h, d) and down (d, h)."""
-
-    gate: Sequence[Tensor]
-    up: Sequence[Tensor]
-    down: Sequence[Tensor]
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, stackable: bool) -> str:
-    """The written rule behind backend="torch"; the module's docstring has the measurements."""
-    if torch.compiler.is_compiling():
+def dispatch_rule(x: Tensor, packed: bool) -> str:
+    """The written rule behind backend="torch"; see the module."""
+    traced = torch.compiler.is_compiling()
+    if (traced and not packed) or (not traced and in_transform()):
         return "dense"
-    bfloat16_on_cuda = stackable and device.type == "cuda" and dtype == torch.bfloat16
-    return "grouped" if bfloat16_on_cuda and GROUPED_MM is not None else "sorted"
+    kernel = packed and x.is_cuda and x.dtype == torch.bfloat16 and GROUPED_MM is not None
+    return "grouped" if kernel else "sorted"
 
 
-def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], backend: str) -> Tensor:
+def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], how: str) -> Tensor:
     """Send tokens to any callables.
 
     Args:
         x: (n, d).
         to: the jobs.
         experts: each maps (m, d) to (m, d_out) for any m >= 0.
-        backend: "masked", "sorted" or "dense".
+        how: "masked", "sorted" or "dense".
 
     Returns:
         (n, d_out), in x's dtype.
-
-    Raises:
-        SpecError: a backend that only SwiGLU experts of one width have.
     """
-    if backend in ("masked", "dense"):
-        return (_masked if backend == "masked" else _dense)(x, to, experts)
-    if backend != "sorted":
-        raise SpecError(
-            f"backend: {backend!r} stacks weights, so it needs plain SwiGLU experts of one width; "
-            'use "sorted" or "masked" for these experts'
-        )
+    if how != "sorted":
+        return (_masked if how == "masked" else _dense)(x, to, experts)
     order, counts = sort_by_expert(to, len(experts))
-    token = to.token[order]
-    groups = zip(experts, x[token].split(counts.tolist()), strict=True)
+    sizes = counts.tolist()
+    jobs = order[: sum(sizes)]
+    token = to.token[jobs]
+    groups = zip(experts, x[token].split(sizes), strict=True)
     out = torch.cat([expert(rows) for expert, rows in groups])
-    wide = out * to.weight[order, None]
-    return wide.new_zeros(x.shape[0], out.shape[1]).index_add(0, token, wide).to(x.dtype)
+    wide = out * to.weight[jobs, None]
+    return wide.new_zeros(len(x), out.shape[1]).index_add(0, token, wide).to(x.dtype)
 
 
-def mix_one(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
-    """`mix` for a single token, x (1, d), without gradients."""
+def mix_one(x: Tensor, to: Assignments, experts: Callable[[int], Expert], n: int) -> Tensor:
+    """`mix` for a single token, x (1, d), without gradients; experts(i) is the i-th of n."""
     y = None
-    for job, i in enumerate(to.expert.tolist()):
-        if 0 <= i < len(experts):
-            part = experts[i](x) * to.weight[job, None]
+    for i, weight in zip(to.expert.tolist(), to.weight.unbind(), strict=True):
+        if 0 <= i < n:
+            part = experts(i)(x) * weight
             y = part if y is None else y + part
     return torch.zeros_like(x) if y is None else y.to(x.dtype)
 
 
-def mix_swiglu(x: Tensor, to: Assignments, weights: SwiGLUWeights, backend: str) -> Tensor:
-    """Send tokens to SwiGLU experts; arguments as in `mix`, with all five backends.
+def mix_swiglu(x: Tensor, to: Assignments, gate_up: Tensor, down: Tensor, how: str) -> Tensor:
+    """Send tokens to packed SwiGLU experts: down(silu(gate x) * up x).
 
     Under autocast the products are taken in the autocast dtype.
+
+    Args:
+        x: (n, d).
+        to: the jobs.
+        gate_up, down: see the module.
+        how: any of the four.
+
+    Returns:
+        (n, d), in x's dtype.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        cast = SwiGLUWeights(*([w.to(dtype) for w in part] for part in weights))
-        with torch.autocast(x.device.type, enabled=False):
-            return mix_swiglu(x.to(dtype), to, cast, backend).to(x.dtype)
-    if backend in ("masked", "dense"):
-        return mix(x, to, [_swiglu(*one) for one in zip(*weights, strict=True)], backend)
-    order, counts = sort_by_expert(to, len(weights.gate), keep_idle=backend == "grouped")
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return mix_swiglu(x.to(dtype), to, gate_up, down, how).to(x.dtype)
+    if how in ("masked", "dense"):
+        pairs = zip(gate_up.unbind(), down.unbind(), strict=True)
+        return mix(x, to, [swiglu(*pair) for pair in pairs], how)
+    order, counts = sort_by_expert(to, len(down))
     token, weight = to.token[order], to.weight[order]
-    if backend == "sorted":
-        flat = [w for part in weights for w in part]
-        return _SortedSwiGLU.apply(x, weight, token, counts.tolist(), *flat)  # pyright: ignore[reportReturnType]
-    out = (_grouped if backend == "grouped" else _padded)(x, token, counts, weights)
-    wide = out * weight[:, None]
+    if how == "sorted":
+        if torch.compiler.is_compiling() or x.is_meta:
+            return _node(x, weight, token, counts, gate_up, down)[0].to(x.dtype)
+        return _Sorted.apply(x, weight, token, counts, gate_up, down)  # pyright: ignore
+    wide = _grouped(x, token, counts, gate_up, down) * weight[:, None]
     return wide.new_zeros(x.shape).index_add(0, token, wide).to(x.dtype)
 
 
-def sort_by_expert(
-    to: Assignments, n_experts: int, *, keep_idle: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Jobs in the order of their experts.
-
-    Returns:
-        (m,) indices of jobs, without those of nobody (`keep_idle` leaves them at the end, and so
-        does not wait for the device), and (e,) int64, how many jobs each expert has.
-    """
+def sort_by_expert(to: Assignments, n_experts: int) -> tuple[Tensor, Tensor]:
+    """(m,) indices of jobs in the order of their experts, those of nobody at the end, and (e,)
+    int64, how many jobs each expert has."""
     idle = (to.expert < 0) | (to.expert >= n_experts)
     key = torch.where(idle, n_experts, to.expert)
     counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=key.device)
     counts = counts.index_add(0, key, torch.ones_like(key))[:-1]
-    order = key.argsort(stable=True)
-    return order if keep_idle else order[: int(counts.sum())], counts
+    return key.argsort(stable=True), counts
 
 
-def _swiglu(gate: Tensor, up: Tensor, down: Tensor) -> Expert:
-    return lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def swiglu(gate_up: Tensor, down: Tensor) -> Expert:
+    """One expert: gate_up (2h, d), down (d, h)."""
+
+    def call(x: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up.to(x.dtype)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down.to(x.dtype))
+
+    return call
 
 
 def _masked(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
@@ -168,114 +173,177 @@ def _dense(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
     return torch.stack(parts).sum(0).to(x.dtype)
 
 
-class _SortedSwiGLU(torch.autograd.Function):
-    """Blocks of a few experts, forward and backward, on rows that stay in the cache.
+def _forward(
+    x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blocks of a few experts, on rows that stay in the cache; plain autograd writes every gathered
+    row, result and gradient to memory once more. Gathers and elementwise work are done for a block
+    at once, for each call has its price.
 
-    Plain autograd writes every gathered row, result and gradient to memory once more. Gathers and
-    elementwise work are done for a block at once, for each call has its price. The gradients of a
-    part of all experts are views of one tensor: many small ones go back to the system at the next
-    zero_grad, and their pages must be faulted in again. Once differentiable.
+    Args:
+        x: (n, d).
+        weight, token: (m,), sorted by expert; those behind counts.sum() are of nobody.
+        counts: (e,) int64.
+        gate_up, down: as above, of x's dtype or another.
+
+    Returns:
+        (n, d) in weight's dtype, and (m, 2h) what the gates and ups gave.
     """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: Tensor, token: Tensor, counts: list[int], *flat: Tensor
-    ) -> Tensor:
-        gates, ups, downs = _split_parts(flat)
-        y = torch.zeros_like(x, dtype=weight.dtype)
-        a, c = (x.new_empty(len(token), len(gates[0])) for _ in range(2))
-        for rows, busy, sizes in _blocks(counts):
-            jobs, a_block, c_block = token[rows], a[rows], c[rows]
-            block = x.index_select(0, jobs)
-            parts = [t.split(sizes) for t in (block, a_block, c_block)]
-            for i, x_i, a_i, c_i in zip(busy, *parts, strict=True):
-                torch.mm(x_i, gates[i].T, out=a_i)
-                torch.mm(x_i, ups[i].T, out=c_i)
-            hidden = F.silu(a_block).mul_(c_block).mul_(weight[rows, None])
-            for i, hidden_i, y_i in zip(busy, hidden.split(sizes), parts[0], strict=True):
-                torch.mm(hidden_i, downs[i].T, out=y_i)  # the block's x is done with
-            y.index_add_(0, jobs, block.to(y.dtype))
-        ctx.counts = counts
-        ctx.save_for_backward(x, weight, token, a, c, *flat)
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, token, a_all, c_all, *flat = ctx.saved_tensors
-        gates, ups, downs = _split_parts(flat)
-        grad_x = torch.zeros_like(x, dtype=weight.dtype)
-        grad_weight = torch.empty_like(weight)
-        stacks = [p[0].new_empty(len(p), *p[0].shape).unbind() for p in (gates, ups, downs)]
-        grad_gates, grad_ups, grad_downs = stacks
-        for rows, busy, sizes in _blocks(ctx.counts):
-            jobs, w, a, c = token[rows], weight[rows, None], a_all[rows], c_all[rows]
-            block, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
-            grads, grad_hidden = grad.split(sizes), torch.empty_like(a)
-            for i, grad_i, out in zip(busy, grads, grad_hidden.split(sizes), strict=True):
-                torch.mm(grad_i, downs[i], out=out)
-            silu = F.silu(a)
-            hidden = silu * c
-            grad_weight[rows] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
-            hidden.mul_(w)
-            grad_hidden.mul_(w)
-            grad_c = silu.mul_(grad_hidden)
-            grad_a = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
-            parts = [t.split(sizes) for t in (block, hidden, grad_a, grad_c)]
-            for i, grad_i, x_i, hidden_i, a_i, c_i in zip(busy, grads, *parts, strict=True):
-                torch.mm(grad_i.T, hidden_i, out=grad_downs[i])
-                torch.mm(a_i.T, x_i, out=grad_gates[i])
-                torch.mm(c_i.T, x_i, out=grad_ups[i])
-                torch.mm(a_i, gates[i], out=x_i).addmm_(c_i, ups[i])
-            grad_x.index_add_(0, jobs, block.to(grad_x.dtype))
-        for i, count in enumerate(ctx.counts):
-            if not count:
-                for part in stacks:
-                    part[i].zero_()
-        full = (g for part in stacks for g in part)
-        return grad_x.to(x.dtype), grad_weight, None, None, *full
+    y, both = _results(x, weight, token, down)
+    h = down.shape[2]
+    for rows, busy, sizes in _blocks(counts):
+        jobs, wide = token[rows], both[rows]
+        block = x.index_select(0, jobs)
+        each = block.split(sizes)
+        for i, x_i, wide_i in zip(busy, each, wide.split(sizes), strict=True):
+            torch.mm(x_i, gate_up[i].to(x.dtype).T, out=wide_i)
+        hidden = F.silu(wide[:, :h]).mul_(wide[:, h:]).mul_(weight[rows, None])
+        for i, hidden_i, y_i in zip(busy, hidden.split(sizes), each, strict=True):
+            torch.mm(hidden_i, down[i].to(x.dtype).T, out=y_i)  # the block's x is done with
+        y.index_add_(0, jobs, block.to(y.dtype))
+    return y, both
 
 
-def _split_parts(flat: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    n = len(flat) // 3
-    return flat[:n], flat[n : 2 * n], flat[2 * n :]
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    both: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, gate_up and down; arguments as in and from `_forward`, grad_y in x's
+    dtype."""
+    grad_x, grad_weight = torch.zeros_like(x, dtype=weight.dtype), torch.zeros_like(weight)
+    grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+    h = down.shape[2]
+    for rows, busy, sizes in _blocks(counts):
+        jobs, w, a, c = token[rows], weight[rows, None], both[rows, :h], both[rows, h:]
+        block, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
+        grads, grad_hidden = grad.split(sizes), a.new_empty(a.shape)
+        for i, grad_i, out in zip(busy, grads, grad_hidden.split(sizes), strict=True):
+            torch.mm(grad_i, down[i].to(x.dtype), out=out)
+        silu = F.silu(a)
+        hidden = silu * c
+        grad_weight[rows] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
+        hidden.mul_(w)
+        grad_hidden.mul_(w)
+        grad_up = silu.mul_(grad_hidden)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
+        wide = torch.cat([grad_gate, grad_up], dim=1)
+        parts = [v.split(sizes) for v in (block, hidden, wide)]
+        for i, grad_i, x_i, hidden_i, wide_i in zip(busy, grads, *parts, strict=True):
+            _product(grad_i.T, hidden_i, grad_down[i])
+            _product(wide_i.T, x_i, grad_gate_up[i])
+            torch.mm(wide_i, gate_up[i].to(x.dtype), out=x_i)
+        grad_x.index_add_(0, jobs, block.to(grad_x.dtype))
+    for i, count in enumerate(counts.tolist()):
+        if not count:
+            grad_gate_up[i].zero_()
+            grad_down[i].zero_()
+    return grad_x.to(x.dtype), grad_weight, grad_gate_up, grad_down
 
 
-def _blocks(counts: list[int]) -> Iterator[tuple[slice, list[int], list[int]]]:
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:  # under autocast
+        out.copy_(a @ b)
+
+
+def _results(x: Tensor, weight: Tensor, token: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `_forward` returns."""
+    return torch.zeros_like(x, dtype=weight.dtype), x.new_empty(len(token), 2 * down.shape[2])
+
+
+def _blocks(counts: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:
     """Runs of experts with BLOCK_ROWS jobs or more, the last run perhaps fewer: the rows of all,
     the indices of those that have jobs, and how many each has."""
     start = end = 0
     busy: list[int] = []
-    for i, count in enumerate(counts):
+    each = counts.tolist()
+    for i, count in enumerate(each):
         end += count
         if count:
             busy.append(i)
-        if busy and (end - start >= BLOCK_ROWS or i == len(counts) - 1):
-            yield slice(start, end), busy, [counts[j] for j in busy]
+        if busy and (end - start >= BLOCK_ROWS or i == len(each) - 1):
+            yield slice(start, end), busy, [each[j] for j in busy]
             start, busy = end, []
 
 
-def _padded(x: Tensor, token: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:
-    """Sorted jobs in a block (e, longest group, d), then three batched products."""
-    longest = int(counts.max())
-    expert = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    slot = torch.arange(len(token), device=x.device) - first[expert] + expert * longest
-    block = x.new_zeros(len(counts) * longest, x.shape[1]).index_copy(0, slot, x[token])
-    block = block.unflatten(0, (len(counts), longest))
-    gate, up, down = (torch.stack(tuple(part)).mT for part in weights)
-    return ((F.silu(block @ gate) * (block @ up)) @ down).flatten(0, 1)[slot]
+class _Sorted(torch.autograd.Function):
+    """`_forward` with `_backward` as its gradient, which has one too: that of "dense"."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:  # pyright: ignore
+        y, both = _forward(x, *others)
+        ctx.save_for_backward(x, *others, both)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore
+        x, weight, token, counts, gate_up, down, both = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grads = _backward(grad_y, x, weight, token, counts, gate_up, down, both)
+            return grads[0], grads[1], None, None, *grads[2:]
+        ends = counts.cumsum(0)
+        expert = torch.searchsorted(ends, torch.arange(len(token), device=x.device), right=True)
+        y = mix_swiglu(x, Assignments(token, expert, weight), gate_up, down, "dense")
+        inputs = [v for v in (x, weight, gate_up, down) if v.requires_grad]
+        given = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
+        dx, dw, dg, dd = (
+            next(given) if v.requires_grad else None for v in (x, weight, gate_up, down)
+        )
+        return dx, dw, None, None, dg, dd
 
 
-def _grouped(x: Tensor, token: Tensor, counts: Tensor, weights: SwiGLUWeights) -> Tensor:
-    """Sorted jobs through three grouped products. Rows of idle jobs, at the end, are zero."""
-    gate, up, down = (torch.stack(tuple(part)) for part in weights)
+# A graph holds "sorted" as one node, which runs the same code.
+_node = torch.library.custom_op("kizzasi::mix_swiglu", _forward, mutates_args=())
+_node_backward = torch.library.custom_op("kizzasi::mix_swiglu_backward", _backward, mutates_args=())
+
+
+@_node.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, token, _, _, down = arguments
+    return _results(x, weight, token, down)
+
+
+@_node_backward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, x, weight, _, _, gate_up, down, _ = arguments
+    return tuple(torch.empty_like(v) for v in (x, weight, gate_up, down))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, *others = ctx.saved_tensors
+    dx, dw, dg, dd = _node_backward(grad_y.to(x.dtype), x, *others)
+    return dx, dw, None, None, dg, dd
+
+
+_node.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.kizzasi.mix_swiglu)
+def _(x: Any, weight: Any, token: Any, counts: Any, gate_up: Any, down: Any, **_: Any) -> int:
+    """If no job is idle; the arguments are shapes."""
+    return 2 * token[0] * 3 * down[1] * down[2]
+
+
+def _grouped(x: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Sorted jobs through two grouped products. Rows of idle jobs, at the end, are zero."""
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     ends = counts.cumsum(0).int()
     # The kernel leaves idle rows unwritten, in the result and in the gradient: mask on both sides.
     busy = (torch.arange(len(token), device=x.device) < ends[-1])[:, None]
     rows = torch.where(busy, x[token], 0)
-    hidden = F.silu(grouped_linear(rows, gate, ends)) * grouped_linear(rows, up, ends)
-    hidden = torch.where(busy, hidden, 0)
+    gate, up = grouped_linear(rows, gate_up, ends).chunk(2, dim=1)
+    hidden = torch.where(busy, F.silu(gate) * up, 0)
     return torch.where(busy, grouped_linear(hidden, down, ends), 0)
 
 

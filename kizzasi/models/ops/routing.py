@@ -8,12 +8,10 @@ Symbols: b batch, t time, e experts (N or E in the papers), k choices per token.
 
 from __future__ import annotations
 
-import heapq
 import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Normalize = Literal["topk", "all", "none"]
@@ -109,7 +107,7 @@ def smooth_load(clean: Tensor, noisy: Tensor, std: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, n_iterations: int) -> Tensor:
+def sinkhorn(logits: Tensor, n_iterations: int, real: Tensor | None = None) -> Tensor:
     """The log of a plan that gives every token one unit and every expert the same total.
 
         log plan = logits + u_token + v_expert,  u and v alternately scaled to the marginals
@@ -117,12 +115,14 @@ def sinkhorn(logits: Tensor, n_iterations: int) -> Tensor:
     Args:
         logits: (n, e).
         n_iterations: rounds; 8 leaves the totals within a few per cent of each other.
+        real: (n,) bool; tokens where it is False do not count in the totals. None means all do.
 
     Source: Clark et al. 2022, arXiv:2202.01169, appendix B.2.1.
     """
     plan = logits
     for _ in range(n_iterations):
-        plan = plan - plan.logsumexp(0, keepdim=True)
+        counted = plan if real is None else plan.masked_fill(~real[:, None], -math.inf)
+        plan = plan - counted.logsumexp(0, keepdim=True)
         plan = plan - plan.logsumexp(1, keepdim=True)
     return plan
 
@@ -152,43 +152,14 @@ def expert_choice(probs: Tensor, per_token: float, real: Tensor | None) -> Assig
     return Assignments((row * length + time).flatten(), expert.flatten(), weight.flatten())
 
 
-def sign_codes(x: Tensor, planes: Tensor) -> Tensor:
-    """The signs of fixed projections, read as a binary number: (..., d) to (...) int64."""
-    place = 2 ** torch.arange(planes.shape[1], device=x.device)
-    return (((x @ planes) > 0) * place).sum(-1)
-
-
-def hash_table(n_codes: int, n_experts: int) -> Tensor:
-    """(n_codes,) int64: an expert for every code, by Knuth's multiplicative hash."""
-    return ((torch.arange(n_codes) * 2654435761 % 2**32) >> 8) % n_experts
-
-
-def deal_out(counts: Tensor, table: Tensor, n_experts: int) -> Tensor:
-    """A table in which each expert gets about the same number of tokens.
-
-    The most frequent code goes to the expert that has the fewest tokens so far, then the next.
-
-    Args:
-        counts: (up to n_codes,) int64, how many tokens have each code.
-        table: (n_codes,) whose entries stay where no token has the code.
-        n_experts: e.
-
-    Source: Roller et al. 2021, arXiv:2106.04426, section 3.1 (balanced hash).
-    """
-    given, amounts = table.tolist(), counts.tolist()
-    load = [(0, expert) for expert in range(n_experts)]
-    for code in sorted((c for c, n in enumerate(amounts) if n), key=lambda c: -amounts[c]):
-        tokens, given[code] = load[0]
-        heapq.heapreplace(load, (tokens + amounts[code], given[code]))
-    return torch.tensor(given, device=table.device)
-
-
-def drop_over_capacity(to: Assignments, length: int, n_experts: int, factor: float) -> Assignments:
+def drop_over_capacity(
+    to: Assignments, batch: int, length: int, n_experts: int, factor: float
+) -> Assignments:
     """Leave every expert at most ceil(factor * k * real tokens / e) jobs of each row.
 
     Args:
         to: jobs in the order of their tokens; earlier tokens are served first.
-        length: tokens per row, t.
+        batch, length: rows, and tokens per row.
         n_experts: e.
         factor: capacity factor; 1 is just enough at perfect balance.
 
@@ -196,12 +167,12 @@ def drop_over_capacity(to: Assignments, length: int, n_experts: int, factor: flo
     Differs: capacity is counted within a row, so that rows stay independent.
     """
     row, busy = to.token // length, to.expert >= 0
-    jobs = torch.bincount(row[busy], minlength=int(row[-1]) + 1)  # k per real token
-    key = torch.where(busy, row * n_experts + to.expert, jobs.numel() * n_experts)
+    jobs = torch.zeros(batch, dtype=torch.int64, device=row.device)
+    jobs = jobs.index_add(0, row, busy.long())  # k per real token
+    key = torch.where(busy, row * n_experts + to.expert, batch * n_experts)
     order = key.argsort(stable=True)
     first = torch.searchsorted(key[order], key)  # where the job's queue begins
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=key.device))
     capacity = (factor * jobs / n_experts).ceil()
     kept = (place - first) < capacity[row]
     return to._replace(expert=torch.where(kept, to.expert, -1))
@@ -210,9 +181,9 @@ def drop_over_capacity(to: Assignments, length: int, n_experts: int, factor: flo
 def count_jobs(to: Assignments, length: int, batch: int, n_experts: int) -> Tensor:
     """(b, e) int64: how many jobs of each row fell on each expert."""
     busy = (to.expert >= 0) & (to.expert < n_experts)
-    key = torch.where(busy, to.token // length * n_experts + to.expert, batch * n_experts)
-    counts = torch.bincount(key, minlength=batch * n_experts + 1)
-    return counts[:-1].view(batch, n_experts)
+    key = torch.where(busy, to.token // length * n_experts + to.expert, 0)
+    counts = torch.zeros(batch * n_experts, dtype=torch.int64, device=key.device)
+    return counts.index_add(0, key, busy.long()).view(batch, n_experts)
 
 
 def cv_squared(amounts: Tensor) -> Tensor:
@@ -259,8 +230,3 @@ def mean_over(values: Tensor, real: Tensor | None, dims: tuple[int, ...] = (0, 1
 def entropy(shares: Tensor) -> Tensor:
     """-sum p log p in nats over the last dimension, with 0 log 0 = 0."""
     return -torch.special.xlogy(shares, shares).sum(-1)
-
-
-def softplus_std(raw: Tensor) -> Tensor:
-    """Deviation of the trainable noise: softplus(x W_noise), kept above zero."""
-    return F.softplus(raw) + 1e-2

@@ -5,10 +5,11 @@ is, nothing is drawn (dropout, routing noise), and a score does not hang on roun
 
 Glossary
     branch        a block's mixer or channel: what it returns is added to the residual stream
-    connection    an entry of a matrix or a convolution's filter. What a module declares float32 is
-                  none: decays, step sizes, phases and routers, where zero does not mean absent
-                  (A_log = 0 is a decay rate of 1) and a sign no direction. Nor are gains, biases
-                  and tensors of other shapes, whose meaning only their mixer knows.
+    connection    an entry of a matrix, also of one in a stack, or of a convolution's filter. What a
+                  module declares float32 is none: decays, step sizes, phases and routers, where
+                  zero does not mean absent (A_log = 0 is a decay rate of 1) and a sign no
+                  direction. Nor are gains, biases and tensors of other shapes, whose meaning only
+                  their mixer knows.
     asleep        a matrix of zeros: RWKV's branches end in one, and then every other gradient
                   inside the branch is zero, whatever it could learn
 
@@ -82,11 +83,17 @@ def connections(model: nn.Module) -> dict[str, nn.Parameter]:
         for name in module.float32_parameters
     }
     filters = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv1d)}
+    stacked = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Mixer)
+        for name in module.stacked_parameters
+    }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in declared
-        if parameter.ndim == 2 or name in filters
+        if parameter.ndim == 2 or name in filters or name in stacked
     }
 
 

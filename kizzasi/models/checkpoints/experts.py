@@ -1,9 +1,9 @@
 """State dicts of SwiGLU experts in the layouts of published checkpoints, read and written strictly.
 
-    list     experts.3.{gate,up,down}_proj.weight: (h, d), (h, d), (d, h). Ours, and that of
-             Qwen3-MoE and OLMoE on disk.
-    packed   experts.gate_up_proj (e, 2h, d), gate first; experts.down_proj (e, d, h).
-             transformers 5 in memory.
+    list     experts.3.{gate,up,down}_proj.weight: (h, d), (h, d), (d, h). Qwen3-MoE and OLMoE on
+             disk, and version 0.1 of this library.
+    packed   experts.gate_up_proj (e, 2h, d), gate first; experts.down_proj (e, d, h). Ours, and
+             that of transformers 5 in memory.
     mixtral  experts.3.{w1,w3,w2}.weight: gate, up, down as in a list. Mixtral on disk.
 
 Symbols: e experts, d d_model, h hidden.
@@ -12,18 +12,46 @@ Symbols: e experts, d d_model, h hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.channels.moe import PARTS
+from kizzasi.models.checkpoints.names import SAME, Form, Link
 
 Layout = Literal["list", "packed", "mixtral"]
-PARTS = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = dict(zip(PARTS, ("w1", "w3", "w2"), strict=True))
+
+
+def _read_pairs(theirs: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+    gates, ups = theirs[: len(theirs) // 2], theirs[len(theirs) // 2 :]
+    return [torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)]
+
+
+def _write_pairs(ours: list[Tensor]) -> list[Tensor]:
+    gates, ups = ours[0].chunk(2, dim=1)
+    return [*gates.unbind(), *ups.unbind()]
+
+
+PAIRS = Form(_write_pairs, _read_pairs)  # (e, 2h, d) as e gates, then e ups
+EACH = Form(lambda ours: list(ours[0].unbind()), lambda theirs, shapes: [torch.stack(theirs)])
+OWN = {"gate_up_proj": (PARTS[:2], PAIRS), "down_proj": (PARTS[2:], EACH)}
 EXPERT = re.compile(r"experts\.(?:(\d+)\.(\w+)\.weight|(gate_up_proj|down_proj))")
+
+
+def native_links(ours: Mapping[str, Tensor], given: Set[str]) -> list[Link]:
+    """Every tensor of ours as our own files hold it: packed, or as version 0.1 wrote it."""
+    links: list[Link] = []
+    for name, tensor in ours.items():
+        prefix, _, last = name.rpartition(".")
+        parts, form = OWN.get(last, ((), SAME))
+        theirs = [f"{prefix}.{i}.{part}.weight" for part in parts for i in range(len(tensor))]
+        older = name not in given and not given.isdisjoint(theirs)
+        links.append(Link([name], theirs if older else [name], form if older else SAME))
+    return links
 
 
 def convert_experts(state: Mapping[str, Tensor], n_experts: int, to: Layout) -> dict[str, Tensor]:
