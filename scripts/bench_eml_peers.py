@@ -172,12 +172,13 @@ def adam(module: nn.Module, x: Tensor, y: Tensor, evaluations: int) -> None:
         schedule.step()
 
 
-def our_optimizers(n: int, evaluations: int) -> dict[str, Optimizer]:
+def our_optimizers(n: int) -> dict[str, Optimizer]:
     return {
-        "block descent": BlockDescent(n),
-        "coordinate descent": CoordinateDescent(evaluations),
+        "block descent": BlockDescent(),
+        "block descent, one block": BlockDescent(n),
+        "coordinate descent": CoordinateDescent(batch=1),  # what it asks in vain would not count
         "pattern search": PatternSearch(),
-        "antithetic ES": AntitheticES(steps=evaluations // 64),
+        "antithetic ES": AntitheticES(),
         "SPSA with Adam": Spsa(pairs=8, lr=0.01, adam=True),
         "separable CMA": SeparableCma(),
     }
@@ -241,8 +242,7 @@ def optimizer_runs(data: Data, evaluations: int, seed: int) -> dict[str, Run]:
         "Gauss-Newton, one block": lambda layer: gauss_newton(layer, data, evaluations, None),
     }
     n = parameter_count(Layer(data, 3, seed))
-    for name, optimizer in our_optimizers(n, evaluations).items():
-        trainers[name] = partial(ours, optimizer)
+    trainers |= {name: partial(ours, optimizer) for name, optimizer in our_optimizers(n).items()}
     if installed("cma"):
         trainers["cma"] = partial(foreign, with_cma)
     if installed("nevergrad"):

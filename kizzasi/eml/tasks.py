@@ -34,10 +34,15 @@ def draw(
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Draw inputs and targets, (n_samples, seq_len, d_model) each; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n_samples, seq_len, d_model, generator=generator, dtype=torch.float64) * 2 - 1
+    x = _uniform(seed, n_samples, seq_len, d_model) * 2 - 1
     x = x.to(device, dtype)
     return x, task(x)
+
+
+def _uniform(seed: int, *shape: int) -> Tensor:
+    """Draw float64 numbers in [0, 1) on the CPU, so that they are the same for any device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,15 @@ class Formula:
     ranges: tuple[tuple[float, float], ...]
 
     def draw(
-        self, n_samples: int, seed: int, dtype: torch.dtype = torch.float32
+        self,
+        n_samples: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> tuple[Tensor, Tensor]:
         """Draw variables (n_samples, k), uniform in their ranges, and values (n_samples)."""
-        generator = torch.Generator().manual_seed(seed)
-        unit = torch.rand(n_samples, len(self.ranges), generator=generator, dtype=torch.float64)
-        low, high = torch.tensor(self.ranges, dtype=torch.float64).unbind(1)
+        unit = _uniform(seed, n_samples, len(self.ranges)).to(device)
+        low, high = torch.tensor(self.ranges, dtype=torch.float64, device=device).unbind(1)
         x = low + (high - low) * unit
         return x.to(dtype), self.function(*x.unbind(1)).to(dtype)
 

@@ -26,10 +26,16 @@ from kizzasi.eml import (
     SeparableCma,
     Spsa,
     ToyEmlAttention,
+    TreeSearch,
+    compile_expression,
+    evaluate,
     minimize,
     output_rows,
+    search_tree,
+    train_master_formula,
 )
 from kizzasi.eml.search.coordinate import ListedDescent
+from kizzasi.eml.tasks import FEYNMAN, draw, identity
 from kizzasi.models.mixer import LayerContext
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -191,3 +197,31 @@ def test_autograd_trains_the_layer_too(place):
             optimizer.step()
             losses.append(float(loss.detach()))
         assert losses[-1] < losses[0]
+
+
+@every_place
+def test_exact_trees_are_found_where_the_samples_are(place):
+    with at(place) as device:
+        x = {"x": torch.linspace(0.3, 1.7, 10, dtype=torch.float64, device=device)}
+        tree = compile_expression("ln(x)")
+        y = evaluate(tree, x)
+        assert y.device.type == device.type
+        assert search_tree(x, y, 3).tree is tree
+        search = TreeSearch(x)
+        search.known.grow()
+        search.known.grow()
+        assert search._peeled(y, 1, 1e-8, 10**6) is not None
+        assert next(search._peeled(y, 0, 1e-8, 10**6)).depth == 3
+        trained = train_master_formula(x, torch.exp(x["x"]), 1, restarts=8, steps=20)
+        assert trained.tree is not None
+
+
+@every_place
+def test_tasks_are_drawn_alike_on_every_device(place):
+    here = draw(identity, 3, 4, 5, 0), FEYNMAN[0].draw(9, 0)
+    with at(place) as device:
+        there = draw(identity, 3, 4, 5, 0, device=device), FEYNMAN[0].draw(9, 0, device=device)
+    for drawn, again in zip(here, there, strict=True):
+        for a, b in zip(drawn, again, strict=True):
+            assert b.device.type == device.type
+            assert_close(b.cpu(), a)

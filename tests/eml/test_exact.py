@@ -1,18 +1,21 @@
 """Exact trees: the compiler against direct evaluation, known sizes, and recovery from samples."""
 
 import cmath
+import re
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_close
 
 from kizzasi.eml.exact import enumerate as tree_search
 from kizzasi.eml.exact.anneal import MasterFormula, train_master_formula
-from kizzasi.eml.exact.compiler import compile_expression, verify
+from kizzasi.eml.exact.compiler import compile_expression, constant, verify
 from kizzasi.eml.exact.enumerate import TreeSearch, search_tree
 from kizzasi.eml.exact.tree import ONE, evaluate, formula, leaf, node
-from kizzasi.errors import SpecError
+from kizzasi.errors import ShapeError, SpecError
 
 SIZES = {
     "exp(x)": (3, 1), "ln(x)": (7, 3), "0": (7, 3), "x - y": (11, 4), "-x": (17, 6),
@@ -158,3 +161,95 @@ def test_search_meets_in_the_middle(monkeypatch, set_size, depth):
         assert (difference <= 1e-6 * (1 + evaluate(tree, other).abs())).all()
         assert search.find(value, depth, lookups=0).tree in (None, found.tree)
     assert search.known.depth == (2 if set_size == 100 else 3)
+
+
+@pytest.mark.parametrize("text", [
+    "9.81*x", "3.14159*x^2", "12345.678*x", "299792458*x", "x+710", "x-1000", "1000-x", "-2000+x",
+    "x*71+1000*3", "-100000*x", "6.02e23*x", "x/1.6e-19", "1e300", "1000000", "0.0001", "x+1e10",
+])  # fmt: skip
+def test_constants_are_exact_at_any_size(text):
+    check = verify(compile_expression(text), text)
+    assert check.ok, check
+    check = verify(compile_expression(text, wide=True), text)
+    assert check.ok, check
+
+
+def test_every_whole_number_compiles():
+    for n in [*range(0, 800, 37), *range(711, 2999, 166), 981, 1023, 1024, 2**40 + 1, 10**15 + 7]:
+        value = complex(evaluate(constant(Fraction(n)), {}))
+        assert abs(value - n) < 1e-9 * (1 + n), n
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        ("x+y", 300, 1000), ("x-y", 300, 1000), ("x^2+y^2", 20, 50), ("(x+y)*(x-y)", 10, 500),
+        ("x+y", -1e6, 1e6), ("x-y-z", 1e5, 1e9), ("-x", 800, 900), ("5-x", 800, 900),
+        ("x+3", -5e3, 5e3), ("5e4-x", 800, 900),
+    ],
+)  # fmt: skip
+def test_wide_sums(text, low, high):
+    check = verify(compile_expression(text, wide=True), text, low, high)
+    assert check.ok, check
+    assert not verify(compile_expression(text), text, low, high).ok
+
+
+def test_wide_forms_hold_for_small_numbers_too():
+    for text in [*FORMULAS, *SIZES]:
+        assert verify(compile_expression(text, wide=True), text).ok, text
+    zero = {"x": torch.zeros(1, dtype=torch.float64)}
+    for text, value in (("x + 3", 3), ("3 - x", 3), ("x - 3", -3), ("-x", 0), ("1000 + x", 1000)):
+        assert abs(complex(evaluate(compile_expression(text, True), zero)) - value) < 1e-9, text
+
+
+@pytest.mark.parametrize("terms", [400, 2000])
+def test_long_expressions_need_no_recursion(terms):
+    text = "+".join(["x"] * terms)
+    tree = compile_expression(text)
+    x = {"x": torch.linspace(0.1, 0.3, 5, dtype=torch.float64)}
+    assert_close(evaluate(tree, x).real, terms * x["x"])
+    assert verify(tree, text, 0.1, 0.3).ok
+    assert str(tree).count("x") == len(re.findall(r"\bx\b", formula(tree))) == terms
+
+
+def test_trees_too_long_to_write_say_so():
+    tree = leaf("x")
+    for _ in range(40):
+        tree = node(tree, tree)
+    for write in (str, formula):
+        with pytest.raises(SpecError, match="longer than"):
+            write(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("True", "cannot be compiled"), ("1e400", "beyond float64"), ("10**400", "x"),
+        ("9" * 5000, "not an expression"), ("1" + "0" * 400, "1020 bits"),
+        ("", "not an expression"), ("x\0", "not an expression"),
+        ("(" * 5000 + "x" + ")" * 5000, "not an expression|too deeply"),
+        ("sin(" + "+".join(["x"] * 3000) + ")", "cannot be compiled|too deeply"),
+        ("-" * 100_000 + "x", "too deeply|not an expression"),
+    ],
+    ids=lambda value: value[:12],
+)  # fmt: skip
+def test_refusals_are_one_short_line(text, message):
+    if text == "10**400":  # a power of constants: compiled, and infinite
+        assert not complex(evaluate(compile_expression(text), {})).real < 1e300
+        return
+    with pytest.raises(SpecError, match=message) as caught:
+        compile_expression(text)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("find", [search_tree, train_master_formula])
+def test_samples_are_checked(find):
+    y = torch.ones(8, dtype=torch.float64)
+    with pytest.raises(SpecError, match="at least one name"):
+        find({}, y, 2)
+    with pytest.raises(SpecError, match="at least one name"):
+        find({"x": y[:0]}, y[:0], 2)
+    with pytest.raises(ShapeError, match=r"\(7,\)"):
+        find({"x": y[:7]}, y, 2)
+    with pytest.raises(ShapeError, match="one"):
+        evaluate(node(leaf("x"), leaf("y")), {"x": y, "y": y[:7]})

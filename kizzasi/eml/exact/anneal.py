@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.exact.tree import ONE, Tree, evaluate, leaf, node
+from kizzasi.eml.exact.tree import ONE, Tree, evaluate, leaf, node, samples_of
 from kizzasi.errors import SpecError
 
 _EXPONENT_LIMIT = 30.0  # keeps exp and its gradient finite while choices are still mixed
@@ -31,15 +31,23 @@ class MasterFormula(nn.Module):
         depth: levels of eml nodes, 1 or more.
         variables: names, in the order of the rows given to `forward`.
         restarts: R.
-        seed: of the initial logits.
+        seed: of the initial logits, which are the same on any device.
+        device: where the logits live.
     """
 
-    def __init__(self, depth: int, variables: list[str], restarts: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        depth: int,
+        variables: list[str],
+        restarts: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
         if depth < 1 or not variables or restarts < 1:
             raise SpecError(f"depth {depth}, variables {variables}, restarts {restarts}: need >= 1")
         self.depth, self.variables = depth, variables
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         n_leaf = 1 + len(variables)
         # Level 0 is the lowest: 2^D inputs without children, then halving towards the root.
         self.levels = nn.ParameterList(
@@ -49,7 +57,8 @@ class MasterFormula(nn.Module):
                 n_leaf + (level > 0),
                 generator=generator,
                 dtype=torch.float64,
-            )
+                device="cpu",
+            ).to(device)
             for level in range(depth)
         )
 
@@ -134,7 +143,7 @@ def train_master_formula(
 
     Args:
         variables: name to (S) samples.
-        target: (S), real or complex.
+        target: (S), real or complex, on the variables' device, where the training runs.
         depth: of the formula.
         restarts, steps, lr: how many run side by side, for how long, how fast.
         tau: temperature at the start and at the end.
@@ -142,11 +151,15 @@ def train_master_formula(
         tolerance: relative error that counts as exact.
         seed: of the initial logits.
 
+    Raises:
+        SpecError: no variable, no sample, or a size below 1.
+        ShapeError: samples of different lengths.
+
     Source: arXiv:2603.21852, section 4 (master formula); the annealing and mending are our own.
     """
-    x = torch.stack([v.to(torch.complex128) for v in variables.values()])
+    x = samples_of(variables, target)
     y = target.to(torch.complex128)
-    model = MasterFormula(depth, list(variables), restarts, seed)
+    model = MasterFormula(depth, list(variables), restarts, seed, x.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for step in range(steps):
         progress = step / max(1, steps - 1)

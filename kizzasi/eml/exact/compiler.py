@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,84 +71,252 @@ def sqrt_of(x: Tree) -> Tree:
     return exp_of(divide(ln_of(x), constant(Fraction(2))))
 
 
+# -- constants and large summands ----------------------------------------------------------------
+
+# exp overflows at 709.78, and x + y is ln(exp x exp y). What a sum must hold beyond that enters
+# through the other side of eml, exp(ln x), which has no bound.
+_LARGE = 512
+_MOST_BITS = 1020
+
+
 @cache
 def constant(value: Fraction) -> Tree:
-    """Build a rational number from 1 alone: the smaller of a sum and a product of halves."""
+    """Build a rational number from 1 alone: the smaller of a sum and a product of halves.
+
+    Above 512 a whole number is 2^k (q + r / 2^k) with q in [256, 512), so that every summand stays
+    small, whatever the number.
+
+    Raises:
+        SpecError: numerator or denominator beyond 2^1020.
+    """
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MOST_BITS:
+        raise SpecError(f"a constant has more than {_MOST_BITS} bits; float64 cannot hold it")
     if value < 0:
-        return negate(constant(-value))
+        return negate(constant(-value)) if value >= -_LARGE else _times_minus_one(constant(-value))
     if value.denominator != 1:
         return divide(constant(Fraction(value.numerator)), constant(Fraction(value.denominator)))
-    if value == 0:
+    n = value.numerator
+    if n == 0:
         return ln_of(ONE)
-    if value == 1:
+    if n == 1:
         return ONE
-    half, odd = divmod(value.numerator, 2)
-    if odd or half == 1:
-        return add(constant(value - 1), ONE)
-    return multiply(constant(Fraction(half)), constant(Fraction(2)))
+    if n <= _LARGE:
+        if n % 2 or n == 2:
+            return add(constant(value - 1), ONE)
+        return multiply(constant(value / 2), constant(Fraction(2)))
+    twos = (n & -n).bit_length() - 1
+    if twos:
+        odd, power = constant(Fraction(n >> twos)), _power_of_two(twos)
+        return power if odd is ONE else multiply(odd, power)
+    shift = n.bit_length() - _LARGE.bit_length() + 1
+    high, low = divmod(n, 1 << shift)
+    part = divide(constant(Fraction(low)), _power_of_two(shift))
+    return multiply(add(constant(Fraction(high)), part), _power_of_two(shift))
 
 
-_BINARY: dict[type[ast.operator], Callable[[Tree, Tree], Tree]] = {
-    ast.Add: add,
-    ast.Sub: subtract,
-    ast.Mult: multiply,
-    ast.Div: divide,
-    ast.Pow: power,
-}
+@cache
+def _power_of_two(k: int) -> Tree:
+    if k == 1:
+        return constant(Fraction(2))
+    half = _power_of_two(k // 2)
+    square = multiply(half, half)
+    return multiply(square, constant(Fraction(2))) if k % 2 else square
+
+
+def _times_minus_one(x: Tree) -> Tree:
+    """-x for any x: x times exp(i pi)."""
+    return multiply(x, negate(ONE))
+
+
+def _shift(x: Tree, c: Fraction) -> Tree:
+    """x + c = eml(ln x, exp(-c)) for any x, and c small."""
+    return node(ln_of(x), exp_of(constant(-c)))
+
+
+def _wide_add(x: Tree, y: Tree) -> Tree:
+    """x + y = x (y / x + 1), for any x but 0."""
+    return multiply(x, _shift(divide(y, x), Fraction(1)))
+
+
+def _wide_subtract(x: Tree, y: Tree) -> Tree:
+    """x - y = y (x / y - 1), for any y but 0."""
+    return multiply(y, _shift(divide(x, y), Fraction(-1)))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A compiled part, and its exact value where that is a known rational."""
+
+    tree: Tree
+    known: Fraction | None = None
+
+    @property
+    def large(self) -> bool:
+        return self.known is not None and abs(self.known) > _LARGE
+
+
+def _sum(x: _Value, y: _Value, wide: bool) -> Tree:
+    """x + y, by the form that fits what is known of both."""
+    if x.known is None or (y.large and not x.large):
+        x, y = y, x
+    c = x.known
+    if c is None:
+        return _wide_add(x.tree, y.tree) if wide else add(x.tree, y.tree)
+    if y.known is not None and abs(c) + abs(y.known) > _LARGE:
+        return constant(c + y.known)
+    if not x.large:
+        return _shift(y.tree, c) if wide else add(x.tree, y.tree)
+    if wide:  # c (y / c + 1)
+        return multiply(x.tree, _shift(multiply(y.tree, constant(1 / c)), Fraction(1)))
+    if c > 0:
+        return node(ln_of(x.tree), exp_of(negate(y.tree)))  # eml(ln c, exp(-y)) = c + y
+    return _times_minus_one(subtract(constant(-c), y.tree))
+
+
+def _difference(x: _Value, y: _Value, wide: bool) -> Tree:
+    """x - y, by the form that fits what is known of both."""
+    if y.known is not None and (x.large or y.large or wide):
+        return _sum(x, _Value(constant(-y.known), -y.known), wide)
+    if not wide:
+        return subtract(x.tree, y.tree)
+    if x.known is None:
+        return _wide_subtract(x.tree, y.tree)
+    if x.large:  # c - y = -c (y / c - 1)
+        ratio = multiply(y.tree, constant(1 / x.known))
+        return multiply(constant(-x.known), _shift(ratio, Fraction(-1)))
+    return _times_minus_one(_shift(y.tree, -x.known))
+
+
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 _UNARY = {"exp": exp_of, "ln": ln_of, "log": ln_of, "sqrt": sqrt_of}
 _MAX_POWER = 64
 
 
-def compile_expression(text: str) -> Tree:
+def compile_expression(text: str, wide: bool = False) -> Tree:
     """Compile an expression to an exact EML tree.
 
     Allowed: + - * / ^ (or **), exp, ln (or log), sqrt, rational constants, e, and variables.
     Real inputs are assumed to keep imaginary parts within (-pi, pi], where ln(exp u) = u.
 
+    Constants are exact at any size. Other summands, and their sums, must stay below 700 unless
+    `wide`: exp of them is taken on the way, which float64 holds to 709. `verify` shows it.
+
     Args:
         text: for example "exp(-x^2 / 2) * sqrt(y)".
+        wide: sums of any size, by x + y = x (y / x + 1) and x - y = y (x / y - 1): some 40 nodes
+            more each, and undefined where that divisor is exactly 0.
 
     Returns:
         the tree; its `size`, `depth` and `distinct` say what it costs.
 
     Raises:
-        SpecError: a syntax error, or an operation outside the list.
+        SpecError: a syntax error, an operation outside the list, or a constant beyond float64.
     """
-    return _compile(_parse(text), text)
+    done: list[_Value] = []
+    for at, operands in _in_order(_parse(text), text):
+        parts = done[len(done) - operands :]
+        del done[len(done) - operands :]
+        tree = _combine(at, parts, wide)
+        done.append(_Value(tree, _known(at, [part.known for part in parts])))
+    return done[0].tree
 
 
 def _parse(text: str) -> ast.expr:
     try:
-        return ast.parse(text.replace("^", "**"), mode="eval").body
-    except SyntaxError as error:
-        raise SpecError(f"{text!r} is not an expression: {error.msg}") from error
+        return ast.parse(text.replace("^", "**").strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise SpecError(f"{text!r:.80} is not an expression: {reason}") from error
+    except (RecursionError, MemoryError) as error:
+        raise SpecError(
+            f"{text!r:.80} is nested too deeply for Python's parser; split it"
+        ) from error
 
 
-def _compile(at: ast.expr, text: str) -> Tree:
-    if isinstance(at, ast.Constant) and isinstance(at.value, (int, float)):
+def _in_order(root: ast.expr, text: str) -> Iterator[tuple[ast.expr, int]]:
+    """Yield every part after its operands, with how many it has, however deep they are."""
+    stack: list[tuple[ast.expr, int]] = [(root, -1)]
+    while stack:
+        at, count = stack.pop()
+        if count >= 0:
+            yield at, count
+            continue
+        operands = _operands(at, text)
+        stack.append((at, len(operands)))
+        stack += [(each, -1) for each in reversed(operands)]
+
+
+def _operands(at: ast.expr, text: str) -> list[ast.expr]:
+    """Return the operands of a part, or refuse it."""
+    if isinstance(at, ast.Constant) and type(at.value) in (int, float):
+        if isinstance(at.value, float) and not math.isfinite(at.value):
+            raise SpecError(f"{text!r:.80} has a constant beyond float64")
+        return []
+    if isinstance(at, ast.Name):
+        return []
+    if isinstance(at, ast.UnaryOp) and isinstance(at.op, (ast.USub, ast.UAdd)):
+        return [at.operand]
+    if isinstance(at, ast.BinOp) and isinstance(at.op, _OPERATORS):
+        return [at.left, at.right]
+    if isinstance(at, ast.Call) and len(at.args) == 1 and not at.keywords:
+        function = at.func.id if isinstance(at.func, ast.Name) else ""
+        if function in _UNARY:
+            return at.args
+    part = ast.get_source_segment(text.replace("^", "**").strip(), at)
+    raise SpecError(
+        f"{part!r:.80} in {text!r:.80} cannot be compiled; "
+        f"use + - * / ^, {', '.join(_UNARY)}, numbers, e and variables"
+    )
+
+
+def _combine(at: ast.expr, parts: list[_Value], wide: bool) -> Tree:
+    """Compile one part from its compiled operands."""
+    if isinstance(at, ast.Constant):
         return constant(Fraction(str(at.value)))
     if isinstance(at, ast.Name):
         return E if at.id == "e" else leaf(at.id)
-    if isinstance(at, ast.UnaryOp) and isinstance(at.op, (ast.USub, ast.UAdd)):
-        inner = _compile(at.operand, text)
-        return negate(inner) if isinstance(at.op, ast.USub) else inner
-    if isinstance(at, ast.BinOp) and type(at.op) in _BINARY:
-        left, right = _compile(at.left, text), _compile(at.right, text)
-        exponent = at.right.value if isinstance(at.right, ast.Constant) else None
-        is_power = isinstance(at.op, ast.Pow)
-        if is_power and isinstance(exponent, int) and 1 <= exponent <= _MAX_POWER:
-            return min(power(left, right), _whole_power(left, exponent), key=lambda t: t.size)
-        if is_power and left is E:
-            return exp_of(right)
-        return _BINARY[type(at.op)](left, right)
-    if isinstance(at, ast.Call) and isinstance(at.func, ast.Name):
-        function = _UNARY.get(at.func.id)
-        if function is not None and len(at.args) == 1 and not at.keywords:
-            return function(_compile(at.args[0], text))
-    raise SpecError(
-        f"{ast.unparse(at)!r} in {text!r} cannot be compiled; "
-        f"use + - * / ^, {', '.join(_UNARY)}, numbers, e and variables"
-    )
+    x = parts[0]
+    if isinstance(at, ast.UnaryOp):
+        if isinstance(at.op, ast.UAdd):
+            return x.tree
+        if x.known is not None:
+            return constant(-x.known)
+        return _times_minus_one(x.tree) if wide else negate(x.tree)
+    if isinstance(at, ast.Call):
+        assert isinstance(at.func, ast.Name)
+        return _UNARY[at.func.id](x.tree)
+    assert isinstance(at, ast.BinOp)
+    y = parts[1]
+    if isinstance(at.op, ast.Add):
+        return _sum(x, y, wide)
+    if isinstance(at.op, ast.Sub):
+        return _difference(x, y, wide)
+    if isinstance(at.op, ast.Pow):
+        return _power(x.tree, y.tree, at.right)
+    return (multiply if isinstance(at.op, ast.Mult) else divide)(x.tree, y.tree)
+
+
+def _known(at: ast.expr, parts: list[Fraction | None]) -> Fraction | None:
+    """Return the exact value of a part, if it is a rational of moderate length."""
+    if isinstance(at, ast.Constant):
+        return Fraction(str(at.value))
+    if isinstance(at, ast.UnaryOp) and parts[0] is not None:
+        return -parts[0] if isinstance(at.op, ast.USub) else parts[0]
+    if not isinstance(at, ast.BinOp) or parts[0] is None or parts[1] is None:
+        return None
+    x, y = parts
+    if isinstance(at.op, ast.Pow) or (isinstance(at.op, ast.Div) and not y):
+        return None
+    value = _DIRECT[type(at.op)](x, y)
+    bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+    return value if bits <= _MOST_BITS else None
+
+
+def _power(x: Tree, y: Tree, exponent: ast.expr) -> Tree:
+    value = exponent.value if isinstance(exponent, ast.Constant) else None
+    if isinstance(value, int) and 1 <= value <= _MAX_POWER:
+        return min(power(x, y), _whole_power(x, value), key=lambda tree: tree.size)
+    return exp_of(y) if x is E else power(x, y)
 
 
 def _whole_power(x: Tree, exponent: int) -> Tree:
@@ -188,7 +359,7 @@ def verify(
         name: torch.rand(points, generator=generator, dtype=torch.float64) * (high - low) + low
         for name in sorted(names)
     }
-    expected = _direct(parsed, variables).expand(points)
+    expected = _direct(parsed, text, variables).expand(points)
     got = evaluate(tree, variables).expand(points)
     fine = expected.isfinite()
     error = ((got - expected).abs() / (1 + expected.abs()))[fine].nan_to_num(torch.inf)
@@ -196,27 +367,35 @@ def verify(
     return Check(worst <= tolerance, worst)
 
 
-def _direct(at: ast.expr, variables: Mapping[str, Tensor]) -> Tensor:
+_DIRECT: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: torch.pow,
+}
+
+
+def _direct(root: ast.expr, text: str, variables: Mapping[str, Tensor]) -> Tensor:
     """Evaluate a parsed expression without EML."""
-    if isinstance(at, ast.Constant):
-        return torch.tensor(complex(at.value), dtype=torch.complex128)  # pyright: ignore
-    if isinstance(at, ast.Name):
-        if at.id == "e":
-            return torch.exp(torch.ones((), dtype=torch.complex128))
-        return variables[at.id].to(torch.complex128)
-    if isinstance(at, ast.UnaryOp):
-        inner = _direct(at.operand, variables)
-        return -inner if isinstance(at.op, ast.USub) else inner
-    if isinstance(at, ast.Call) and isinstance(at.func, ast.Name):
-        functions = {"exp": torch.exp, "ln": torch.log, "log": torch.log, "sqrt": torch.sqrt}
-        return functions[at.func.id](_direct(at.args[0], variables))
-    assert isinstance(at, ast.BinOp)
-    left, right = _direct(at.left, variables), _direct(at.right, variables)
-    operators = {
-        ast.Add: torch.add,
-        ast.Sub: torch.sub,
-        ast.Mult: torch.mul,
-        ast.Div: torch.div,
-        ast.Pow: torch.pow,
-    }
-    return operators[type(at.op)](left, right)
+    functions = {"exp": torch.exp, "ln": torch.log, "log": torch.log, "sqrt": torch.sqrt}
+    done: list[Tensor] = []
+    for at, operands in _in_order(root, text):
+        parts = done[len(done) - operands :]
+        del done[len(done) - operands :]
+        if isinstance(at, ast.Constant):
+            value = torch.tensor(complex(at.value), dtype=torch.complex128)  # pyright: ignore
+        elif isinstance(at, ast.Name) and at.id == "e":
+            value = torch.exp(torch.ones((), dtype=torch.complex128))
+        elif isinstance(at, ast.Name):
+            value = variables[at.id].to(torch.complex128)
+        elif isinstance(at, ast.UnaryOp):
+            value = -parts[0] if isinstance(at.op, ast.USub) else parts[0]
+        elif isinstance(at, ast.Call):
+            assert isinstance(at.func, ast.Name)
+            value = functions[at.func.id](parts[0])
+        else:
+            assert isinstance(at, ast.BinOp)
+            value = _DIRECT[type(at.op)](*parts)
+        done.append(value)
+    return done[0]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.eml.exact.anneal import Recovery, relative_error
-from kizzasi.eml.exact.tree import ONE, Tree, complex_eml, evaluate, leaf, node
+from kizzasi.eml.exact.tree import ONE, Tree, complex_eml, evaluate, leaf, node, samples_of
 
 _MAX_SET = 3_000_000
 _MAX_EQUAL = 32  # rows of one key, and fits of one chunk, that are looked at
@@ -34,13 +34,13 @@ class TreeSet:
     """
 
     def __init__(self, variables: Mapping[str, Tensor]) -> None:
-        rows = [torch.ones_like(next(iter(variables.values())), dtype=torch.complex128)]
-        rows += [v.to(torch.complex128) for v in variables.values()]
+        first = next(iter(variables.values()), torch.ones(0))
+        rows = samples_of(variables, first)
         self.leaves = [ONE, *(leaf(name) for name in variables)]
-        self.values = torch.stack(rows)
+        self.values = torch.cat((torch.ones_like(rows[:1]), rows))
         # Row i >= len(leaves) is eml(pairs[i - len(leaves)]), rows of the set one depth below.
-        self.pairs = torch.zeros(0, 2, dtype=torch.int64)
-        self.ends = [len(rows)]  # per depth, the first row that is deeper
+        self.pairs = torch.zeros(0, 2, dtype=torch.int64, device=rows.device)
+        self.ends = [len(self.values)]  # per depth, the first row that is deeper
 
     @property
     def depth(self) -> int:
@@ -58,7 +58,8 @@ class TreeSet:
     def grow(self) -> None:
         """Go one level deeper. Rows keep their place, so earlier pairs stay valid."""
         n, m = len(self.values), len(self.leaves)
-        index = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+        each = torch.arange(n, device=self.values.device)
+        index = torch.cartesian_prod(each, each)
         values = complex_eml(self.values[index[:, 0]], self.values[index[:, 1]])
         fine = values.isfinite().all(1)
         values, index = values[fine], index[fine]
@@ -84,13 +85,14 @@ def _first_of_each(values: Tensor) -> Tensor:
     Negative numbers a rounding error above and below the axis are equal, their logarithms are not.
     """
     parts = torch.cat((torch.view_as_real(values).flatten(1), values.angle()), 1)
-    weight = torch.linspace(1.0, 2.0, parts.shape[1], dtype=torch.float64)
+    weight = torch.linspace(1.0, 2.0, parts.shape[1], dtype=parts.dtype, device=parts.device)
     key = torch.asinh(parts) @ weight  # compressed, so that one huge sample hides no other
     mantissa, exponent = torch.frexp(key)
     rounded = torch.ldexp(torch.round(mantissa * 2.0**37), exponent)
     _, inverse = torch.unique(rounded, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(values), dtype=torch.int64)
-    first.scatter_reduce_(0, inverse, torch.arange(len(values)), "amin")
+    first = inverse.new_full((int(inverse.max()) + 1,), len(values))
+    rows = torch.arange(len(values), device=values.device)
+    first.scatter_reduce_(0, inverse, rows, "amin")
     return first.sort().values
 
 
@@ -99,7 +101,7 @@ def _key(values: Tensor) -> Tensor:
 
     No probe alone would do: where exp(L) all but vanishes, thousands of trees are equal.
     """
-    return values.real @ torch.tensor(_KEY_WEIGHTS, dtype=torch.float64)
+    return values.real @ values.real.new_tensor(_KEY_WEIGHTS)
 
 
 class _Table:
@@ -125,7 +127,7 @@ class _Table:
         count = (high - low[at]).clamp(max=_MAX_EQUAL)
         first = count.cumsum(0) - count
         index = at.repeat_interleave(count)
-        step = torch.arange(len(index)) - first.repeat_interleave(count)
+        step = torch.arange(len(index), device=index.device) - first.repeat_interleave(count)
         return index, self.rows[low[index] + step]
 
 
@@ -167,6 +169,7 @@ class TreeSearch:
             tolerance: relative error that counts as exact.
             lookups: most per level beyond the sets; some 10 million a second.
         """
+        samples_of(self.variables, target)
         y, known, least = target.to(torch.complex128), self.known, math.inf
         for depth in range(max_depth + 1):
             if depth > known.depth:
@@ -205,7 +208,7 @@ class TreeSearch:
             if lookups < 0:
                 return
             probes = y[[0, -1, len(y) // 2]][None]
-            origin = torch.zeros(1, 0, 2, dtype=torch.int64)
+            origin = torch.zeros(1, 0, 2, dtype=torch.int64, device=y.device)
             for depth in siblings:
                 probes, origin = self._peel(probes, origin, known.level(depth))
             for at, left, right in self._last(probes, known.level(last), tolerance):
@@ -225,8 +228,9 @@ class TreeSearch:
         child = torch.cat(((y + logs[:, None]).flatten(0, 1).log(), power.exp()))
         fine = child.isfinite().all(1)
         fine[len(power) :] &= (power.imag.abs() <= math.pi + 1e-9).all(1)  # as any logarithm
-        row = torch.tensor(level).repeat_interleave(len(y)).repeat(2)
-        is_left = torch.arange(len(row)) < len(power)
+        rows = torch.arange(level.start, level.stop, device=y.device)
+        row = rows.repeat_interleave(len(y)).repeat(2)
+        is_left = torch.arange(len(row), device=y.device) < len(power)
         step = torch.stack((row, is_left.long()), 1)[:, None]
         origin = torch.cat((origin.repeat(2 * len(level), 1, 1), step), 1)
         return child[fine], origin[fine]
@@ -265,8 +269,12 @@ def search_tree(
 
     Args:
         variables: name to (S) samples; 8 or more, with S the same for all.
-        target: (S), real or complex.
+        target: (S), real or complex, on the variables' device, where the search runs.
         max_depth: of the tree.
         tolerance: relative error that counts as exact.
+
+    Raises:
+        SpecError: no variable, or no sample.
+        ShapeError: samples of different lengths.
     """
     return TreeSearch(variables).find(target, max_depth, tolerance)

@@ -13,14 +13,14 @@ Glossary (Odrzywolek 2026, arXiv:2603.21852):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from kizzasi.errors import SpecError
+from kizzasi.errors import ShapeError, SpecError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,7 @@ class Tree:
 
     def __str__(self) -> str:
         """Write the tree out; see `formula` for a readable form."""
-        children = self.children
-        return f"eml({children[0]}, {children[1]})" if children else self.name
+        return _write(self, _plainly)
 
 
 @cache
@@ -62,6 +61,7 @@ def node(left: Tree, right: Tree) -> Tree:
     return Tree("eml", left, right, size, depth)
 
 
+_MOST_PIECES = 1_000_000
 ONE = leaf("1")
 E = node(ONE, ONE)
 
@@ -107,7 +107,11 @@ def evaluate(tree: Tree, variables: Mapping[str, Tensor]) -> Tensor:
 
     Raises:
         SpecError: a variable is missing.
+        ShapeError: variables of different shapes.
     """
+    if len({value.shape for value in variables.values()}) > 1:
+        shapes = {name: tuple(value.shape) for name, value in variables.items()}
+        raise ShapeError(f"variables have shapes {shapes}; they must have one")
     example = next(iter(variables.values()), torch.ones(()))
     values = {ONE: torch.ones_like(example, dtype=torch.complex128)}
     for at in topological(tree):
@@ -134,13 +138,63 @@ def formula(tree: Tree) -> str:
     """Write a tree as a readable formula: eml(a, b) as exp(a) - ln(b), with exact simplifications.
 
     exp(1) - ln(1) is written e, exp(a) - ln(1) as exp(a), and `ln_of`'s form as ln(b).
+
+    Raises:
+        SpecError: equal subtrees, written out, make it longer than a million pieces.
     """
+    return _write(tree, _readably)
+
+
+Pieces = list["Tree | str"]
+
+
+def _plainly(tree: Tree) -> Pieces:
+    children = tree.children
+    return ["eml(", children[0], ", ", children[1], ")"] if children else [tree.name]
+
+
+def _readably(tree: Tree) -> Pieces:
     children = tree.children
     if children is None:
-        return tree.name
+        return [tree.name]
     argument = ln_argument(tree)
     if argument is not None:
-        return f"ln({formula(argument)})"
+        return ["ln(", argument, ")"]
     left, right = children
-    first = "e" if left is ONE else f"exp({formula(left)})"
-    return first if right is ONE else f"({first} - ln({formula(right)}))"
+    first: Pieces = ["e"] if left is ONE else ["exp(", left, ")"]
+    return first if right is ONE else ["(", *first, " - ln(", right, "))"]
+
+
+def _write(tree: Tree, pieces: Callable[[Tree], Pieces]) -> str:
+    """Write a tree from left to right, however deep it is."""
+    written: list[str] = []
+    stack: Pieces = [tree]
+    while stack:
+        at = stack.pop()
+        if isinstance(at, str):
+            written.append(at)
+        else:
+            stack += reversed(pieces(at))
+        if len(written) > _MOST_PIECES:
+            raise SpecError(
+                f"written out, this tree of {tree.size} nodes ({tree.distinct} distinct) is longer "
+                f"than {_MOST_PIECES} pieces; evaluate it instead"
+            )
+    return "".join(written)
+
+
+def samples_of(variables: Mapping[str, Tensor], target: Tensor) -> Tensor:
+    """Return the samples as complex128 rows (V, S) after checking them.
+
+    Raises:
+        SpecError: no variable, or no sample.
+        ShapeError: not all of one length S.
+    """
+    if not variables or not target.numel():
+        raise SpecError("variables is empty or holds no sample; give at least one name, 8 samples")
+    shapes = {name: tuple(value.shape) for name, value in variables.items()}
+    if target.ndim != 1 or set(shapes.values()) != {tuple(target.shape)}:
+        raise ShapeError(
+            f"variables have shapes {shapes}, the target {tuple(target.shape)}; all must be (S,)"
+        )
+    return torch.stack([value.to(torch.complex128) for value in variables.values()])
