@@ -24,6 +24,10 @@ class CheckpointError(KizzasiError):
     """A checkpoint is missing, damaged, hostile, or does not fit its config."""
 
 
+class StateError(CheckpointError):
+    """A state, in memory or in a file, is of another model; the message names both digests."""
+
+
 class DataError(KizzasiError):
     """Training data is missing, empty, too short, or outside the model's vocabulary."""
 

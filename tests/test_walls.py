@@ -13,6 +13,7 @@ FORBIDDEN = {
     "kizzasi.models.mixers": (
         "kizzasi.models.block",
         "kizzasi.models.model",
+        "kizzasi.models.build",
         "kizzasi.models.presets",
         "kizzasi.models.checkpoints",
         "kizzasi.models.channels",
@@ -23,6 +24,7 @@ FORBIDDEN = {
     "kizzasi.models.channels": (
         "kizzasi.models.block",
         "kizzasi.models.model",
+        "kizzasi.models.build",
         "kizzasi.models.presets",
         "kizzasi.models.checkpoints",
         "kizzasi.models.mixers",

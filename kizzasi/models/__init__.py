@@ -1,11 +1,12 @@
 """Sequence models: specs in, `nn.Module`s out."""
 
 from kizzasi.models import channels, mixers
+from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
 from kizzasi.models.decoding.streaming import SignalPredictor
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
-from kizzasi.models.model import ModelOutput, SequenceModel, build_model
+from kizzasi.models.model import ModelOutput, SequenceModel
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.state import ModelState, load_state
 from kizzasi.models.stems import Signal, Tokens

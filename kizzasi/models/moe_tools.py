@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kizzasi.errors import DataError, SpecError
 from kizzasi.models.adaptive import counts_here
+from kizzasi.models.build import build_model
 from kizzasi.models.channels.moe import ListedExperts, MoE, MoESpec, PackedExperts
 from kizzasi.models.channels.moe_routers import HashRouter, Routing
-from kizzasi.models.model import SequenceModel, build_model
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.experts import sort_by_expert
 from kizzasi.models.ops.routing import Assignments, count_jobs, entropy
 

@@ -6,22 +6,24 @@ A state is never written into, so holding on to one is a fork and going back to 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kizzasi.errors import CheckpointError, ShapeError
+from kizzasi.errors import CheckpointError, ShapeError, StateError
+from kizzasi.models.ops.precision import LOW_PRECISION
 
 
 def map_state(fn: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
     """Apply fn leaf by leaf to one or more trees of the same shape."""
     if isinstance(tree, Tensor):
         return fn(tree, *others)
+    if isinstance(tree, str):
+        return tree
     parts = [map_state(fn, *branch) for branch in zip(tree, *others, strict=True)]
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
@@ -30,6 +32,8 @@ def named_leaves(tree: Any, name: str = "state") -> Iterator[tuple[str, Tensor]]
     """Every tensor with its path, for example "state.blocks.0.mixer.ssm"."""
     if isinstance(tree, Tensor):
         yield name, tree
+        return
+    if isinstance(tree, str):
         return
     for key, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
         yield from named_leaves(part, f"{name}.{key}")
@@ -64,6 +68,8 @@ def join_states(states: Sequence[Any]) -> Any:
         return first
     if isinstance(first, Tensor):
         return torch.cat(list(states))
+    if isinstance(first, str):
+        return first
     if isinstance(first, Cache):
         shapes = {tuple(leaf.shape[1:] for _, leaf in named_leaves(state)) for state in states}
         if len(shapes) > 1:
@@ -86,11 +92,13 @@ class ModelState(NamedTuple):
     position  (b,) int64, place of each row's next token in its open document: 0 until a real token
               is seen, and never again after that.
     segment   (b,) int64, the last segment id seen; 0 if none was given.
+    model     digest of the spec whose models take this state.
     """
 
     blocks: tuple[BlockState, ...]
     position: Tensor
     segment: Tensor
+    model: str = ""
 
     def gather(self, rows: Tensor) -> ModelState:
         """Rows of the batch by index, repeated or reordered at will: beams, forks, selections."""
@@ -100,8 +108,19 @@ class ModelState(NamedTuple):
         """The same values without history: the cut of truncated back-propagation."""
         return map_state(Tensor.detach, self)
 
-    def to(self, device: torch.device | str) -> ModelState:
-        return map_state(lambda leaf: leaf.to(device), self)
+    def to(
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModelState:
+        """Move to a device, a dtype, or both: state.to("cuda"), state.to(torch.float64).
+
+        Memories are never rounded below float32: bfloat16 and float16 stand for it here. Complex
+        leaves take the precision of dtype; integers stay.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        return map_state(lambda leaf: _moved(leaf, device, dtype), self)
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +131,17 @@ class ModelState(NamedTuple):
         name. Raises CheckpointError."""
         from kizzasi.models.checkpoints.storage import write_safetensors
 
-        write_safetensors(Path(path), {name: leaf.detach() for name, leaf in named_leaves(self)})
+        leaves = {name: leaf.detach() for name, leaf in named_leaves(self)}
+        write_safetensors(Path(path), leaves, {"model": self.model})
+
+
+def _moved(leaf: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf.to(device)
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype in LOW_PRECISION and leaf.dtype in LOW_PRECISION:
+        wide = leaf.dtype
+    return leaf.to(device, wide.to_complex() if leaf.is_complex() else wide)
 
 
 def load_state(path: str | os.PathLike[str], like: ModelState) -> ModelState:
@@ -123,18 +152,44 @@ def load_state(path: str | os.PathLike[str], like: ModelState) -> ModelState:
         like: any state of the same model, for the structure (`model.init_state(1)`).
 
     Raises:
-        CheckpointError: unreadable, or of another model.
+        CheckpointError: unreadable.
+        StateError: of another model.
     """
     try:
-        leaves = load_file(path)
+        with safe_open(path, "pt") as file:
+            leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model = (file.metadata() or {}).get("model", "")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot read the state: {error}") from error
-    names = [name for name, _ in named_leaves(like)]
-    if set(names) != set(leaves):
-        wrong = sorted(set(names) ^ set(leaves))
-        raise CheckpointError(f"{path}: a state of another model; names that differ: {wrong[:5]}")
-    order = iter(names)
+    refuse_foreign(model, like.model, str(path))
+    wanted = dict(named_leaves(like))
+    if wanted.keys() != leaves.keys():
+        wrong = sorted(wanted.keys() ^ leaves.keys())
+        raise StateError(f"{path}: a state of another model; names that differ: {wrong[:5]}")
+    order = iter(wanted)
     return map_state(lambda _: leaves[next(order)], like)
+
+
+def refuse_foreign(given: str, wanted: str, what: str) -> None:
+    """Raise StateError if both digests are known and differ."""
+    if given and wanted and given != wanted:
+        raise StateError(
+            f"{what}: made by a model of digest {given[:12]}, this one has {wanted[:12]}; run the "
+            "tokens through this model, or load the other"
+        )
+
+
+def loadable(namespace: Mapping[str, object]) -> None:
+    """Let `torch.load(..., weights_only=True)` make the NamedTuples of a namespace."""
+    tuples = [
+        v
+        for v in namespace.values()
+        if isinstance(v, type) and issubclass(v, tuple) and "_fields" in vars(v)
+    ]
+    torch.serialization.add_safe_globals(tuples)  # pyright: ignore[reportArgumentType]
+
+
+loadable(globals())
 
 
 def canonical_segments(

@@ -114,7 +114,7 @@ class Signal(StemSpec):
 class TokenStem(Stem):
     def __init__(self, spec: Tokens, d_model: int, tie_head: bool) -> None:
         super().__init__()
-        self.max_positions = spec.max_positions
+        self.vocab_size, self.max_positions = spec.vocab_size, spec.max_positions
         self.embedding = nn.Embedding(spec.vocab_size, d_model)
         self.position_embedding = (
             None if spec.max_positions is None else nn.Embedding(spec.max_positions, d_model)
@@ -123,13 +123,29 @@ class TokenStem(Stem):
 
     def check(self, inputs: Tensor, *, time: bool) -> None:
         wanted = "(b, t)" if time else "(b,)"
-        ok = inputs.ndim == 1 + time and not inputs.is_floating_point() and inputs.numel() > 0
-        if not ok:
+        if not isinstance(inputs, Tensor):
+            raise ShapeError(f"expected token ids {wanted}, got {_no_tensor(inputs)}")
+        whole = not (inputs.is_floating_point() or inputs.is_complex())
+        fits = inputs.ndim == 1 + time and inputs.numel() > 0
+        if not (fits and whole and inputs.dtype != torch.bool):
             given = f"{tuple(inputs.shape)} {inputs.dtype}"
             raise ShapeError(f"expected token ids {wanted} of an integer dtype, got {given}")
+        if inputs.is_cpu and not torch.compiler.is_compiling():  # elsewhere it is a wait
+            self._check_ids(inputs.long())
+
+    def _check_ids(self, ids: Tensor) -> None:
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise ShapeError(
+                f"inputs: id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.vocab_size} (0 to {self.vocab_size - 1}); use the tokenizer that belongs "
+                "to the model, and a mask for padding"
+            )
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        x = self.embedding(inputs)
+        # torch.embedding reads int32 and int64 alone; bytes come as uint8, memory maps as uint16.
+        narrow = inputs.dtype not in (torch.int32, torch.int64)
+        x = self.embedding(inputs.long() if narrow else inputs)
         if self.position_embedding is None:
             return x
         return x + self.position_embedding(position.clamp(min=0))
@@ -146,19 +162,23 @@ class TokenStem(Stem):
 class SignalStem(Stem):
     def __init__(self, n_in: int, n_out: int, d_model: int) -> None:
         super().__init__()
+        self.n_in = n_in
         self.in_proj = nn.Linear(n_in, d_model)
         self.out_proj = nn.Linear(d_model, n_out)
 
     def check(self, inputs: Tensor, *, time: bool) -> None:
-        n_in = self.in_proj.in_features
-        wanted = f"(b, t, {n_in})" if time else f"(b, {n_in})"
-        ok = inputs.ndim == 2 + time and inputs.shape[-1] == n_in and inputs.numel() > 0
+        wanted = f"(b, t, {self.n_in})" if time else f"(b, {self.n_in})"
+        if not isinstance(inputs, Tensor):
+            raise ShapeError(f"expected frames {wanted}, got {_no_tensor(inputs)}")
+        ok = inputs.ndim == 2 + time and inputs.shape[-1] == self.n_in and inputs.numel() > 0
         if not (ok and inputs.is_floating_point()):
             given = f"{tuple(inputs.shape)} {inputs.dtype}"
-            raise ShapeError(f"expected frames {wanted} of a floating dtype, got {given}")
+            remedy = "" if inputs.is_floating_point() else "; convert them by .float()"
+            raise ShapeError(f"expected frames {wanted} of a floating dtype, got {given}{remedy}")
 
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        return self.in_proj(torch.where(position[..., None] < 0, 0.0, inputs))
+        frames = torch.where(position[..., None] < 0, 0.0, inputs)  # padding may hold NaN
+        return self.in_proj(frames.to(next(self.in_proj.parameters()).dtype))
 
     def head(self, x: Tensor) -> Tensor:
         return self.out_proj(x)
@@ -166,3 +186,12 @@ class SignalStem(Stem):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         linear_(self.in_proj, generator)
         linear_(self.out_proj, generator)
+
+
+def _no_tensor(value: object) -> str:
+    """What was given in place of a tensor, and how to turn it into one."""
+    if isinstance(value, (str, bytes)):
+        way = "encode it first: tokenizer.encode, or list(text.encode()) for bytes"
+    else:
+        way = "convert it by torch.tensor"
+    return f"{value!r:.40} of type {type(value).__name__}; {way}"

@@ -14,11 +14,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load, load_state
+from kizzasi.models.build import skeleton
 from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.checkpoints import save
 from kizzasi.models.checkpoints.storage import open_file, safetensors
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
-from kizzasi.models.model import skeleton
 
 BLOCK = BlockSpec(MambaSpec(d_state=4), SwiGLUSpec(24))
 SPEC = ModelSpec(16, (BLOCK,) * 3, Tokens(17))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints import (
     bamba,
     foreign,
@@ -25,7 +26,7 @@ from kizzasi.models.checkpoints import (
     rwkv_pth,
     state_spaces,
 )
-from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.strict import unknown_name
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import Make, write_files
+from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.names import Link, Rule, apply, written
 from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, to_json
@@ -53,7 +54,7 @@ from kizzasi.models.checkpoints.weights import (
     shapes_of,
     taken,
 )
-from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
 
 Rules = Sequence[Rule]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints import foreign
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.gguf_blocks import dequantize
@@ -29,7 +30,7 @@ from kizzasi.models.checkpoints.names import apply
 from kizzasi.models.checkpoints.quantized import GROUP, LevelTensor, quantize
 from kizzasi.models.checkpoints.stored import Stored
 from kizzasi.models.mixers.attention import AttentionSpec
-from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import ModelSpec
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import write_files
+from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.experts import native_links
 from kizzasi.models.checkpoints.names import written
 from kizzasi.models.checkpoints.storage import (
@@ -37,7 +38,7 @@ from kizzasi.models.checkpoints.weights import (
     shapes_of,
     taken,
 )
-from kizzasi.models.model import Backend, SequenceModel
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -166,8 +166,10 @@ def _safetensor(
     return Stored(shape, dtype, lambda: place.read().view(kind).view(shape))
 
 
-def safetensors(tensors: Mapping[str, Tensor]) -> Make:
+def safetensors(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> Make:
     """What writes these tensors into a file, one at a time, in the order of safetensors.
+
+    about: what else the header's metadata says.
 
     Raises CheckpointError for a dtype that the format lacks.
     """
@@ -177,7 +179,7 @@ def safetensors(tensors: Mapping[str, Tensor]) -> Make:
         if tensor.dtype not in codes:
             raise CheckpointError(f"{name}: {tensor.dtype} has no place in safetensors; convert it")
     order = sorted(tensors, key=lambda name: (-ranks.index(tensors[name].dtype), name))
-    header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    header, end = dict[str, Any](__metadata__={"format": "pt", **(about or {})}), 0
     for name in order:
         t, begin, end = tensors[name], end, end + tensors[name].nbytes
         entry = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
@@ -219,10 +221,14 @@ def require_equal(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{path}: {name}: not read back as written; the disk is faulty")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
     """One file, in place of an earlier one, read back first. Raises CheckpointError."""
     try:
-        write_file(path, safetensors(tensors), lambda partial: require_equal(partial, tensors))
+        write_file(
+            path, safetensors(tensors, about), lambda partial: require_equal(partial, tensors)
+        )
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write it: {error}") from error
 

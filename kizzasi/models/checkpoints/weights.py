@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.models.build import Backend, refuse_if_too_large, skeleton
 from kizzasi.models.checkpoints.names import Link
 from kizzasi.models.checkpoints.storage import INNER, WRAPPERS
 from kizzasi.models.checkpoints.stored import Shape, Storage
-from kizzasi.models.model import Backend, SequenceModel, refuse_if_too_large, skeleton
+from kizzasi.models.device import usable_device
+from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
 
 # What is found among the names of a changed model, and the remedy.
@@ -37,8 +39,9 @@ def empty(
     spec: ModelSpec, path: object, device: torch.device | str | None, backend: Backend
 ) -> SequenceModel:
     """The modules without numbers, on "meta". Raises CheckpointError about the file."""
+    target = usable_device(device)
     try:
-        return skeleton(spec, torch.device(device or "cpu"), backend)
+        return skeleton(spec, target, backend)
     except SpecError as error:
         raise CheckpointError(f"{path}: cannot fit its config: {error}") from error
 
@@ -60,7 +63,7 @@ def fill(
     Raises SpecError if it does not fit on the device.
     """
     dtype = dtype or stored_dtype(model, links, storage)
-    refuse_if_too_large(model.spec, torch.device(device or "cpu"), dtype)
+    refuse_if_too_large(model.spec, usable_device(device), dtype)
     model = model.to(dtype)
     like, state = model.state_dict(), dict[str, Tensor]()
     for link in links:
