@@ -4,11 +4,14 @@ from kizzasi.models import channels, mixers
 from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
+from kizzasi.models.decoding.batcher import Batcher
+from kizzasi.models.decoding.generate import Generated
+from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.decoding.streaming import SignalPredictor
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
-from kizzasi.models.state import ModelState, load_state
+from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
 
 
@@ -23,9 +26,11 @@ def list_channels() -> list[str]:
 
 
 __all__ = [
+    "Batcher",
     "BlockSpec",
     "ChannelSpec",
     "Cost",
+    "Generated",
     "LayerContext",
     "Mixer",
     "MixerOut",
@@ -33,12 +38,14 @@ __all__ = [
     "ModelOutput",
     "ModelSpec",
     "ModelState",
+    "Sampling",
     "SequenceModel",
     "Signal",
     "SignalPredictor",
     "Tokens",
     "build_model",
     "channels",
+    "join_states",
     "list_channels",
     "list_mixers",
     "load",

@@ -4,6 +4,8 @@ import torch
 from cases import MIXERS, causal_parts, make, tokens
 from tolerance import assert_close
 
+from kizzasi.models.decoding.batcher import Batcher
+from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.state import join_states
 
 
@@ -50,3 +52,31 @@ def test_a_draft_changes_no_greedy_token(name):
         settings = {"temperature": 0, "draft": draft, "n_drafted": n_drafted}
         assert torch.equal(model.generate(x, 13, **settings), free)
         assert torch.equal(model.generate(x, 13, eos=eos, **settings), ended)
+
+
+@causal_parts
+def test_every_row_of_a_batcher_is_decoded_as_if_alone(name):
+    """Five requests in three rows, so that rows come, go and are mixed at unequal ages."""
+    model = make(name)
+    batcher = Batcher(model, max_rows=3)
+    warm, greedy = Sampling(temperature=0.8, top_k=9), Sampling(temperature=0)
+    wanted = {}
+    for i, (length, n, sampling) in enumerate(
+        [(3, 9, greedy), (11, 2, warm), (1, 5, warm), (7, 6, greedy), (5, 3, warm)]
+    ):
+        prompt = tokens(1, length, seed=i)[0]
+        settings = {"seed": i, "return_state": i == 3}
+        ticket = batcher.add(prompt, n, sampling=sampling, **settings)
+        settings |= {"temperature": sampling.temperature, "top_k": sampling.top_k}
+        wanted[ticket] = model.generate(prompt, n, return_logprobs=True, **settings)
+    sizes = []
+    while batcher.step():
+        sizes.append(batcher.n_rows)
+    assert max(sizes) == 3
+    assert sizes[-1] == 0
+    made = batcher.run()
+    for ticket, alone in wanted.items():
+        assert torch.equal(made[ticket].ids, alone.ids)
+    assert_close(
+        model(tokens(1, 4), made[3].state).logits, model(tokens(1, 4), wanted[3].state).logits
+    )

@@ -185,14 +185,21 @@ def generate(  # pyright: ignore[reportInconsistentOverload]
             out = speculate(run, Guesser.begin(draft, model, rows, mask), n_drafted)
         else:
             out = _sample(run)
-        after = _state_after(run, out) if return_state else None
-    ids = torch.cat([rows, out.ids.to(rows.device)], dim=1)
-    if not (return_state or return_logprobs):
-        return ids[0] if flat else ids
-    # What was computed in inference mode cannot be trained on; copies can.
-    after = None if after is None else map_state(Tensor.clone, after)
-    p = None if out.logprobs is None else out.logprobs.clone()
-    return Generated(ids[0], after, p if p is None else p[0]) if flat else Generated(ids, after, p)
+        after = state_after(run, out) if return_state else None
+    made = outcome(rows, out, after, flat)
+    return made if return_state or return_logprobs else made.ids
+
+
+def outcome(rows: Tensor, out: Decoded, state: ModelState | None, flat: bool) -> Generated:
+    """Prompts (b, t) and what was decoded, as the caller gets it: copies, for what was computed in
+    inference mode cannot be trained on."""
+    with torch.inference_mode(False):
+        ids = torch.cat([rows.clone(), out.ids.to(rows.device).clone()], dim=1)
+        state = None if state is None else map_state(Tensor.clone, state)
+        p = None if out.logprobs is None else out.logprobs.clone()
+    if flat:
+        return Generated(ids[0], state, None if p is None else p[0])
+    return Generated(ids, state, p)
 
 
 def _sample(run: Run) -> Decoded:
@@ -208,7 +215,7 @@ def _sample(run: Run) -> Decoded:
         logits, state, _ = run.step(ids, state)
 
 
-def _state_after(run: Run, out: Decoded) -> ModelState:
+def state_after(run: Run, out: Decoded) -> ModelState:
     """The state after every row's own last token."""
     n = out.ids.shape[1]
     if out.state is not None and min(out.lengths) == n:
