@@ -151,7 +151,15 @@ class TokenStem(Stem):
         return x + self.position_embedding(position.clamp(min=0))
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
+        return F.linear(x, self._table(x)) if self.lm_head is None else self.lm_head(x)
+
+    def _table(self, x: Tensor) -> Tensor:
+        """The (v, d) embedding. What stands in place of that layer, an adapter say, or lies
+        elsewhere, offloaded or sharded, is asked for every row."""
+        table = self.embedding
+        if type(table) is nn.Embedding and table.weight.device == x.device:
+            return table.weight
+        return table(torch.arange(self.vocab_size, device=x.device))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         for part in (self.embedding, self.lm_head, self.position_embedding):

@@ -25,7 +25,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     for module, _ in modes:
         module.training = False
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: states may be trained on, FSDP may be lazy
             yield
     finally:
         for module, training in modes:

@@ -137,8 +137,7 @@ class Transcript:
         else:
             self.unsound = ~sound if self.unsound is None else self.unsound | ~sound
         if self.run.on_token is not None:
-            with torch.inference_mode(False):
-                self.run.on_token(ids.clone())
+            self.run.on_token(ids.clone())
         return ids
 
     @property

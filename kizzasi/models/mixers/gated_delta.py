@@ -35,7 +35,6 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.delta import (
     delta_rule,
     delta_rule_flops,
@@ -44,6 +43,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -149,7 +149,7 @@ class GatedDelta(Mixer):
         convolved = 2 * self.keys + self.values
         self.in_proj_qkvz = nn.Linear(d, convolved + self.values, bias=False)
         self.in_proj_ba = nn.Linear(d, h * (1 + spec.gated), bias=False)
-        self.conv1d = nn.Conv1d(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
+        self.conv1d = ShortConv(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
         if spec.gated:
             self.A_log = nn.Parameter(torch.empty(h))
             self.dt_bias = nn.Parameter(torch.empty(h))
@@ -157,12 +157,10 @@ class GatedDelta(Mixer):
         self.out_proj = nn.Linear(self.values, d, bias=False)
 
     def parallel(self, x: Tensor, state: GatedDeltaState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
-        run = delta_rule_ref if reference else delta_rule
+        run = delta_rule_ref if self.backend == "reference" else delta_rule
         conv_state, memory = (None, None) if state is None else state
         qkv, ba, z = self._project(x)
-        qkv, conv_state = conv(qkv, self._filter(), None, conv_state, call.starts, silu=True)
+        qkv, conv_state = self._convolve(qkv, conv_state, call)
         streams = self._streams(qkv, ba)
         with without_autocast(x):
             y, memory = run(*streams, memory, call.starts)
@@ -170,7 +168,7 @@ class GatedDelta(Mixer):
 
     def recurrent(self, x: Tensor, state: GatedDeltaState, call: Call) -> MixerOut:
         qkv, ba, z = self._project(x)
-        qkv, conv_state = causal_conv1d_step(qkv, self._filter(), None, state.conv, silu=True)
+        qkv, conv_state = self._convolve(qkv, state.conv, call)
         streams = self._streams(qkv, ba)
         with without_autocast(x):
             y, memory = delta_rule_step(state.memory, *streams)
@@ -186,8 +184,9 @@ class GatedDelta(Mixer):
             torch.zeros(memory, device=device, dtype=state_dtype(dtype)),
         )
 
-    def _filter(self) -> Tensor:
-        return self.conv1d.weight.squeeze(1)
+    def _convolve(self, qkv: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, reference = self.spec.d_conv, self.backend == "reference"
+        return short_conv(self.conv1d, k, qkv, state, call, silu=True, reference=reference)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's input (all q, all k, all v), b and a by key head, and the gate."""

@@ -102,6 +102,16 @@ class GLAState(NamedTuple):
     memory: Tensor
 
 
+class DecayMap(nn.Sequential):
+    """A low-rank map whose second half runs in at least float32."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        enter, leave = self
+        narrow = full_precision(enter(x))
+        with without_autocast(x):
+            return leave(narrow)
+
+
 class GLA(Mixer):
     """y = W_o (swish(W_g x) norm(gla(W_q x / sqrt(n), W_k x, W_v x, decay)))."""
 
@@ -115,7 +125,7 @@ class GLA(Mixer):
         self.q_proj = nn.Linear(d, h * self.n, bias=False)
         self.k_proj = nn.Linear(d, h * self.n, bias=False)
         self.v_proj = nn.Linear(d, h * self.m, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, h * self.n))
+        self.gk_proj = DecayMap(nn.Linear(d, rank, bias=False), nn.Linear(rank, h * self.n))
         self.g_proj = nn.Linear(d, h * self.m, bias=False)
         self.g_norm = Norm("rms", self.m, spec.norm_eps)
         self.o_proj = nn.Linear(h * self.m, d, bias=False)
@@ -141,10 +151,7 @@ class GLA(Mixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From (..., d) to q, k (..., h, n), v (..., h, m) and the log decay (..., h, n)."""
-        enter, leave = self.gk_proj
-        narrow = full_precision(enter(x))
-        with without_autocast(x):
-            decay = F.logsigmoid(leave(narrow)) / self.spec.gate_normalizer
+        decay = F.logsigmoid(self.gk_proj(x)) / self.spec.gate_normalizer
         q, k, v = (full_precision(f(x)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v, decay = (s.unflatten(-1, (self.spec.n_heads, -1)) for s in (q, k, v, decay))
         return q * self.n**-0.5, k, v, decay

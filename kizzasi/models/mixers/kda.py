@@ -35,7 +35,6 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.delta import (
     delta_rule,
     delta_rule_flops,
@@ -44,6 +43,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -111,7 +111,7 @@ class KDAState(NamedTuple):
 class KDA(Mixer):
     """q, k, v = silu(conv(.));  y = o_proj(o_norm(delta_rule(...)) * sigmoid(gate)).
 
-    Keys have length 1, queries n^-0.5. The three convolutions run, and keep their state, as one.
+    Keys have length 1, queries n^-0.5. The three convolutions keep their state as one.
     """
 
     float32_parameters = ("A_log", "dt_bias")
@@ -122,13 +122,12 @@ class KDA(Mixer):
         d, h = layer.d_model, spec.n_heads
         self.head_dim = n = spec.width(d)
 
-        def conv() -> nn.Conv1d:
-            return nn.Conv1d(h * n, h * n, spec.d_conv, groups=h * n, bias=False)
-
         self.q_proj = nn.Linear(d, h * n, bias=False)
         self.k_proj = nn.Linear(d, h * n, bias=False)
         self.v_proj = nn.Linear(d, h * n, bias=False)
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = conv(), conv(), conv()
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+            ShortConv(h * n, h * n, spec.d_conv, groups=h * n, bias=False) for _ in range(3)
+        )
         self.f_a_proj = nn.Linear(d, n, bias=False)
         self.f_b_proj = nn.Linear(n, h * n, bias=False)
         self.A_log = nn.Parameter(torch.empty(h))
@@ -140,23 +139,17 @@ class KDA(Mixer):
         self.o_proj = nn.Linear(h * n, d, bias=False)
 
     def parallel(self, x: Tensor, state: KDAState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
-        run = delta_rule_ref if reference else delta_rule
+        run = delta_rule_ref if self.backend == "reference" else delta_rule
         conv_state, memory = (None, None) if state is None else state
-        qkv, conv_state = conv(
-            self._project(x), self._filter(), None, conv_state, call.starts, silu=True
-        )
-        streams = self._streams(x, qkv)
+        q, k, v, conv_state = self._convolve(x, conv_state, call)
+        streams = self._streams(x, q, k, v)
         with without_autocast(x):
             y, memory = run(*streams, memory, call.starts)
         return MixerOut(self._finish(x, y), KDAState(conv_state, memory))
 
     def recurrent(self, x: Tensor, state: KDAState, call: Call) -> MixerOut:
-        qkv, conv_state = causal_conv1d_step(
-            self._project(x), self._filter(), None, state.conv, silu=True
-        )
-        streams = self._streams(x, qkv)
+        q, k, v, conv_state = self._convolve(x, state.conv, call)
+        streams = self._streams(x, q, k, v)
         with without_autocast(x):
             y, memory = delta_rule_step(state.memory, *streams)
         return MixerOut(self._finish(x, y), KDAState(conv_state, memory))
@@ -170,17 +163,28 @@ class KDA(Mixer):
             torch.zeros(batch, h, n, n, device=device, dtype=state_dtype(dtype)),
         )
 
-    def _project(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+    def _convolve(
+        self, x: Tensor, state: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v (..., h n) after their convolutions, whose states are one tensor."""
+        reference, length = self.backend == "reference", self.spec.d_conv
+        before = (None,) * 3 if state is None else state.chunk(3, 1)
+        done = [
+            short_conv(conv, length, project(x), one, call, silu=True, reference=reference)
+            for project, conv, one in zip(
+                (self.q_proj, self.k_proj, self.v_proj),
+                (self.q_conv1d, self.k_conv1d, self.v_conv1d),
+                before,
+                strict=True,
+            )
+        ]
+        (q, _), (k, _), (v, _) = done
+        return q, k, v, torch.cat([after for _, after in done], 1)
 
-    def _filter(self) -> Tensor:
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return torch.cat([conv.weight.squeeze(1) for conv in convs])
-
-    def _streams(self, x: Tensor, qkv: Tensor) -> Streams:
+    def _streams(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Streams:
         """Inputs of `delta_rule`, in at least float32."""
         heads = (self.spec.n_heads, self.head_dim)
-        q, k, v = (part.unflatten(-1, heads) for part in full_precision(qkv).chunk(3, -1))
+        q, k, v = (full_precision(part).unflatten(-1, heads) for part in (q, k, v))
         q, k = l2_normalise(q) * self.head_dim**-0.5, l2_normalise(k)
         dt = F.softplus(full_precision(self.f_b_proj(self.f_a_proj(x))) + self.dt_bias)
         g = -self.A_log.exp().unsqueeze(-1) * dt.unflatten(-1, heads)

@@ -37,9 +37,10 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from kizzasi.models.ops.conv import causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.long_conv import long_conv1d
 from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import register
 
 # Where the slowest and the fastest window have fallen to 1 %, in units of max_len.
@@ -122,18 +123,19 @@ class ImplicitFilter(KeepFloat32):
         for layer in self.layers:
             init.linear_(layer, generator)  # pyright: ignore[reportArgumentType]
 
-    def forward(self) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The filters, where x is."""
         *inner, last = self.layers
-        weight: Tensor = last.weight  # pyright: ignore[reportAssignmentType]
-        spec, like = self.spec, {"device": weight.device, "dtype": weight.dtype}
+        dtype: torch.dtype = last.weight.dtype  # pyright: ignore[reportAssignmentType]
+        spec, like = self.spec, {"device": x.device, "dtype": dtype}
         time = torch.arange(spec.max_len - 1, -1, -1, **like)[:, None] / spec.max_len
         angle = 2 * math.pi * time * torch.arange(spec.n_bands, **like)
         h = torch.cat([time, angle.cos(), angle.sin()], 1)
-        with without_autocast(weight):
+        with without_autocast(x):
             for layer in inner:
                 h = (spec.sine_frequency * layer(h)).sin()
             h = last(h)
-        rate = math.log(100) * torch.linspace(1 / SLOWEST, 1 / FASTEST, len(weight), **like)
+        rate = math.log(100) * torch.linspace(1 / SLOWEST, 1 / FASTEST, h.shape[1], **like)
         return (h * torch.exp(-rate * time)).mT
 
 
@@ -148,7 +150,7 @@ class LongConv(Mixer):
         d = layer.d_model
         self.spec, self.d = spec, d
         self.in_proj = nn.Linear(d, 3 * d, bias=False)
-        self.conv1d = nn.Conv1d(3 * d, 3 * d, spec.d_conv, groups=3 * d)
+        self.conv1d = ShortConv(3 * d, 3 * d, spec.d_conv, groups=3 * d)
         self.filter = ImplicitFilter(spec, d)
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, d, bias=False)
@@ -173,29 +175,26 @@ class LongConv(Mixer):
 
     def parallel(self, x: Tensor, state: LongConvState | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
-        short = causal_conv1d_ref if reference else causal_conv1d
         conv, history = (None, None) if state is None else state
-        mixed, conv = short(self.in_proj(x), *self._short(), conv, call.starts)
-        gate, z = self._gates(mixed)
+        gate, z, conv = self._enter(x, conv, call)
         if reference:
-            y, history = causal_conv1d_ref(z, self.filter(), None, history, call.starts)
+            y, history = causal_conv1d_ref(z, self.filter(x), None, history, call.starts)
         else:
-            y, history = long_conv1d(z, self.filter(), history, call.starts)
+            y, history = long_conv1d(z, self.filter(x), history, call.starts)
         return MixerOut(self._finish(gate, y, z), LongConvState(conv, history))
 
     def recurrent(self, x: Tensor, state: LongConvState, call: Call) -> MixerOut:
-        mixed, conv = causal_conv1d_step(self.in_proj(x), *self._short(), state.conv)
-        gate, z = self._gates(mixed)
-        y, history = causal_conv1d_step(z, self.filter(), None, state.history)
+        gate, z, conv = self._enter(x, state.conv, call)
+        y, history = causal_conv1d_step(z, self.filter(x), None, state.history)
         return MixerOut(self._finish(gate, y, z), LongConvState(conv, history))
 
-    def _short(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
-
-    def _gates(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """The outer gate x1, and the input of the long convolution in at least float32."""
+    def _enter(self, x: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """The outer gate x1, the input of the long convolution in at least float32, and the state
+        of the short one."""
+        k, reference = self.spec.d_conv, self.backend == "reference"
+        mixed, state = short_conv(self.conv1d, k, self.in_proj(x), state, call, reference=reference)
         x1, x2, v = mixed.chunk(3, -1)
-        return x1, full_precision(x2) * v
+        return x1, full_precision(x2) * v, state
 
     def _finish(self, gate: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(gate * torch.addcmul(y, self.D, z).to(gate.dtype))

@@ -36,9 +36,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
+from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import join, register, require
 
 
@@ -130,7 +130,7 @@ class Mamba(Mixer):
         d, n, k = layer.d_model, spec.d_state, spec.d_conv
         self.d_inner, self.rank = inner, rank = spec.d_inner(d), spec.rank(d)
         self.in_proj = nn.Linear(d, 2 * inner, bias=spec.bias)
-        self.conv1d = nn.Conv1d(inner, inner, k, groups=inner, bias=spec.conv_bias)
+        self.conv1d = ShortConv(inner, inner, k, groups=inner, bias=spec.conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, n))
@@ -143,17 +143,16 @@ class Mamba(Mixer):
 
     def parallel(self, x: Tensor, state: MambaState | None, call: Call) -> MixerOut:
         reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
         scan = selective_scan_ref if reference else selective_scan
         conv_state, ssm = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv_state = conv(u, *self._filter(), conv_state, call.starts, silu=True)
+        u, conv_state = self._convolve(u, conv_state, call)
         y, ssm = scan(u, *self._select(u), self.D, ssm, call.starts)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
 
     def recurrent(self, x: Tensor, state: MambaState, call: Call) -> MixerOut:
         u, z = self.in_proj(x).chunk(2, -1)
-        u, conv_state = causal_conv1d_step(u, *self._filter(), state.conv, silu=True)
+        u, conv_state = self._convolve(u, state.conv, call)
         y, ssm = selective_scan_step(u, *self._select(u), self.D, state.ssm)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
 
@@ -172,8 +171,9 @@ class Mamba(Mixer):
             return Norm("rms", d, eps)
         return nn.RMSNorm(d, eps, elementwise_affine=False)
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+    def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, reference = self.spec.d_conv, self.backend == "reference"
+        return short_conv(self.conv1d, k, u, state, call, silu=True, reference=reference)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt, A, B and C of the scan. dt is computed in at least float32."""

@@ -35,9 +35,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.ssd import ssd, ssd_flops, ssd_ref, ssd_step
+from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import join, register, require
 
 
@@ -172,7 +172,7 @@ class Mamba2(Mixer):
         self.d_inner = inner = self.n_heads * spec.head_dim
         self.d_xBC = mixed = inner + 2 * g * n
         self.in_proj = nn.Linear(d, inner + mixed + self.n_heads, bias=spec.bias)
-        self.conv1d = nn.Conv1d(mixed, mixed, k, groups=mixed, bias=spec.conv_bias)
+        self.conv1d = ShortConv(mixed, mixed, k, groups=mixed, bias=spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
@@ -182,12 +182,10 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, d, bias=spec.bias)
 
     def parallel(self, x: Tensor, state: Mamba2State | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
-        run = ssd_ref if reference else ssd
+        run = ssd_ref if self.backend == "reference" else ssd
         conv_state, ssm = (None, None) if state is None else state
         z, xBC, dt = self._project(x)
-        xBC, conv_state = conv(xBC, *self._filter(), conv_state, call.starts, silu=True)
+        xBC, conv_state = self._convolve(xBC, conv_state, call)
         u, dt, log_decay, B, C = self._streams(xBC, dt)
         with without_autocast(x):
             y, ssm = run(u * dt, log_decay, B, C, ssm, call.starts)
@@ -195,7 +193,7 @@ class Mamba2(Mixer):
 
     def recurrent(self, x: Tensor, state: Mamba2State, call: Call) -> MixerOut:
         z, xBC, dt = self._project(x)
-        xBC, conv_state = causal_conv1d_step(xBC, *self._filter(), state.conv, silu=True)
+        xBC, conv_state = self._convolve(xBC, state.conv, call)
         u, dt, log_decay, B, C = self._streams(xBC, dt)
         y, ssm = ssd_step(state.ssm, u * dt, log_decay, B, C)
         return MixerOut(self._finish(y, u, z), Mamba2State(conv_state, ssm))
@@ -212,8 +210,9 @@ class Mamba2(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.in_proj(x).split([self.d_inner, self.d_xBC, self.n_heads], -1)
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+    def _convolve(self, xBC: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, reference = self.spec.d_conv, self.backend == "reference"
+        return short_conv(self.conv1d, k, xBC, state, call, silu=True, reference=reference)
 
     def _streams(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), dt (..., h, 1), log decay (..., h), B and C (..., g, n) of `ssd`."""

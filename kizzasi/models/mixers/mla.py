@@ -102,6 +102,7 @@ class MLA(Mixer):
 
     A step never writes out the keys and values of the past: W_UK moves to the query and W_UV to the
     result, q_N . (W_UK c) = (W_UK^T q_N) . c, so that all heads attend to the latents themselves.
+    Hooks on kv_b_proj are to see keys and values: with them, a step runs the parallel form.
     """
 
     def __init__(self, spec: MLASpec, layer: LayerContext) -> None:
@@ -152,6 +153,8 @@ class MLA(Mixer):
         return MixerOut(y, sight.cache(k_rope, latent))
 
     def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
+        if hooked(self.kv_b_proj):
+            return super().recurrent(x, state, call)
         spec, sight = self.spec, layout(call, state)
         q_nope, q_rope, k_rope, latent = self._project(x[:, None], sight, call)
         after = state.add(k_rope, latent, sight.position.expand(len(x), -1))
@@ -168,8 +171,9 @@ class MLA(Mixer):
 
     def _up(self, x: Tensor) -> Tensor:
         """W_UK and W_UV, a weight as `nn.Linear` has it. What stands in place of that layer, an
-        adapter or a quantized one, is asked what it makes of the identity."""
-        if type(self.kv_b_proj) is nn.Linear:
+        adapter or a quantized one, or lies elsewhere, is asked what it makes of the identity."""
+        plain = type(self.kv_b_proj) is nn.Linear
+        if plain and self.kv_b_proj.weight.device == x.device:
             return self.kv_b_proj.weight
         return self.kv_b_proj(torch.eye(self.spec.kv_lora_rank, device=x.device, dtype=x.dtype)).mT
 
@@ -189,3 +193,9 @@ class MLA(Mixer):
         cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
         q_rope, k_rope = (rotate(split_pairs(part), cos, sin) for part in (q_rope, k_rope))
         return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches or changes what passes through a module."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)

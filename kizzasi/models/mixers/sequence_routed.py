@@ -251,7 +251,7 @@ class SequenceRouted(Mixer):
         for i, (mixer, rows) in enumerate(zip(self.mixers.mixers, self._rows(busy), strict=True)):
             before = None if state is None else state.mixers[i]
             if rows is None:
-                y = y + _nothing(mixer, before)
+                y = y + _nothing(mixer, before, x.device)
                 states.append(mixer.init_state(len(x), x.device, x.dtype))
                 continue
             memory = None if before is None else map_state(rows.take, before)
@@ -282,8 +282,9 @@ class SequenceRouted(Mixer):
         return [Rows(b, w) if len(one) else None for one, w in zip(index, whole, strict=True)]
 
 
-def _nothing(mixer: Mixer, state: Any) -> Tensor | int:
+def _nothing(mixer: Mixer, state: Any, device: torch.device) -> Tensor | int:
     """0, with a gradient of zero to every parameter and to the state, for who waits for one."""
     leaves = [leaf for _, leaf in named_leaves(() if state is None else state)]
-    waiting = [leaf for leaf in (*mixer.parameters(), *leaves) if leaf.requires_grad]
+    here = [leaf for leaf in (*mixer.parameters(), *leaves) if leaf.device == device]
+    waiting = [leaf for leaf in here if leaf.requires_grad]
     return sum(leaf.flatten()[:0].abs().sum() for leaf in waiting)

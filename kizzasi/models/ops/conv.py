@@ -57,7 +57,7 @@ def causal_conv1d_ref(
     """
     x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
     y = _by_taps(x_, taps, bias, before, _foreign(starts, len(taps)), silu)
-    return y.to(x.dtype), _last(x, before, starts)
+    return y.to(x.dtype), last_inputs(x, before, starts)
 
 
 def causal_conv1d(
@@ -73,7 +73,7 @@ def causal_conv1d(
     x_, taps, bias, before = _prepare(x, weight, bias, state, starts)
     foreign = _foreign(starts, len(taps))
     y = _engine(x_, foreign)(x_, taps, bias, before, foreign, silu)
-    return y.to(x.dtype), _last(x, before, starts)
+    return y.to(x.dtype), last_inputs(x, before, starts)
 
 
 def _engine(x: Tensor, foreign: Tensor | None) -> Callable[..., Tensor]:
@@ -128,7 +128,7 @@ def _foreign(starts: Tensor | None, k: int) -> Tensor | None:
     return (document[..., :-1] != document[..., -1:]).permute(2, 0, 1).unsqueeze(-1)
 
 
-def _last(x: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
+def last_inputs(x: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
     """The state after x: its last k-1 values that belong to the last token's document."""
     k1 = before.shape[1]
     near = torch.cat([before.to(x.dtype), x[:, max(0, x.shape[1] - k1) :]], 1)
