@@ -237,21 +237,29 @@ def recover(count: int, depths: list[int], lookups: int) -> None:
             if not equal(found.tree, tree):
                 missed.append(at)
         print(
-            f"search    depth {depth}: {count - len(missed)}/{count}  seconds of a core: median "
+            f"{'search':10}depth {depth}: {count - len(missed)}/{count}  seconds of a core: median "
             f"{statistics.median(seconds):.2f}, most {max(seconds):.1f}  missed {missed}",
             flush=True,
         )
-    for depth in [depth for depth in depths if depth < 6]:
-        started, exact = time.process_time(), 0
-        for tree in _random_trees(depth, count, x):
-            # Up to 4 batches of 256 restarts; the first that fits ends the search.
-            value = evaluate(tree, x)
-            exact += any(
-                equal(train_master_formula(x, value, depth, steps=200, seed=seed).tree, tree)
-                for seed in range(4)
+    # Gradients alone, or with single choices mended after they are snapped.
+    for name, sweeps in {"gradients": 0, "and mended": 4}.items():
+        for depth in [depth for depth in depths if depth < 6]:
+            started, missed = time.process_time(), []
+            for at, tree in enumerate(_random_trees(depth, count, x)):
+                # Up to 4 batches of 256 restarts; the first that fits ends the search.
+                value = evaluate(tree, x)
+                runs = (
+                    train_master_formula(x, value, depth, steps=200, seed=seed, sweeps=sweeps)
+                    for seed in range(4)
+                )
+                if not any(equal(run.tree, tree) for run in runs):
+                    missed.append(at)
+            each = (time.process_time() - started) / count
+            print(
+                f"{name:10}depth {depth}: {count - len(missed)}/{count}  seconds of a core: mean "
+                f"{each:.2f}  missed {missed}",
+                flush=True,
             )
-        each = (time.process_time() - started) / count
-        print(f"training  depth {depth}: {exact}/{count}  {each:.2f} s of a core each", flush=True)
 
 
 def _random_trees(depth: int, count: int, x: dict[str, Tensor]) -> list[Tree]:

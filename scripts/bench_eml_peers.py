@@ -1,7 +1,7 @@
 """EML attention beside other optimisers and other models, at equal numbers of evaluations.
 
 optimizers  one EML attention layer on the mean and identity tasks: our gradient-free optimisers,
-            cma and nevergrad (CMA, DE), and Adam
+            cma and nevergrad (CMA, DE), and Adam; its affine twin beside them
 models      EML attention, its affine twin, a small MLP, pykan and gplearn on mean, identity and ten
             formulas of physics; the attention layers see every variable of a formula as a position,
             the others see one position, or all the variables, at once
@@ -249,7 +249,9 @@ def optimizer_runs(data: Data, evaluations: int, seed: int) -> dict[str, Run]:
         for name in ("CMA", "DE"):
             trainers[f"nevergrad {name}"] = partial(foreign, partial(with_nevergrad, name))
     trainers["Adam (gradients)"] = lambda layer: adam(layer, data.x, data.y, evaluations)
-    return {name: trained(data, seed, train) for name, train in trainers.items()}
+    runs = {name: trained(data, seed, train) for name, train in trainers.items()}
+    twin = trained(data, seed, lambda layer: gauss_newton(layer, data, evaluations), depth=0)
+    return runs | {f"affine layer, Gauss-Newton, blocks of {BLOCK}": twin}
 
 
 def fit_mlp(data: Data, evaluations: int, seed: int) -> tuple[float, int]:

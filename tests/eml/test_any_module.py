@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conformance.cases import CHANNELS, MIXERS
 from tolerance import assert_close
 from torch import nn
 
@@ -296,3 +297,62 @@ def test_tell_leaves_its_arguments_alone():
         assert torch.equal(candidates, kept[0])
         assert torch.equal(residuals, kept[1])
         assert state.x is not kept[2].x or torch.equal(state.x, kept[2].x)
+
+
+def registered():
+    """One variant of every registered mixer and channel."""
+    kinds = {}
+    for name, spec in {**MIXERS, **CHANNELS}.items():
+        kinds.setdefault(name.split("-")[0], spec)
+    return kinds
+
+
+@pytest.mark.parametrize("kind", registered())
+def test_every_registered_layer(kind):
+    layer = registered()[kind].build(LayerContext(16))
+    layer.reset_parameters(1, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 16)
+    auto, slow = (
+        ModuleObjective(layer, lambda out: first(out).flatten(), x, vectorise=v)
+        for v in (None, False)
+    )
+    points = auto.start + 0.05 * torch.randn(1, 3, auto.start.shape[1])
+    assert_close(auto(points), slow(points))
+
+
+def test_one_by_one_the_module_is_put_back_as_it_was():
+    class Counting(nn.Module):
+        """Asks for its parameter by name, as no vectorised call allows; replaces its buffer."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(D))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            if not x.isfinite().all():
+                raise ValueError("no number")
+            return x * self.get_parameter("weight")
+
+    module, x = Counting(), torch.ones(3, D)
+    weight, place, calls = module.weight, module.weight.data_ptr(), module.calls
+    loss = module(x).square().sum()  # a graph that a change of the weight would break
+    calls = module.calls
+    objective = ModuleObjective(module, lambda out: out.square().mean(), x)
+    found = minimize(objective, evaluations=100)
+    assert objective.engine.startswith("loop")
+    assert module.weight is weight
+    assert weight.data_ptr() == place
+    assert module.calls is calls
+    assert float(calls) == 1
+    loss.backward()
+    assert torch.equal(weight.grad, torch.full((D,), 6.0))
+    x.fill_(torch.nan)
+    with pytest.raises(ValueError, match="no number"):
+        objective(objective.start[None])
+    assert weight.data_ptr() == place
+    objective.assign(found.x)
+    assert weight.data_ptr() == place
+    assert torch.equal(weight.detach(), found.x[0])

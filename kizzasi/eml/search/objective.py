@@ -22,8 +22,8 @@ class ModuleObjective:
     """The loss of any module as a function of its flat parameters, many candidates at once.
 
     Candidates are run through one vectorised forward where the module allows that, and one after
-    another where it does not (recurrent cuDNN layers, branches on data, custom gradients, routing);
-    `engine` says which and why. Gradients are off. Every candidate meets the same buffers, which
+    another where it does not (recurrent layers, branches on data, routing); `engine` says which
+    and why. Gradients are off. Every candidate meets the same buffers, which
     stay as they are, and the same random numbers (dropout), so that its loss is its own.
 
     A criterion that returns a vector of residuals serves `GaussNewton`.
@@ -99,14 +99,39 @@ class ModuleObjective:
         parts = flat.split([_real(p).numel() for p in self.parameters.values()])
         shaped = {}
         for (name, p), part in zip(self.parameters.items(), parts, strict=True):
-            value = part.reshape(_real(p).shape).to(_real(p).dtype)
-            shaped[name] = torch.view_as_complex(value) if p.is_complex() else value
+            # A copy: modules may count on memory of the parameter's own, to view it as complex.
+            value = part.reshape(_real(p).shape).to(_real(p).dtype).clone()
+            shaped[name] = torch.complex(*value.unbind(-1)) if p.is_complex() else value
         return shaped
 
     def _one(self, flat: Tensor) -> Tensor:
+        """Run one candidate beside the module's own parameters, as vmap can."""
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         given = buffers | self._unflatten(flat)
-        value = self.criterion(functional_call(self.module, given, self.inputs, self.keywords))
+        return self._loss(functional_call(self.module, given, self.inputs, self.keywords))
+
+    def _alone(self, flat: Tensor) -> Tensor:
+        """Run one candidate in the module itself, and put that back as it was."""
+        data = {name: p.data for name, p in self.parameters.items()}
+        buffers = [
+            (owner, name, buffer)
+            for owner in self.module.modules()
+            for name, buffer in owner.named_buffers(recurse=False)
+        ]
+        try:
+            for name, value in self._unflatten(flat).items():
+                self.parameters[name].data = value
+            for owner, name, buffer in buffers:
+                setattr(owner, name, buffer.clone())
+            return self._loss(self.module(*self.inputs, **self.keywords))
+        finally:
+            for name, kept in data.items():
+                self.parameters[name].data = kept
+            for owner, name, buffer in buffers:
+                setattr(owner, name, buffer)
+
+    def _loss(self, output: Any) -> Tensor:
+        value = self.criterion(output)
         if not isinstance(value, Tensor) or value.ndim > 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ShapeError(
@@ -125,7 +150,7 @@ class ModuleObjective:
         with torch.random.fork_rng(self._devices):
             values = self._vectorised(flat) if self._vectorise is not False else None
             if values is None:
-                values = torch.stack([self._alike(self._one, point) for point in flat])
+                values = torch.stack([self._alike(self._alone, point) for point in flat])
         return values.unflatten(0, points.shape[:2])
 
     def _vectorised(self, flat: Tensor) -> Tensor | None:
@@ -145,7 +170,7 @@ class ModuleObjective:
                 raise SpecError(
                     f"{type(self.module).__name__}: {self._refusal}; leave vectorise out"
                 ) from error
-            self._alike(self._one, flat[0])  # an error of the user's own appears as it is
+            self._alike(self._alone, flat[0])  # an error of the user's own appears as it is
             self._vectorise = False
             return None
         self._vectorise = True
