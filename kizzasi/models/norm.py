@@ -131,18 +131,21 @@ class HeadNorm(KeepFloat32):
     Args:
         d: h n, the channels of all heads.
         eps: every RWKV, whatever its n, divides by 8 and then takes 1e-5: 64e-5 undivided.
+        bias: False leaves the bias out.
     """
 
     float32_parameters = ("weight", "bias")
 
-    def __init__(self, d: int, eps: float = 64e-5) -> None:
+    def __init__(self, d: int, eps: float = 64e-5, bias: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[-2:]
         x = F.layer_norm(full_precision(x), shape[-1:], eps=self.eps)
-        bias, weight = full_precision(self.bias), full_precision(self.weight)
-        return torch.addcmul(bias.view(shape), x, weight.view(shape))
+        weight = full_precision(self.weight).view(shape)
+        if self.bias is None:
+            return x * weight
+        return torch.addcmul(full_precision(self.bias).view(shape), x, weight)

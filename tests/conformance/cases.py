@@ -48,6 +48,10 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "tied": {"mixer": MAMBA, "combine": "mean", "tied": True},
         "sharing": {"mixer": RWKV7},
     },
+    "delta_product": {
+        "two-updates": {"n_heads": 2},
+        "three-updates": {"n_heads": 2, "n_updates": 3, "expand_v": 0.5, "gated": False},
+    },
     "eml_attention": {"two-heads": {"n_heads": 2}},
     "gated_delta": {
         "two-heads": {"n_heads": 2},
@@ -60,6 +64,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "fast-decay": {"n_heads": 1, "expand_k": 0.25, "expand_v": 1.5, "gate_normalizer": 0.1},
     },
     "kda": {"two-heads": {"n_heads": 2}},
+    "lightning": {"two-heads": {"n_heads": 2}, "wide": {"n_heads": 2, "head_dim": 5}},
     "long_conv": {"short": {"max_len": 9, "n_bands": 3}, "long": {"max_len": 128, "d_conv": 1}},
     "mamba": {
         "small": {"d_state": 4},
@@ -97,6 +102,8 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
             "rope_scaling": {"method": "yarn", "factor": 4, "original_context": 16},
         },
     },
+    "mlstm": {"two-heads": {"n_heads": 2}, "wide": {"n_heads": 1, "expand_k": 1, "expand_v": 1.5}},
+    "rg_lru": {"two-heads": {"n_heads": 2}, "wide": {"n_heads": 3, "expand": 1.5}},
     "rwkv4": {"square": {}, "wide": {"d_inner": 24}},
     "rwkv5": {"two-heads": {"head_dim": 8}},
     "rwkv6": {"two-heads": {"head_dim": 8, "mix_rank": 3, "decay_rank": 5}},
@@ -106,6 +113,8 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "all": {"mixers": [MAMBA, HEADS, RWKV7], "top_k": 3, "temperature": 0.5},
         "mean": {"mixers": [RWKV7, HEADS], "top_k": 2, "summary": "mean"},
     },
+    "short_conv": {"three-taps": {}, "bias": {"d_conv": 4, "bias": True}},
+    "slstm": {"two-heads": {"n_heads": 2}},
     "s4": {kind: {"d_state": 8, "init": kind} for kind in ("legs", "fourier")},
     "s4d": {kind: {"d_state": 8, "init": kind} for kind in ("lin", "inv", "legs", "real")},
     "s5": {"one-block": {"d_state": 6, "n_blocks": 1}, "blocks": {"d_state": 8, "n_blocks": 2}},
