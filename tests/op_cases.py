@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from kizzasi.models.ops import conv, delta, linear_attention, scan, ssd, wkv, wkv4
+from kizzasi.models.ops import (
+    conv,
+    decay_scan,
+    delta,
+    linear_attention,
+    mlstm,
+    scan,
+    slstm,
+    ssd,
+    wkv,
+    wkv4,
+)
 
 
 def normal(*shape, seed=0):
@@ -86,6 +97,36 @@ def rewritten(strength):
     return (r, w, k, v, -removal, removal * rate.sigmoid(), normal(b, h, n, n)), {}
 
 
+def leaking():
+    return (negative(2, 9, 3), normal(2, 9, 3), normal(2, 3)), {}
+
+
+def normalised(run):
+    def wrapped(q, k, v, log_i, log_f, C, n, m, starts=None):
+        y, memory = run(q, k, v, log_i, log_f, mlstm.MLSTMMemory(C, n, m), starts)
+        return y, tuple(memory)
+
+    return wrapped
+
+
+def gated_matrix():
+    b, t, h, n, p = 2, 9, 2, 3, 2
+    streams = normal(b, t, h, n), normal(b, t, h, n, seed=1), normal(b, t, h, p, seed=2)
+    memory = normal(b, h, n, p), normal(b, h, n), normal(b, h)
+    return (*streams, normal(b, t, h), negative(b, t, h), *memory), {}
+
+
+def cells(x, R, y, c, n, m, starts=None):
+    out, memory = slstm.slstm(x, R, slstm.SLSTMMemory(y, c, n, m), starts)
+    return out, tuple(memory)
+
+
+def cell_inputs():
+    b, t, h, n = 2, 9, 2, 3
+    y, c, m = (normal(b, h, n, seed=i) for i in range(3))
+    return (normal(b, t, 4, h, n), 0.5 * normal(4, h, n, n), y, c, normal(b, h, n).exp(), m), {}
+
+
 # name: fast op, loop, inputs that have gradients, index of the first that is a state
 LINEAR = linear_attention.linear_attention, linear_attention.linear_attention_ref
 OPS = {
@@ -100,6 +141,9 @@ OPS = {
     "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
     "wkv7": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(1), 6),
     "wkv7-strong": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(60), 6),
+    "decay_scan": (decay_scan.decay_scan, decay_scan.decay_scan_ref, leaking, 2),
+    "mlstm": (normalised(mlstm.mlstm), normalised(mlstm.mlstm_ref), gated_matrix, 5),
+    "slstm": (cells, cells, cell_inputs, 2),
     "wkv4": (average(wkv4.wkv4), average(wkv4.wkv4_ref), averaged, 4),
 }
 STARTS = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0, 0]]).bool()
