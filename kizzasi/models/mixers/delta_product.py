@@ -146,12 +146,12 @@ class DeltaProduct(Mixer):
         qkv, conv_state = conv(
             self._project(x), self._filter(), None, conv_state, call.starts, silu=True
         )
-        streams = [s.flatten(1, 2) for s in self._streams(x, qkv)]  # r updates for one token
+        q, k, v, g, beta = (s.flatten(1, 2) for s in self._streams(x, qkv))  # r updates a token
         starts, r = call.starts, self.spec.n_updates
         if starts is not None:  # a document starts at the first update of its token
             starts = F.pad(starts.unsqueeze(-1), (0, r - 1)).flatten(1)
         with without_autocast(x):
-            y, memory = run(*streams, memory, starts)
+            y, memory = run(q, k, v, g, beta, memory, starts)
         return MixerOut(self._leave(x, y[:, r - 1 :: r]), DeltaProductState(conv_state, memory))
 
     def recurrent(self, x: Tensor, state: DeltaProductState, call: Call) -> MixerOut:

@@ -122,9 +122,10 @@ def mlstm(
         log_f = F.pad(log_f, (0, 0, 0, pad))
         new = None if starts is None else F.pad(starts, (0, pad)).split(c, 1)
         ys, after = [], MLSTMMemory(*memory)
-        parts = zip(*(x.split(c, 1) for x in (q, k, v, log_i, log_f)), strict=True)
-        for z, part in enumerate(parts):
-            y, after = _chunk(after, *part, None if new is None else new[z])
+        for z, (q_, k_, v_, i, f) in enumerate(
+            zip(*(x.split(c, 1) for x in (q, k, v, log_i, log_f)), strict=True)
+        ):
+            y, after = _chunk(after, q_, k_, v_, i, f, None if new is None else new[z])
             ys.append(y)
         return torch.cat(ys, 1)[:, :t], after
 
@@ -146,7 +147,7 @@ def _chunk(
     total = log_f.cumsum(-1)
     index = torch.arange(c, device=q.device)
     sees = index[:, None] >= index
-    entering = total + memory.m.unsqueeze(-1)
+    entering, begun = total + memory.m.unsqueeze(-1), None
     if starts is not None:
         begin = torch.where(starts, index + 1, 0).cummax(-1).values[:, None]  # 0: it goes on
         sees = sees & (begin.unsqueeze(-1) == begin.unsqueeze(-2))
@@ -157,7 +158,7 @@ def _chunk(
     reach = reach.masked_fill(~sees, -torch.inf)
     m = torch.maximum(entering, reach.amax(-1))
     weight, carried = (reach - m.unsqueeze(-1)).exp(), (entering - m).exp()
-    if starts is not None:
+    if begun is not None:
         carried = carried.masked_fill(begun, 0.0)
     scores = (q @ k.mT) * weight
     y = torch.addcmul(scores @ v, carried.unsqueeze(-1), q @ memory.C)
