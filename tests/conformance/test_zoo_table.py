@@ -19,7 +19,7 @@ from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, build_model, presets
 from kizzasi.models.channels import MoESpec, RWKVChannelSpec
 from kizzasi.models.checkpoints import foreign
-from kizzasi.models.checkpoints.names import apply
+from kizzasi.models.checkpoints.names import apply, written
 from kizzasi.models.mixer import ChannelSpec
 from kizzasi.models.mixers import Mamba2Spec, RWKV5Spec
 
@@ -105,7 +105,7 @@ def _there_and_back(family: foreign.Family, spec: ModelSpec) -> bool:
     spec = family.canonical(spec)
     data = {} if family.config is None else family.config(spec)
     ours = build_model(spec, device="meta").state_dict()
-    tensors = foreign._written(apply(family.layouts(spec)[0], list(ours)), ours)
+    tensors = written(apply(family.layouts(spec)[0], list(ours)), ours)
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     return foreign.read_spec(family, data, shapes, "") == spec
 
