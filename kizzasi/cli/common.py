@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kizzasi.errors import SpecError
+from kizzasi.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from kizzasi.models import ModelSpec
 
 
+CONFIG, BEST = "config.json", "best"
 SPEC_FILES = (".yaml", ".yml", ".json")
 
 
@@ -39,6 +40,24 @@ def import_own(names: Sequence[str]) -> None:
 def is_spec_file(source: str) -> bool:
     """Whether this names a spec in words; everything else is a checkpoint, folder or file."""
     return Path(source).suffix in SPEC_FILES and not Path(source).is_dir()
+
+
+def checkpoint_of(source: str) -> str:
+    """Where the weights are: a checkpoint itself, or best/ in a search's folder, which is said.
+
+    Raises:
+        DataError: a spec in words, which has no weights.
+    """
+    path = Path(source)
+    if is_spec_file(source):
+        raise DataError(
+            f"{source}: a spec, which has no weights; train it first (kizzasi train {source} "
+            "--data ... --out run), or give the folder of a trained model"
+        )
+    if path.is_dir() and not (path / CONFIG).exists() and (path / BEST / CONFIG).exists():
+        print(f"{source}: a search; taking its best model, {path / BEST}", file=sys.stderr)
+        return str(path / BEST)
+    return source
 
 
 def check_device(name: str) -> None:

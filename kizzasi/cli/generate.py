@@ -1,30 +1,46 @@
 """Continue a text. Tokens are the checkpoint's own where it brings a tokenizer, else bytes.
 
 example:
-  kizzasi generate runs/first/best --prompt "def " --tokens 200 --temperature 0.8
+  kizzasi generate runs/first --prompt "def " --tokens 200 --temperature 0.8 --seed 1
   kizzasi generate SmolLM2.gguf --quantized --prompt "The capital of France is" --temperature 0
+  head -c 300 notes.txt | kizzasi generate runs/first --prompt - --stop "." --stop $'\\n\\n'
 """
 
 from __future__ import annotations
 
 import argparse
+import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizzasi.cli.common import check_device
+from kizzasi.cli.common import check_device, checkpoint_of
 from kizzasi.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kizzasi.models.checkpoints.tokenizer import Tokenizer
+
+TEMPERATURE, MAX_SEED = 0.8, 2**31
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a checkpoint folder, or a .gguf file")
-    parser.add_argument("--prompt", default="\n", help="text to continue (default: a new line)")
+    parser.set_defaults(seed=None)
+    parser.add_argument("model", help="a checkpoint folder, a search's folder, or a .gguf file")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt", default="\n", help="text to continue; - reads it from stdin (default: new line)"
+    )
+    given.add_argument("--prompt-file", metavar="FILE", help="text to continue, in a file")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help=f"0 is greedy (default {TEMPERATURE}; 0 with --beams)",
+    )
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest")
     parser.add_argument("--top-p", type=float, help="sample among the likeliest p of probability")
     parser.add_argument("--min-p", type=float, help="sample among those with p of the likeliest's")
@@ -47,43 +63,86 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.models.checkpoints.tokenizer import load_tokenizer
 
     check_device(args.device)
-    model = load(args.model, device=args.device, quantized=args.quantized)
+    prompt_text = read_prompt(args)
+    path = checkpoint_of(args.model)
+    model = load(path, device=args.device, quantized=args.quantized)
     stem = model.spec.stem
     if not isinstance(stem, Tokens):
-        raise DataError(f"{args.model}: a model of signals; text needs a model of tokens")
-    tokenizer = load_tokenizer(Path(args.model), stem.vocab_size)
-    prompt = tokenizer.encode(args.prompt)
+        raise DataError(f"{path}: a model of signals; text needs a model of tokens")
+    tokenizer = load_tokenizer(Path(path), stem.vocab_size)
+    prompt = tokenizer.encode(prompt_text)
     if not prompt:
-        raise DataError("--prompt: empty; give at least one character")
-    text = Text(tokenizer.decode, prompt, args.stop)
+        raise DataError(f"{prompt_text!r:.60}: the tokenizer makes no token of this prompt")
     streamed = args.beams == 1 and not args.json
-    if streamed:
-        print(args.prompt, end="", flush=True)
-
-    def show(ids: Tensor) -> None:
-        print(text.add(int(ids[0])), end="", flush=True)
-
+    show = Show(prompt_text, Text(tokenizer.decode, prompt, args.stop))
+    seed = secrets.randbelow(MAX_SEED) if args.seed is None else args.seed
+    settings = sampling(args, tokenizer)
+    if args.seed is None and settings["temperature"] > 0 and not args.json:
+        print(f"seed {seed} (--seed {seed} gives this text again)", file=sys.stderr)
     start = time.perf_counter()
     out = model.generate(
         torch.tensor(prompt, device=args.device),
         args.tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        n_beams=args.beams,
-        eos=tokenizer.eos,
-        stop=args.stop,
-        decode=tokenizer.decode,
+        seed=seed,
         on_token=show if streamed else None,
-        seed=args.seed,
+        **settings,
     )
     seconds = time.perf_counter() - start
     new = out.tolist()[len(prompt) :]
-    whole = args.prompt + Text(tokenizer.decode, prompt, args.stop).finish(new)
-    result = {"text": whole, "tokens_per_second": len(new) / seconds}
-    return result, text.finish() if streamed else whole
+    whole = prompt_text + Text(tokenizer.decode, prompt, args.stop).finish(new)
+    result = {"text": whole, "tokens_per_second": len(new) / seconds, "seed": seed}
+    return result, show.text.finish() if streamed else whole
+
+
+def sampling(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The arguments of `generate` that flags give."""
+    temperature = args.temperature
+    if temperature is None:
+        temperature = TEMPERATURE if args.beams == 1 else 0.0
+    return {
+        "temperature": temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "n_beams": args.beams,
+        "eos": tokenizer.eos,
+        "stop": args.stop if args.beams == 1 else (),  # the likeliest text is cut afterwards
+        "decode": tokenizer.decode,
+    }
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt, of stdin or of --prompt-file. Raises DataError if it is none."""
+    if args.prompt_file is not None:
+        name, data = f"--prompt-file {args.prompt_file}", Path(args.prompt_file).read_bytes()
+    elif args.prompt == "-":
+        name, data = "--prompt -", sys.stdin.buffer.read()
+    else:
+        name, data = "--prompt", args.prompt.encode(errors="surrogateescape")
+    try:
+        text = data.decode()
+        "".join(args.stop).encode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: not UTF-8 from byte {error.start} on; convert it first"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise DataError("--stop: not UTF-8; convert it first") from error
+    if not text:
+        raise DataError(f"{name}: empty; give at least one character")
+    return text
+
+
+class Show:
+    """Prints a text as its tokens come, the prompt before the first."""
+
+    def __init__(self, prompt: str, text: Text) -> None:
+        self.prompt, self.text = prompt, text
+
+    def __call__(self, ids: Tensor) -> None:
+        print(self.prompt + self.text.add(int(ids[0])), end="", flush=True)
+        self.prompt = ""
 
 
 class Text:
