@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -64,7 +63,7 @@ def write_files(
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+    return path.with_name(f".{path.name[:100]}.{os.urandom(8).hex()}.partial")
 
 
 @contextlib.contextmanager

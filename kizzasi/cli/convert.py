@@ -1,6 +1,7 @@
 """Rewrite a checkpoint in another format: ours, or one that transformers reads.
 
-The input's format is found out. What the other format cannot express is an error, not a loss.
+The input's format is found out. What the other format cannot express is an error, not a loss. The
+tokenizer, special ids, the longest document and settings of generation go along.
 
 example:
   kizzasi convert downloads/smollm2 runs/smollm2
@@ -21,18 +22,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="a checkpoint folder, or a single file of weights")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument(
-        "--format", default="kizzasi", help='"kizzasi" (default), "llama", "gpt2", ...'
+        "--format",
+        default="kizzasi",
+        help="kizzasi (default), or of transformers: llama, qwen3, mamba2, ... "
+        "(a wrong one lists all)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the model in the output folder"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="of a file of weights (default 5GB)"
     )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from kizzasi.models.checkpoints import load, save
+    from kizzasi.models.checkpoints import companions_of, load, save
 
     check_device(args.device)
     if Path(args.input).resolve() == Path(args.output).resolve():
         raise CheckpointError(f"{args.output}: would replace the input; give another folder")
     model = load(args.input, device=args.device)
-    save(model, args.output, args.format)
+    save(
+        model,
+        args.output,
+        args.format,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        like=args.input,
+    )
     spec, params = model.spec, model.n_params
     result = {
         "output": args.output,
@@ -40,6 +57,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "params": params,
         "dtype": str(next(model.stem.parameters()).dtype).removeprefix("torch."),
         "digest": spec.digest,
+        "tokenizer": sorted(companions_of(Path(args.input)).files),
     }
     layers = f"{len(spec.blocks)} layers, {params:,} parameters, {result['dtype']}"
     return result, f"{args.output}: {args.format}, {layers}"

@@ -26,12 +26,15 @@ from kizzasi.models.checkpoints import (
     rwkv_pth,
     state_spaces,
 )
+from kizzasi.models.checkpoints.companions import Companions, companions_of
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.strict import unknown_name
 
 __all__ = [
+    "Companions",
     "bamba",
+    "companions_of",
     "foreign",
     "formats",
     "gguf",
@@ -120,6 +123,7 @@ def save(
     *,
     max_shard_size: int | str = native.SHARD_BYTES,
     overwrite: bool = False,
+    like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write a checkpoint folder, and read it back before it gets its name.
 
@@ -132,6 +136,8 @@ def save(
         format: "kizzasi", or one of `formats()`, such as "llama".
         max_shard_size: bytes of a file of weights, or "500MB"; a larger model is cut in shards.
         overwrite: replace the model that the folder holds.
+        like: a checkpoint whose tokenizer, special ids, longest document and settings of generation
+            go along: the one that this model came from.
 
     Raises:
         CheckpointError: an unknown format, one that cannot express the model, a model that could
@@ -139,10 +145,13 @@ def save(
             model already or cannot be written.
     """
     options: Any = {"max_shard_size": max_shard_size, "overwrite": overwrite}
+    along = Companions() if like is None else companions_of(Path(like))
     if format == native.NAME:
-        native.save(model, folder, **options)
+        native.save(model, folder, entries=along.entries(), files=along.files, **options)
     elif format in foreign.FAMILIES:
-        foreign.write(model, folder, foreign.FAMILIES[format], **options)
+        files = {**along.files, **along.generation_config()}
+        ids = {key: value for key, value in along.generation.items() if key != "config"}
+        foreign.write(model, folder, foreign.FAMILIES[format], ids=ids, files=files, **options)
     else:
         raise CheckpointError(f"format: {format!r} {unknown_name(format, formats())}")
 

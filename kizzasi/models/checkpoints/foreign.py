@@ -34,7 +34,7 @@ from kizzasi.files import Make, write_files
 from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.names import Link, Rule, apply, written
-from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, to_json
+from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, plain_files, to_json
 from kizzasi.models.checkpoints.native import write as write_folder
 from kizzasi.models.checkpoints.storage import (
     WHOLE,
@@ -148,12 +148,14 @@ def write(
     *,
     max_shard_size: int | str = SHARD_BYTES,
     overwrite: bool = False,
-    beside: Mapping[str, Any] | None = None,
+    ids: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the folder that the family's own program reads, and read it back.
 
     Every floating tensor has the embedding's dtype, or float32 where that would lose something (a
-    bfloat16 model keeps some parameters in float32). The rest is as in `native.save`.
+    bfloat16 model keeps some parameters in float32). Special ids and the longest document go into
+    config.json where the format has a place for them. The rest is as in `native.save`.
 
     Raises:
         CheckpointError: the format cannot express the model's spec, a model is there already, this
@@ -172,25 +174,40 @@ def write(
         raise CheckpointError(f"{folder}: cannot write it as {family.name}: {reason}")
     there = [CONFIG, family.file, *(p.name for p in earlier_weights(folder))]
     folder_with_no_model(folder, there, overwrite)
-    config = None if family.config is None else dict(sorted({**data, **(beside or {})}.items()))
-    if family.file == WHOLE[0]:
-        write_folder(folder, tensors, config, max_shard_size)
-    else:
-        _write_torch(folder, tensors, config, family.file)
-
-
-def _write_torch(
-    folder: Path, tensors: dict[str, Tensor], config: Mapping[str, Any] | None, name: str
-) -> None:
-    makers: dict[Path, Make] = {folder / name: lambda file: torch.save(tensors, file)}
+    config = None if family.config is None else _with_ids(family, data, ids or {}, given, tensors)
+    more = {} if files is None else dict(files)
+    if config is not None and family.file == WHOLE[0]:
+        write_folder(folder, tensors, config, max_shard_size, more)
+        return
     if config is not None:
-        makers[folder / CONFIG] = lambda file: file.write(to_json(config))
+        more[CONFIG] = to_json(config)
+    makers: dict[Path, Make] = {folder / family.file: lambda file: torch.save(tensors, file)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in earlier_weights(folder) if path.name != name]
-        write_files(makers, lambda paths: require_equal(paths[0], tensors), stale)
+        stale = [path for path in earlier_weights(folder) if path.name != family.file]
+        check: Any = lambda paths: require_equal(paths[0], tensors)  # noqa: E731
+        write_files(makers | plain_files(folder, more), check, stale)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
+
+
+def _with_ids(
+    family: Family,
+    data: Mapping[str, Any],
+    ids: Mapping[str, Any],
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The config with special ids and the longest document, each where the format has a place for
+    it and the architecture stays the same."""
+    config, shapes = dict(data), shapes_of(tensors)
+    for key, value in ids.items() if "model_type" in data else ():
+        try:
+            same = read_spec(family, config | {key: value}, shapes, CONFIG) == spec
+        except CheckpointError:
+            same = False
+        config |= {key: value} if same else {}
+    return dict(sorted(config.items()))
 
 
 def _tensors(model: SequenceModel, family: Family, folder: Path) -> dict[str, Tensor]:

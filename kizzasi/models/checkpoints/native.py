@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.files import write_files
+from kizzasi.files import Make, write_files
 from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.experts import native_links
 from kizzasi.models.checkpoints.names import written
@@ -54,7 +54,8 @@ def save(
     *,
     max_shard_size: int | str = SHARD_BYTES,
     overwrite: bool = False,
-    beside: Mapping[str, Any] | None = None,
+    entries: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write config.json and the weights, and read them back before they get their names.
 
@@ -63,7 +64,8 @@ def save(
         folder: made if need be.
         max_shard_size: bytes of a file of weights, or "500MB"; a larger model is cut in shards.
         overwrite: replace the model that the folder holds.
-        beside: further entries of config.json.
+        entries: further ones of config.json.
+        files: further files of the folder.
 
     Raises:
         CheckpointError: a model is there already, this one could not be loaded again, or the folder
@@ -79,20 +81,23 @@ def save(
         "model_type": NAME,
         "architectures": ["KizzasiForCausalLM"],
         "spec": spec.to_dict(),
-        **(beside or {}),
+        **(entries or {}),
     }
-    write(folder, taken(model, folder), config, max_shard_size)
+    write(folder, taken(model, folder), config, max_shard_size, files or {})
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, most: int | str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    most: int | str,
+    files: Mapping[str, bytes],
 ) -> None:
-    """Weights and config.json, read back; an earlier model's other files of weights go."""
+    """Weights, read back, and config.json; an earlier model's other files of weights go."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         makers, parts = weight_files(folder, tensors, shard_bytes(most))
-        if config is not None:
-            makers[folder / CONFIG] = lambda file: file.write(to_json(config))
+        makers |= plain_files(folder, {**files, CONFIG: to_json(config)})
 
         def check(paths: Any) -> None:
             for path, part in zip(paths, parts, strict=False):
@@ -101,6 +106,15 @@ def write(
         write_files(makers, check, earlier_weights(folder))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
+
+
+def plain_files(folder: Path, files: Mapping[str, bytes]) -> dict[Path, Make]:
+    """What writes them."""
+
+    def make(content: bytes) -> Make:
+        return lambda file: file.write(content)
+
+    return {folder / name: make(content) for name, content in files.items()}
 
 
 def to_json(data: Mapping[str, Any]) -> bytes:

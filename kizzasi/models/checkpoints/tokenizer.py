@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kizzasi.errors import CheckpointError, DataError
-from kizzasi.models.checkpoints import gguf, native
+from kizzasi.models.checkpoints.gguf import is_gguf
 from kizzasi.models.checkpoints.gguf_file import open_gguf
+from kizzasi.models.checkpoints.native import CONFIG
 from kizzasi.models.checkpoints.storage import read_json
 
 TOKENIZER = "tokenizer.json"
@@ -80,10 +81,10 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         CheckpointError: the tokenizer is damaged or of an unknown kind, the package that runs it is
             missing, or there is none and the ids cannot be bytes.
     """
-    if path.is_file() and gguf.is_gguf(path):
+    if path.is_file() and is_gguf(path):
         return from_gguf(open_gguf(path).metadata, str(path))
     if (path / TOKENIZER).is_file():
-        eos = read_json(path / native.CONFIG).get("eos_token_id")
+        eos = _eos(path)
         known = isinstance(eos, int) or (
             isinstance(eos, list) and all(isinstance(i, int) for i in eos)
         )
@@ -95,7 +96,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return ByteTokenizer(vocab_size)
 
 
-def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
     """The byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) of a file.
 
     Raises:
@@ -129,6 +130,16 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             inner.add_special_tokens([added]) if kind == 3 else inner.add_tokens([added])
     bos = own.get("bos_token_id") if own.get("add_bos_token") else None
     return PackagedTokenizer(inner, own.get("eos_token_id"), bos)
+
+
+def _eos(path: Path) -> Any:
+    """What ends a text: generation_config.json says it, or config.json, ours under "generation"."""
+    for name, key in (("generation_config.json", None), (CONFIG, "generation"), (CONFIG, None)):
+        data = read_json(path / name) if (path / name).is_file() else {}
+        data = data if key is None else data.get(key)
+        if isinstance(data, dict) and data.get("eos_token_id") is not None:
+            return data["eos_token_id"]
+    return None
 
 
 def _read(path: Path) -> Any:
