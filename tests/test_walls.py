@@ -59,6 +59,7 @@ MIXER_CONTRACT = {
     "kizzasi.models.init",
     "kizzasi.models.mixer",
     "kizzasi.models.norm",
+    "kizzasi.models.ops.attention",
     "kizzasi.models.strict",
 }
 

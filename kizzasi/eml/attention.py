@@ -31,6 +31,7 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
+from kizzasi.models.ops.attention import shielded
 from kizzasi.models.strict import join, register, require
 
 # With these, v <- eml_soft(v c0 + c1, v + c2) maps 0 to 0 with slope 1 and curvature 0.4.
@@ -210,10 +211,16 @@ class EmlAttention(Mixer):
         if self.spec.causal:
             slots = state.document.shape[1]
             visible = visible & torch.ones_like(visible[0]).tril(slots)
-        y = self._attend(q, k, v, visible[:, None])
+        visible = visible[:, None]
+        if call.starts is None or call.real is None:
+            y = self._heads(q, k, v, visible)
+        else:
+            y = shielded(self._heads, q, k, v, visible)
+        y = self.o_proj(y.transpose(1, 2).flatten(-2))
         alive = key_document == document[:, -1:]
         if call.real is not None:
             alive = alive & call.real[:, -1:]
+            k, v = (slots.masked_fill(~alive[:, None, :, None], 0.0) for slots in (k, v))
         return MixerOut(y, EmlAttentionState(k, v, torch.where(alive, 0, -1)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,10 +232,10 @@ class EmlAttention(Mixer):
         )
         return F.normalize(q, dim=-1, eps=_NORM_EPS), F.normalize(k, dim=-1, eps=_NORM_EPS), v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         scores = (q @ k.mT).to(state_dtype(q.dtype))
         scores = scores * self.log_temperature.exp()[:, None, None]
         if self.score_chain is not None:
             scores = eml_chain(scores, self.score_chain[:, None, None], soft_node)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        return self.o_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(-2))
+        return weights.to(v.dtype) @ v

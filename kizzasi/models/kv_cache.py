@@ -142,6 +142,8 @@ class Layout(NamedTuple):
         if self.alike:
             return AttentionState(k, v, self.last.new_empty(len(self.last), 0))
         alive = (self.key_document == self.document[:, -1:]) & (self.last >= 0)[:, None]
+        # Zeros: nobody sees a dead slot, but a weight of zero does not hide NaN.
+        k, v = (x.masked_fill(~alive[:, None, :, None], 0.0) for x in (k, v))
         return AttentionState(k, v, torch.where(alive, self.key_position, -1))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.precision import full_precision
 
 IGNORED = -100
@@ -66,7 +67,7 @@ def _cross_entropy(
     """The loss of each position, 0 where it does not count, and which do (None: all)."""
     known: Tensor | None = targets != ignore_index
     # Whether a label is ignored cannot be asked of a compiled graph, and costs a wait on a GPU.
-    if targets.is_cpu and not torch.compiler.is_compiling():
+    if answers(targets):
         known = _check_ids(targets, logits.shape[-1], ignore_index)
     counts = known if counts is None else counts if known is None else counts & known
     if counts is not None:  # a row of NaN would have a gradient of NaN even where it is ignored

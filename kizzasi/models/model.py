@@ -23,6 +23,8 @@ from kizzasi.models.init import Ready
 from kizzasi.models.loss import IGNORED, mean_loss
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.devices import answers, eager
+from kizzasi.models.ops.documents import from_there_on
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
 
@@ -128,6 +130,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         segments = canonical_segments(shape, state, segment_ids, mask)
         call = Call(shape, inputs.device, segments=segments, step=step)
         position = self._positions(call, state)
+        inputs, sick = self._set_aside(inputs, call)
         x = self._embed(inputs, position[:, 0] if step else position)
         x, blocks, aux = self._run_blocks(x, state, call)
         segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
@@ -136,8 +139,13 @@ class SequenceModel(nn.Module, metaclass=Ready):
         after = ModelState(blocks, position[:, -1] + 1, segment)
         if mask is not None:
             after = self._forget_padding(after)
-        x = x[:, -1:] if last_only and not step else x
-        return ModelOutput(self.stem.head(self.norm(x)), after, aux)
+        if last_only and not step:
+            x, sick = x[:, -1:], None if sick is None else sick[:, -1:]
+        logits = self.stem.head(self.norm(x))
+        if sick is not None:
+            logits = logits.masked_fill(sick.unsqueeze(-1), torch.nan)
+            after = _lost(after, sick[:, -1])
+        return ModelOutput(logits, after, aux)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
         """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step.
@@ -227,6 +235,25 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"{wish}; pass whole sequences to forward, or choose a causal part"
             )
 
+    def _set_aside(self, inputs: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Frames without what is not finite, and (b, t) bool, where nothing finite may come out:
+        in their document, from there on. None if nowhere.
+
+        Of a sequence that is one document nothing need be kept apart. Of several, a frame of NaN
+        would reach the weights' gradients even with a loss that does not count it.
+        """
+        if call.starts is None or call.real is None or not inputs.is_floating_point():
+            return inputs, None
+        odd = ~inputs.isfinite().all(-1)
+        if answers(odd) and not odd.any():
+            return inputs, None
+        inputs, odd = inputs.masked_fill(odd.unsqueeze(-1), 0.0), odd & call.real
+        if not self._causal:  # earlier tokens have seen it too
+            document = call.starts.cumsum(1)
+            same = document.unsqueeze(1) == document.unsqueeze(2)
+            return inputs, (same & odd.unsqueeze(1)).any(-1)
+        return inputs, from_there_on(call.starts, odd, torch.zeros_like(odd[:, 0]))
+
     def _embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         x = self.stem.embed(inputs, position)
         return x if self.embed_norm is None else self.embed_norm(x)
@@ -258,7 +285,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
             message = f"inputs: a document is longer than the stem's max_positions {known}"
             inside = (position < known).all()
             torch._assert_async(inside, message)  # pyright: ignore[reportPrivateImportUsage]
-        elif int(position.max()) >= known:
+        elif eager() and int(position.max()) >= known:
             raise ShapeError(
                 f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
                 f"max_positions {known}; give shorter documents"
@@ -274,5 +301,16 @@ class SequenceModel(nn.Module, metaclass=Ready):
             rows = empty.view(-1, *[1] * (leaf.ndim - 1))
             return torch.where(rows, torch.zeros_like(leaf), leaf)
 
-        # A compiled graph cannot ask whether there are such rows.
-        return map_state(choose, state) if torch.compiler.is_compiling() or empty.any() else state
+        # Neither a compiled graph nor torch.func can ask whether there are such rows.
+        return state if eager() and not empty.any() else map_state(choose, state)
+
+
+def _lost(state: ModelState, rows: Tensor) -> ModelState:
+    """The state with NaN for all numbers of some rows (b,)."""
+
+    def lose(leaf: Tensor) -> Tensor:
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf
+        return leaf.masked_fill(rows.view(-1, *[1] * (leaf.ndim - 1)), torch.nan)
+
+    return map_state(lose, state)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, ShapeError, StateError
+from kizzasi.models.ops.devices import eager
 from kizzasi.models.ops.precision import LOW_PRECISION
 
 
@@ -230,7 +231,7 @@ def canonical_segments(
         if torch.compiler.is_compiling():
             message = "mask: a row has padding after a real token; pad on the left"
             torch._assert_async(~late.any(), message)  # pyright: ignore[reportPrivateImportUsage]
-        elif late.any():
+        elif eager() and late.any():
             raise ShapeError(
                 f"mask: row {int(late.nonzero()[0])} has padding after a real token; "
                 "pad on the left, before the first token of a sequence"

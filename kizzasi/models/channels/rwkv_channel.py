@@ -128,7 +128,7 @@ class RWKVChannel(Mixer):
     def _mix(self, x: Tensor, before: Tensor) -> Tensor:
         start, end = (before, x) if self.spec.version == 4 else (x, before)
         mixed = [
-            torch.addcmul(start, end - start, self.get_parameter(name))
+            torch.addcmul(start, end - start, getattr(self, name))
             for name in SHARES[self.spec.version]
         ]
         y = self.value(F.relu(self.key(mixed[0])).square())

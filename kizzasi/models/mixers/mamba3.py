@@ -39,6 +39,7 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.ssd import (
     TrapezoidState,
@@ -257,6 +258,15 @@ def summed_angles(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor
     Returns:
         (b, t, h, s) in [0, 2 pi), in speed's dtype.
     """
+
+    def run(speed: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+        angles = _summed(speed, angle, starts)
+        return angles, angles[:, -1]
+
+    return isolated(run, starts, (speed,), (), (angle,))[0]
+
+
+def _summed(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
     carried = angle.double().unsqueeze(1)
     total = carried + speed.double().cumsum(1)
     if starts is not None:

@@ -42,6 +42,7 @@ from kizzasi.models.mixer import (
     add_losses,
     state_dtype,
 )
+from kizzasi.models.ops.devices import eager
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.state import map_state, named_leaves
 from kizzasi.models.strict import join, register
@@ -267,7 +268,7 @@ class SequenceRouted(Mixer):
     def _rows(self, busy: Tensor) -> list[Rows | None]:
         """The rows of each mixer, None if there are none."""
         b, n = busy.shape
-        if torch.compiler.is_compiling():
+        if not eager():
             # A row that did not choose a mixer runs as the first that did: their states are alike.
             each, first = torch.arange(b, device=busy.device), busy.int().argmax(0)
             here = busy.unbind(1)

@@ -61,7 +61,7 @@ def attention_ref(
     """
     if visible is not None and not finite:
         run = partial(_formula, bias=bias, softcap=softcap, scale=scale)
-        return _shielded(run, q, k, v, visible)
+        return shielded(run, q, k, v, visible)
     if visible is None and causal:
         visible = _earlier(q, k)
     return _formula(q, k, v, visible, bias=bias, softcap=softcap, scale=scale)
@@ -114,7 +114,7 @@ def attention(
             finite=finite,
         )
     if visible is not None and not finite:
-        return _shielded(partial(_fused, bias=bias, scale=scale), q, k, v, visible)
+        return shielded(partial(_fused, bias=bias, scale=scale), q, k, v, visible)
     causal = causal and visible is None and q.shape[2] > 1
     if causal and (bias is not None or q.shape[2] != k.shape[2]):  # what the kernels cannot say
         visible, causal = _earlier(q, k), False
@@ -155,7 +155,7 @@ def _expand(q: Tensor, k: Tensor) -> Tensor:
     return k if group == 1 else k.repeat_interleave(group, dim=1)
 
 
-def _shielded(
+def shielded(
     run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     q: Tensor,
     k: Tensor,

@@ -80,7 +80,7 @@ def _engine(x: Tensor, foreign: Tensor | None) -> Callable[..., Tensor]:
     """The rule. A CPU works block by block; a compiler joins the few products of the definition by
     itself, and torch.func can take them apart; all others have a kernel, which knows no documents.
     """
-    if torch.compiler.is_compiling() or autodiff.transformed() or x.is_meta:
+    if x.is_meta or not devices.eager():
         return _by_taps
     if devices.on_cpu(x):
         return _Conv.apply

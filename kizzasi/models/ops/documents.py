@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kizzasi.models.ops import devices
-from kizzasi.models.ops.autodiff import transformed
 
 
 def isolated(
@@ -48,7 +47,7 @@ def isolated(
         *(x.masked_fill(_to_shape(token, x), 0.0) for x in (*tokens, *logs)),
         *(x.masked_fill(_to_shape(before, x), 0.0) for x in memory),
     )
-    sick = _from_there_on(starts, token, before)
+    sick = from_there_on(starts, token, before)
     y, after = y.masked_fill(_to_shape(sick, y), torch.nan), sick[:, -1]
     if isinstance(state, Tensor):
         return y, state.masked_fill(_to_shape(after, state), torch.nan)
@@ -57,12 +56,10 @@ def isolated(
 
 def all_finite(*inputs: Tensor) -> bool:
     """Whether all are known to be: only a CPU answers at once. A finite sum has finite terms."""
-    if torch.compiler.is_compiling() or transformed() or not devices.on_cpu(inputs[0]):
-        return False
-    return all(bool(x.detach().sum().isfinite()) for x in inputs)
+    return devices.answers(inputs[0]) and all(bool(x.detach().sum().isfinite()) for x in inputs)
 
 
-def _from_there_on(starts: Tensor, token: Tensor, before: Tensor) -> Tensor:
+def from_there_on(starts: Tensor, token: Tensor, before: Tensor) -> Tensor:
     """(b, t) bool: a token of the same document, not after this one, is bad, or what came before.
 
     Args:
