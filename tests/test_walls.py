@@ -1,6 +1,7 @@
 """The walls of the house: which room may import which. Read from the source with `ast`."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ MIXER_CONTRACT = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     return {
         ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(
@@ -73,10 +75,15 @@ def modules() -> dict[str, Path]:
     }
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> set[str]:
     """Every kizzasi module that a file imports, at any depth of nesting."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -119,7 +126,7 @@ def test_the_rooms_of_the_search_stand_in_a_row(module):
 
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("kizzasi.models.ops")])
 def test_ops_are_functions(module):
-    tree = ast.parse(modules()[module].read_text())
+    tree = tree_of(modules()[module])
     bases = {
         ast.unparse(base) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases
     }
@@ -140,6 +147,6 @@ def test_library_code_has_no_side_effects(module):
         "torch.use_deterministic_algorithms",
         "torch.set_float32_matmul_precision",
     }
-    tree = ast.parse(modules()[module].read_text())
+    tree = tree_of(modules()[module])
     used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name))}
     assert not used & banned, f"{module} uses {used & banned}"
