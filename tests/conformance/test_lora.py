@@ -44,3 +44,25 @@ def test_adapters_on_every_linear_train_and_change_the_output(name):
 def test_what_keeps_float32_keeps_it_under_adapters(name):
     adapted, _ = adapt(make(name, dtype=torch.float32))
     assert adapted.to(torch.bfloat16)(tokens(2, 9)).logits.dtype == torch.bfloat16
+
+
+def test_adapters_reach_packed_experts_by_target_parameters():
+    model, x = make("moe-top2", dtype=torch.float32), tokens(2, 9)
+    before = model(x).logits.detach()
+    packed = [n for n, _ in model.named_parameters() if ".experts." in n]
+    assert len(packed) == 4
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=packed)
+    adapted = peft.inject_adapter_in_model(config, model)
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(packed)
+    assert_close(adapted(x).logits, before)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(x).loss(x).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    after = adapted(x)
+    assert not torch.allclose(after.logits, before)
+    state = adapted(x[:, :-1]).state
+    assert_close(adapted.step(x[:, -1], state).logits, after.logits[:, -1])

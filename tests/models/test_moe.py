@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,3 +381,27 @@ def test_in_a_model_losses_reach_the_model_loss():
     assert set(out.aux) == {"moe_balance", "moe_z_loss"}
     assert out.loss(ids) > out._replace(aux={}).loss(ids)
     assert model.eval()(ids).aux == {}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_func_grad_and_vmap(name, training):
+    """Gradients row by row; what counts (a bias's tally) stays out of transforms."""
+    spec = replace(SPECS[name], balance_weight=0.0, z_loss_weight=0.0)
+    moe, x = make(spec).train(training), tokens(3, 5)
+    weights = {n: p for n, p in moe.named_parameters() if p.requires_grad}
+
+    def loss(weights, row):
+        torch.manual_seed(0)
+        return torch.func.functional_call(moe, weights, (row[None],)).y.cos().sum()
+
+    given = torch.func.grad(loss)(weights, x[1])
+    leaves = list(weights.values())
+    wanted = torch.autograd.grad(loss(weights, x[1]), leaves, materialize_grads=True)
+    for a, b in zip(given.values(), wanted, strict=True):
+        assert_close(a, b)
+    if training and name == "noisy":
+        return  # vmap wants to be told which rows share their noise
+    rows = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for a, b in zip(rows.values(), wanted, strict=True):
+        assert_close(a[1], b)

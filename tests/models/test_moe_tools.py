@@ -1,4 +1,4 @@
-"""The seed's face of mixtures, telemetry, expert layouts and upcycling."""
+"""Tools for models with mixtures: telemetry, revival, expert layouts, upcycling."""
 
 import copy
 import math
@@ -7,18 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tolerance import assert_close
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kizzasi.errors import CheckpointError, DataError, ShapeError, SpecError
+from kizzasi.errors import CheckpointError, DataError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext
 from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.moe import (
-    MixtureOfExperts,
-    MoEConfig,
-    RoutingStrategy,
     convert_experts,
     revive_dead_experts,
     upcycle,
@@ -26,78 +22,6 @@ from kizzasi.models.moe import (
 )
 
 SWIGLU, MLP = ChannelSpec.registry["swiglu"], ChannelSpec.registry["mlp"]
-
-
-def config(**changes):
-    return MoEConfig(**{"num_experts": 4, "input_dim": 12, "output_dim": 12, **changes})
-
-
-def test_seed_defaults():
-    seed = MoEConfig()
-    assert (seed.num_experts, seed.top_k, seed.input_dim, seed.output_dim) == (8, 2, 256, 256)
-    assert seed.routing_strategy is RoutingStrategy.TOP_K
-    assert (seed.load_balance_coeff, seed.expert_dropout, seed.noise_std) == (0.01, 0.0, 1.0)
-    assert [str(s) for s in RoutingStrategy] == ["Softmax", "Top-K", "Noisy Top-K"]
-    assert MixtureOfExperts(seed).router.weights.shape == (256, 8)
-
-
-@pytest.mark.parametrize(("strategy", "n"), [("TOP_K", 2), ("SOFTMAX", 4), ("NOISY_TOP_K", 2)])
-def test_seed_routing(strategy, n):
-    moe = MixtureOfExperts(config(routing_strategy=RoutingStrategy[strategy]))
-    indices, weights = moe.router.route(torch.full((12,), 0.1))
-    assert len(indices) == len(set(indices)) == len(weights) == n
-    assert math.isclose(sum(weights), 1.0, abs_tol=1e-5)
-
-
-def test_seed_usage_dimensions_and_reset():
-    moe = MixtureOfExperts(config(output_dim=7))
-    for _ in range(10):
-        assert moe.step(torch.randn(12)).shape == (7,)
-    assert sum(moe.expert_usage_stats()) == 10 * 2
-    assert moe(torch.randn(3, 5, 12)).shape == (3, 5, 7)
-    assert sum(moe.expert_usage_stats()) == 25 * 2
-    assert moe.context_window == 1
-    moe.reset()
-    assert moe.expert_usage_stats() == [0] * 4
-    for call in (moe, moe.step, moe.router.route):
-        with pytest.raises(ShapeError, match=r"expected 12 values per vector, got shape \(6,\)"):
-            call(torch.randn(6))
-
-
-def test_seed_faults_are_gone():
-    moe = MixtureOfExperts(config())
-    x = torch.randn(64, 12)
-    y = moe(x)
-    assert y.abs().min(-1).values.max() > 0
-    assert min(moe.expert_usage_stats()) > 0
-    (gradient,) = torch.autograd.grad(moe.load_balance_loss(), [moe.layer.gate.weight])
-    assert gradient.any()
-    assert not torch.allclose(moe(2 * x), 2 * y)
-    with pytest.raises(SpecError, match="top_k: 0 is not positive"):
-        MixtureOfExperts(config(top_k=0))
-    with pytest.raises(SpecError, match="experts: 1 given, num_experts is 4"):
-        MixtureOfExperts(config(), [nn.Identity()])
-
-
-@pytest.mark.parametrize("strategy", RoutingStrategy)
-def test_seed_losses_are_weighted_by_the_coefficient(strategy):
-    losses = []
-    for coeff in (0.01, 0.03):
-        torch.manual_seed(0)
-        moe = MixtureOfExperts(config(routing_strategy=strategy, load_balance_coeff=coeff))
-        moe(torch.randn(16, 12))
-        losses.append(moe.load_balance_loss())
-    assert_close(losses[1], 3 * losses[0])
-    assert losses[0] > 0
-
-
-def test_any_modules_are_experts():
-    experts = [nn.Identity(), nn.Tanh(), nn.Sequential(nn.Linear(12, 12), nn.ReLU()), nn.ReLU()]
-    moe = MixtureOfExperts(config(routing_strategy=RoutingStrategy.SOFTMAX), experts)
-    x = torch.randn(5, 12)
-    weights = (x @ moe.router.weights).softmax(-1)
-    want = sum(weights[:, i, None] * expert(x) for i, expert in enumerate(experts))
-    assert_close(moe(x), want)
 
 
 def model(channel, n_layers=2, **options):

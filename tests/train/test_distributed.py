@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, load
-from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.channels import MoESpec, RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec
 from kizzasi.train.distributed import Ranks, check_batch
 
@@ -22,11 +23,19 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch lacks distributed")
 
 
+# balanced by a bias, which the processes move together
+MIXTURE = MoESpec(
+    **{"n_experts": 4, "hidden": 24, "balance_weight": 0.0, "z_loss_weight": 0.0},
+    router=TopK(score="sigmoid", bias_rate=0.02),
+)
+
+
 @pytest.fixture(scope="module")
 def spec_file(tmp_path_factory):
     blocks = (
         BlockSpec(MambaSpec(d_state=4)),
         BlockSpec(AttentionSpec(n_heads=2), SwiGLUSpec(hidden=48)),
+        BlockSpec(AttentionSpec(n_heads=2), MIXTURE),
         BlockSpec(RWKV7Spec(head_dim=8), RWKVChannelSpec(hidden=48)),
     )
     path = tmp_path_factory.mktemp("spec") / "spec.yaml"
@@ -71,6 +80,7 @@ def assert_same(result, folder, alone):
         load(folder).state_dict().items(), model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3, msg=name)
+    assert model.blocks[2].channel.gate.bias.abs().max() > 0.02
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -276,7 +276,8 @@ class ListedExperts(nn.ModuleList):
 
         def call(rows: Tensor) -> Tensor:
             if isinstance(expert, Mixer):
-                return expert(rows[:, None]).y[:, 0]
+                some = rows if len(rows) else rows.new_zeros(1, rows.shape[1])  # for its gradients
+                return expert(some[:, None]).y[: len(rows), 0]
             out = expert(rows)
             if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
                 given = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"

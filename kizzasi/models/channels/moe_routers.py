@@ -470,8 +470,9 @@ class HashRouter(Router):
         k, n_experts = self.choice.top_k, self.choice.n_experts
         first = self.table[self._codes(x)]
         ids = (first[..., None] + torch.arange(k, device=x.device)) % n_experts
-        weights = torch.full_like(ids, 1 / k, dtype=self.planes.dtype)
-        probs = F.one_hot(ids, n_experts).to(weights.dtype).mean(-2)
+        weights = torch.full_like(ids, 1 / k, dtype=full_precision(self.planes).dtype)
+        chosen = ids[..., None] == torch.arange(n_experts, device=x.device)
+        probs = chosen.to(weights.dtype).mean(-2)
         return Routing(ops.assign(ids, weights, real), probs)
 
     @torch.no_grad()
