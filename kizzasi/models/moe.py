@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,14 +203,14 @@ class Router:
     ) -> None:
         if gate is None:
             spec = config.to_spec()
-            gate = spec.router.build(spec.choice(config.input_dim))
+            gate = Gate(spec.router, spec.choice(config.input_dim))
             gate.reset_parameters(generator)
         self.config, self.gate = config, gate
 
     @property
     def weights(self) -> Tensor:
         """(input_dim, num_experts)."""
-        return cast(Tensor, self.gate.weight).T
+        return self.gate.weight.T
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[list[int], list[float]]:
@@ -293,7 +293,7 @@ class MixtureOfExperts(nn.Module):
         """The balance losses of all forwards in training since the last call, weighted, summed and
         differentiable: add it to your loss before its backward. Zero if there were none."""
         loss, self._loss, self._forwards = self._loss, None, 0
-        weight = cast(Tensor, self.layer.gate.weight)
+        weight = self.layer.gate.weight
         return weight.new_zeros(()) if loss is None else loss
 
     def expert_usage_stats(self) -> list[int]:
@@ -349,7 +349,7 @@ class MixtureOfExperts(nn.Module):
         return {**self.__dict__, "_loss": None, "_forwards": 0}
 
 
-def check_input(x: object, config: MoEConfig, gate: nn.Module) -> None:
+def check_input(x: object, config: MoEConfig, gate: Gate) -> None:
     """Raise ShapeError unless x is a floating tensor (..., input_dim) of the gate's precision."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -359,7 +359,7 @@ def check_input(x: object, config: MoEConfig, gate: nn.Module) -> None:
             f"router input: expected {config.input_dim} values per vector, "
             f"got shape {tuple(x.shape)}"
         )
-    wide = full_precision(cast(Tensor, gate.weight)).dtype
+    wide = full_precision(gate.weight).dtype
     if full_precision(x).dtype != wide:
         raise ShapeError(f"router input: {x.dtype}, but the router is {wide}; use x.to({wide})")
 

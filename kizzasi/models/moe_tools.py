@@ -21,7 +21,7 @@ from kizzasi.errors import DataError, SpecError
 from kizzasi.models.adaptive import counts_here
 from kizzasi.models.build import build_model
 from kizzasi.models.channels.moe import ListedExperts, MoE, MoESpec, PackedExperts
-from kizzasi.models.channels.moe_routers import HashRouter, Routing
+from kizzasi.models.channels.moe_routers import Hash, Router, Routing
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.experts import sort_by_expert
 from kizzasi.models.ops.routing import Assignments, count_jobs, entropy
@@ -200,10 +200,11 @@ def balance_hashes(model: nn.Module, run: Callable[[], Any]) -> None:
     """
 
     def look(router: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(router, HashRouter)
-        router.balance(*args)
+        assert isinstance(router, Router)
+        if isinstance(router.spec, Hash):
+            router.spec.balance(router, *args)
 
-    routers = [module for module in model.modules() if isinstance(module, HashRouter)]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_pre_hook(look) for router in routers]
     try:
         run()

@@ -115,7 +115,7 @@ def test_a_hash_is_dealt_out_by_real_tokens_alone():
     x = torch.randn(2, 40, 16, generator=generator)
     ids = torch.where(torch.arange(40) < 15, -1, 0).expand(2, -1)
     balance_hashes(moe, lambda: moe(x, call=Call.of(x, ids)))
-    same.gate.balance(x[:, 15:])
+    same.spec.router.balance(same.gate, x[:, 15:])
     assert torch.equal(moe.gate.table, same.gate.table)
 
 

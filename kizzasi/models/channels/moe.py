@@ -219,14 +219,13 @@ class PackedExperts(nn.Module):
 
     def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
         """(n, d) to (n, d); backend as in `MoE`."""
-        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, packed=True)
-        weights = self.gate_up_proj, self.down_proj
+        gate_up, down = self.gate_up_proj, self.down_proj
+        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, down)
         if how == "sorted" and _alone(x):
-            gate_up, down = weights
             return dispatch.mix_one(
                 x, to, lambda i: dispatch.swiglu(gate_up[i], down[i]), len(down)
             )
-        return dispatch.mix_swiglu(x, to, *weights, how)
+        return dispatch.mix_swiglu(x, to, gate_up, down, how)
 
     @torch.no_grad()
     def tensors(self, i: int) -> list[Tensor]:
@@ -265,7 +264,7 @@ class ListedExperts(nn.ModuleList):
         Raises:
             ShapeError: an expert does not take or give such rows.
         """
-        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, packed=False)
+        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, None)
         if how == "sorted" and _alone(x):
             return dispatch.mix_one(x, to, self.caller, len(self))
         return dispatch.mix(x, to, [self.caller(i) for i in range(len(self))], how)
@@ -309,7 +308,7 @@ class MoE(Mixer):
     def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
-        self.gate: Router = spec.router.build(spec.choice(layer.d_model))
+        self.gate = Router(spec.router, spec.choice(layer.d_model))
         width = spec.packed_width(layer.d_model)
         self.experts: PackedExperts | ListedExperts = (
             ListedExperts(expert.build(layer) for expert in spec.expert_specs(layer.d_model))

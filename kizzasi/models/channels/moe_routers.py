@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -56,22 +56,59 @@ class Choice(NamedTuple):
     expert_dropout: float = 0.0
 
 
-class Router(KeepFloat32, ABC):
-    """Base of all routers."""
+class Router(KeepFloat32, Adaptive):
+    """The tensors of a router; its spec says which, and what becomes of them."""
 
     float32_parameters = ("weight", "noise_weight", "bias", "planes")
+    weight: nn.Parameter
+    noise_weight: nn.Parameter
+    planes: nn.Parameter
+    bias: Tensor | None
+    table: Tensor
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, spec: RouterSpec, choice: Choice) -> None:
         super().__init__()
-        self.choice = choice
+        self.spec, self.choice = spec, choice
+        self.tally: Tally | None = None
+        self.register_buffer("bias", None)
+        spec.furnish(self, choice)
 
-    @abstractmethod
     def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
         """Route (b, t, d); tokens where `real` (b, t) is False get nobody."""
+        return self.spec.route(self, x, real)
 
-    @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise; see each router."""
+        self.spec.reset(self, generator)
+
+    def take(self) -> Tensor | None:
+        return None if self.tally is None else self.tally.take()
+
+    def after_step(self, counted: Tensor) -> None:
+        assert self.bias is not None, "only a bias is counted for"
+        self.spec.move(self.bias, counted)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(b, t, e), in training of an input multiplied by U(1 - jitter, 1 + jitter)."""
+        if self.training and self.choice.jitter:
+            x = full_precision(x)
+            jitter = self.choice.jitter
+            x = x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter)
+        return linear(x, self.weight)
+
+    def rank(self, scores: Tensor) -> Tensor:
+        """In training each expert is out of the running for a token with p = expert_dropout."""
+        scores = scores.detach()
+        if not (self.training and self.choice.expert_dropout):
+            return scores
+        out = torch.rand_like(scores) < self.choice.expert_dropout
+        return scores.masked_fill(out, -math.inf)
+
+    def assign(
+        self, scores: Tensor, ranking: Tensor, real: Tensor | None, scale: float = 1.0
+    ) -> Assignments:
+        """Jobs for the top_k of a ranking, weighted by their scores."""
+        ids, weights = ops.choose(scores, self.choice.top_k, self.choice.normalize, ranking)
+        return ops.assign(ids, weights * scale, real)
 
 
 class RouterSpec(Registered):
@@ -87,8 +124,22 @@ class RouterSpec(Registered):
         rule = 'top_k 1 with "topk" makes every weight 1, and the router learns nothing; use "all"'
         require(learns or choice.n_experts == 1, join(path, "normalize"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        raise AssertionError(f"{type(self).__name__} must define build")
+    def furnish(self, router: Router, choice: Choice) -> None:
+        """Give a new router its tensors."""
+        router.weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
+
+    def reset(self, router: Router, generator: torch.Generator | None) -> None:
+        """Initialise them: weight ~ U(-1/sqrt(d), 1/sqrt(d)), bias 0."""
+        init.uniform_(router.weight, router.choice.d_model**-0.5, generator)
+        if router.bias is not None:
+            nn.init.zeros_(router.bias)
+
+    @abstractmethod
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        """See `Router.forward`."""
+
+    def move(self, bias: Tensor, counted: Tensor) -> None:
+        """Change a router's bias in place, after a step; `counted` is from its tally."""
 
     def n_params(self, choice: Choice) -> int:
         return choice.d_model * choice.n_experts
@@ -101,36 +152,17 @@ class RouterSpec(Registered):
         return seq_len * choice.top_k
 
 
-def linear_logits(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """In at least float32."""
     with without_autocast(x):
         return F.linear(full_precision(x), full_precision(weight))
 
 
-class LinearRouter(Router):
-    """A router with logits: weight ~ U(-1/sqrt(d), 1/sqrt(d))."""
-
-    def __init__(self, choice: Choice) -> None:
-        super().__init__(choice)
-        self.weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        init.uniform_(self.weight, self.choice.d_model**-0.5, generator)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits, in training of an input multiplied by U(1 - jitter, 1 + jitter)."""
-        if self.training and self.choice.jitter:
-            x = full_precision(x)
-            jitter = self.choice.jitter
-            x = x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter)
-        return linear_logits(x, self.weight)
-
-    def rank(self, scores: Tensor) -> Tensor:
-        """In training each expert is out of the running for a token with p = expert_dropout."""
-        scores = scores.detach()
-        if not (self.training and self.choice.expert_dropout):
-            return scores
-        out = torch.rand_like(scores) < self.choice.expert_dropout
-        return scores.masked_fill(out, -math.inf)
+def add_bias(router: Router, n: int) -> None:
+    """A bias, and a tally of n numbers."""
+    empty = torch.empty(router.choice.n_experts, dtype=router.weight.dtype)
+    router.register_buffer("bias", empty)
+    router.tally = Tally(n)
 
 
 @register
@@ -170,51 +202,25 @@ class TopK(RouterSpec):
         rule = f"{top} of {groups} groups hold fewer than top_k = {k} experts; raise top_groups"
         require(top <= groups and top * (e // groups) >= k, join(path, "router.top_groups"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        return TopKRouter(self, choice)
+    def furnish(self, router: Router, choice: Choice) -> None:
+        super().furnish(router, choice)
+        if self.bias_rate:
+            add_bias(router, choice.n_experts)
 
-
-class TopKRouter(LinearRouter, Adaptive):
-    """See `TopK`. It counts the choices by expert."""
-
-    bias: Tensor | None
-
-    def __init__(self, spec: TopK, choice: Choice) -> None:
-        super().__init__(choice)
-        self.spec = spec
-        bias = torch.empty(choice.n_experts, dtype=self.weight.dtype)
-        self.register_buffer("bias", bias if spec.bias_rate else None)
-        self.tally = Tally(choice.n_experts) if spec.bias_rate else None
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        logits = self.logits(x)
-        softmax = self.spec.score == "softmax"
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        logits, softmax = router.logits(x), self.score == "softmax"
         scores = logits.softmax(-1) if softmax else logits.sigmoid()
-        ranking = self.rank(scores if self.bias is None else scores + self.bias)
-        if self.spec.top_groups < self.spec.n_groups:
-            ranking = ops.keep_best_groups(
-                ranking, self.spec.n_groups, self.spec.top_groups, self.spec.group_best
-            )
-        ids, weights = ops.choose(scores, self.choice.top_k, self.choice.normalize, ranking)
-        to = ops.assign(ids, weights * self.spec.scale, real)
-        if self.training and self.tally is not None:
-            self.tally.add(ops.count_jobs(to, to.token.numel(), 1, self.choice.n_experts)[0])
+        ranking = router.rank(scores if router.bias is None else scores + router.bias)
+        if self.top_groups < self.n_groups:
+            ranking = ops.keep_best_groups(ranking, self.n_groups, self.top_groups, self.group_best)
+        to = router.assign(scores, ranking, real, self.scale)
+        if router.training and router.tally is not None:
+            router.tally.add(ops.count_jobs(to, to.token.numel(), 1, scores.shape[-1])[0])
         return Routing(to, scores if softmax else scores / scores.sum(-1, keepdim=True), logits)
 
-    def take(self) -> Tensor | None:
-        return None if self.tally is None else self.tally.take()
-
-    def after_step(self, counted: Tensor) -> None:
-        assert self.bias is not None
-        if counted.any():
-            direction = torch.sign(counted.mean() - counted)
-            direction = direction - direction.mean()
-            self.bias.add_(direction.to(self.bias.dtype), alpha=self.spec.bias_rate)
+    def move(self, bias: Tensor, counted: Tensor) -> None:
+        direction = torch.sign(counted.mean() - counted)
+        bias.add_((direction - direction.mean()).to(bias.dtype), alpha=self.bias_rate)
 
 
 @register
@@ -229,17 +235,10 @@ class Softmax(RouterSpec):
         rule = f"the softmax router uses all {e} experts, top_k says {k}; set top_k to {e}"
         require(k == e, join(path, "top_k"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        return SoftmaxRouter(choice)
-
-
-class SoftmaxRouter(LinearRouter):
-    """See `Softmax`."""
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        logits = self.logits(x)
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        logits = router.logits(x)
         probs = logits.softmax(-1)
-        ids = torch.arange(self.choice.n_experts, device=x.device).expand(probs.shape)
+        ids = torch.arange(router.choice.n_experts, device=x.device).expand(probs.shape)
         return Routing(ops.assign(ids, probs, real), probs, logits)
 
 
@@ -247,6 +246,8 @@ class SoftmaxRouter(LinearRouter):
 @dataclass(frozen=True)
 class NoisyTopK(RouterSpec):
     """Top-k of h + N(0, 1) softplus(W_noise x) noise_std: trainable noise, in training only.
+
+    W_noise starts at zero: noise of deviation softplus(0) everywhere.
 
     Args:
         noise_std: factor on the deviation.
@@ -261,39 +262,29 @@ class NoisyTopK(RouterSpec):
         super().check(choice, path)
         self.require_positive(join(path, "router"), "noise_std")
 
-    def build(self, choice: Choice) -> Router:
-        return NoisyTopKRouter(self, choice)
+    def furnish(self, router: Router, choice: Choice) -> None:
+        super().furnish(router, choice)
+        router.noise_weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
+
+    def reset(self, router: Router, generator: torch.Generator | None) -> None:
+        super().reset(router, generator)
+        nn.init.zeros_(router.noise_weight)
+
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        clean = noisy = router.logits(x)
+        load = None
+        if router.training:
+            std = self.noise_std * (F.softplus(linear(x, router.noise_weight)) + 1e-2)  # above 0
+            noisy = clean + torch.randn_like(clean) * std
+            load = ops.smooth_load(clean, noisy, std, router.choice.top_k)
+        probs = noisy.softmax(-1)
+        return Routing(router.assign(probs, router.rank(probs), real), probs, clean, load)
 
     def n_params(self, choice: Choice) -> int:
         return 2 * super().n_params(choice)
 
     def flops(self, choice: Choice, n_tokens: int) -> int:
         return 2 * super().flops(choice, n_tokens)
-
-
-class NoisyTopKRouter(LinearRouter):
-    """See `NoisyTopK`. noise_weight starts at zero: noise of deviation softplus(0) everywhere."""
-
-    def __init__(self, spec: NoisyTopK, choice: Choice) -> None:
-        super().__init__(choice)
-        self.spec = spec
-        self.noise_weight = nn.Parameter(torch.empty(choice.n_experts, choice.d_model))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        nn.init.zeros_(self.noise_weight)
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        clean = noisy = self.logits(x)
-        load = None
-        if self.training:
-            raw = linear_logits(x, self.noise_weight)
-            std = self.spec.noise_std * (F.softplus(raw) + 1e-2)  # above zero
-            noisy = clean + torch.randn_like(clean) * std
-            load = ops.smooth_load(clean, noisy, std, self.choice.top_k)
-        probs = noisy.softmax(-1)
-        ids, weights = ops.choose(probs, self.choice.top_k, self.choice.normalize, self.rank(probs))
-        return Routing(ops.assign(ids, weights, real), probs, clean, load)
 
 
 @register
@@ -314,7 +305,7 @@ class Sinkhorn(RouterSpec):
     Args:
         n_iterations: rounds of balancing.
         temperature: divides the logits before.
-        bias_rate: of the running mean, per optimiser step.
+        bias_rate: of the running mean, per optimiser step; the first mean is taken whole.
 
     Source: Clark et al. 2022, arXiv:2202.01169, appendix B.2.1.
     Differs: Megatron-LM has no temperature, and its evaluation chooses by h alone, which is neither
@@ -332,50 +323,32 @@ class Sinkhorn(RouterSpec):
         rule = f"{self.bias_rate} is outside (0, 1]; 0.05 averages about 20 steps"
         require(0 < self.bias_rate <= 1, join(path, "router.bias_rate"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        return SinkhornRouter(self, choice)
+    def furnish(self, router: Router, choice: Choice) -> None:
+        super().furnish(router, choice)
+        add_bias(router, choice.n_experts + 1)  # the v of plans, and how many there were
 
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        logits, shift = router.logits(x), router.bias
+        assert shift is not None
+        if router.training and router.tally is not None:
+            shift = self._plan(logits.detach(), real)
+            router.tally.add(torch.cat([shift, torch.ones_like(shift[:1])]))
+        probs = logits.softmax(-1)
+        return Routing(router.assign(probs, router.rank(logits + shift), real), probs, logits)
 
-class SinkhornRouter(LinearRouter, Adaptive):
-    """See `Sinkhorn`. It sums v over plans, and counts them; the first mean is taken whole."""
-
-    bias: Tensor
-
-    def __init__(self, spec: Sinkhorn, choice: Choice) -> None:
-        super().__init__(choice)
-        self.spec = spec
-        self.register_buffer("bias", torch.empty(choice.n_experts, dtype=self.weight.dtype))
-        self.tally = Tally(choice.n_experts + 1)
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        super().reset_parameters(generator)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        logits = self.logits(x)
-        shift = self._plan(logits.detach(), real) if self.training else self.bias
-        probs, ranking = logits.softmax(-1), self.rank(logits + shift)
-        ids, weights = ops.choose(probs, self.choice.top_k, self.choice.normalize, ranking)
-        return Routing(ops.assign(ids, weights, real), probs, logits)
-
-    def take(self) -> Tensor:
-        return self.tally.take()
-
-    def after_step(self, counted: Tensor) -> None:
-        n_plans = counted[-1].clamp(min=1)
-        first = ~self.bias.any()
-        rate = torch.where(first, 1.0, self.spec.bias_rate) * (counted[-1] > 0)
-        self.bias.lerp_((counted[:-1] / n_plans).to(self.bias.dtype), rate.to(self.bias.dtype))
+    def move(self, bias: Tensor, counted: Tensor) -> None:
+        n_plans = counted[-1]
+        rate = torch.where(bias.any(), self.bias_rate, 1.0) * (n_plans > 0)
+        mean = counted[:-1] / n_plans.clamp(min=1)
+        bias.lerp_(mean.to(bias.dtype), rate.to(bias.dtype))
 
     def _plan(self, logits: Tensor, real: Tensor | None) -> Tensor:
         """(e,): v, with mean zero, of the plan over the real tokens."""
-        cold = logits.flatten(0, 1) / self.spec.temperature
+        cold = logits.flatten(0, 1) / self.temperature
         counted = None if real is None else real.flatten()
-        moved = ops.sinkhorn(cold, self.spec.n_iterations, counted) - cold
+        moved = ops.sinkhorn(cold, self.n_iterations, counted) - cold
         v = ops.mean_over(moved[None], None if counted is None else counted[None])
-        v = self.spec.temperature * (v - v.mean())  # the same for every token, but for u, rounding
-        self.tally.add(torch.cat([v, torch.ones_like(v[:1])]))
-        return v
+        return self.temperature * (v - v.mean())  # the same for every token, but for u, rounding
 
 
 @register
@@ -398,26 +371,19 @@ class ExpertChoice(RouterSpec):
         rule = 'expert choice weighs by the softmax over all experts; set it to "all"'
         require(choice.normalize == "all", join(path, "normalize"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        return ExpertChoiceRouter(choice)
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        logits = router.logits(x)
+        probs = logits.softmax(-1)
+        return Routing(ops.expert_choice(probs, router.choice.top_k, real), probs, logits)
 
     def n_jobs(self, choice: Choice, seq_len: int) -> int:
         return choice.n_experts * -(-seq_len * choice.top_k // choice.n_experts)
 
 
-class ExpertChoiceRouter(LinearRouter):
-    """See `ExpertChoice`."""
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        logits = self.logits(x)
-        probs = logits.softmax(-1)
-        return Routing(ops.expert_choice(probs, self.choice.top_k, real), probs, logits)
-
-
 @register
 @dataclass(frozen=True)
 class Hash(RouterSpec):
-    """A fixed hash of the token: nothing to learn.
+    """A fixed hash of the token: nothing to learn, and every weight is 1/k.
 
     A hash spreads the codes evenly over the experts, but not the tokens, of which many share a few
     codes. `balance_hashes` deals the codes out by their frequencies, before training. What no hash
@@ -439,59 +405,47 @@ class Hash(RouterSpec):
         rule = f"{self.n_bits} is outside 1 .. 16"
         require(1 <= self.n_bits <= 16, join(path, "router.n_bits"), rule)
 
-    def build(self, choice: Choice) -> Router:
-        return HashRouter(self, choice)
+    def furnish(self, router: Router, choice: Choice) -> None:
+        planes = torch.empty(choice.d_model, self.n_bits)
+        router.planes = nn.Parameter(planes, requires_grad=False)
+        router.register_buffer("table", torch.empty(2**self.n_bits, dtype=torch.int64))
+
+    def reset(self, router: Router, generator: torch.Generator | None) -> None:
+        init.normal_(router.planes, 1.0, generator)
+        codes = torch.arange(len(router.table), device=router.table.device)
+        spread = codes * 2654435761 % 2**32 >> 8  # Knuth's multiplicative hash
+        router.table.copy_(spread % router.choice.n_experts)
+
+    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+        k, each = router.choice.top_k, torch.arange(router.choice.n_experts, device=x.device)
+        first = router.table[self._codes(router, x)]
+        ids = (first[..., None] + torch.arange(k, device=x.device)) % len(each)
+        weights = torch.full_like(ids, 1 / k, dtype=full_precision(router.planes).dtype)
+        probs = (ids[..., None] == each).to(weights.dtype).mean(-2)
+        return Routing(ops.assign(ids, weights, real), probs)
+
+    @torch.no_grad()
+    def balance(self, router: Router, x: Tensor, real: Tensor | None = None) -> None:
+        """Deal the codes out anew, by their frequencies in (b, t, d); arguments as in `route`.
+
+        The most frequent code goes to the expert that has the fewest tokens so far, then the next;
+        codes that did not occur stay where they are.
+        """
+        codes = self._codes(router, x)
+        amounts = torch.bincount(codes.flatten() if real is None else codes[real]).tolist()
+        load = [(0, expert) for expert in range(router.choice.n_experts)]
+        for code in sorted((c for c, n in enumerate(amounts) if n), key=lambda c: -amounts[c]):
+            tokens, expert = load[0]
+            router.table[code] = expert
+            heapq.heapreplace(load, (tokens + amounts[code], expert))
+
+    def _codes(self, router: Router, x: Tensor) -> Tensor:
+        """(b, t): the signs of the projections, read as a binary number."""
+        signs = linear(x.detach(), router.planes.T) > 0
+        return (signs * 2 ** torch.arange(self.n_bits, device=x.device)).sum(-1)
 
     def n_params(self, choice: Choice) -> int:
         return choice.d_model * self.n_bits
 
     def flops(self, choice: Choice, n_tokens: int) -> int:
         return 2 * n_tokens * choice.d_model * self.n_bits
-
-
-class HashRouter(Router):
-    """See `Hash`. planes ~ N(0, 1), frozen; every weight is 1/k."""
-
-    table: Tensor
-
-    def __init__(self, spec: Hash, choice: Choice) -> None:
-        super().__init__(choice)
-        planes = torch.empty(choice.d_model, spec.n_bits)
-        self.planes = nn.Parameter(planes, requires_grad=False)
-        self.register_buffer("table", torch.empty(2**spec.n_bits, dtype=torch.int64))
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        init.normal_(self.planes, 1.0, generator)
-        codes = torch.arange(len(self.table), device=self.table.device)
-        spread = codes * 2654435761 % 2**32 >> 8  # Knuth's multiplicative hash
-        self.table.copy_(spread % self.choice.n_experts)
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        k, n_experts = self.choice.top_k, self.choice.n_experts
-        first = self.table[self._codes(x)]
-        ids = (first[..., None] + torch.arange(k, device=x.device)) % n_experts
-        weights = torch.full_like(ids, 1 / k, dtype=full_precision(self.planes).dtype)
-        chosen = ids[..., None] == torch.arange(n_experts, device=x.device)
-        probs = chosen.to(weights.dtype).mean(-2)
-        return Routing(ops.assign(ids, weights, real), probs)
-
-    @torch.no_grad()
-    def balance(self, x: Tensor, real: Tensor | None = None) -> None:
-        """Deal the codes out anew, by their frequencies in (b, t, d); arguments as in forward.
-
-        The most frequent code goes to the expert that has the fewest tokens so far, then the next;
-        codes that did not occur stay where they are.
-        """
-        codes = self._codes(x)
-        amounts = torch.bincount(codes.flatten() if real is None else codes[real]).tolist()
-        load = [(0, expert) for expert in range(self.choice.n_experts)]
-        for code in sorted((c for c, n in enumerate(amounts) if n), key=lambda c: -amounts[c]):
-            tokens, expert = load[0]
-            self.table[code] = expert
-            heapq.heapreplace(load, (tokens + amounts[code], expert))
-
-    def _codes(self, x: Tensor) -> Tensor:
-        """(b, t): the signs of the projections, read as a binary number."""
-        with without_autocast(x):
-            signs = full_precision(x.detach()) @ full_precision(self.planes) > 0
-        return (signs * 2 ** torch.arange(signs.shape[-1], device=x.device)).sum(-1)

@@ -15,8 +15,9 @@ of them are read, so no weight is copied; autocast casts the experts that have j
 "grouped", all of them.
 
 The rule (`dispatch_rule`) is sorted, except
-    grouped   packed bfloat16 on CUDA, where a loop over experts would wait for the device and many
-              small kernels would not fill it (not measured here: no GPU)
+    grouped   packed bfloat16 on CUDA whose widths are multiples of 8, where a loop over experts
+              would wait for the device and many small kernels would not fill it (not measured
+              here: no GPU)
     dense     inside torch.func, and of experts that are not packed in a graph (torch.compile,
               torch.export): only there do no shapes depend on how many tokens an expert has
 In a graph and on the meta device "sorted" is one node, which runs the same code. All have second
@@ -47,8 +48,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kizzasi.models.ops.routing import Assignments
 
 Expert = Callable[[Tensor], Tensor]
-GROUPED_MM = getattr(F, "grouped_mm", None)  # public since torch 2.10
-ALIGNMENT_BYTES = 16  # of every row that grouped_mm reads
+ALIGNMENT = 8  # its rows must be multiples of so many bfloat16
 BLOCK_ROWS = 1024  # jobs that "sorted" takes at once, in whole experts
 
 
@@ -57,13 +57,16 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
-def dispatch_rule(x: Tensor, packed: bool) -> str:
-    """The written rule behind backend="torch"; see the module."""
+def dispatch_rule(x: Tensor, down: Tensor | None) -> str:
+    """The written rule behind backend="torch"; see the module. `down` is of packed experts."""
     traced = torch.compiler.is_compiling()
-    if (traced and not packed) or (not traced and in_transform()):
+    if (traced and down is None) or (not traced and in_transform()):
         return "dense"
-    kernel = packed and x.is_cuda and x.dtype == torch.bfloat16 and GROUPED_MM is not None
-    return "grouped" if kernel else "sorted"
+    if down is None or not x.is_cuda:
+        return "sorted"
+    low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    aligned = low == torch.bfloat16 and not any(n % ALIGNMENT for n in down.shape[1:])
+    return "grouped" if aligned else "sorted"
 
 
 def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], how: str) -> Tensor:
@@ -337,53 +340,23 @@ def _(x: Any, weight: Any, token: Any, counts: Any, gate_up: Any, down: Any, **_
 
 def _grouped(x: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Sorted jobs through two grouped products. Rows of idle jobs, at the end, are zero."""
-    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     ends = counts.cumsum(0).int()
     # The kernel leaves idle rows unwritten, in the result and in the gradient: mask on both sides.
     busy = (torch.arange(len(token), device=x.device) < ends[-1])[:, None]
-    rows = torch.where(busy, x[token], 0)
-    gate, up = grouped_linear(rows, gate_up, ends).chunk(2, dim=1)
+    gate, up = _grouped_linear(torch.where(busy, x[token], 0), gate_up, ends).chunk(2, dim=1)
     hidden = torch.where(busy, F.silu(gate) * up, 0)
-    return torch.where(busy, grouped_linear(hidden, down, ends), 0)
+    return torch.where(busy, _grouped_linear(hidden, down, ends), 0)
 
 
-def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """y[j] = weights[i] x[j] for every row j of group i, by `torch.nn.functional.grouped_mm`.
-
-    Rows are padded with zeros to 16 bytes, and gradients made contiguous: the kernel takes neither
-    other strides nor expanded tensors. Where there is no kernel (float64; float32 and float16 on
-    CUDA; float32 inside torch.compile; torch before 2.10) the groups are multiplied one by one.
+def _grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """y[j] = weights[i] x[j] for every row j of group i; rows behind the last come out arbitrary.
 
     Args:
         x: (m, n_in), rows sorted by group.
-        weights: (e, n_out, n_in), in x's dtype.
-        ends: (e,) int32, where each group ends. Rows behind the last one come out arbitrary.
-
-    Returns:
-        (m, n_out).
+        weights: (e, n_out, n_in).
+        ends: (e,) int32, where each group ends.
     """
-    if not _has_kernel(x):
-        ends_list = ends.tolist()
-        sizes = [b - a for a, b in zip([0, *ends_list], [*ends_list, len(x)], strict=True)]
-        *groups, behind = x.split(sizes)
-        parts = [F.linear(rows, w) for rows, w in zip(groups, weights.unbind(0), strict=True)]
-        return torch.cat([*parts, behind.new_zeros(len(behind), weights.shape[1])])
-    assert GROUPED_MM is not None
-    n_out, n_in = weights.shape[1:]
-    step = ALIGNMENT_BYTES // x.element_size()
-    if n_in % step or n_out % step:
-        x = F.pad(x, (0, -n_in % step))
-        weights = F.pad(weights, (0, -n_in % step, 0, -n_out % step))
-    y = GROUPED_MM(x, weights.mT, offs=ends)
+    y = F.grouped_mm(x, weights.to(x.dtype).mT, offs=ends)
     if y.requires_grad:
-        y.register_hook(Tensor.contiguous)
-    return y[:, :n_out]
-
-
-def _has_kernel(x: Tensor) -> bool:
-    """Where grouped_mm was seen to work, or is documented to."""
-    if GROUPED_MM is None or (torch.compiler.is_compiling() and x.dtype != torch.bfloat16):
-        return False
-    if x.device.type == "cpu":
-        return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.dtype == torch.bfloat16
+        y.register_hook(Tensor.contiguous)  # the kernel takes no expanded gradients
+    return y
