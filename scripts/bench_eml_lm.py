@@ -22,7 +22,7 @@ from kizzasi.eml import EmlAttentionSpec
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec
-from kizzasi.nas import Recipe, Training, load_corpus
+from kizzasi.train import Recipe, Training, load_corpus
 
 D_MODEL, N_HEADS, HIDDEN, EML_DEPTH = 64, 4, 160, 3
 WANTED = 1.05

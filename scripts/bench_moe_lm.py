@@ -21,7 +21,7 @@ from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MoESpec, SwiGLUSpec
 from kizzasi.models.mixer import ChannelSpec
 from kizzasi.models.mixers import AttentionSpec
-from kizzasi.nas import Recipe, Training, load_corpus
+from kizzasi.train import Recipe, Training, load_corpus
 
 D_MODEL, LAYERS, HIDDEN = 96, 3, 256
 CHANNELS: dict[str, ChannelSpec] = {

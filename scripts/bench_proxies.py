@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, build_model
-from kizzasi.nas import MicroTrain, Recipe, Xorshift64, load_corpus, proxy_worth
+from kizzasi.nas import Job, MicroTrain, Xorshift64, proxy_worth
 from kizzasi.nas.evaluators.zero_cost import PROXIES, Batch
 from kizzasi.nas.results.rank_agreement import Region
 from kizzasi.nas.spaces.ready_made import SMALL_SPACE
+from kizzasi.train import Recipe, load_corpus
 from kizzasi.train.bytes import batches
 from kizzasi.train.seeds import derive_seed
 
@@ -57,16 +58,16 @@ def draw(n: int, n_params: int, seed: int) -> list[tuple[str, ModelSpec, float]]
 
 
 def measure(
-    evaluator: MicroTrain, spec: ModelSpec, batch: Batch, tokens: int, seed: int
+    evaluator: MicroTrain, spec: ModelSpec, batch: Batch, tokens: int, seed: int, device: str
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Proxy scores, their seconds, and minus the held-out bits per byte (nan: training failed)."""
-    model = build_model(spec, seed=seed, device=evaluator.device)
+    model = build_model(spec, seed=seed, device=device)
     scores, seconds = {}, {}
     for name, proxy in PROXIES.items():
         start = time.perf_counter()
         scores[name] = proxy(model, batch)
         seconds[name] = time.perf_counter() - start
-    bits = evaluator(spec, tokens, seed).bits_per_byte
+    bits = evaluator(Job(spec, tokens, seed, device=device), lambda _: None).score
     return scores, seconds, float("nan") if bits is None else -bits
 
 
@@ -122,14 +123,16 @@ def main() -> None:
 
     corpus = load_corpus(args.data)
     recipe = Recipe(args.tokens, SEQ_LEN, BATCH_SIZE, args.lr, score_windows=64)
-    evaluator = MicroTrain(corpus, recipe, args.device)
+    evaluator = MicroTrain(corpus, recipe)
     stream = batches(corpus.train, PROXY_LENGTH, PROXY_ROWS, derive_seed(args.seed, "proxies"))
     inputs, targets = (x.to(args.device) for x in next(stream))
     rows: list[dict[str, Any]] = []
     seconds = dict.fromkeys(PROXIES, 0.0)
     drawn = draw(args.candidates, args.params, args.seed)
     for name, spec, analytic in tqdm(drawn, desc="candidates"):
-        scores, spent, trained = measure(evaluator, spec, (inputs, targets), args.tokens, args.seed)
+        scores, spent, trained = measure(
+            evaluator, spec, (inputs, targets), args.tokens, args.seed, args.device
+        )
         rows.append({"name": name, **scores, "analytic": analytic, "trained": trained})
         seconds = {key: seconds[key] + spent[key] / args.candidates for key in seconds}
     regions = compare(rows, args.seed, args.top)

@@ -25,7 +25,7 @@ from kizzasi.nas.schedulers import (
     PASHA,
     PDH,
     Hyperband,
-    Job,
+    Instalment,
     Schedule,
     Scheduler,
     StoppingASHA,
@@ -33,7 +33,7 @@ from kizzasi.nas.schedulers import (
 )
 from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.schedulers.simulate import SimulatedCurves, SimulatedTrainings, run_workers
-from kizzasi.nas.searchers import Grid, Search
+from kizzasi.nas.searchers import AskTell, Grid
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.train.seeds import derive_seed
 
@@ -115,11 +115,11 @@ def study(family: str, scheduler: Scheduler, seed: int, n_workers: int) -> dict[
     """Run one study and the training in full at its end."""
     space = SimulatedCurves(N, seed, FULL, **FAMILIES[family])
     space.check()
-    schedule = Schedule(scheduler, Search(Grid(N), space))
+    schedule = Schedule(scheduler, AskTell(Grid(N), space))
     trainings = SimulatedTrainings(space.curve)
     trained: dict[int, int] = {}
 
-    def seconds(job: Job) -> float:
+    def seconds(job: Instalment) -> float:
         """One per step, times a speed of the candidate's own between 1/2 and 2."""
         speed = 0.5 * 4 ** Xorshift64(derive_seed(seed, "speed", job.candidate)).next_f64()
         steps = job.budget - trained.get(job.candidate, 0)
@@ -129,7 +129,7 @@ def study(family: str, scheduler: Scheduler, seed: int, n_workers: int) -> dict[
     time = run_workers(schedule, trainings, n_workers, seconds)
     chosen, failures = None, 0
     for candidate in ranking(schedule):
-        time += seconds(Job(candidate, FULL))
+        time += seconds(Instalment(candidate, FULL))
         if trainings.trainings[candidate].step == FULL or trainings(candidate, FULL) is not None:
             chosen = candidate
             break

@@ -82,7 +82,7 @@ def overhead(n: int, folder: Path, evaluator: MicroTrain) -> dict[str, float]:
                 own = replace(spec, dropout=i / n / 2)  # a spec, and a digest, of its own
                 entry = Entry(own.digest[:12], "random", "none", "none", own, 0.0, 1, 1, 1)
                 study.once("candidate", entry.to_event, id=entry.id)
-                trial = Trial(entry, "0", 0, 1e-3, 98_304, 98_304)
+                trial = Trial(entry, "0", 0, {"lr": 1e-3}, 98_304, 98_304)
                 study.run([trial])
                 study.forget([trial])
                 stamps.append(time.perf_counter() - start - (synced - before))
@@ -110,7 +110,7 @@ def memory(n: int, evaluator: MicroTrain) -> dict[str, float]:
     tokens = evaluator.recipe.tokens_per_step
     tracemalloc.start()
     for seed in tqdm(range(n), desc="memory"):
-        job = Job(str(seed), spec, tokens, seed, 1e-3, tokens)
+        job = Job(spec, tokens, seed, {"lr": 1e-3}, tokens)
         assert run_job(evaluator, job, lambda _: None).failure is None
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1024)
         held.append(tracemalloc.get_traced_memory()[0] / 1024)

@@ -53,11 +53,11 @@ def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):
     run = tmp_path / "run"
     options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--out", run, "--json"]
     trained = json.loads(output(capsys, "train", spec_file, "--steps", 60, *options))
-    assert trained["bits_per_byte"] < 6
+    assert trained["score"] < 6
     assert trained["baselines"].keys() == {"unigram", "bigram", "xz"}
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "model.safetensors"]
     longer = json.loads(output(capsys, "train", run, "--steps", 60, *options))
-    assert longer["bits_per_byte"] < trained["bits_per_byte"]
+    assert longer["score"] < trained["score"]
     text = output(capsys, "generate", run, "--prompt", "the ", "--tokens", 12, "--temperature", 0)
     assert text.startswith("the ")
     made = json.loads(output(capsys, "generate", run, "--prompt", "fox", "--json"))
@@ -89,7 +89,7 @@ def test_an_interrupted_training_resumes(capsys, monkeypatch, tmp_path, spec_fil
     monkeypatch.setattr(Training, "_step", real)
     assert "unfinished training; use --resume" in refusal(capsys, *command)
     resumed = json.loads(output(capsys, *command, "--resume"))
-    assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+    assert resumed["score"] == whole["score"]
 
 
 def test_search_prints_its_table(capsys, tmp_path, data):

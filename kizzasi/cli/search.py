@@ -158,26 +158,33 @@ def _add_numbers(
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.executors import Limits
-    from kizzasi.nas.report.pages import summarise, table
-    from kizzasi.nas.search import Search, SearchConfig
+    from kizzasi.nas.search import SearchConfig, named_search
 
     check_device(args.device)
     names = SearchConfig().to_dict().keys() & vars(args).keys()
     config = SearchConfig.from_dict({name: getattr(args, name) for name in names})
     folder = Path(args.out)
-    search = Search(
+    memory = None if args.trial_memory is None else round(args.trial_memory * 2**20)
+    found = named_search(
         config,
         folder,
+        resume=args.resume,
         workers=args.workers,
         device=args.device,
         executor=args.executor,
         threads=args.threads,
-        limits=Limits(
-            args.trial_seconds,
-            None if args.trial_memory is None else round(args.trial_memory * 2**20),
-        ),
+        limits=Limits(args.trial_seconds, memory),
         address=args.address,
     )
-    events = search.run(resume=args.resume)
-    result = {"folder": str(folder), "best": str(folder / "best"), **events[-1]}
-    return result, f"{table(summarise(events))}\n{folder / 'report.html'}\n{folder / 'best'}"
+    best = found.best
+    result = {
+        **found.summary.result,
+        "folder": str(folder),
+        "best": str(folder / "best"),
+        "metric": found.summary.metric.name,
+        "name": best.name,
+        "params": best.params,
+        "score": best.score,
+        "searched": best.searched,
+    }
+    return result, f"{found.table}\n{folder / 'report.html'}\n{folder / 'best'}"

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from kizzasi.cli.torchrun import join, leave, restarted
     from kizzasi.models import build_model, load
-    from kizzasi.train.bytes import baselines, load_corpus
+    from kizzasi.train.bytes import load_corpus
     from kizzasi.train.leak import find_leak
     from kizzasi.train.recipe import Recipe
     from kizzasi.train.trainer import Training
@@ -54,14 +54,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     tokens = args.steps * args.seq_len * args.batch_size if args.tokens is None else args.tokens
     recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
     recipe.check()
-    corpus = load_corpus(args.data)
+    task = load_corpus(args.data)
     if is_spec_file(args.spec):
         model = build_model(read_spec(args.spec), seed=args.seed, device=device)
     else:
         model = load(args.spec, device=device)
     if leak := find_leak(model):
         raise StudyError(f"{args.spec}: {leak}")
-    training = Training(model, corpus, recipe, args.seed, ranks)
+    training = Training(model, task, recipe, args.seed, ranks)
     folder = Path(args.out)
     state = folder / "training.pt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,17 +85,18 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             raise
     if failure:
         raise StudyError(failure)
-    score, beside = training.score(), baselines(corpus)
+    score, beside = training.score(), task.baselines()
     whole = ranks.whole(model)
     leave(ranks)
     whole.eval().save_pretrained(folder, overwrite=True)
     state.unlink(missing_ok=True)
     result = {
         "folder": str(folder),
-        "bits_per_byte": score,
+        "metric": task.metric.name,
+        "score": score,
         "baselines": beside,
         "recipe": asdict(recipe),
         "curve": training.curve,
     }
     others = ", ".join(f"{name} {bits:.3f}" for name, bits in beside.items())
-    return result, f"{folder}: {score:.4f} bits/byte held out ({others})"
+    return result, f"{folder}: {score:.4f} {task.metric.label} held out ({others})"

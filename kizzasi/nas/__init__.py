@@ -1,9 +1,39 @@
-"""Architecture search: spaces, searchers, honest micro-training, and the study that joins them."""
+"""Architecture search: spaces, searchers, schedulers, evaluators, and what joins them."""
 
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.evaluators.zero_cost import PROXIES
-from kizzasi.nas.results.rank_agreement import kendall_tau_b, proxy_worth, spearman, top_k_recall
-from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.executors import Executor, InProcess, Limits, Processes
+from kizzasi.nas.results.rank_agreement import (
+    kendall_tau_b,
+    proxy_worth,
+    spearman,
+    top_k_recall,
+)
+from kizzasi.nas.schedulers import (
+    ASHA,
+    PASHA,
+    PDH,
+    Hyperband,
+    Results,
+    Schedule,
+    Scheduler,
+    StoppingASHA,
+    SuccessiveHalving,
+)
+from kizzasi.nas.search import Finalist, Found, Search, named_search
+from kizzasi.nas.searchers import (
+    NSGA2,
+    TPE,
+    AskTell,
+    Evolution,
+    Grid,
+    LocalSearch,
+    Proposals,
+    Random,
+    RegularizedEvolution,
+    Searcher,
+)
 from kizzasi.nas.searchers.arch_search import (
     ArchSearchConfig,
     ArchSearchResult,
@@ -12,44 +42,72 @@ from kizzasi.nas.searchers.arch_search import (
     RandomArchSearcher,
     search_best_arch,
 )
-from kizzasi.nas.spaces.constraints import Constraints, Feasible
-from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace
-from kizzasi.nas.spaces.model_space import Candidate, ModelSpace
-from kizzasi.nas.spaces.rng import Xorshift64
-from kizzasi.nas.spaces.space import Space
-from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
-from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
-from kizzasi.train.leak import find_leak
-from kizzasi.train.recipe import Recipe
-from kizzasi.train.trainer import Training
+from kizzasi.nas.spaces import (
+    ArchCandidate,
+    ArchSearchSpace,
+    Candidate,
+    Constraints,
+    Feasible,
+    ModelSpace,
+    Space,
+    Xorshift64,
+    choice,
+    pattern,
+    repeat,
+)
+from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.plan import Finals
 
 __all__ = [
+    "ASHA",
+    "NSGA2",
+    "PASHA",
+    "PDH",
     "PROXIES",
+    "TPE",
     "ArchCandidate",
     "ArchSearchConfig",
     "ArchSearchResult",
     "ArchSearchSpace",
-    "ByteCorpus",
+    "AskTell",
     "Candidate",
     "Constraints",
+    "Evaluator",
+    "Evolution",
     "EvolutionarySearcher",
+    "Executor",
     "Feasible",
+    "Finalist",
+    "Finals",
+    "Found",
+    "Grid",
     "GridSearcher",
+    "Hyperband",
+    "InProcess",
+    "Job",
+    "Limits",
+    "LocalSearch",
     "Measurement",
     "MicroTrain",
     "ModelSpace",
+    "Processes",
+    "Proposals",
+    "Random",
     "RandomArchSearcher",
-    "Recipe",
+    "RegularizedEvolution",
+    "Results",
+    "Schedule",
+    "Scheduler",
     "Search",
     "SearchConfig",
+    "Searcher",
     "Space",
-    "Training",
+    "StoppingASHA",
+    "SuccessiveHalving",
     "Xorshift64",
-    "baselines",
     "choice",
-    "find_leak",
     "kendall_tau_b",
-    "load_corpus",
+    "named_search",
     "pattern",
     "proxy_worth",
     "repeat",

@@ -1,152 +1,359 @@
-"""The main job: find a good small sequence model for your bytes and your budget.
+"""The main job: find a good model for your task and your budget.
 
-    a searcher proposes candidates that keep all bounds; presets take part beside them
+    a searcher proposes candidates that keep all bounds; baselines take part beside them
       -> screens, if there are any, choose each proposal among a few draws
-      -> learning rate per family, by a small sweep at the lowest budget
+      -> settings (learning rate) per family, by a small sweep at the lowest budget
       -> a scheduler says who trains on to the next rung, from its checkpoint
-      -> the best, and the best preset, trained anew at a longer budget over several seeds
+      -> the best, and the best baseline, trained anew at a longer budget over several seeds
 
-Presets (the families' usual proportions at the same budget) go through the same rungs by the same
-rules. Searchers begin with those that lie in the space, but a preset never wins: the winner has to
-beat the best of them.
+Baselines (in a named search the families' usual proportions at the same budget) go through the same
+rungs by the same rules. Searchers begin with those that lie in the space. The winner is the best
+searched candidate; where a baseline is better, the result says so first and keeps its weights.
 
-Nothing is decided by a clock: a search is a function of its config and its scores, told in the
-order asked for. So a resumed run walks through its journal and goes on from there.
+Nothing is decided by a clock: a search is a function of its plan and its scores, told in the order
+asked for. So a resumed run walks through its journal and goes on from there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from tqdm import tqdm
 
-from kizzasi.errors import StudyError
-from kizzasi.models import presets
+from kizzasi.errors import SpecError, StudyError
+from kizzasi.models import ModelSpec, SequenceModel, load
+from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.executors import NO_LIMITS, Executor, Kind, Limits, open_executor
-from kizzasi.nas.report.pages import write_report
-from kizzasi.nas.spaces.families import ArchSearchSpace
-from kizzasi.nas.spaces.model_space import ModelSpace
-from kizzasi.nas.spaces.ready_made import SMALL_SPACE, definition, read_space
-from kizzasi.nas.study.candidates import (
-    VOCAB,
-)
+from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
+from kizzasi.nas.report.export import export
+from kizzasi.nas.report.pages import table, write_report
+from kizzasi.nas.results.finals import Final
+from kizzasi.nas.results.summary import Summary
+from kizzasi.nas.schedulers import Scheduler
+from kizzasi.nas.searchers import Searcher, pareto_front
+from kizzasi.nas.spaces.constraints import Constraints
+from kizzasi.nas.spaces.describe import name_of
+from kizzasi.nas.spaces.ready_made import definition
+from kizzasi.nas.spaces.space import Space
+from kizzasi.nas.spaces.stem import Stem
+from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.journal import Journal
-from kizzasi.nas.study.named import constraints_of, scheduler_of
+from kizzasi.nas.study.named import plan_of
+from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Study
-from kizzasi.train.bytes import ByteCorpus, baselines, duplicate_share, load_corpus
-from kizzasi.train.recipe import Recipe
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.task import Metric, Task
 
-__all__ = ["SMALL_SPACE", "VOCAB", "Search", "SearchConfig"]
+# What version 0.1 did where its journals say nothing.
+OF_OLD: dict[str, Any] = {"test_fraction": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A candidate that was trained anew at the final budget.
+
+    Args:
+        name: for people.
+        spec: its architecture.
+        params: embeddings included.
+        score: mean over the seeds; on test where there is one. None if every training failed.
+        scores: by seed.
+        searched: False for a baseline.
+    """
+
+    name: str
+    spec: ModelSpec
+    params: int
+    score: float | None
+    scores: dict[int, float]
+    searched: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found. Plain values; `summary` has everything else.
+
+    Args:
+        folder: of the run.
+        summary: of its journal.
+    """
+
+    folder: Path
+    summary: Summary = field(repr=False)
+
+    @property
+    def best(self) -> Finalist:
+        """The best model, whose weights are kept: the winner, or a baseline that beat it."""
+        assert self.summary.saved is not None, "a finished search has a best model"
+        return self._finalist(self.summary.saved)
+
+    @property
+    def winner(self) -> Finalist:
+        """The best searched candidate."""
+        assert self.summary.winner is not None, "a finished search has a winner"
+        return self._finalist(self.summary.winner)
+
+    @property
+    def finals(self) -> list[Finalist]:
+        """Everyone who was trained anew, best first."""
+        return [self._finalist(final) for final in self.summary.finals]
+
+    @property
+    def front(self) -> list[ModelSpec]:
+        """The models that no other beats in both score and parameters, on the deepest rung."""
+        deepest = self.summary.rungs[-1].name
+        points = {
+            s.entry["id"]: (s.entry["params"], score)
+            for s in self.summary.standings
+            if (score := s.score(deepest)) is not None
+        }
+        names = list(points)
+        specs = {s.entry["id"]: s.entry["spec"] for s in self.summary.standings}
+        front = pareto_front(list(points.values()))
+        return [ModelSpec.from_dict(specs[names[i]]) for i in front]
+
+    @property
+    def table(self) -> str:
+        """Everyone who took part, and the findings, for a terminal."""
+        return table(self.summary)
+
+    def model(self, device: str = "cpu") -> SequenceModel:
+        """The best model with its weights.
+
+        Raises:
+            CheckpointError: the evaluator left none that can be loaded.
+        """
+        return load(self.folder / "best", device=device)
+
+    def export(self, out: Path | str) -> Path:
+        """Weights, spec, model card and a script that runs it, in a folder of their own."""
+        return export(self.folder, Path(out))
+
+    def _finalist(self, final: Final) -> Finalist:
+        sign = self.summary.metric.sign
+        return Finalist(
+            name=final.entry["name"],
+            spec=ModelSpec.from_dict(final.entry["spec"]),
+            params=final.entry["params"],
+            score=None if final.mean is None else sign * final.mean,
+            scores={seed: sign * score for seed, score in final.by_seed.items()},
+            searched=final.entry["group"] != "preset",
+        )
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search in a folder. `run` starts or resumes it.
+    """A search made of objects. `run` starts or resumes it in its folder.
+
+    Args:
+        space: of candidates: ours, or your own `Space`.
+        evaluator: trains and scores a candidate: a `MicroTrain`, or any function of (job, report)
+            that returns a score or a `Measurement`.
+        searcher: proposes candidates.
+        scheduler: says who trains on, and to which budgets.
+        folder: where journal, report and the best model go.
+        metric: what a function's scores are: a `Metric`, or its name if less is better.
+        stem: of every model, for spaces that name none; that of the task, if there is one.
+        constraints: that candidates keep.
+        baselines: models to beat, as a sequence or by name.
+        settings: by name, the values among which a short sweep chooses for each family, such as
+            {"lr": (1e-3, 3e-3)}.
+        n_sweep: candidates of a family that share a sweep.
+        finals: the last trainings.
+        executor: makes what runs the trials: `InProcess`, or partial(Processes, n_workers=8).
+        seed: of everything random.
+        side_by_side: trainings decided on at once.
+        budget: no training on the rungs starts beyond this sum; None for no limit.
+        proxies: zero-cost proxies to record, with a MicroTrain.
+    """
+
+    space: Space[Any]
+    evaluator: Evaluator
+    searcher: Searcher | ProxyPool = field(kw_only=True)
+    scheduler: Scheduler = field(kw_only=True)
+    folder: Path | str = field(kw_only=True)
+    metric: Metric | str | None = field(default=None, kw_only=True)
+    stem: Stem | None = field(default=None, kw_only=True)
+    constraints: Constraints = field(default_factory=Constraints, kw_only=True)
+    baselines: Sequence[ModelSpec] | Mapping[str, ModelSpec] = field(default=(), kw_only=True)
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
+    n_sweep: int = field(default=1, kw_only=True)
+    finals: Finals = field(default_factory=Finals, kw_only=True)
+    executor: Callable[[Evaluator], Executor] = field(default=InProcess, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    side_by_side: int = field(default=8, kw_only=True)
+    budget: int | None = field(default=None, kw_only=True)
+    proxies: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def run(self, *, resume: bool = False) -> Found:
+        """Run to the end, or along the journal and on from there.
+
+        Raises:
+            StudyError: the folder holds a run already (without resume), or another search's.
+            SpecError: a part breaks a rule.
+        """
+        return run_plan(self.plan(), Path(self.folder), self.executor, resume=resume)
+
+    def plan(self) -> Plan:
+        """Everything that decides the result. Raises SpecError."""
+        task = self.evaluator.task if isinstance(self.evaluator, MicroTrain) else None
+        metric = Metric(self.metric) if isinstance(self.metric, str) else self.metric
+        if metric is None:
+            if task is None:
+                raise SpecError('metric: a function of yours needs one; give metric="..."')
+            metric = task.metric
+        baselines = self.baselines
+        if not isinstance(baselines, Mapping):
+            baselines = {f"{name_of(spec)} preset": spec for spec in baselines}
+        parts = {
+            "space": definition(self.space),
+            "evaluator": _named(self.evaluator),
+            "searcher": repr(self.searcher),
+            "scheduler": repr(self.scheduler),
+            "constraints": repr(self.constraints),
+            "baselines": [spec.digest[:12] for spec in baselines.values()],
+            "settings": {name: list(values) for name, values in self.settings.items()},
+            "n_sweep": self.n_sweep,
+            "finals": repr(self.finals),
+            "seed": self.seed,
+            "side_by_side": self.side_by_side,
+            "budget": self.budget,
+        }
+        return Plan(
+            space=self.space,
+            evaluator=self.evaluator,
+            metric=metric,
+            searcher=self.searcher,
+            scheduler=self.scheduler,
+            stem=self.stem if task is None else task.stem,
+            constraints=self.constraints,
+            baselines=baselines,
+            settings=self.settings,
+            n_sweep=self.n_sweep,
+            finals=self.finals,
+            seed=self.seed,
+            side_by_side=self.side_by_side,
+            budget=self.budget,
+            proxies=self.proxies,
+            described=parts,
+        )
+
+
+def named_search(
+    config: SearchConfig,
+    folder: Path,
+    space: Any = None,
+    *,
+    task: Task | None = None,
+    resume: bool = False,
+    workers: int | None = 1,
+    device: str = "cpu",
+    executor: Kind | None = None,
+    threads: int | None = None,
+    limits: Limits = NO_LIMITS,
+    address: str = "local",
+) -> Found:
+    """Run the search that a config describes; what the command line does.
 
     Args:
         config: what decides the result.
-        folder: where journal, report and winner go.
+        folder: where journal, report and the best model go.
         space: candidates, in place of the config's space.
+        task: what to learn, in place of the config's data.
+        resume: go on with the run in the folder.
         workers: trials side by side; does not change the result. None: as many as there is room.
         device: "cpu" or "cuda".
         executor, threads, limits, address: where trials run and what each may take; see
             `open_executor`.
+
+    Raises:
+        StudyError: the folder holds a run already (without resume), or another config's.
+        DataError, SpecError: the data, the space or the config break a rule.
     """
+    config.check()
+    task = task or load_corpus(config.data, test_fraction=config.test_fraction)
+    plan = plan_of(config, task, space)
 
-    config: SearchConfig
-    folder: Path
-    space: ArchSearchSpace | ModelSpace | None = None
-    workers: int | None = 1
-    device: str = "cpu"
-    executor: Kind | None = None
-    threads: int | None = None
-    limits: Limits = NO_LIMITS
-    address: str = "local"
+    def opened(evaluator: Evaluator) -> Executor:
+        return open_executor(evaluator, executor, workers, threads, limits, address, device)
 
-    def run(self, *, resume: bool = False) -> list[dict[str, Any]]:
-        """Run to the end; returns all events of the journal.
-
-        Raises:
-            StudyError: the folder holds a run already (without resume), or another config's.
-            DataError, SpecError: the data, the space or the config break a rule.
-        """
-        self.config.check()
-        constraints_of(self.config).check()
-        scheduler_of(self.config, 0, str).check()
-        space = self.space or read_space(self.config.space)
-        if isinstance(space, ArchSearchSpace):
-            space.check()
-        corpus = load_corpus(self.config.data)
-        if (self.folder / "journal.jsonl").exists() and not resume:
-            raise StudyError(f"{self.folder}: holds a run already; use --resume or another name")
-        with (
-            self._executor(corpus) as executor,
-            Journal(self.folder / "journal.jsonl") as journal,
-            tqdm(
-                total=_tokens_at_most(self.config), unit="tok", unit_scale=True, desc="search"
-            ) as bar,
-        ):
-            study = Study(self.folder, journal, executor, bar)
-            self._begin(study, corpus, space)
-            Run(self.config, study, space, self.device).to_the_end()
-            write_report(self.folder, study.events)
-        return study.events
-
-    def _executor(self, corpus: ByteCorpus) -> Executor:
-        config = self.config
-        recipe = Recipe(
-            horizon=config.budgets[-1],
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            score_windows=config.score_windows,
-        )
-        evaluator = MicroTrain(corpus, recipe, self.device)
-        return open_executor(
-            evaluator, self.executor, self.workers, self.threads, self.limits, self.address
-        )
-
-    def _begin(self, study: Study, corpus: ByteCorpus, space: ArchSearchSpace | ModelSpace) -> None:
-        """Write down what the run is; a resumed run must be the same one."""
-        facts = {
-            "name": corpus.name,
-            "digest": corpus.digest,
-            "n_bytes": corpus.n_bytes,
-            "n_held_out": len(corpus.held_out),
-        }
-        config = {**self.config.to_dict(), "template": definition(space)}
-        event = study.once(
-            "study",
-            lambda: {
-                "config": config,
-                "corpus": {**facts, "repeated": duplicate_share(corpus)},
-                "baselines": baselines(corpus),
-            },
-        )
-        now = {**_json(config), "corpus": corpus.digest}
-        then = {**_json(SearchConfig().to_dict()), **event["config"]}  # new options: not used then
-        then["corpus"] = event["corpus"]["digest"]
-        if changed := [key for key in now if now[key] != then.get(key)]:
-            given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
-            raise StudyError(f"{self.folder}: cannot resume another search; {given:.300}")
+    total = tokens_at_most(config, len(plan.baselines))
+    return run_plan(plan, folder, opened, resume=resume, total=total, device=device)
 
 
-def _tokens_at_most(config: SearchConfig) -> int:
+def run_plan(
+    plan: Plan,
+    folder: Path,
+    executor: Callable[[Evaluator], Executor],
+    *,
+    resume: bool = False,
+    total: int | None = None,
+    device: str = "cpu",
+) -> Found:
+    """Run a plan in a folder; see `Search.run`."""
+    plan.check()
+    if (folder / "journal.jsonl").exists() and not resume:
+        raise StudyError(f"{folder}: holds a run already; use --resume or another name")
+    with (
+        executor(plan.evaluator) as running,
+        Journal(folder / "journal.jsonl") as journal,
+        tqdm(total=total, unit="tok", unit_scale=True, desc="search") as bar,
+    ):
+        study = Study(folder, journal, running, bar)
+        _begin(study, plan)
+        Run(plan, study, device).to_the_end()
+        return Found(folder, write_report(folder, study.events))
+
+
+def _begin(study: Study, plan: Plan) -> None:
+    """Write down what the run is; a resumed run must be the same one."""
+    task = plan.evaluator.task if isinstance(plan.evaluator, MicroTrain) else None
+
+    def facts() -> dict[str, Any]:
+        if task is None:
+            return {"data": {}, "baselines": {}}
+        named = {"name": task.name, "digest": task.digest}
+        return {"data": {**named, **task.facts()}, "baselines": task.baselines()}
+
+    metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric("x"), k)}
+    event = study.once(
+        "study", lambda: {"config": dict(plan.described), "metric": metric, **facts()}
+    )
+    of_old = {**_json(SearchConfig().to_dict()), **OF_OLD} if "n_pool" in event["config"] else {}
+    now = {**_json(dict(plan.described)), "data digest": task and task.digest}
+    then = {**of_old, **event["config"], "data digest": event["data"].get("digest")}
+    if changed := [key for key in now if now[key] != then.get(key)]:
+        given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
+        folder = study.checkpoints.parent
+        raise StudyError(f"{folder}: cannot resume another search; {given:.300}")
+
+
+def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
     """What the bar counts to: a rough upper bound, since failed trials stop early."""
-    n, total, before = config.n_candidates + len(presets.SMALL), 0, 0
+    n, total, before = config.n_candidates + n_baselines, 0, 0
     if config.searcher == "proxy":
-        n = len(presets.SMALL) + config.n_best + config.n_random + config.n_outside
+        n = n_baselines + config.n_best + config.n_random + config.n_outside
     for tokens in config.budgets:
         total += n * (tokens - before)
         before, n = tokens, max(2, round(config.keep * n)) + 1
     total = config.search_tokens or total
-    sweeps = (len(presets.SMALL) + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
+    sweeps = (n_baselines + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
     return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
+
+
+def _named(evaluator: Any) -> str:
+    """What tells one evaluator from another: its settings, or the name of a function."""
+    if isinstance(evaluator, MicroTrain):
+        return repr(evaluator.recipe)
+    own = evaluator if isinstance(evaluator, FunctionType) else type(evaluator)
+    return f"{own.__module__}.{own.__qualname__}"
 
 
 def _json(value: Any) -> Any:

@@ -1,16 +1,23 @@
 """Training: tasks and their data, recipes, the trainer, and the gate against leaks."""
 
-from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
+from kizzasi.train.byte_baselines import baselines
+from kizzasi.train.bytes import ByteText, load_corpus
 from kizzasi.train.distributed import Ranks
 from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
+from kizzasi.train.task import Batch, Metric, Scores, Shape, Task
 from kizzasi.train.trainer import Training
 
 __all__ = [
-    "ByteCorpus",
+    "Batch",
+    "ByteText",
+    "Metric",
     "Ranks",
     "Recipe",
+    "Scores",
+    "Shape",
+    "Task",
     "Training",
     "baselines",
     "derive_seed",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import SpecError
-from kizzasi.train.bytes import IGNORE
+from kizzasi.train.task import IGNORE
 
 
 class TaskBatch(NamedTuple):
@@ -30,8 +30,8 @@ class TaskBatch(NamedTuple):
     loss_mask: Tensor
 
 
-class Task(Protocol):
-    """What every task offers: its vocabulary, its guessing accuracy, and seeded examples."""
+class Examples(Protocol):
+    """What every generator offers: its vocabulary, its guessing accuracy, and seeded examples."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -252,7 +252,7 @@ TASKS: dict[str, type[SelectiveCopying | InductionHeads | MQAR | Parity]] = {
 }
 
 
-def _check(task: Task, name: str, value: int, least: int, reason: str) -> None:
+def _check(task: Examples, name: str, value: int, least: int, reason: str) -> None:
     if value < least:
         raise SpecError(
             f"{type(task).__name__}: {name}={value} must be at least {least}, to hold {reason}"

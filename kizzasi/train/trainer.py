@@ -1,8 +1,9 @@
-"""A training: run to a budget, scored on held-out data, saved, and gone on with to the last digit.
+"""A training: run to a budget, scored on held-out windows, saved, gone on with to the last digit.
 
 Glossary
     budget    tokens trained on so far, a multiple of seq_len * batch_size
-    curve     [tokens, training bits/byte] pairs, a mean over the steps since the last pair
+    curve     [tokens, training loss] pairs, a mean over the steps since the last pair, in the unit
+              that the task shows losses in
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models import SequenceModel, Tokens
-from kizzasi.train.bytes import IGNORE, ByteCorpus, batches, check_vocab, held_out_windows
+from kizzasi.errors import CheckpointError
+from kizzasi.models import SequenceModel
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
+from kizzasi.train.task import Batch, Scores, Shape, Split, Task
 
-LN2 = math.log(2)
 UNREADABLE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
 
@@ -38,7 +37,7 @@ class Training:
 
     Args:
         model: from `build_model`, on the device to train on.
-        corpus: what to learn from.
+        task: what to learn, and how that is scored.
         recipe: how.
         data_seed: which windows are drawn; apart from the seed of the initialisation.
         ranks: the processes that train the model together; see distributed.py.
@@ -47,22 +46,21 @@ class Training:
     def __init__(
         self,
         model: SequenceModel,
-        corpus: ByteCorpus,
+        task: Task,
         recipe: Recipe,
         data_seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
         recipe.check()
         check_batch(ranks, recipe.batch_size)
-        if not isinstance(model.spec.stem, Tokens):
-            raise SpecError("stem: training on bytes needs a token stem; use Tokens(256)")
-        self.vocab_size = model.spec.stem.vocab_size
-        check_vocab(self.vocab_size, corpus)
+        self.shape = Shape(
+            recipe.seq_len, recipe.batch_size, recipe.score_windows, ranks.rank, ranks.world
+        )
+        task.check(self.shape, model.spec.stem)
         self.model, self.recipe, self.data_seed, self.ranks = model, recipe, data_seed, ranks
         self.device = next(model.parameters()).device
         self.shared_model = ranks.share(model)
-        self.train_tokens = corpus.train.to(self.device)
-        self.held_out = corpus.held_out.to(self.device)
+        self.task = task.to(self.device)
         groups = model.parameter_groups(recipe.lr, recipe.weight_decay)
         self.peaks = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -85,31 +83,30 @@ class Training:
             None, or why the training had to stop: a loss that is not finite, or has diverged.
         """
         recipe, last = self.recipe, self.recipe.steps(tokens)
-        shape = (recipe.seq_len, recipe.batch_size)
-        stream = batches(self.train_tokens, *shape, self.data_seed, self.step)
-        ceiling = 2 * math.log(self.vocab_size)
+        stream = self.task.batches("train", self.data_seed, self.step, self.shape)
+        ceiling = self.task.ceiling
         self.model.train()
         while self.step < last:
-            self.losses.append(self._step(*next(stream)))
+            self.losses.append(self._step(next(stream)))
             if self.step % CHECK_EVERY == 0 or self.step == last:
                 mean = self.ranks.mean(torch.stack(self.losses).mean()).item()
                 self.losses.clear()
-                self.curve.append((self.tokens, mean / LN2))
+                self.curve.append((self.tokens, mean * self.task.curve_scale))
                 if not math.isfinite(mean):
                     return f"the loss became {mean} before step {self.step}; lower the lr"
                 if mean > ceiling:
-                    return f"diverged: {mean:.3g} nats at step {self.step}; lower the lr"
+                    return f"diverged: a loss of {mean:.3g} at step {self.step}; lower the lr"
             if on_step is not None:
                 on_step(recipe.tokens_per_step)
         return None
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _step(self, batch: Batch) -> Tensor:
         factor = self.recipe.factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
+        batch = Batch(*map(self.ranks.rows, batch))
         with self._autocast(), self._chance():
-            loss = self.shared_model(inputs).loss(targets)
+            loss = self.task.loss(self.shared_model(batch.inputs), batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -118,28 +115,21 @@ class Training:
         self.step += 1
         return loss.detach()
 
+    def score(self, split: Split = "valid") -> float:
+        """The task's metric on held-out windows; every window starts from an empty state."""
+        values = self.values(split)
+        weights = values.weights.sum()
+        sums = torch.stack([(values.values * values.weights).sum(), weights])
+        whole, total = self.ranks.sum(sums).tolist()
+        mean = torch.tensor([whole / total], dtype=torch.float64)
+        return Scores(mean, torch.ones_like(mean)).mean(self.task.metric)
+
     @torch.no_grad()
-    def score(self) -> float:
-        """Bits per byte on the held-out bytes; every window starts from an empty state."""
-        inputs, targets = held_out_windows(self.held_out, self.recipe.seq_len)
-        wanted = min(self.recipe.score_windows or len(inputs), len(inputs))
-        chosen = torch.linspace(0, len(inputs) - 1, wanted, device=self.device).round().long()
-        inputs, targets = inputs[chosen], targets[chosen]
-        idle = -wanted % self.ranks.world  # every process runs equally often
-        inputs = F.pad(inputs, (0, 0, 0, idle))
-        targets = F.pad(targets, (0, 0, 0, idle), value=IGNORE)
-        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
+    def values(self, split: Split = "valid") -> Scores:
+        """The metric on every held-out window of this process."""
         self.model.eval()
-        nats = count = 0.0
-        for x, y in zip(*(v.split(self.recipe.batch_size) for v in (inputs, targets)), strict=True):
-            with self._autocast():
-                logits = self.shared_model(x).logits
-            flat = logits.flatten(0, 1).float()
-            each = F.cross_entropy(flat, y.flatten(), ignore_index=IGNORE, reduction="sum")
-            nats += each.item()
-            count += (y != IGNORE).sum().item()
-        total = self.ranks.sum(torch.tensor([nats, count], dtype=torch.float64).to(self.device))
-        return (total[0] / total[1]).item() / LN2
+        with self._autocast():
+            return self.task.score(self.shared_model, split, self.shape)
 
     def save(self, path: Path) -> None:
         """Write everything that `restore` needs, in one move."""

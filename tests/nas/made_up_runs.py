@@ -58,16 +58,19 @@ def trial(entry, rung, score, tokens, *, lr=6e-3, seed=0, failure=None, horizon=
     if failure:
         curve = [*curve[:2], [curve[2][0] if len(curve) > 2 else 30_000, 14.0]]
     run_id = f"{entry['id']}{seed}{lr}{horizon}"
-    trained = {"id": f"{run_id}-{tokens}", "rung": rung, "seed": seed, "lr": lr}
+    trained = {"id": f"{run_id}-{tokens}", "rung": rung, "seed": seed}
+    trained["settings"] = {"lr": lr}
     measured = Measurement(score, tokens, 2.0, tokens / 2, curve, failure)
     return {"event": "trial", "candidate": entry["id"], **trained, **measured.to_dict()}
 
 
 def study(name="topics"):
-    corpus = {"name": name, "digest": "ab" * 32, "n_bytes": 600_000, "repeated": 0.0123}
+    data = {"name": name, "digest": "ab" * 32, "n_bytes": 600_000, "repeated": 0.0123}
     config = {"n_params": 200_000, "rungs": list(RUNGS), "data": name}
     baselines = {"unigram": 4.7, "bigram": 3.6, "xz": 2.6}
-    return {"event": "study", "config": config, "corpus": corpus, "baselines": baselines}
+    metric = {"name": "bits/byte"}
+    facts = {"metric": metric, "data": data, "baselines": baselines}
+    return {"event": "study", "config": config, **facts}
 
 
 def complete_events(final_seeds=3, gap=0.1, failures=False, name="topics"):
@@ -89,9 +92,9 @@ def complete_events(final_seeds=3, gap=0.1, failures=False, name="topics"):
         events.append(trial(entry, "0", score - 1, RUNGS[0], lr=3e-3))  # not the chosen one
         events.append(trial(entry, "0", score, RUNGS[0]))
         events.append(trial(entry, "0", None, RUNGS[0], lr=1.2e-2, failure=f"{HOSTILE}\nlast"))
-        scores = {"0.003": score - 1, "0.006": score, "0.012": None}
-        chosen = {"event": "lr", "family": family, "candidate": entry["id"], "scores": scores}
-        events.append({**chosen, "lr": 6e-3})
+        scores = {"lr 0.003": score - 1, "lr 0.006": score, "lr 0.012": None}
+        chosen = {"event": "settings", "family": family, "candidate": entry["id"]}
+        events.append({**chosen, "scores": scores, "settings": {"lr": 6e-3}})
     tried = {e["candidate"] for e in events if e["event"] == "trial"}
     for entry in entries:
         if entry["id"] == broken:

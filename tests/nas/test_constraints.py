@@ -110,7 +110,7 @@ def test_measures_on_cuda():
 )
 def test_bad_bounds_are_refused(bounds, message):
     with pytest.raises(SpecError, match=message):
-        Feasible(spaces.tiny(), Constraints(**bounds), vocab_size=9)
+        Feasible(spaces.tiny(), Constraints(**bounds), stem=Tokens(9))
 
 
 BAND = Constraints(params=(12_000, 20_000), state_bytes=100_000, seq_len=128)
@@ -118,12 +118,12 @@ BAND = Constraints(params=(12_000, 20_000), state_bytes=100_000, seq_len=128)
 
 @pytest.mark.usefixtures("nothing_is_built")
 def test_every_move_is_feasible():
-    space = Feasible(spaces.tiny(), BAND, vocab_size=64)
+    space = Feasible(spaces.tiny(Tokens(64)), BAND, stem=Tokens(64))
     rng = Xorshift64(3)
     a, b = space.sample(rng), space.sample(rng)
     moves = [a, b, space.crossover(a, b, rng), *(space.mutate(a, rng, 0.5) for _ in range(5))]
     for candidate in moves:
-        cost = candidate.to_spec(vocab_size=64).cost(128)
+        cost = candidate.to_spec(stem=Tokens(64)).cost(128)
         assert 12_000 <= cost.params <= 20_000
         assert cost.state_bytes <= 100_000
         assert space.contains(candidate)
@@ -134,7 +134,7 @@ def test_every_move_is_feasible():
 
 @pytest.mark.usefixtures("nothing_is_built")
 def test_searchers_run_over_the_feasible_part():
-    space = Feasible(spaces.tiny(), BAND, vocab_size=64)
+    space = Feasible(spaces.tiny(Tokens(64)), BAND, stem=Tokens(64))
 
     def evaluate(batch):
         return [-candidate.spec.cost(128).flops for candidate in batch]
@@ -149,7 +149,7 @@ def test_searchers_run_over_the_feasible_part():
 
 def test_sizes_count_the_feasible():
     whole = ArchSearchSpace((16, 32), (4, 24), (1, 2), ("mamba", "transformer"), (1.0,), (0.0,))
-    space = Feasible(whole, Constraints(params=8000, seq_len=8), vocab_size=8)
+    space = Feasible(whole, Constraints(params=8000, seq_len=8), stem=Tokens(8))
     expected = []
     for candidate in whole.iterate():
         try:
@@ -167,7 +167,7 @@ def test_sizes_count_the_feasible():
 
 
 def test_an_empty_space_says_why():
-    space = Feasible(spaces.tiny(), Constraints(params=10), vocab_size=9)
+    space = Feasible(spaces.tiny(Tokens(9)), Constraints(params=10), stem=Tokens(9))
     with pytest.raises(SpecError, match=r"none of 200 samples.*refused by rule: params \d+"):
         space.sample(Xorshift64(1))
     candidate = spaces.tiny().sample(Xorshift64(1))

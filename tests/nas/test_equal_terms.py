@@ -23,7 +23,7 @@ def twin(final_trials, params, slopes, refusal=None):
     """The events of a finalist's twin with half of its parameters."""
     entry = {"id": final_trials[0]["candidate"]}
     trials = [
-        {**trial(entry, "narrow", t["bits_per_byte"] - slope, FINAL_TOKENS, seed=t["seed"])}
+        {**trial(entry, "narrow", t["score"] - slope, FINAL_TOKENS, seed=t["seed"])}
         for t, slope in zip(final_trials, slopes, strict=False)
     ]
     trials = [{**t, "id": f"narrow-{t['id']}"} for t in trials]
@@ -148,7 +148,7 @@ def test_a_finalist_without_a_twin_says_why():
     said = " ".join(findings(summary))
     assert "Not trained at a second size: child 20 (d_model: none below 8 makes about 10" in said
     failed = [
-        {**e, "bits_per_byte": None, "failure": "diverged"}
+        {**e, "score": None, "failure": "diverged"}
         if e.get("rung") == "narrow" and e["candidate"] == A
         else e
         for e in two_sizes()
@@ -289,11 +289,12 @@ def test_a_journal_from_before_says_what_it_can():
 
 def test_the_result_holds_the_figures_that_no_clock_has_a_part_in():
     summary = summarise(two_sizes())
-    figures = result_figures(summary.finals, summary.sized, SIZES[A])
+    figures = result_figures(summary.finals, summary.sized, SIZES[A], 1)
     assert figures == result_figures(
         summarise(timed(two_sizes(), dict.fromkeys((A, B, C), (1.0, 2.0, 3.0)), float)).finals,
         summary.sized,
         SIZES[A],
+        1,
     )
     by = {one["candidate"]: one for one in figures["slopes"]["finalists"]}
     assert by[B]["mean"] == pytest.approx(-0.29)
@@ -302,4 +303,4 @@ def test_the_result_holds_the_figures_that_no_clock_has_a_part_in():
     assert doubled[A] == pytest.approx(2.21)
     assert figures["double_size"]["noise"]["floor"] > 0
     assert figures["equal_params"]["params"] == SIZES[A]
-    assert result_figures(summary.finals, (), SIZES[A])["slopes"] is None
+    assert result_figures(summary.finals, (), SIZES[A], 1)["slopes"] is None

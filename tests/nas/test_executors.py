@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from kizzasi.errors import ShapeError, SpecError, StudyError
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
-from kizzasi.nas.executors import InProcess, Job, Limits, Processes, open_executor
+from kizzasi.nas.evaluators.evaluator import Job, Measurement
+from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.executors import InProcess, Limits, Processes, open_executor
 from kizzasi.train.recipe import Recipe
 
 
@@ -44,27 +45,27 @@ BOMBS = {
 class Mined(MicroTrain):
     """Explodes when a job's spec names a bomb; else reports its threads and device."""
 
-    def __call__(self, spec, tokens, seed, *, checkpoint=None, on_step=None):
-        on_step(tokens)
-        BOMBS.get(spec, lambda: None)()
-        return Measurement(float(seed), torch.get_num_threads(), 0.0, None, (), self.device)
+    def __call__(self, job, report):
+        report(job.budget)
+        BOMBS.get(job.spec, lambda: None)()
+        return Measurement(float(job.seed), torch.get_num_threads(), failure=job.device)
 
 
-def evaluator(device: str = "cpu") -> Mined:
-    return Mined(None, Recipe(512), device=device)
+def evaluator() -> Mined:
+    return Mined(None, Recipe(512))
 
 
 def job(bomb: str, seed: int = 0) -> Job:
-    return Job(f"{bomb}{seed}", bomb, 8, seed, 1e-3, 512)
+    return Job(bomb, 8, seed, key=f"{bomb}{seed}")
 
 
 def failures(executor, *bombs: str) -> dict[str, str]:
     jobs = [job(bomb) for bomb in bombs]
     with executor, tqdm(disable=True) as bar:
         found = {job.spec: m for job, m in executor.run([*jobs, job("fine", 7)], bar)}
-        assert found.pop("fine").bits_per_byte == 7
+        assert found.pop("fine").score == 7
         assert found.keys() == set(bombs)
-    assert all(m.bits_per_byte is None for m in found.values())
+    assert all(m.score is None for m in found.values())
     return {bomb: m.failure for bomb, m in found.items()}
 
 
@@ -74,8 +75,8 @@ def test_a_worker_has_its_threads_and_survives_ctrl_c_and_its_trials_have_limits
     with executor, tqdm(disable=True) as bar:
         jobs = [job(bomb) for bomb in ("interrupt", "fine", "memory", "hang")]
         found = {job.spec: m for job, m in executor.run([*jobs, job("last", 7)], bar)}
-    assert found["interrupt"].tokens == found["fine"].tokens == 3
-    assert found["last"].bits_per_byte == 7
+    assert found["interrupt"].spent == found["fine"].spent == 3
+    assert found["last"].score == 7
     assert "Traceback" in found["memory"].failure
     assert "can't allocate memory" in found["memory"].failure
     assert "longer than 1 s, the limit of a trial" in found["hang"].failure
@@ -102,9 +103,9 @@ def test_in_process_records_exceptions():
 
 def test_workers_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    workers = Processes(evaluator("cuda"), 3).workers
-    assert [w.evaluator.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert Processes(evaluator("cuda:1"), 1).workers[0].evaluator.device == "cuda:1"
+    workers = Processes(evaluator(), 3, device="cuda").workers
+    assert [w.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert Processes(evaluator(), 1, device="cuda:1").workers[0].device == "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -125,12 +126,14 @@ def test_bad_options_are_named(options, message):
         open_executor(evaluator(), **options)
 
 
-def test_the_executor_that_is_meant():
+def test_the_executor_that_is_meant(monkeypatch):
     assert isinstance(open_executor(evaluator(), workers=1), InProcess)
-    assert isinstance(open_executor(evaluator("cuda")), InProcess)
+    assert isinstance(open_executor(evaluator(), device="cuda:0"), InProcess)
     assert isinstance(open_executor(evaluator(), workers=1, limits=Limits(9.0)), Processes)
     assert len(open_executor(evaluator(), workers=3).workers) == 3
-    assert len(open_executor(evaluator("cuda:0"), workers=2).workers) == 2
+    assert len(open_executor(evaluator(), workers=2, device="cuda:0").workers) == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert len(open_executor(evaluator(), device="cuda").workers) == 8, "GPUs stand idle"
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
@@ -158,7 +161,7 @@ def test_a_worker_that_cannot_start_ends_the_study():
 
 @dataclass(frozen=True)
 class FullDisk(Mined):
-    def __call__(self, spec, tokens, seed, *, checkpoint=None, on_step=None):
+    def __call__(self, job, report):
         raise OSError(28, os.strerror(28))
 
 

@@ -65,10 +65,10 @@ def test_the_card_says_how_it_was_made_and_measured(out):
     card = (out / "README.md").read_text("utf-8")
     for said in (
         "sha256 `" + "ab" * 32,
-        "262,144 tokens from scratch, peak learning rate 0.006",
+        "262,144 tokens from scratch, lr 0.006",
         "seeds 0, 1, 2; the weights are those of seed 0",
         "2.320 ± 0.020",
-        "Noise floor: 0.010 bits/byte (95 %, paired over 3 seeds)",
+        "Noise floor: 0.010 (95 %, paired over 3 seeds)",
         "| xz | 2.600 |",
         "| layer 2 | attention: n\\_heads 2",
         "No candidate descends from another.",
@@ -139,14 +139,14 @@ def test_a_study_for_optuna(tmp_path, events):
     assert [t.user_attrs["id"] for t in study.trials] == [e["id"] for e in candidates]
     if not events:
         return
-    assert study.user_attrs["corpus"]["name"] == "topics"
+    assert study.user_attrs["data"]["name"] == "topics"
     states = [t.state.name for t in study.trials]
     assert states.count("FAIL") == 1
-    scored = [e for e in events if e["event"] == "trial" and e["bits_per_byte"] is not None]
+    scored = [e for e in events if e["event"] == "trial" and e["score"] is not None]
     climbed = {e["rung"] for e in scored} - {"final"}
     deepest = [e for e in scored if e["rung"] == max(climbed)]
     assert states.count("COMPLETE") == len(deepest)
-    assert study.best_value == min(e["bits_per_byte"] for e in deepest)
+    assert study.best_value == min(e["score"] for e in deepest)
     assert all(t.intermediate_values for t in study.trials if t.state.name == "PRUNED")
     won = next(t for t in study.trials if t.user_attrs["id"] == events[-1]["winner"])
     assert won.user_attrs["final"] == pytest.approx({"0": 2.3, "1": 2.32, "2": 2.34})
@@ -160,9 +160,9 @@ def test_event_files_for_tensorboard(tmp_path):
     board = to_tensorboard(run, tmp_path / "board")
     (winners,) = board.glob("000000000002-lr0.006-seed0-1")
     seen = EventAccumulator(str(winners)).Reload()
-    curve = seen.Scalars("training bits_per_byte")
+    curve = seen.Scalars("training loss")
     assert [point.step for point in curve] == list(range(10_240, 98_305, 10_240))
-    assert [point.step for point in seen.Scalars("held-out bits_per_byte")] == [32_768, 98_304]
+    assert [point.step for point in seen.Scalars("held-out bits/byte")] == [32_768, 98_304]
     assert "_hparams_/experiment" in str(seen.Tags()) or "_hparams_" in str(seen.summary_metadata)
     with pytest.raises(StudyError, match="holds files already"):
         to_tensorboard(run, board)

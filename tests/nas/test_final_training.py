@@ -15,7 +15,7 @@ from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.report.pages import findings, summarise
 from kizzasi.nas.results.equal_terms import result_figures
 from kizzasi.nas.results.noise import noise_of
-from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.spaces.families import ArchSearchSpace
 from kizzasi.nas.study.journal import Journal, read_events
 
@@ -53,7 +53,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    Search(replace(CONFIG, data=data), folder, SPACE).run()
+    named_search(replace(CONFIG, data=data), folder, SPACE)
     return folder
 
 
@@ -75,29 +75,30 @@ def test_every_finalist_is_trained_at_half_of_its_size(finished):
         assert 0.35 <= e["params"] / full["params"] <= 0.71
         assert len(spec.blocks) == len(full["spec"]["blocks"])
         finals = [t for t in trials.values() if t["rung"] == "final"]
-        for t, seed in zip((trials[name] for name in e["trials"]), (0, 1), strict=True):
+        for t, seed in zip((trials[name] for name in e["trials"]), (1, 2), strict=True):
             (match,) = [f for f in finals if (f["candidate"], f["seed"]) == (full["id"], seed)]
             assert (t["rung"], t["seed"], t["candidate"]) == ("narrow", seed, full["id"])
-            assert (t["tokens"], t["lr"]) == (match["tokens"], match["lr"]) == (384, 4e-3)
-            assert t["bits_per_byte"] > 0
+            assert t["settings"] == match["settings"] == {"lr": 4e-3}
+            assert t["tokens"] == match["tokens"] == 384
+            assert t["score"] > 0
 
 
 def test_the_result_says_what_the_trials_say(finished):
     (result,) = events_of(finished, "result")
     summary = summarise(read_events(finished / "journal.jsonl"))
     size = summary.preset.entry["params"]
-    figures = result_figures(summary.finals, summary.sized, size)
+    figures = result_figures(summary.finals, summary.sized, size, 1)
     for kind in ("equal_params", "slopes", "double_size"):
         mine, told = result[kind], figures[kind]
-        assert mine["noise"] == {**told["noise"], "seeds": [0, 1]}
+        assert mine["noise"] == {**told["noise"], "seeds": [1, 2]}
         by_name = [sorted(x["finalists"], key=lambda f: f["candidate"]) for x in (mine, told)]
         assert by_name[0] == by_name[1]
     assert result["slopes"]["noise"]["floor"] == noise_of([p.slope for p in summary.sized]).floor
-    finals = {f.entry["id"]: f.by_seed for f in summary.finals}
+    finals = {f.entry["id"]: f.on_valid.by_seed for f in summary.finals}
     doubled = {f["candidate"]: f["mean"] for f in result["double_size"]["finalists"]}
     for f in result["slopes"]["finalists"]:
         own = finals[f["candidate"]]
-        assert doubled[f["candidate"]] == pytest.approx((own[0] + own[1]) / 2 + f["mean"])
+        assert doubled[f["candidate"]] == pytest.approx((own[1] + own[2]) / 2 + f["mean"])
     assert "gains most from size" in " ".join(findings(summary))
     assert "rung narrow" not in " ".join(rung.name for rung in summary.rungs)
 
@@ -109,12 +110,12 @@ def test_a_search_killed_between_twins_ends_as_the_whole_one(finished, data, tmp
     for stop in (first - 2, first + 2, first + 5, len(whole) - 1):
         known = len(read_events(folder / "journal.jsonl")) if folder.exists() else 0
         with killed_after(stop - known):
-            Search(replace(CONFIG, data=data), folder, SPACE).run(resume=True)
-    Search(replace(CONFIG, data=data), folder, SPACE).run(resume=True)
+            named_search(replace(CONFIG, data=data), folder, SPACE, resume=True)
+    named_search(replace(CONFIG, data=data), folder, SPACE, resume=True)
     assert outcome(folder) == outcome(finished)
     assert list((folder / "trials").iterdir()) == []
     before = outcome(folder)
-    Search(replace(CONFIG, data=data), folder, SPACE).run(resume=True)
+    named_search(replace(CONFIG, data=data), folder, SPACE, resume=True)
     assert outcome(folder) == before
 
 
@@ -130,7 +131,7 @@ def test_a_journal_from_before_goes_on_to_a_report(finished, data, tmp_path):
                 journal.append({k: v for k, v in e.items() if k not in later})
     before = outcome(tmp_path / "run")
     shutil.copytree(finished / "best", tmp_path / "run" / "best")
-    Search(replace(CONFIG, data=data, slope_seeds=0), tmp_path / "run", SPACE).run(resume=True)
+    named_search(replace(CONFIG, data=data, slope_seeds=0), tmp_path / "run", SPACE, resume=True)
     assert outcome(tmp_path / "run") == before
     text = (tmp_path / "run" / "report.md").read_text()
     assert "Finalists, time-matched" in text
@@ -138,20 +139,20 @@ def test_a_journal_from_before_goes_on_to_a_report(finished, data, tmp_path):
 
 
 def test_a_winner_whose_last_rung_was_its_final_training_is_saved(data, tmp_path):
-    """Then its checkpoint is gone, and its trial stands in the journal under the rung's name."""
+    """Then its checkpoint is gone."""
     config = replace(CONFIG, data=data, final_tokens=128, final_seeds=2, slope_seeds=0)
-    Search(config, tmp_path / "run", SPACE).run()
+    named_search(config, tmp_path / "run", SPACE)
     events = read_events(tmp_path / "run" / "journal.jsonl")
     result, summary = events[-1], summarise(events)
-    assert {e["rung"] for e in events if e["event"] == "trial"} == {"0", "1", "final"}
+    assert {e["rung"] for e in events if e["event"] == "trial"} == {"0", "1", "final", "test"}
     assert (result["slopes"], result["double_size"]) == (None, None)
     assert not events_of(tmp_path / "run", "narrow")
     means = {f["candidate"]: (f["mean"], f["spread"]) for f in result["finalists"]}
     assert {f.entry["id"]: (f.mean, f.spread) for f in summary.finals} == means
-    assert summary.noise.seeds == (0, 1)
+    assert summary.noise.seeds == (1, 2)
     saved = load(tmp_path / "run" / "best")
     shutil.rmtree(tmp_path / "run" / "best")
-    Search(config, tmp_path / "run", SPACE).run(resume=True)
+    named_search(config, tmp_path / "run", SPACE, resume=True)
     again = load(tmp_path / "run" / "best")
     assert again.spec.to_dict() == saved.spec.to_dict()
     for name, value in saved.state_dict().items():
@@ -163,21 +164,21 @@ def test_when_all_finalists_fail_the_next_best_are_trained(data, tmp_path, monke
     config = replace(CONFIG, data=data, n_finalists=1, slope_seeds=0, final_seeds=1)
     train, failed = MicroTrain.__call__, []
 
-    def fail_at_first(self, spec, tokens, seed, **options):
-        measured = train(self, spec, tokens, seed, **options)
-        if tokens < 384 or failed or spec == preset_spec:
+    def fail_at_first(self, job, report):
+        measured = train(self, job, report)
+        if job.budget < 384 or failed or job.spec == preset_spec:
             return measured
-        failed.append(spec)
-        return replace(measured, bits_per_byte=None, failure="diverged")
+        failed.append(job.spec)
+        return replace(measured, score=None, failure="diverged")
 
     preset_spec = presets.at_size("transformer", config.n_params, vocab_size=256)
     monkeypatch.setattr(MicroTrain, "__call__", fail_at_first)
-    *_, result = Search(config, tmp_path / "run", SPACE, executor="in-process").run()
+    result = named_search(config, tmp_path / "run", SPACE, executor="in-process").summary.result
     first, preset, second = result["finalists"]
     assert first["mean"] is None
     assert preset["candidate"] == result["preset"]
     assert second["candidate"] == result["winner"] != first["candidate"]
-    assert load(tmp_path / "run" / "best").spec.digest.startswith(result["winner"])
+    assert load(tmp_path / "run" / "best").spec.digest.startswith(result["best"])
 
 
 def test_the_option_reaches_the_config():
@@ -190,4 +191,4 @@ def test_the_option_reaches_the_config():
 @pytest.mark.parametrize("seeds", [-1, 4])
 def test_slope_seeds_are_some_of_the_final_ones(data, tmp_path, seeds):
     with pytest.raises(SpecError, match=rf"slope_seeds: {seeds} is outside 0 \.\. final_seeds 3"):
-        Search(replace(CONFIG, data=data, slope_seeds=seeds), tmp_path / "run", SPACE).run()
+        named_search(replace(CONFIG, data=data, slope_seeds=seeds), tmp_path / "run", SPACE)

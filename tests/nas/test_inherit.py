@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kizzasi.errors import StudyError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, S4DSpec
-from kizzasi.nas.evaluators.inherit import inherit, inherited_id, require_one_start, train_child
+from kizzasi.nas.evaluators.evaluator import Job
+from kizzasi.nas.evaluators.inherit import inherit, train_child
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
@@ -99,12 +99,12 @@ def evaluator():
 
 
 def test_a_child_starts_where_its_parent_stopped(evaluator):
-    training = evaluator.training(PARENT, 0)
+    training = evaluator.training(Job(PARENT, 2048, 0))
     training.run(2048)
     child = train_child(evaluator, PARENT, training.model, 256, 5, parent_tokens=2048)
-    scratch = evaluator(PARENT, 256, 5)
+    scratch = evaluator(Job(PARENT, 256, 5), lambda n: None)
     assert child.measurement.failure is None
-    assert child.measurement.bits_per_byte < scratch.bits_per_byte - 0.1
+    assert child.measurement.score < scratch.score - 0.1
     event = child.to_dict()
     assert set(event) == {*scratch.to_dict(), "inherited"}
     assert event["inherited"]["parent_tokens"] == 2048
@@ -115,24 +115,5 @@ def test_a_leaking_child_is_refused(evaluator):
     seeing = PARENT.replace(blocks=(BlockSpec(AttentionSpec(n_heads=2, causal=False)), MAMBA))
     parent = build_model(PARENT)
     result = train_child(evaluator, seeing, parent, 256, 0, parent_tokens=0)
-    assert result.measurement.bits_per_byte is None
+    assert result.measurement.score is None
     assert "later inputs" in (result.measurement.failure or "")
-
-
-def test_the_two_kinds_do_not_meet_in_a_ranking():
-    scratch, null = {"id": "a"}, {"id": "b", "inherited": None}
-    child = {"id": "c", "inherited": {"share": 0.5}}
-    require_one_start([scratch, null])
-    require_one_start([child, child])
-    with pytest.raises(StudyError, match="trial c inherited weights and trial a started"):
-        require_one_start([scratch, null, child])
-
-
-def test_an_id_for_every_lineage():
-    records = [
-        inherit(build_model(PARENT), build_model(PARENT), parent_tokens=n, overlap=overlap)
-        for n, overlap in ((1, False), (2, False), (1, True))
-    ]
-    ids = {inherited_id("t-64", record) for record in records}
-    assert len(ids) == 3
-    assert all(name.startswith("t-64-from-") for name in ids)

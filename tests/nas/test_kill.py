@@ -15,7 +15,7 @@ import pytest
 from small_search import SPACE, config, outcome, write_text
 
 from kizzasi.models import load
-from kizzasi.nas.search import Search
+from kizzasi.nas.search import named_search
 from kizzasi.nas.study.journal import Journal
 
 # Imports once and forks for every search, which then starts at once.
@@ -23,18 +23,18 @@ PROGRAM = """
 import json, os, sys
 from pathlib import Path
 import torch
-from kizzasi.nas.arch_search import ArchSearchSpace
-from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.search import SearchConfig, named_search
 torch.set_num_threads(1)
 if __name__ == "__main__":
     for line in sys.stdin:
         config, space, folder, executor = json.loads(line)
         config, space = SearchConfig.from_dict(config), ArchSearchSpace(**space)
         threads = None if executor == "in-process" else 1
-        search = Search(config, Path(folder), space, executor=executor, threads=threads)
+        options = {"executor": executor, "threads": threads, "resume": True}
         if (pid := os.fork()) == 0:
             try:
-                search.run(resume=True)
+                named_search(config, Path(folder), space, **options)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -54,7 +54,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    Search(config(data), folder, SPACE).run()
+    named_search(config(data), folder, SPACE)
     return folder
 
 

@@ -12,21 +12,29 @@ from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.mixer import MixerOut
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
+from kizzasi.nas.evaluators.evaluator import Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.train.bytes import ByteCorpus, baselines, load_corpus
+from kizzasi.train.bytes import ByteText, baselines, load_corpus
 from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.trainer import Training
 
 
 @pytest.fixture(scope="module")
-def corpus() -> ByteCorpus:
+def corpus() -> ByteText:
     return load_corpus(max_bytes=60_000)
 
 
 def small(vocab_size: int = 256, **changes) -> ModelSpec:
     block = BlockSpec(AttentionSpec(n_heads=2), MLPSpec())
     return ModelSpec(32, (block,), Tokens(vocab_size), dropout=0.0).replace(**changes)
+
+
+def trained(evaluate, spec, tokens, seed, checkpoint=None):
+    """One training by hand."""
+    horizon = evaluate.recipe.horizon
+    job = Job(spec, tokens, seed, horizon=horizon, checkpoint=checkpoint)
+    return evaluate(job, lambda n: None)
 
 
 RECIPE = Recipe(horizon=16_384, seq_len=64, batch_size=8, lr=1e-2)
@@ -52,7 +60,7 @@ def test_an_untrained_uniform_model_costs_eight_bits(corpus):
 def test_score_is_the_mean_over_every_held_out_byte(corpus):
     model = build_model(small(), seed=4)
     training = Training(model, corpus, RECIPE)
-    held_out = corpus.held_out.long()
+    held_out = corpus.valid.long()
     before = torch.cat([torch.zeros(1, dtype=torch.long), held_out[:-1]])
     nats = 0.0
     for start in range(0, len(held_out), 64):
@@ -62,29 +70,29 @@ def test_score_is_the_mean_over_every_held_out_byte(corpus):
 
 
 def test_training_beats_the_unigram_on_held_out_bytes(corpus):
-    measured = MicroTrain(corpus, replace(RECIPE, horizon=65_536))(small(), 65_536, seed=0)
+    measured = trained(MicroTrain(corpus, replace(RECIPE, horizon=65_536)), small(), 65_536, seed=0)
     assert measured.failure is None
-    assert measured.tokens == 65_536
-    assert measured.bits_per_byte < baselines(corpus)["unigram"] - 0.5
+    assert measured.spent == 65_536
+    assert measured.score < baselines(corpus)["unigram"] - 0.5
     assert measured.curve[-1][1] < measured.curve[0][1]
-    assert measured.tokens_per_second == pytest.approx(65_536 / measured.seconds)
+    assert measured.per_second == pytest.approx(65_536 / measured.seconds)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout):
     evaluate, spec = MicroTrain(corpus, RECIPE), small(dropout=dropout)
-    whole = evaluate(spec, 16_384, seed=1)
+    whole = trained(evaluate, spec, 16_384, seed=1)
     path = tmp_path / "trial.pt"
     torch.rand(7)  # the caller's own random stream plays no part
-    first = evaluate(spec, 6_144, seed=1, checkpoint=path)
-    assert first.tokens == 6_144
-    second = evaluate(spec, 16_384, seed=1, checkpoint=path)
-    assert second.bits_per_byte == whole.bits_per_byte
-    assert second.tokens == whole.tokens
+    first = trained(evaluate, spec, 6_144, seed=1, checkpoint=path)
+    assert first.spent == 6_144
+    second = trained(evaluate, spec, 16_384, seed=1, checkpoint=path)
+    assert second.score == whole.score
+    assert second.spent == whole.spent
     assert second.curve[-1] == whole.curve[-1]
-    again = evaluate(spec, 16_384, seed=1, checkpoint=path)
-    assert again.bits_per_byte == whole.bits_per_byte
-    assert again.tokens_per_second is None
+    again = trained(evaluate, spec, 16_384, seed=1, checkpoint=path)
+    assert again.score == whole.score
+    assert again.per_second is None
 
 
 def test_seeds_of_data_and_initialisation_are_apart(corpus):
@@ -99,8 +107,12 @@ def test_seeds_of_data_and_initialisation_are_apart(corpus):
 
 def test_a_trial_draws_both_from_its_seed_and_windows_are_those_of_every_spec(corpus):
     evaluate = MicroTrain(corpus, RECIPE)
-    first, again, other = (evaluate.training(small(), seed) for seed in (0, 0, 1))
-    assert first.data_seed == again.data_seed == evaluate.training(small(d_model=64), 0).data_seed
+    first, again, other = (evaluate.training(Job(small(), 1, seed)) for seed in (0, 0, 1))
+    assert (
+        first.data_seed
+        == again.data_seed
+        == evaluate.training(Job(small(d_model=64), 1, 0)).data_seed
+    )
     assert other.data_seed != first.data_seed
     embeddings = [next(training.model.stem.parameters()) for training in (first, again, other)]
     assert embeddings[0].equal(embeddings[1])
@@ -109,11 +121,11 @@ def test_a_trial_draws_both_from_its_seed_and_windows_are_those_of_every_spec(co
 
 def test_divergence_and_nan_stop_with_their_reason(corpus):
     wild = replace(RECIPE, lr=1e6, warmup=0.0, clip=1e9)
-    measured = MicroTrain(corpus, wild)(small(), 16_384, seed=0)
-    assert measured.bits_per_byte is None
+    measured = trained(MicroTrain(corpus, wild), small(), 16_384, seed=0)
+    assert measured.score is None
     assert "lower the lr" in measured.failure
-    assert measured.tokens < 16_384
-    training = MicroTrain(corpus, RECIPE).training(small(), 0)
+    assert measured.spent < 16_384
+    training = MicroTrain(corpus, RECIPE).training(Job(small(), 16_384, 0))
     with torch.no_grad():
         training.model.norm.weight.fill_(float("nan"))
     assert "became nan" in training.run(16_384)
@@ -121,9 +133,9 @@ def test_divergence_and_nan_stop_with_their_reason(corpus):
 
 def test_foreign_checkpoints_are_refused(corpus, tmp_path):
     evaluate = MicroTrain(corpus, RECIPE)
-    evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+    trained(evaluate, small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
-        evaluate(small(d_model=64), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+        trained(evaluate, small(d_model=64), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
     (first, *_) = saved["optimizer"]["state"]
     strangers = (
@@ -136,22 +148,22 @@ def test_foreign_checkpoints_are_refused(corpus, tmp_path):
     for stranger in strangers:
         torch.save(stranger, tmp_path / "b.pt")
         with pytest.raises(CheckpointError, match=r"b\.pt: cannot continue"):
-            evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
+            trained(evaluate, small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
     (tmp_path / "b.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"b\.pt: cannot continue"):
-        evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
+        trained(evaluate, small(), 2_048, seed=0, checkpoint=tmp_path / "b.pt")
     (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match=r"a\.pt: cannot continue"):
-        evaluate(small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
+        trained(evaluate, small(), 2_048, seed=0, checkpoint=tmp_path / "a.pt")
 
 
 def test_data_that_does_not_fit_is_refused(corpus):
     with pytest.raises(DataError, match="vocab_size=64"):
-        MicroTrain(corpus, RECIPE)(small(64), 2_048, seed=0)
+        trained(MicroTrain(corpus, RECIPE), small(64), 2_048, seed=0)
     with pytest.raises(SpecError, match="needs a token stem"):
         Training(build_model(small(stem=Signal(1, 1))), corpus, RECIPE)
     with pytest.raises(SpecError, match="lr: 0 must be above 0"):
-        MicroTrain(corpus, replace(RECIPE, lr=0))(small(), 2_048, seed=0)
+        trained(MicroTrain(corpus, replace(RECIPE, lr=0)), small(), 2_048, seed=0)
 
 
 @dataclass(frozen=True)
@@ -184,9 +196,9 @@ class DriftingSpec(LeakySpec):
 
 def test_a_leak_is_found_before_any_score(corpus):
     leaky = small(blocks=(BlockSpec(LeakySpec(n_heads=2)),))
-    measured = MicroTrain(corpus, RECIPE)(leaky, 2_048, seed=0)
-    assert measured.bits_per_byte is None
-    assert measured.tokens == 0
+    measured = trained(MicroTrain(corpus, RECIPE), leaky, 2_048, seed=0)
+    assert measured.score is None
+    assert measured.spent == 0
     assert "leaks the future" in measured.failure
     drifting = build_model(small(blocks=(BlockSpec(DriftingSpec(n_heads=2)),)))
     assert "recurrent form differs" in find_leak(drifting)

@@ -16,11 +16,11 @@ from kizzasi.nas import spaces
 from kizzasi.nas.searchers import (
     NSGA2,
     TPE,
+    AskTell,
     Grid,
     LocalSearch,
     Random,
     RegularizedEvolution,
-    Search,
     one_by_one,
     pareto_front,
     run,
@@ -104,7 +104,7 @@ def test_a_search_is_its_history_and_seed(name, seed, cut):
     resumed = run(searcher, SPACE, one_by_one(count), history=whole[:cut])
     assert resumed == whole == list(whole)
     assert evaluated == [candidate for candidate, _ in whole[cut:]]
-    pieces = Search(searcher, SPACE)
+    pieces = AskTell(searcher, SPACE)
     while asked := pieces.ask(2):
         pieces.tell([score(candidate) for candidate in asked])
     assert pieces.history == whole
@@ -176,7 +176,7 @@ def test_regularized_evolution_climbs():
 def test_first_improvement_moves_at_once_and_best_looks_around(seed):
     sizes = {}
     for name in ("first", "best"):
-        search = Search(searchers(seed)[name][0], SPACE)
+        search = AskTell(searchers(seed)[name][0], SPACE)
         sizes[name] = []
         while batch := search.ask():
             sizes[name].append(len(batch))

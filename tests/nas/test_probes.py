@@ -35,7 +35,7 @@ def test_untrained_accuracy_counts_scored_positions_only(monkeypatch):
     """Answers of a constant model against a count by hand."""
     probe = Probe(Parity(seq_len=8, min_len=3), steps=1)
     monkeypatch.setattr("kizzasi.nas.evaluators.probes.build_model", constant_model)
-    targets = probe.task.sample(N_HELD_OUT, derive_seed(0, "held out")).targets[:, 2:]
+    targets = probe.task.sample(N_HELD_OUT, derive_seed(0, "held out", "valid")).targets[:, 2:]
     assert probe(MAMBA.replace(norm="layer")).accuracy == pytest.approx(
         (targets == 1).double().mean().item()
     )
@@ -65,9 +65,9 @@ def test_equal_seeds_give_equal_results():
 @pytest.mark.parametrize("name", PROBES)
 def test_held_out_examples_are_not_trained_on(name):
     probe = PROBES[name]
-    seeds = [derive_seed(0, "probe", step) for step in range(probe.steps)]
+    seeds = [derive_seed(derive_seed(0, "probe"), "train", step) for step in range(probe.steps)]
     trained = torch.cat([probe.task.sample(probe.batch_size, seed).inputs for seed in seeds])
-    held_out = probe.task.sample(N_HELD_OUT, derive_seed(0, "held out")).inputs
+    held_out = probe.task.sample(N_HELD_OUT, derive_seed(0, "held out", "valid")).inputs
     seen = {tuple(row) for row in trained.tolist()}
     assert sum(tuple(row) in seen for row in held_out.tolist()) <= 0.01 * N_HELD_OUT
 

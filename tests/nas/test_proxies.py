@@ -18,7 +18,7 @@ from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.norm import Norm
 from kizzasi.nas.evaluators import zero_cost as proxies
 from kizzasi.nas.evaluators.zero_cost.parts import connections, row_losses, subject
-from kizzasi.train.bytes import IGNORE
+from kizzasi.train.task import IGNORE
 
 STEP = 1e-5  # of central differences in float64
 BLOCK = BlockSpec(AttentionSpec(n_heads=1), MLPSpec(hidden=3))

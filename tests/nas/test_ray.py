@@ -8,10 +8,11 @@ from small_search import SPACE, config, outcome, write_text
 from tqdm import tqdm
 
 from kizzasi.errors import StudyError
+from kizzasi.nas.evaluators.evaluator import Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.executors import InProcess, Job, Limits
+from kizzasi.nas.executors import InProcess, Limits
 from kizzasi.nas.executors.ray import PROBE, Ray, _Place
-from kizzasi.nas.search import Search
+from kizzasi.nas.search import named_search
 from kizzasi.nas.spaces.families import model_spec
 from kizzasi.train.bytes import load_corpus
 from kizzasi.train.recipe import Recipe
@@ -53,25 +54,26 @@ def jobs(folder: Path, n: int, tokens: int = 512) -> list[Job]:
     )
     folder.mkdir()
     return [
-        Job(str(seed), spec, tokens, seed, 1e-3, tokens, folder / f"{seed}.pt") for seed in range(n)
+        Job(spec, tokens, seed, {"lr": 1e-3}, tokens, folder / f"{seed}.pt", key=str(seed))
+        for seed in range(n)
     ]
 
 
-def evaluator(data: str, device: str = "cpu") -> MicroTrain:
-    return MicroTrain(load_corpus(data), Recipe(512, seq_len=32, batch_size=4), device=device)
+def evaluator(data: str) -> MicroTrain:
+    return MicroTrain(load_corpus(data), Recipe(512, seq_len=32, batch_size=4))
 
 
 def scores(executor, tasks: list[Job]) -> dict[str, tuple]:
     with executor, tqdm(disable=True) as bar:
-        results = [(job.key, m.bits_per_byte, m.curve) for job, m in executor.run(tasks, bar)]
+        results = [(job.key, m.score, m.curve) for job, m in executor.run(tasks, bar)]
     assert len(results) == len(tasks)
     return {key: rest for key, *rest in results}
 
 
 def test_a_search_on_ray_is_the_search_in_one_process(data, tmp_path):
-    Search(config(data), tmp_path / "here", SPACE).run()
+    named_search(config(data), tmp_path / "here", SPACE)
     with local():
-        Search(config(data), tmp_path / "there", SPACE, workers=2, executor="ray").run()
+        named_search(config(data), tmp_path / "there", SPACE, workers=2, executor="ray")
         assert ray.is_initialized(), "a connection that the caller made was closed"
     assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
     assert list((tmp_path / "there" / "trials").iterdir()) == [], "the probe was left behind"
@@ -79,7 +81,7 @@ def test_a_search_on_ray_is_the_search_in_one_process(data, tmp_path):
 
 def test_a_trial_that_explodes_is_not_a_lost_node(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    broken = Ray(evaluator(data, "cpu"), n_workers=1, limits=Limits(memory_bytes=1))
+    broken = Ray(evaluator(data), n_workers=1, limits=Limits(memory_bytes=1))
     tasks = jobs(Path("trials"), 2)
     with broken, tqdm(disable=True) as bar:
         failures = [m.failure for _, m in broken.run(tasks, bar)]
@@ -103,7 +105,7 @@ def test_a_node_killed_on_the_way_loses_nothing(data, tmp_path, monkeypatch):
         with Ray(evaluator(data)) as executor, tqdm(disable=True) as bar:
             assert executor.n_workers == 2
             for job, m in executor.run(jobs(tmp_path / "there", 12, 16_384), bar):
-                found[job.key] = [m.bits_per_byte, m.curve]
+                found[job.key] = [m.score, m.curve]
                 if len(found) == 4:
                     cluster.remove_node(second, allow_graceful=False)
         assert len([job for job in lost if job is not None]) == 1

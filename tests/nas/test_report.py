@@ -162,8 +162,8 @@ def test_only_the_chosen_learning_rate_counts():
     summary = summary_of("complete")
     swept = summary.standings[0]
     assert swept.entry["id"] == summary.sweeps[0]["candidate"]
-    assert {t["lr"] for s in summary.standings for t in s.trials} == {6e-3}
-    assert swept.score("0") == pytest.approx(summary.sweeps[0]["scores"]["0.006"])
+    assert {t["settings"]["lr"] for s in summary.standings for t in s.trials} == {6e-3}
+    assert swept.score("0") == pytest.approx(summary.sweeps[0]["scores"]["lr 0.006"])
     sweeping = summarise(CASES["complete"][:16])  # one trial, no rate chosen yet
     assert sweeping.standings[0].score("0") == pytest.approx(swept.score("0") - 1)
 
@@ -209,7 +209,7 @@ def test_worth_of_the_proxy():
     [
         (3, 0.1, "The winner beats the preset by 0.100"),
         (3, -0.1, "The winner loses to the preset by 0.100"),
-        (3, 0.0101, "more than the noise floor of 0.010 bits/byte (95 %, paired over 3 seeds)"),
+        (3, 0.0101, "more than the noise floor of 0.010 (95 %, paired over 3 seeds)"),
         (3, 0.0098, "This is a tie: 0.010 bits/byte are within the noise floor of 0.010"),
         (1, 0.1, "The winner is ahead by 0.104 bits/byte; without two seeds"),
         (1, -0.1, "The winner is behind by 0.096 bits/byte; without two seeds"),
@@ -225,7 +225,7 @@ def test_the_noise_floor_by_hand():
     """Two finalists: the paired t-test. Three: residuals of rows and columns."""
 
     def made(*rows):
-        trials = [[{"seed": s, "bits_per_byte": y} for s, y in enumerate(row)] for row in rows]
+        trials = [[{"seed": s, "score": y} for s, y in enumerate(row)] for row in rows]
         return [Final({}, tuple(own)) for own in trials]
 
     gaps = [0.1, 0.2, 0.15, 0.05]
@@ -283,7 +283,7 @@ def test_lineage_leads_from_the_first_generation_to_the_winner():
     assert generations == sorted(generations)
     assert (generations[0], generations[-1], len(nodes)) == (0, 3, 24)
     assert list(line.values())[-1].winner
-    drawn = mermaid(list(line.values()))
+    drawn = mermaid(list(line.values()), summary.metric)
     assert drawn.count("-->|inherits 75%|") == sum(len(n.parents) for n in line.values())
     text = markdown(summary)
     assert f"```mermaid\n{drawn}\n```" in text
@@ -302,8 +302,8 @@ def test_a_curve_in_one_line():
 def test_a_winner_behind_a_baseline_is_named():
     begun, *rest = CASES["complete"]
     weak = [{**begun, "baselines": {"unigram": 4.7, "xz": 2.3}}, *rest]
-    assert "the winner needs 2.320, more than xz" in " ".join(findings(summarise(weak)))
-    assert "less than every one of them" in " ".join(findings(summary_of("complete")))
+    assert "the winner 2.320, worse than xz" in " ".join(findings(summarise(weak)))
+    assert "better than every one of them" in " ".join(findings(summary_of("complete")))
 
 
 def test_failures_keep_their_reasons():
@@ -323,7 +323,7 @@ def test_failures_keep_their_reasons():
 
 def test_a_score_that_was_not_finite_is_a_failure_with_that_reason(tmp_path):
     entry = candidate(2, "proxy", "mamba", 200_000, 0.5)
-    lost = {**trial(entry, "0", 3.0, RUNGS[0]), "bits_per_byte": math.nan}
+    lost = {**trial(entry, "0", 3.0, RUNGS[0]), "score": math.nan}
     lost["curve"] = [[10_240, 4.0], [20_480, math.inf]]
     with Journal(tmp_path / "journal.jsonl") as journal:
         for event in (study(), entry, lost):

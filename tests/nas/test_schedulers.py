@@ -15,7 +15,7 @@ from kizzasi.nas.schedulers import (
     PASHA,
     PDH,
     Hyperband,
-    Job,
+    Instalment,
     Results,
     Schedule,
     StoppingASHA,
@@ -23,7 +23,7 @@ from kizzasi.nas.schedulers import (
     run,
 )
 from kizzasi.nas.schedulers.simulate import Curve, SimulatedCurves, SimulatedTrainings, run_workers
-from kizzasi.nas.searchers import Evolution, Grid, Search
+from kizzasi.nas.searchers import AskTell, Evolution, Grid
 
 N = 30
 SCHEDULERS = [
@@ -42,7 +42,7 @@ every_scheduler = pytest.mark.parametrize("scheduler", SCHEDULERS, ids=repr)
 
 def start(scheduler, n=200):
     """A schedule over candidates 0, 1, ..., n - 1 in this order."""
-    return Schedule(scheduler, Search(Grid(n), SimulatedCurves(n, seed=0, horizon=27)))
+    return Schedule(scheduler, AskTell(Grid(n), SimulatedCurves(n, seed=0, horizon=27)))
 
 
 def scored(*curves):
@@ -386,13 +386,13 @@ def test_who_failed_at_any_stage_is_neither_in_the_population_nor_in_a_hurdle(se
 def test_who_failed_later_is_not_the_best():
     table = {1: [3, 2, 1], 3: [None]}
     _, schedule = jobs_of(ASHA(3, 1, 3), lambda c, b: table[b][c])
-    assert schedule.best() == (Job(1, 1), 2)
+    assert schedule.best() == (Instalment(1, 1), 2)
 
 
 def test_the_best_is_the_best_at_any_budget_and_of_equals_the_first():
     table = {1: [3, 5, 1], 3: [3, 4, 5]}
     _, schedule = jobs_of(ASHA(3, 1, 3), lambda c, b: table[b][c])
-    assert schedule.best() == (Job(1, 1), 5)
+    assert schedule.best() == (Instalment(1, 1), 5)
 
 
 def test_of_equals_the_earlier_one_goes_on():
@@ -429,7 +429,7 @@ def test_synchronous_schedulers_decide_the_same_with_any_number_of_workers(sched
 
 def recorded(schedule, upto=None):
     return [
-        (Job(candidate, schedule.scheduler.budgets(candidate)[rung]), score)
+        (Instalment(candidate, schedule.scheduler.budgets(candidate)[rung]), score)
         for candidate, rung, score in schedule.results.told[:upto]
     ]
 
@@ -442,7 +442,7 @@ def test_a_replayed_study_goes_on_as_if_never_stopped(scheduler):
     for cut in (0, 1, n // 3, n // 2, n - 1, n):
         schedule = start(scheduler)
         schedule.replay(recorded(whole, cut))
-        run(schedule, lambda c, b: scores[Job(c, b)])
+        run(schedule, lambda c, b: scores[Instalment(c, b)])
         assert schedule.results.told == whole.results.told
         assert (schedule.steps, schedule.best()) == (whole.steps, whole.best())
 
@@ -470,24 +470,30 @@ def test_a_study_of_many_workers_resumes_from_its_record_alone(scheduler):
 def test_a_job_cut_short_is_asked_anew_before_new_candidates():
     schedule = start(ASHA(9, 1, 9))
     jobs = schedule.ask(4)
-    assert jobs == [Job(c, 1) for c in range(4)]
+    assert jobs == [Instalment(c, 1) for c in range(4)]
     resumed = start(ASHA(9, 1, 9))
     resumed.replay([(jobs[1], 0.5), (jobs[3], 0.25)])
-    assert resumed.ask(3) == [Job(0, 1), Job(2, 1), Job(4, 1)]
+    assert resumed.ask(3) == [Instalment(0, 1), Instalment(2, 1), Instalment(4, 1)]
 
 
 @pytest.mark.parametrize(
-    "history", [[(Job(0, 2), 1.0)], [(Job(0, 1), 1.0)] * 2, [(Job(9, 1), 0.0)], [(Job(300, 1), 0)]]
+    "history",
+    [
+        [(Instalment(0, 2), 1.0)],
+        [(Instalment(0, 1), 1.0)] * 2,
+        [(Instalment(9, 1), 0.0)],
+        [(Instalment(300, 1), 0)],
+    ],
 )
 def test_the_record_of_another_study_is_refused(history):
-    with pytest.raises(StudyError, match=r"history: result \d is of Job"):
+    with pytest.raises(StudyError, match=r"history: result \d is of Instalment"):
         start(ASHA(9, 1, 9)).replay(history)
 
 
 def test_only_a_running_job_can_be_told():
     schedule = start(ASHA(9, 1, 9))
     (job,) = schedule.ask()
-    for wrong in (Job(0, 3), Job(1, 1)):
+    for wrong in (Instalment(0, 3), Instalment(1, 1)):
         with pytest.raises(StudyError, match="is not running"):
             schedule.tell(wrong, 0.0)
     schedule.tell(job, 0.0)
@@ -512,7 +518,7 @@ def test_a_searcher_that_ends_early_ends_the_study_in_good_order(scheduler):
 def test_evolution_is_told_each_candidate_once_and_in_order(scheduler, n_workers):
     space = SimulatedCurves(10**6, seed=5, horizon=27, crashing=0.1, noise=0.05)
     searcher = Evolution(6, 20, 3, mutation_prob=1.0, seed=4)  # distinct candidates, nearly surely
-    schedule = Schedule(scheduler, Search(searcher, space))
+    schedule = Schedule(scheduler, AskTell(searcher, space))
     run_workers(schedule, SimulatedTrainings(space.curve), n_workers, uneven)
     history = schedule.search.history
     assert schedule.candidates[: len(history)] == [candidate for candidate, _ in history]

@@ -8,7 +8,7 @@ from small_search import SPACE, killed_after, outcome, write_text
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.evaluators.probes import PROBES
-from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.searchers.screened import Screened
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.journal import read_events
@@ -39,7 +39,7 @@ CONFIG = SearchConfig(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("screened")
-    Search(replace(CONFIG, data=write_text(folder)), folder / "run").run()
+    named_search(replace(CONFIG, data=write_text(folder)), folder / "run")
     return folder
 
 
@@ -136,9 +136,9 @@ def test_killed_within_its_screens_it_ends_as_the_whole_one(finished, tmp_path):
     done = 0
     for stop in (within[2], within[-1], len(events) - 2):
         with killed_after(stop - done):
-            Search(config, tmp_path / "run").run(resume=True)
+            named_search(config, tmp_path / "run", resume=True)
         done = stop
-    Search(config, tmp_path / "run").run(resume=True)
+    named_search(config, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == outcome(finished / "run")
 
 
@@ -154,7 +154,7 @@ def test_probes_and_the_analytic_proxy_screen_families(tmp_path, monkeypatch):
         n_params=22_000,
         search_tokens=1_200,
     )
-    Search(config, tmp_path / "run", SPACE).run()
+    named_search(config, tmp_path / "run", SPACE)
     judged = screens_of(tmp_path, "parity")
     assert judged
     assert all(0 <= e["score"] <= 1 for e in judged)

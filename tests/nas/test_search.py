@@ -11,7 +11,7 @@ from small_search import SPACE, config, outcome, write_text
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import load
-from kizzasi.nas.search import Search
+from kizzasi.nas.search import named_search
 from kizzasi.nas.spaces.families import FAMILIES, model_spec
 from kizzasi.nas.study.journal import read_events
 from kizzasi.train.bytes import load_corpus
@@ -27,7 +27,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    Search(config(data), folder, SPACE).run()
+    named_search(config(data), folder, SPACE)
     return folder
 
 
@@ -45,7 +45,7 @@ def test_a_search_leaves_a_report_and_a_runnable_winner(finished):
     final = next(e for e in events if e.get("id") == events[-1]["winner_trials"][0])
     corpus = load_corpus(events[0]["config"]["data"])
     recipe = Recipe(1536, seq_len=32, batch_size=4)
-    assert Training(model, corpus, recipe).score() == pytest.approx(final["bits_per_byte"])
+    assert Training(model, corpus, recipe).score() == pytest.approx(final["score"])
     assert model.generate(torch.tensor([108]), 5).shape == (6,)
 
 
@@ -55,7 +55,7 @@ def test_candidates_keep_to_the_band_and_rungs_to_their_budgets(finished):
     for e in candidates.values():
         inside = 0.6 * 22_000 <= e["params"] <= 1.4 * 22_000
         assert inside == (e["group"] != "outside")
-    budgets = {"0": 512, "1": 1024, "final": 1536}
+    budgets = {"0": 512, "1": 1024, "final": 1536, "test": 1536}
     for e in events:
         if e["event"] == "trial":
             assert e["failure"] is None
@@ -65,21 +65,21 @@ def test_candidates_keep_to_the_band_and_rungs_to_their_budgets(finished):
 
 def test_a_finished_search_resumes_to_itself(finished, data):
     before = outcome(finished)
-    Search(config(data), finished, SPACE).run(resume=True)
+    named_search(config(data), finished, SPACE, resume=True)
     assert outcome(finished) == before
 
 
 def test_processes_give_the_result_of_one_process(finished, data, tmp_path):
-    Search(config(data), tmp_path / "run", SPACE, workers=2, threads=1).run()
+    named_search(config(data), tmp_path / "run", SPACE, workers=2, threads=1)
     assert outcome(tmp_path / "run") == outcome(finished)
 
 
 def test_runs_are_not_overwritten_or_mixed(finished, data):
     with pytest.raises(StudyError, match="holds a run already; use --resume"):
-        Search(config(data), finished, SPACE).run()
+        named_search(config(data), finished, SPACE)
     other = replace(config(data), seed=1)
     with pytest.raises(StudyError, match="cannot resume another search; seed: 0 then, 1 now"):
-        Search(other, finished, SPACE).run(resume=True)
+        named_search(other, finished, SPACE, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_runs_are_not_overwritten_or_mixed(finished, data):
 )
 def test_bad_settings_are_named(data, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        Search(replace(config(data), **changes), tmp_path / "run", SPACE).run()
+        named_search(replace(config(data), **changes), tmp_path / "run", SPACE)
 
 
 def test_a_full_disk_ends_the_search_and_loses_nothing(data, tmp_path, monkeypatch):
@@ -110,11 +110,11 @@ def test_a_full_disk_ends_the_search_and_loses_nothing(data, tmp_path, monkeypat
     real = Training.save
     monkeypatch.setattr(Training, "save", save)
     with pytest.raises(StudyError, match=r"trials: No space left on device; make room"):
-        Search(config(data), tmp_path / "run", SPACE).run()
+        named_search(config(data), tmp_path / "run", SPACE)
     trials = [e for e in read_events(tmp_path / "run" / "journal.jsonl") if e["event"] == "trial"]
     assert len(trials) == 3
     monkeypatch.setattr(Training, "save", real)
-    Search(config(data), tmp_path / "run", SPACE).run(resume=True)
+    named_search(config(data), tmp_path / "run", SPACE, resume=True)
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 

@@ -11,7 +11,7 @@ from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec, load
 from kizzasi.models.mixers.gla import GLA
 from kizzasi.nas import report
-from kizzasi.nas.search import Search, SearchConfig
+from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import read_space
 from kizzasi.nas.study.journal import read_events
@@ -49,7 +49,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    Search(replace(CONFIG, data=data), folder).run()
+    named_search(replace(CONFIG, data=data), folder)
     return folder
 
 
@@ -94,10 +94,10 @@ def test_children_know_their_parents_and_come_once(finished):
 
 def test_rungs_are_ashas_and_the_budget_is_kept(finished):
     trials, chosen = events_of(finished, "trial"), {}
-    for e in events_of(finished, "lr"):
-        chosen[e["family"]] = e["lr"]
+    for e in events_of(finished, "settings"):
+        chosen[e["family"]] = e["settings"]
     families = {e["id"]: e["family"] for e in events_of(finished, "candidate")}
-    climbed = [e for e in trials if chosen[families[e["candidate"]]] == e["lr"]]
+    climbed = [e for e in trials if chosen[families[e["candidate"]]] == e["settings"]]
     n = [sum(e["rung"] == rung for e in climbed) for rung in ("0", "1")]
     assert n[1] <= n[0] // 3
     (result,) = events_of(finished, "result")
@@ -109,7 +109,7 @@ def test_searchers_begin_with_presets_that_lie_in_the_space(data, tmp_path):
     """The Mamba preset does: it is trained once, as a preset, and bred from as a founder."""
     config = replace(CONFIG, data=data, n_params=200_000, max_state_bytes=None, search_tokens=2_500)
     config = replace(config, population=2, sample=2, lrs=(3e-3,), proxies=())
-    Search(config, tmp_path / "run").run()
+    named_search(config, tmp_path / "run")
     candidates = events_of(tmp_path / "run", "candidate")
     assert len({e["id"] for e in candidates}) == len(candidates)
     (mamba,) = (e for e in candidates if e["name"] == "mamba preset")
@@ -119,7 +119,7 @@ def test_searchers_begin_with_presets_that_lie_in_the_space(data, tmp_path):
 
 
 def test_those_with_one_main_mixer_share_a_learning_rate(finished):
-    swept = {e["family"] for e in events_of(finished, "lr")}
+    swept = {e["family"] for e in events_of(finished, "settings")}
     for e in events_of(finished, "candidate"):
         assert e["family"] in swept
         if e["group"] != "preset":
@@ -135,9 +135,9 @@ def test_a_search_killed_again_and_again_ends_as_the_whole_one(finished, data, t
     folder = tmp_path / "run"
     for n_more in (4, 9, n_events - 13 - 4, 3):
         with killed_after(n_more):
-            Search(replace(CONFIG, data=data), folder).run(resume=True)
+            named_search(replace(CONFIG, data=data), folder, resume=True)
     assert len(read_events(folder / "journal.jsonl")) == n_events - 1
-    Search(replace(CONFIG, data=data), folder).run(resume=True)
+    named_search(replace(CONFIG, data=data), folder, resume=True)
     assert outcome(folder) == outcome(finished)
     assert load(folder / "best").spec == load(finished / "best").spec
 
@@ -147,9 +147,9 @@ def test_a_promotion_without_its_checkpoint_trains_anew_to_the_same_score(
     finished, data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("kizzasi.nas.study.run.KEPT_CHECKPOINTS", 0)
-    Search(replace(CONFIG, data=data), tmp_path / "run").run()
+    named_search(replace(CONFIG, data=data), tmp_path / "run")
     before, now = (
-        {e["id"]: e["bits_per_byte"] for e in events_of(folder, "trial")}
+        {e["id"]: e["score"] for e in events_of(folder, "trial")}
         for folder in (finished, tmp_path / "run")
     )
     assert now == before
@@ -158,7 +158,7 @@ def test_a_promotion_without_its_checkpoint_trains_anew_to_the_same_score(
 def test_random_search_starts_from_the_same_candidates(finished, data, tmp_path):
     """The control: equal founders, and then only chance, at equal compute."""
     config = replace(CONFIG, data=data, searcher="random", search_tokens=800, lrs=(3e-3,))
-    Search(config, tmp_path / "run").run()
+    named_search(config, tmp_path / "run")
     mine = [e["id"] for e in events_of(tmp_path / "run", "candidate")]
     theirs = [e["id"] for e in events_of(finished, "candidate")]
     assert mine[:5] == theirs[:5]
@@ -174,12 +174,12 @@ def test_a_candidate_that_explodes_is_recorded_and_skipped(data, tmp_path, monke
     config = replace(
         CONFIG, data=data, n_finalists=1, final_seeds=1, search_tokens=1_200, lrs=(3e-3,)
     )
-    Search(config, tmp_path / "run").run()
+    named_search(config, tmp_path / "run")
     candidates = {e["id"]: e for e in events_of(tmp_path / "run", "candidate")}
     broken = {k for k, e in candidates.items() if "'gla'" in str(e["spec"])}
     assert broken
     for e in events_of(tmp_path / "run", "trial"):
-        assert (e["bits_per_byte"] is None) == (e["candidate"] in broken)
+        assert (e["score"] is None) == (e["candidate"] in broken)
         assert "this mixer is broken" in (e["failure"] or "this mixer is broken")
     for own in broken:
         assert candidates[own]["proxies"]["grad_norm"] is None
@@ -233,12 +233,12 @@ def test_every_searcher_and_scheduler_runs(data, tmp_path, searcher, scheduler):
         final_seeds=1,
         final_tokens=64,
     )
-    Search(config, tmp_path / "run").run()
+    named_search(config, tmp_path / "run")
     (result,) = events_of(tmp_path / "run", "result")
     assert result["winner"]
     assert bool(events_of(tmp_path / "run", "measured")) == (searcher == "nsga2")
     before = outcome(tmp_path / "run")
-    Search(config, tmp_path / "run").run(resume=True)
+    named_search(config, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == before
 
 
@@ -259,7 +259,7 @@ def test_every_searcher_and_scheduler_runs(data, tmp_path, searcher, scheduler):
 )
 def test_bad_settings_are_named(data, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        Search(replace(CONFIG, data=data, **changes), tmp_path / "run").run()
+        named_search(replace(CONFIG, data=data, **changes), tmp_path / "run")
     if "max_state_bytes" not in changes:
         assert not (tmp_path / "run").exists()
 
@@ -268,4 +268,4 @@ def test_another_space_cannot_resume(finished, data):
     template = dict(read_space("hybrid").template, d_model=48)
     other = ModelSpace(template)
     with pytest.raises(StudyError, match="cannot resume another search; template"):
-        Search(replace(CONFIG, data=data), finished, other).run(resume=True)
+        named_search(replace(CONFIG, data=data), finished, other, resume=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError, StudyError
-from kizzasi.nas.searchers import Evolution, Grid, History, Random, Search, one_by_one, run
+from kizzasi.nas.searchers import AskTell, Evolution, Grid, History, Random, one_by_one, run
 from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace, proxy_scores
 from kizzasi.nas.spaces.rng import Xorshift64
 
@@ -162,7 +162,7 @@ def test_a_search_is_its_history_and_seed(searcher, cut, seed):
     """One by one, in odd pieces, by the batch, or cut off and resumed: the same trials."""
     whole = run(searcher, SPACE, proxy_scores)
     rng = Xorshift64(seed)
-    pieces = Search(searcher, SPACE)
+    pieces = AskTell(searcher, SPACE)
     while asked := pieces.ask(rng.choice((1, 2, 5))):
         told = asked[: rng.choice(range(1, len(asked) + 1))]
         pieces.tell([candidate.proxy_score() for candidate in told])
@@ -201,7 +201,7 @@ def test_tournaments_are_clipped_to_the_population(tournament_size):
 
 
 def test_asking_twice_is_asking_once():
-    search = Search(Random(4, seed=9), SPACE)
+    search = AskTell(Random(4, seed=9), SPACE)
     assert search.ask(2) == search.ask(3)[:2] == search.ask()[:2]
     search.tell([1.0, 2.0, 3.0, 4.0])
     assert search.ask() == search.ask(1) == ()
@@ -211,7 +211,7 @@ def test_asking_twice_is_asking_once():
 
 @pytest.mark.parametrize("scores", [[], [1.0] * 5])
 def test_tell_refuses_too_few_or_too_many(scores):
-    search = Search(Random(4, seed=9), SPACE)
+    search = AskTell(Random(4, seed=9), SPACE)
     search.ask()
     with pytest.raises(StudyError, match=f"tell: {len(scores)} scores, but 4 candidates"):
         search.tell(scores)

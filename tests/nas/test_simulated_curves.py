@@ -16,7 +16,7 @@ from kizzasi.nas.schedulers.simulate import (
     SimulatedTrainings,
     run_workers,
 )
-from kizzasi.nas.searchers import Evolution, Grid, Random, Search
+from kizzasi.nas.searchers import AskTell, Evolution, Grid, Random
 
 SPACE = SimulatedCurves(40, seed=3, horizon=81, crashing=0.2, diverging=0.2, noise=0.05)
 
@@ -117,7 +117,7 @@ def test_regret_is_measured_from_the_best_that_does_not_fail():
     "searcher", [Grid(40), Random(9, 1), Evolution(4, 3, 2, mutation_prob=0.5, seed=2)]
 )
 def test_a_family_is_a_space(searcher):
-    search = Search(searcher, SPACE)
+    search = AskTell(searcher, SPACE)
     while batch := search.ask():
         assert all(SPACE.contains(candidate) for candidate in batch)
         search.tell([-SPACE.regret(candidate) for candidate in batch])
@@ -143,7 +143,7 @@ def test_a_bad_setting_is_named(settings):
 @settings(max_examples=20, deadline=None)
 def test_the_clock_runs_as_many_jobs_at_once_as_there_are_workers(n_workers, seed):
     space = SimulatedCurves(20, seed, horizon=9)
-    schedule = Schedule(ASHA(20, 9, 9), Search(Grid(20), space))
+    schedule = Schedule(ASHA(20, 9, 9), AskTell(Grid(20), space))
     busy = []
 
     def evaluate(candidate, budget):

@@ -12,8 +12,9 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, mixers
 from kizzasi.nas import spaces
 from kizzasi.nas.searchers import Evolution, run
+from kizzasi.nas.spaces.describe import describe, name_of
 from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace
-from kizzasi.nas.spaces.model_space import Architecture, Candidate, ModelSpace
+from kizzasi.nas.spaces.model_space import Candidate, ModelSpace
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
 
@@ -191,28 +192,39 @@ def test_specs_may_stand_in_a_template():
     )
     assert space.size == 3
     candidate = space.iterate()[0]
-    assert candidate.to_spec(vocab_size=99) == candidate.spec
-    assert candidate.name == "d8 2xmamba"
-    assert candidate.model_type == "mamba"
-    mixed = model([MAMBA, HEADS]).sample(Xorshift64(1))
-    assert mixed.model_type == "hybrid"
+    assert candidate.to_spec(stem=Signal(2, 2)) == candidate.spec
+    assert name_of(candidate.spec) == "d8 2xmamba"
     assert ModelSpace(json.loads(json.dumps(space.template))).size == 3
 
 
-def test_the_search_decides_the_vocabulary():
+def test_a_stem_is_never_replaced_without_a_word():
     candidate = model([MAMBA]).sample(Xorshift64(1))
-    assert candidate.to_spec(vocab_size=256).stem == Tokens(256)
-    assert candidate.to_spec().stem == Tokens(7)
+    assert candidate.to_spec().stem == candidate.to_spec(stem=Tokens(7)).stem == Tokens(7)
+    with pytest.raises(SpecError, match=r"stem: .*vocab_size=7.* the task needs .*256"):
+        candidate.to_spec(stem=Tokens(256))
+    longer = ModelSpace({**model([MAMBA]).template, "stem": Tokens(7, max_positions=9)})
+    assert longer.sample(Xorshift64(1)).to_spec(stem=Tokens(7)).stem.max_positions == 9
 
 
-def test_both_spaces_have_one_face():
-    seed = Xorshift64(1)
-    both: list[Architecture] = [model([MAMBA]).sample(seed), ArchSearchSpace().sample(seed)]
-    for candidate in both:
-        assert isinstance(candidate.to_spec(vocab_size=9), ModelSpec)
-        assert candidate.name
-        assert candidate.model_type
-        assert candidate.proxy_score() is None or candidate.proxy_score() > 0
+def test_a_file_may_leave_the_stem_to_the_task(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text("{d_model: 8, blocks: [{mixer: {kind: mamba}}]}")
+    space = ModelSpace.from_file(path, Signal(2, 3))
+    assert space.sample(Xorshift64(1)).spec.stem == Signal(2, 3)
+
+
+def test_every_kind_of_candidate_is_described():
+    genes = ArchSearchSpace().sample(Xorshift64(1))
+    mixed = model([MAMBA]).sample(Xorshift64(1))
+    for candidate, stem in ((genes, Tokens(9)), (mixed, Tokens(7)), (mixed.spec, None)):
+        told = describe(candidate, stem)
+        assert isinstance(told.spec, ModelSpec)
+        assert told.name
+        assert told.family
+    assert describe(genes, Tokens(9)).proxy == genes.proxy_score()
+    assert describe(mixed, None).family == "mostly mamba"
+    with pytest.raises(SpecError, match=r"stem: .*give stem"):
+        describe(genes, None)
 
 
 def test_build_asks_for_every_gene():
@@ -352,7 +364,7 @@ def test_foreign_genes_are_refused(genes, message):
 
 @pytest.mark.parametrize("name", ["tiny", "hybrid", "mamba_rwkv", "moe"])
 def test_ready_made_spaces(name):
-    space = getattr(spaces, name)(vocab_size=11)
+    space = getattr(spaces, name)(Tokens(11))
     rng = Xorshift64(9)
     made = [space.sample(rng) for _ in range(12)]
     assert all(candidate.spec.stem == Tokens(11) for candidate in made)

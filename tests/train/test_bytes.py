@@ -1,5 +1,6 @@
 """Data: a split that cannot leak, batches that resume exactly, baselines that are what they say."""
 
+import gzip
 import itertools
 import lzma
 import math
@@ -15,11 +16,10 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 from kizzasi.errors import DataError
+from kizzasi.train.byte_baselines import _byte_models
 from kizzasi.train.bytes import (
     HELD_OUT_BLOCK,
-    IGNORE,
-    ByteCorpus,
-    _byte_models,
+    ByteText,
     baselines,
     batches,
     check_vocab,
@@ -27,17 +27,18 @@ from kizzasi.train.bytes import (
     held_out_windows,
     load_corpus,
 )
+from kizzasi.train.task import IGNORE
 
 
-def corpus_of(folder: Path, text: bytes, **options) -> ByteCorpus:
+def corpus_of(folder: Path, text: bytes, **options) -> ByteText:
     path = folder / "text"
     path.write_bytes(text)
     return load_corpus(path, **options)
 
 
-def split_of(train: bytes, held_out: bytes) -> ByteCorpus:
+def split_of(train: bytes, held_out: bytes) -> ByteText:
     tensors = [torch.tensor(list(part), dtype=torch.uint8) for part in (train, held_out)]
-    return ByteCorpus("by hand", *tensors, digest="", n_bytes=len(train) + len(held_out))
+    return ByteText("by hand", *tensors, digest="", n_bytes=len(train) + len(held_out))
 
 
 def number_lines(n_bytes: int) -> bytes:
@@ -48,9 +49,9 @@ def number_lines(n_bytes: int) -> bytes:
 def test_default_text_is_the_language_reference_without_repeated_paragraphs():
     corpus = load_corpus()
     assert corpus.name == "pydoc_data.topics"
-    assert corpus.n_bytes == len(corpus.train) + len(corpus.held_out) > 200_000
-    assert corpus.train.dtype == corpus.held_out.dtype == torch.uint8
-    assert abs(len(corpus.held_out) / corpus.n_bytes - 0.1) < 0.02
+    assert corpus.n_bytes == len(corpus.train) + len(corpus.valid) > 200_000
+    assert corpus.train.dtype == corpus.valid.dtype == torch.uint8
+    assert abs(len(corpus.valid) / corpus.n_bytes - 0.1) < 0.02
     # The raw text has 0.24 here and 0.19 at length 256: a fifth could be scored by memory.
     assert duplicate_share(corpus, 64) < 0.05
     assert duplicate_share(corpus, 256) < 0.01
@@ -73,7 +74,7 @@ def test_standard_library_is_code_without_tests():
 def test_held_out_blocks_are_whole_and_spread_over_the_text(tmp_path):
     text = number_lines(300_000)
     corpus = corpus_of(tmp_path, text)
-    held_out = corpus.held_out.numpy().tobytes()
+    held_out = corpus.valid.numpy().tobytes()
     pieces = [held_out[i : i + HELD_OUT_BLOCK] for i in range(0, len(held_out), HELD_OUT_BLOCK)]
     starts = [text.index(piece) for piece in pieces]
     assert all(start % HELD_OUT_BLOCK == 0 for start in starts)
@@ -96,36 +97,60 @@ def test_split_is_a_partition_or_says_how_many_bytes_it_needs(tmp_path_factory, 
         assert needed > n_bytes
         corpus = corpus_of(folder, number_lines(needed), held_out_fraction=fraction)
         text = number_lines(needed)
-    parts = corpus.train.tolist() + corpus.held_out.tolist()
+    parts = corpus.train.tolist() + corpus.valid.tolist()
     assert sorted(parts) == sorted(text)
     assert len(corpus.train)
-    assert len(corpus.held_out)
+    assert len(corpus.valid)
 
 
 def test_no_training_window_holds_held_out_text(tmp_path):
     corpus = corpus_of(tmp_path, number_lines(300_000))
     train_lines = set(corpus.train.numpy().tobytes().split(b"\n"))
-    held_out_lines = corpus.held_out.numpy().tobytes().split(b"\n")
+    held_out_lines = corpus.valid.numpy().tobytes().split(b"\n")
     whole = [line for line in held_out_lines if len(line) == 7]
     assert len(whole) > 3000
     assert not train_lines.intersection(whole)
     assert duplicate_share(corpus, 16) == 0
 
 
-def test_folder_is_read_sorted_whole_once_and_without_links(tmp_path):
+def test_folder_is_read_sorted_once_and_only_what_is_text(tmp_path):
     outside = tmp_path / "outside"
     outside.write_bytes(b"not yours" * 100)
     root = tmp_path / "root"
     (root / "b").mkdir(parents=True)
     (root / "b" / "x.bin").write_bytes(bytes(range(256)))
+    (root / "b" / "y.gz").write_bytes(gzip.compress(b"yyy" * 50))
+    (root / ".git").mkdir()
+    (root / ".git" / "HEAD").write_bytes(b"ref: of no interest" * 50)
+    (root / ".DS_Store").write_bytes(b"nor is this" * 50)
     (root / "z").write_bytes(b"zzz" * 50)
     (root / "a").write_bytes(b"aaa" * 50)
     (root / "b" / "copy of a").write_bytes(b"aaa" * 50)
     (root / "link").symlink_to(outside)
     (root / "folder link").symlink_to(tmp_path)
-    (tmp_path / "joined").write_bytes(b"aaa" * 50 + b"zzz" * 50 + bytes(range(256)))
+    (tmp_path / "joined").write_bytes(b"aaa" * 50 + b"zzz" * 50 + b"yyy" * 50)
     assert load_corpus(root).digest == load_corpus(tmp_path / "joined").digest
     assert load_corpus(str(root), max_bytes=200).n_bytes == 200
+    left = load_corpus(root).facts()["left_out"]
+    assert left == [".DS_Store: hidden", ".git: hidden", f"{root / 'b' / 'x.bin'}: binary"]
+    (root / "b" / "y.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"y\.gz: "):
+        load_corpus(root)
+
+
+def test_the_test_split_is_nobodys_else(tmp_path):
+    text = number_lines(300_000)
+    plain, tested = (corpus_of(tmp_path, text, test_fraction=f) for f in (0.0, 0.1))
+    assert not plain.has("test")
+    assert plain.valid.equal(tested.valid)
+    assert len(tested.test) / len(text) == pytest.approx(0.1, abs=0.02)
+    parts = [bytes(t.tolist()) for t in (tested.train, tested.valid, tested.test)]
+    lines = [{part[i : i + 8] for i in range(0, len(part) - 7, 8)} for part in parts]
+    assert not lines[0] & lines[1] | lines[0] & lines[2] | lines[1] & lines[2]
+    assert sum(map(len, parts)) == len(text)
+    assert plain.digest != tested.digest
+    with pytest.raises(DataError, match=r"test_fraction=0\.95: leaves nothing"):
+        corpus_of(tmp_path, text, test_fraction=0.95)
 
 
 def test_digest_tells_texts_and_splits_apart(tmp_path):
@@ -269,7 +294,7 @@ def test_baselines_of_the_default_text_are_ordered_and_quick():
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 7])
 def test_duplicate_share_counts_repeated_stretches(monkeypatch, chunk):
-    monkeypatch.setattr("kizzasi.train.bytes.DUPLICATE_CHUNK", chunk)
+    monkeypatch.setattr("kizzasi.train.byte_baselines.DUPLICATE_CHUNK", chunk)
     noise = torch.randint(256, (3000,), generator=torch.Generator().manual_seed(0))
     noise = bytes(noise.tolist())
     assert duplicate_share(split_of(noise[:2000], noise[2000:])) == 0

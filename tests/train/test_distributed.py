@@ -75,7 +75,7 @@ def assert_same(result, folder, alone):
     torch.testing.assert_close(
         torch.tensor(result["curve"]), torch.tensor(expected["curve"]), rtol=1e-4, atol=0
     )
-    assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-4)
+    assert result["score"] == pytest.approx(expected["score"], rel=1e-4)
     for (name, a), b in zip(
         load(folder).state_dict().items(), model.state_dict().values(), strict=True
     ):

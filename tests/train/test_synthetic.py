@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError
-from kizzasi.train.bytes import IGNORE
-from kizzasi.train.synthetic import MQAR, TASKS, InductionHeads, Parity, SelectiveCopying, Task
+from kizzasi.train.synthetic import MQAR, TASKS, InductionHeads, Parity, SelectiveCopying
+from kizzasi.train.task import IGNORE, Task
 
 
 def solve_selective_copying(task: SelectiveCopying, prefix: list[int]) -> int:

@@ -3,28 +3,22 @@
 A child so trained has seen more tokens than its own budget says, through its ancestors. Its score
 and one from scratch must not meet in one ranking, so its result is another type and carries the
 field `inherited`.
-
-In the journal:
-    trial       ..., inherited: null (from scratch) or {parent, parent_tokens, share, overlap}
-    id          of such a trial depends on `parent` and `parent_tokens` too: `inherited_id`
-    ranking     of trials passes `require_one_start` first
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec, SequenceModel
 from kizzasi.models.norm import Norm
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
+from kizzasi.nas.evaluators.evaluator import Job, Measurement
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.train.leak import find_leak
 
 
@@ -98,6 +92,8 @@ def train_child(
     *,
     parent_tokens: int,
     overlap: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> InheritedMeasurement:
     """Micro-train a child that starts from its parent; the optimiser starts afresh.
 
@@ -108,48 +104,25 @@ def train_child(
         tokens: the child's own budget.
         seed: of what is not inherited.
         parent_tokens, overlap: see `inherit`.
+        settings: of the recipe.
+        device: where to train.
     """
-    training = evaluator.training(spec, seed)
+    training = evaluator.training(Job(spec, tokens, seed, settings or {}, device=device))
     inherited = inherit(training.model, parent, parent_tokens=parent_tokens, overlap=overlap)
     if leak := find_leak(training.model):
-        return InheritedMeasurement(Measurement(None, 0, 0.0, None, (), leak), inherited)
+        return InheritedMeasurement(Measurement(None, failure=leak), inherited)
     start = time.perf_counter()
     failure = training.run(tokens)
     seconds = time.perf_counter() - start
     measurement = Measurement(
-        bits_per_byte=None if failure else training.score(),
-        tokens=training.tokens,
+        score=None if failure else training.score(),
+        spent=training.tokens,
         seconds=seconds,
-        tokens_per_second=training.tokens / seconds,
+        per_second=training.tokens / seconds,
         curve=tuple(training.curve),
         failure=failure,
     )
     return InheritedMeasurement(measurement, inherited)
-
-
-def inherited_id(trial_id: str, inherited: Inheritance) -> str:
-    """The id of a trial that inherits, from the one that it would have from scratch."""
-    lineage = f"{inherited.parent} {inherited.parent_tokens} {inherited.overlap}"
-    return f"{trial_id}-from-{hashlib.sha256(lineage.encode()).hexdigest()[:12]}"
-
-
-def require_one_start(trials: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse to rank trials that started from scratch together with trials that inherited.
-
-    Args:
-        trials: trial events; without the field `inherited`, or with null, one is from scratch.
-
-    Raises:
-        StudyError: both kinds occur; names one of each.
-    """
-    first: dict[bool, str] = {}
-    for trial in trials:
-        first.setdefault(trial.get("inherited") is not None, str(trial["id"]))
-    if len(first) > 1:
-        raise StudyError(
-            f"ranking: trial {first[True]} inherited weights and trial {first[False]} started from "
-            "scratch; rank each kind by itself, or train both from scratch"
-        )
 
 
 def _same_role(child: nn.Module, parent: nn.Module, name: str) -> bool:

@@ -13,20 +13,17 @@ bytes of a text (Arora et al. 2023, arXiv:2312.04927).
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from kizzasi.models import ModelSpec, SequenceModel, Tokens, build_model
-from kizzasi.train.bytes import ByteCorpus
+from kizzasi.models import ModelSpec, Tokens, build_model
 from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
-from kizzasi.train.synthetic import MQAR, Parity, SelectiveCopying, Task
-from kizzasi.train.trainer import CHECK_EVERY, Training
+from kizzasi.train.synthetic import MQAR, Examples, Parity, SelectiveCopying
+from kizzasi.train.synthetic_task import SyntheticTask
+from kizzasi.train.trainer import Training
 
 N_HELD_OUT = 256  # examples that are scored
 
@@ -64,7 +61,7 @@ class Probe:
         lr: peak learning rate.
     """
 
-    task: Task
+    task: Examples
     steps: int = 300
     batch_size: int = 16
     lr: float = 4e-3
@@ -83,54 +80,25 @@ class Probe:
         Raises:
             SpecError: the spec breaks a rule.
         """
-        chance = self.task.chance
+        task = SyntheticTask(self.task, N_HELD_OUT)
         model = build_model(self.spec_for(spec), seed=seed, device=device)
-        if leak := find_leak(model, self.seq_len):
-            return ProbeResult(None, chance, 0, 0.0, leak)
-        training = self._training(model, seed)
+        if leak := find_leak(model):
+            return ProbeResult(None, self.task.chance, 0, 0.0, leak)
+        horizon = self.steps * self.batch_size * task.seq_len
+        recipe = Recipe(horizon, task.seq_len, self.batch_size, self.lr)
+        training = Training(model, task, recipe, derive_seed(seed, "probe"))
         start = time.perf_counter()
-        failure = self._train(training, seed)
+        failure = training.run(horizon)
         seconds = time.perf_counter() - start
-        accuracy = None if failure else self._accuracy(model, seed)
-        return ProbeResult(accuracy, chance, training.step, seconds, failure)
-
-    @property
-    def seq_len(self) -> int:
-        return self.task.sample(1, 0).inputs.shape[1]
+        accuracy = None if failure else training.score()
+        return ProbeResult(accuracy, self.task.chance, training.step, seconds, failure)
 
     def spec_for(self, spec: ModelSpec) -> ModelSpec:
         """The spec with the task's vocabulary and, if it has positions, enough of them."""
-        stem = Tokens(self.task.vocab_size)
+        stem, seq_len = Tokens(self.task.vocab_size), SyntheticTask(self.task).seq_len
         if isinstance(spec.stem, Tokens) and spec.stem.max_positions is not None:
-            stem = replace(stem, max_positions=max(self.seq_len, spec.stem.max_positions))
+            stem = replace(stem, max_positions=max(seq_len, spec.stem.max_positions))
         return spec.replace(stem=stem)
-
-    def _training(self, model: SequenceModel, seed: int) -> Training:
-        """The optimiser and schedule of micro-training; the batches come from the task instead."""
-        horizon = self.steps * self.batch_size * self.seq_len
-        recipe = Recipe(horizon, self.seq_len, self.batch_size, self.lr)
-        ids = self.task.sample(1, derive_seed(seed, "probe", 0)).inputs[0].to(torch.uint8)
-        corpus = ByteCorpus(type(self.task).__name__, ids, ids, "", len(ids))
-        return Training(model, corpus, recipe, data_seed=derive_seed(seed, "probe"))
-
-    def _train(self, training: Training, seed: int) -> str | None:
-        training.model.train()
-        while training.step < self.steps:
-            batch = self.task.sample(self.batch_size, derive_seed(seed, "probe", training.step))
-            loss = training._step(*(x.to(training.device) for x in batch[:2]))
-            if training.step % CHECK_EVERY == 0 and not math.isfinite(loss.item()):
-                return f"the loss became {loss.item()} before step {training.step}; lower the lr"
-        return None
-
-    @torch.no_grad()
-    def _accuracy(self, model: SequenceModel, seed: int) -> float:
-        inputs, targets, mask = self.task.sample(N_HELD_OUT, derive_seed(seed, "held out"))
-        model.eval()
-        device = next(model.parameters()).device
-        answers = torch.cat(
-            [model(x.to(device)).logits.argmax(-1).cpu() for x in inputs.split(self.batch_size)]
-        )
-        return (answers == targets)[mask].double().mean().item()
 
 
 PROBES: dict[str, Probe] = {

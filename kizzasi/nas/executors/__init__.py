@@ -15,8 +15,8 @@ from typing import Literal, get_args
 import torch
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.executors.job import NO_LIMITS, Executor, Job, Limits, run_job
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job
+from kizzasi.nas.executors.execute import NO_LIMITS, Executor, Limits, run_job
 from kizzasi.nas.executors.local import InProcess, Processes
 from kizzasi.nas.executors.ray import Ray
 
@@ -39,12 +39,13 @@ __all__ = [
 
 
 def open_executor(
-    evaluator: MicroTrain,
+    evaluator: Evaluator,
     kind: Kind | None = None,
     workers: int | None = None,
     threads: int | None = None,
     limits: Limits = NO_LIMITS,
     address: str = "local",
+    device: str = "cpu",
 ) -> Executor:
     """The executor of a search.
 
@@ -57,30 +58,32 @@ def open_executor(
             the same. None shares the cores out in "processes", and is 1 in "ray".
         limits: of each trial.
         address: of the Ray cluster.
+        device: "cpu", "cuda" for all GPUs there are, or "cuda:1".
 
     Raises:
         SpecError: a limit breaks a rule, or the executor cannot enforce it.
         StudyError: there is no such Ray cluster.
     """
-    limits.check(evaluator.device)
+    limits.check(device)
     for name, count in (("workers", workers), ("threads", threads)):
         if count is not None and count < 1:
             raise SpecError(f"{name}: {count} must be at least 1")
     cores = os.cpu_count() or 1
-    room = cores if evaluator.device == "cpu" else torch.cuda.device_count()
+    room = cores if device == "cpu" else torch.cuda.device_count() if device == "cuda" else 1
     own_process = (workers or 1) > 1 or threads is not None or limits != NO_LIMITS
     if kind is None:
-        several = workers is None and evaluator.device == "cpu" and cores > 1
+        several = workers is None and room > 1
         kind = "processes" if several or own_process else "in-process"
     if address != "local" and kind != "ray":
         raise SpecError(f"address: {address} is of a Ray cluster; use --executor ray")
     if kind == "ray":
-        return Ray(evaluator, address, workers, threads or 1, limits)
+        return Ray(evaluator, address, workers, threads or 1, limits, device)
     if kind == "processes":
         workers = workers or max(1, room)
-        return Processes(evaluator, workers, threads or max(1, cores // workers), limits)
+        threads = threads or max(1, cores // workers)
+        return Processes(evaluator, workers, threads, limits, device)
     if own_process:
         raise SpecError(
             "several workers, threads and trial limits need processes; use --executor processes"
         )
-    return InProcess(evaluator)
+    return InProcess(evaluator, device)

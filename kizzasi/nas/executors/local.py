@@ -10,8 +10,8 @@ from multiprocessing.connection import wait
 import torch
 from tqdm import tqdm
 
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
-from kizzasi.nas.executors.job import NO_LIMITS, Job, Limits, run_job
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
+from kizzasi.nas.executors.execute import NO_LIMITS, Limits, run_job
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -20,12 +20,13 @@ POLL_SECONDS = 0.25
 class InProcess:
     """One job after the other, here: for CUDA, debugging and small machines."""
 
-    def __init__(self, evaluator: MicroTrain) -> None:
-        self.evaluator = evaluator
+    def __init__(self, evaluator: Evaluator, device: str = "cpu") -> None:
+        self.evaluator, self.device = evaluator, device
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
         for job in jobs:
-            yield job, run_job(self.evaluator, job, bar.update)
+            on = replace(job, device=self.device)
+            yield job, run_job(self.evaluator, on, bar.update)
 
     def __enter__(self) -> InProcess:
         return self
@@ -44,21 +45,23 @@ class Processes:
         n_workers: how many processes.
         n_threads: torch threads of each.
         limits: of each trial.
+        device: "cpu", "cuda" or "cuda:1".
     """
 
     def __init__(
         self,
-        evaluator: MicroTrain,
+        evaluator: Evaluator,
         n_workers: int,
         n_threads: int = 1,
         limits: Limits = NO_LIMITS,
+        device: str = "cpu",
     ) -> None:
-        self.evaluator = evaluator
-        devices = [evaluator.device]
-        if evaluator.device == "cuda":
+        self.evaluator, self.device = evaluator, device
+        devices = [device]
+        if device == "cuda":
             devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         self.workers = [
-            Worker(replace(evaluator, device=devices[i % len(devices)]), n_threads, limits)
+            Worker(evaluator, n_threads, limits, devices[i % len(devices)])
             for i in range(n_workers)
         ]
 

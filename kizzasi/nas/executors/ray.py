@@ -20,8 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from kizzasi.errors import KizzasiError, StudyError
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
-from kizzasi.nas.executors.job import NO_LIMITS, Job, Limits, failed
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
+from kizzasi.nas.executors.execute import NO_LIMITS, Limits, failed
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -42,6 +42,7 @@ class Ray:
         n_workers: how many actors; None takes as many as the cluster has room for.
         n_threads: torch threads of each, and the CPUs that it reserves; a GPU each on CUDA.
         limits: of each trial.
+        device: "cpu", or "cuda" for a GPU each.
 
     Raises:
         StudyError: Ray is not installed, there is no cluster at the address, or no room in it.
@@ -49,21 +50,22 @@ class Ray:
 
     def __init__(
         self,
-        evaluator: MicroTrain,
+        evaluator: Evaluator,
         address: str = "local",
         n_workers: int | None = None,
         n_threads: int = 1,
         limits: Limits = NO_LIMITS,
+        device: str = "cpu",
     ) -> None:
-        self.evaluator = evaluator
+        self.evaluator, self.device = evaluator, device
         self.ray = _import_ray()
         self.own = not self.ray.is_initialized()
         if self.own:
             _connect(self.ray, address)
-        n_gpus = int(evaluator.device != "cpu")
+        n_gpus = int(device != "cpu")
         self.n_workers = n_workers or _room(self.ray, n_threads, n_gpus)
         self.actor = self.ray.remote(num_cpus=n_threads, num_gpus=n_gpus)(_Place)
-        self.arguments = (self.ray.put(evaluator), n_threads, limits)
+        self.arguments = (self.ray.put(evaluator), n_threads, limits, device)
         self.actors: list[Any] = []
         self.idle: list[Any] = []
         self.pending: dict[Any, tuple[Any, Job | None]] = {}  # Job None: the actor is starting
@@ -147,8 +149,10 @@ class Ray:
 class _Place:
     """The actor: a worker process on its node, so that a trial that explodes is not a lost node."""
 
-    def __init__(self, evaluator: MicroTrain, n_threads: int, limits: Limits) -> None:
-        self.worker = Worker(evaluator, n_threads, limits)
+    def __init__(
+        self, evaluator: Evaluator, n_threads: int, limits: Limits, device: str = "cpu"
+    ) -> None:
+        self.worker = Worker(evaluator, n_threads, limits, device)
 
     def ready(self, probes: Mapping[Path, str]) -> tuple[int, None] | StudyError:
         for folder, word in probes.items():

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -24,15 +25,14 @@ from pathlib import Path
 import torch
 
 from kizzasi.errors import KizzasiError, StudyError
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
-from kizzasi.nas.executors.job import (
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
+from kizzasi.nas.executors.execute import (
     EXPLOSIONS,
     INNERMOST_FRAMES,
     USERS_ERRORS,
-    Job,
     Limits,
+    evaluate,
     failed,
-    train,
 )
 
 LAST_WORDS = 4096  # bytes kept of what a dying worker says
@@ -45,12 +45,16 @@ class Worker:
         evaluator: copied to the process.
         n_threads: torch threads of the process.
         limits: of each trial.
+        device: of its trials.
     """
 
     connection: Connection
 
-    def __init__(self, evaluator: MicroTrain, n_threads: int, limits: Limits) -> None:
+    def __init__(
+        self, evaluator: Evaluator, n_threads: int, limits: Limits, device: str = "cpu"
+    ) -> None:
         self.evaluator, self.n_threads, self.limits = evaluator, n_threads, limits
+        self.device = device
         self.process: SpawnProcess | None = None
         self.began: float | None = None  # when the trial did; None while the process still starts
         self.tokens = 0
@@ -60,7 +64,7 @@ class Worker:
         if self.process is None or not self.process.is_alive():
             self._start()
         self.began, self.tokens = None, 0
-        self.connection.send(job)
+        self.connection.send(replace(job, device=self.device))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -145,7 +149,7 @@ class Worker:
 def _serve(
     connection: Connection,
     last_words: Connection,
-    evaluator: MicroTrain,
+    evaluator: Evaluator,
     n_threads: int,
     limits: Limits,
 ) -> None:
@@ -165,8 +169,8 @@ def _serve(
             return
         connection.send(0)
         try:
-            with _memory_limit(limits.memory_bytes, evaluator.device):
-                answer = train(evaluator, job, connection.send)
+            with _memory_limit(limits.memory_bytes, job.device):
+                answer = evaluate(evaluator, job, connection.send)
         except USERS_ERRORS as error:
             answer = error
         except EXPLOSIONS:

@@ -21,9 +21,8 @@ from kizzasi.nas.report.svg import (
 )
 from kizzasi.nas.results.lineage import Node, ancestry, lineage
 from kizzasi.nas.results.summary import Event, Standing, Summary, proxies_of
+from kizzasi.nas.results.words import said
 
-UNIFORM = 8.0  # bits/byte of a model that knows nothing
-HELD_OUT = "held-out bits/byte"
 # What a candidate costs: field, name, axis with its unit.
 COSTS = (
     ("params", "parameters", "parameters"),
@@ -74,14 +73,15 @@ def _scores(summary: Summary) -> Figure:
     for final, group in ((summary.winner, "winner"), (summary.preset, "preset")):
         if final and final.mean is not None:
             name = final.entry["name"]
-            rows.append((name, group, final.mean, final.spread))
+            rows.append((name, group, summary.metric.sign * final.mean, final.spread))
     if not rows:
         return Figure.missing(title, "Neither baselines nor final scores are there yet.")
     rows.sort(key=lambda row: row[2])
-    caption = "Less is better. Whiskers: one standard deviation over the seeds."
+    better = "Less" if summary.metric.lower_is_better else "More"
+    caption = f"{better} is better. Whiskers: one standard deviation over the seeds."
     if not summary.winner:
-        caption = "Less is better. The winner's final training is still to come."
-    return Figure(title, bars(title, "bits/byte", rows), caption)
+        caption = f"{better} is better. The winner's final training is still to come."
+    return Figure(title, bars(title, summary.unit, rows), caption)
 
 
 def _layers(summary: Summary) -> Figure:
@@ -95,7 +95,10 @@ def _layers(summary: Summary) -> Figure:
 
 def _seeds(summary: Summary) -> Figure:
     title = "Finalists, seed by seed"
-    rows = [(f.entry["name"], _group(summary, f.entry), f.scores) for f in summary.finals]
+    rows = [
+        (f.entry["name"], _group(summary, f.entry), [summary.metric.sign * s for s in f.scores])
+        for f in summary.finals
+    ]
     rows = [row for row in rows if row[2]]
     if not rows:
         return Figure.missing(title, "No finalist has a score yet.")
@@ -105,7 +108,7 @@ def _seeds(summary: Summary) -> Figure:
         if noise
         else "It takes two finalists with two seeds in common to state a noise floor."
     )
-    drawn = strips(title, HELD_OUT, rows, noise.floor if noise else None)
+    drawn = strips(title, _held_out(summary), rows, noise.floor if noise else None)
     caption = f"A mark per seed, a tick at the mean, a whisker of one standard deviation. {said}"
     return Figure(title, drawn, caption)
 
@@ -115,8 +118,10 @@ def _learning_curves(summary: Summary) -> Figure:
     lines = list(_lines(summary))
     if not lines:
         return Figure.missing(title, "No training has got as far as its first loss yet.")
-    drawn = plot(title, "tokens trained on", "training loss, bits/byte", lines=lines)
-    caption = "Means between two looks at the loss, cut at 8 bits/byte. A cross: training failed."
+    drawn = plot(title, "tokens trained on", "training loss", lines=lines)
+    caption = (
+        "Means between two looks at the loss, cut at twice the first. A cross: training failed."
+    )
     return Figure(title, drawn, caption)
 
 
@@ -134,10 +139,11 @@ def trainings(summary: Summary) -> list[tuple[Event, Event]]:
 
 def _lines(summary: Summary) -> Iterator[Line]:
     for entry, trial in trainings(summary):
-        points = [(t, min(bits, UNIFORM)) for t, bits in trial["curve"] if bits is not None]
+        known = [(t, loss) for t, loss in trial["curve"] if loss is not None]
+        points = [(t, min(loss, 2 * abs(known[0][1]))) for t, loss in known]
         if points:
-            failed = trial["bits_per_byte"] is None
-            text = f"{entry['name']}, lr {trial['lr']:g}, seed {trial['seed']}"
+            failed = trial["score"] is None
+            text = f"{entry['name']}, {said(trial['settings'])}, seed {trial['seed']}"
             yield Line(points, _group(summary, entry), text, failed)
 
 
@@ -149,7 +155,7 @@ def _no_proxy() -> Figure:
 def _proxy_against_training(summary: Summary, name: str) -> Figure:
     title = "Proxy against training" if name == "proxy" else f"Proxy {name} against training"
     marks = [
-        Mark(value, score, _group(summary, s.entry), _label(s.entry, score))
+        Mark(value, score, _group(summary, s.entry), _label(summary, s.entry, score))
         for s in summary.standings
         if s.entry["group"] != "preset"
         and (value := proxies_of(s.entry).get(name)) is not None
@@ -163,13 +169,13 @@ def _proxy_against_training(summary: Summary, name: str) -> Figure:
         f"Kendall tau-b {worth.everywhere.proxy.kendall_tau_b}, inside the band "
         f"{worth.in_band.proxy.kendall_tau_b}."
     )
-    drawn = plot(title, f"{name} score, higher promises more", HELD_OUT, marks)
+    drawn = plot(title, f"{name} score, higher promises more", _held_out(summary), marks)
     return Figure(title, drawn, caption)
 
 
 def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
     """Marks of every rung, one front per rung: scores of different budgets do not compete."""
-    title = f"Bits/byte against {name}"
+    title = f"{summary.unit[:1].upper()}{summary.unit[1:]} against {name}"
     marks: list[Mark] = []
     fronts: list[list[Point]] = []
     rungs = summary.rungs
@@ -177,7 +183,13 @@ def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
     for rung in rungs:
         early = rung is not rungs[-1] and len(rungs) > 1
         reached = [
-            Mark(s.entry[key], score, _group(summary, s.entry), _label(s.entry, score), early)
+            Mark(
+                s.entry[key],
+                score,
+                _group(summary, s.entry),
+                _label(summary, s.entry, score),
+                early,
+            )
             for s in measured
             if (score := s.score(rung.name)) is not None
         ]
@@ -190,12 +202,12 @@ def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
     caption = f"Lower left is better. Dashed: the Pareto front of each rung ({budgets})."
     if len(rungs) > 1:
         caption += " Hollow marks: earlier rungs, linked to what the candidate reached later."
-    return Figure(title, plot(title, label, HELD_OUT, marks, (), fronts, links), caption)
+    return Figure(title, plot(title, label, _held_out(summary), marks, (), fronts, links), caption)
 
 
 def _climb(standing: Standing, key: str) -> Sequence[Point]:
     x = standing.entry[key]
-    return [(x, s) for t in standing.trials if (s := t["bits_per_byte"]) is not None]
+    return [(x, s) for t in standing.trials if (s := t["score"]) is not None]
 
 
 def _family(summary: Summary) -> Figure:
@@ -205,9 +217,9 @@ def _family(summary: Summary) -> Figure:
     if not any(node.parents for node in nodes.values()):
         return Figure.missing(title, "No candidate descends from another.")
     place = {
-        node.id: (float(node.generation), node.bits_per_byte)
+        node.id: (float(node.generation), node.score)
         for node in nodes.values()
-        if node.bits_per_byte is not None
+        if node.score is not None
     }
     if not place:
         return Figure.missing(title, "No candidate has a score yet.")
@@ -216,11 +228,15 @@ def _family(summary: Summary) -> Figure:
     links = [edge for node in nodes.values() for edge in _edges(node, place)]
     led = [Line(edge, "winner") for node in line.values() for edge in _edges(node, place)]
     marks = [
-        Mark(*place[own], "winner" if node.winner else _style(node.group), _born(node, nodes))
+        Mark(
+            *place[own],
+            "winner" if node.winner else _style(node.group),
+            _born(summary, node, nodes),
+        )
         for own, node in nodes.items()
         if own in place
     ]
-    drawn = plot(title, "generation", f"{HELD_OUT}, first rung", marks, led, (), links)
+    drawn = plot(title, "generation", f"{_held_out(summary)}, first rung", marks, led, (), links)
     caption = (
         "Lines lead from parent to child, on the first rung's budget. In the winner's colour: "
         f"{'the winner' if summary.winner else 'the leader so far'} and its ancestors."
@@ -232,8 +248,9 @@ def _edges(node: Node, place: dict[str, Point]) -> list[list[Point]]:
     return [[place[p], place[node.id]] for p in node.parents if p in place and node.id in place]
 
 
-def _born(node: Node, nodes: dict[str, Node]) -> str:
-    text = f"{node.name}: {node.bits_per_byte:.3f} bits/byte"
+def _born(summary: Summary, node: Node, nodes: dict[str, Node]) -> str:
+    assert node.score is not None, "only scored nodes are drawn"
+    text = f"{node.name}: {summary.show(node.score)} {summary.unit}"
     if node.parents:
         text += f"; from {' and '.join(nodes[parent].name for parent in node.parents)}"
     return text if node.inherited is None else f"{text}; inherits {node.inherited:.0%}"
@@ -249,5 +266,11 @@ def _style(group: str) -> str:
     return group if group in GROUPS else "searched"
 
 
-def _label(entry: Event, score: float) -> str:
-    return f"{entry['name']}: {score:.3f} bits/byte, {entry['params']:,} parameters"
+def _label(summary: Summary, entry: Event, score: float) -> str:
+    shown = f"{summary.show(score)} {summary.unit}"
+    return f"{entry['name']}: {shown}, {entry['params']:,} parameters"
+
+
+def _held_out(summary: Summary) -> str:
+    """The axis of scores; of a metric that rises, the other way round, so that lower is better."""
+    return f"held-out {summary.unit}" + ("" if summary.metric.lower_is_better else ", negated")

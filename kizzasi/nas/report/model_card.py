@@ -11,6 +11,7 @@ from kizzasi.nas.report.svg import short
 from kizzasi.nas.report.tables import finalist_tables, layer_table
 from kizzasi.nas.results.finals import Event, Final
 from kizzasi.nas.results.summary import Summary
+from kizzasi.nas.results.words import said
 
 LICENSE = (
     "Not stated. Whoever publishes this model states here under which license its weights are, "
@@ -46,23 +47,24 @@ def model_card(summary: Summary, spec: ModelSpec) -> str:
 
 def saved_trial(winner: Final) -> Event:
     """The final training whose weights the search kept: the best of the seeds."""
-    scored = [trial for trial in winner.trials if trial["bits_per_byte"] is not None]
-    return min(scored, key=lambda trial: trial["bits_per_byte"])
+    scored = [trial for trial in winner.trials if trial["score"] is not None]
+    return min(scored, key=lambda trial: trial["score"])
 
 
 def _introduction(summary: Summary, winner: Final, spec: ModelSpec) -> str:
     cost = spec.cost(1024)
     return (
-        f"A language model of bytes with {cost.params:,} parameters and "
+        f"A sequence model with {cost.params:,} parameters and "
         f"{len(spec.blocks)} layers, found by an architecture search among "
-        f"{len(summary.entries)} candidates. It reaches {winner} on held-out bytes. Its state "
-        f"after 1,024 tokens takes {short(cost.state_bytes)}B."
+        f"{len(summary.entries)} candidates. It reaches {summary.say(winner)} on held-out "
+        f"data. Its state after 1,024 tokens takes {short(cost.state_bytes)}B."
     )
 
 
 def _use(summary: Summary, kept: Event) -> str:
     config = summary.study["config"]
-    rate = f"--lr {kept['lr']:g}"
+    lr = kept["settings"].get("lr")
+    rate = "" if lr is None else f"--lr {lr:g}"
     shape = "".join(
         f" --{name.replace('_', '-')} {config[name]}"
         for name in ("seq_len", "batch_size")
@@ -85,13 +87,14 @@ def _use(summary: Summary, kept: Event) -> str:
 
 
 def _data(summary: Summary) -> str:
-    corpus = summary.study["corpus"]
+    corpus = summary.data
     facts = [
-        f"- {md(str(corpus['name']))}, {corpus['n_bytes']:,} bytes",
+        f"- {md(str(corpus['name']))}"
+        + (f", {corpus['n_bytes']:,} bytes" if "n_bytes" in corpus else ""),
         f"- sha256 `{corpus['digest']}`",
     ]
     if "n_held_out" in corpus:
-        facts.append(f"- {corpus['n_held_out']:,} bytes held out, never trained on")
+        facts.append(f"- {corpus['n_held_out']:,} held out, never trained on")
     if corpus.get("repeated") is not None:
         facts.append(f"- {corpus['repeated']:.1%} of them repeat training text verbatim")
     return "\n".join(facts)
@@ -101,17 +104,17 @@ def _training(summary: Summary, winner: Final, kept: Event) -> str:
     seeds = ", ".join(str(trial["seed"]) for trial in winner.trials)
     spent = sum(trial["seconds"] for trial in summary.trials)
     return (
-        f"- {kept['tokens']:,} tokens from scratch, peak learning rate {kept['lr']:g}\n"
+        f"- {kept['tokens']:,} tokens from scratch, {said(kept['settings'])}\n"
         f"- seeds {seeds}; the weights are those of seed {kept['seed']}, the best of them "
-        f"({kept['bits_per_byte']:.4f} bits/byte)\n"
+        f"({summary.metric.show(kept['score'], 4)} {summary.unit})\n"
         f"- the whole search trained for {spent:.0f} s in {len(summary.trials)} trials"
     )
 
 
 def _scores(summary: Summary) -> str:
-    """Bits per byte on the held-out bytes, mean and standard deviation over the seeds."""
+    """Scores on held-out data, mean and standard deviation over the seeds."""
     baselines = summary.study.get("baselines", {})
-    rows = [["baseline", "bits/byte"], *([n, f"{v:.3f}"] for n, v in baselines.items())]
+    rows = [["baseline", summary.unit], *([n, f"{v:.3f}"] for n, v in baselines.items())]
     noise = f"Noise floor: {summary.noise}." if summary.noise else "The noise floor is not known."
     parts = [f"### {p.title}\n\n{md_table(p)}" for p in finalist_tables(summary) if p.rows[1:]]
     matched = "\n\n".join(parts)

@@ -16,6 +16,7 @@ from kizzasi.errors import StudyError
 from kizzasi.nas.report.figures import trainings
 from kizzasi.nas.results.finals import Event
 from kizzasi.nas.results.summary import Standing, Summary, proxies_of, summarise
+from kizzasi.nas.results.words import said
 from kizzasi.nas.study.journal import read_events
 
 Gene = str | int | float
@@ -24,7 +25,7 @@ Gene = str | int | float
 def to_optuna(run: Path, storage: Any = None) -> Any:
     """A run as an `optuna.Study`, for its plots, importances and dashboard.
 
-    The objective is held-out bits per byte; less is better.
+    The objective is the held-out score.
 
     A candidate is a trial: its genes are the parameters, its scores on the rungs intermediate
     values at their tokens. It is COMPLETE at the deepest rung anyone reached, with that score as
@@ -42,7 +43,9 @@ def to_optuna(run: Path, storage: Any = None) -> Any:
     """
     optuna = _extra("optuna", "optuna", "to_optuna")
     summary = summarise(read_events(run / "journal.jsonl"))
-    study = optuna.create_study(storage=storage, direction="minimize")
+    study = optuna.create_study(
+        storage=storage, direction="minimize" if summary.metric.lower_is_better else "maximize"
+    )
     for name in summary.study.keys() - {"event"}:
         study.set_user_attr(name, summary.study[name])
     genes = {entry["id"]: genotype(entry) for entry in summary.entries}
@@ -72,15 +75,15 @@ def to_optuna(run: Path, storage: Any = None) -> Any:
 
 def _outcome(states: Any, standing: Standing, deepest: str) -> dict[str, Any]:
     """State, value and intermediate values of an optuna trial."""
-    scored = [t for t in standing.trials if t["bits_per_byte"] is not None]
-    reached = {t["tokens"]: t["bits_per_byte"] for t in scored}
+    scored = [t for t in standing.trials if t["score"] is not None]
+    reached = {t["tokens"]: t["score"] for t in scored}
     if not standing.trials:
         return {"state": states.WAITING}
     if not scored:
         return {"state": states.FAIL}
     if scored[-1]["rung"] != deepest:
         return {"state": states.PRUNED, "intermediate_values": reached}
-    value = scored[-1]["bits_per_byte"]
+    value = scored[-1]["score"]
     return {"state": states.COMPLETE, "value": value, "intermediate_values": reached}
 
 
@@ -157,7 +160,7 @@ def to_tensorboard(run: Path, folder: Path) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise StudyError(f"{folder}: holds files already; give a new folder")
     for entry, trial in trainings(summary):
-        name = f"{entry['id']}-lr{trial['lr']:g}-seed{trial['seed']}-{trial['rung']}"
+        name = f"{entry['id']}-{_word(trial['settings'])}-seed{trial['seed']}-{trial['rung']}"
         with writer(str(folder / name)) as board:
             _write_training(board, summary, entry, trial)
     return folder
@@ -166,15 +169,15 @@ def to_tensorboard(run: Path, folder: Path) -> Path:
 def _write_training(board: Any, summary: Summary, entry: Event, trial: Event) -> None:
     for tokens, loss in trial["curve"]:
         if loss is not None:
-            board.add_scalar("training bits_per_byte", loss, tokens)
+            board.add_scalar("training loss", loss, tokens)
     training = trial["id"].rpartition("-")[0]
     rungs = [t for t in summary.trials if t["id"].rpartition("-")[0] == training]
-    scored = [t for t in rungs if t["bits_per_byte"] is not None]
+    scored = [t for t in rungs if t["score"] is not None]
     for one in scored:
-        board.add_scalar("held-out bits_per_byte", one["bits_per_byte"], one["tokens"])
-    facts = {"candidate": entry["name"], "group": entry["group"], "lr": trial["lr"]}
+        board.add_scalar(f"held-out {summary.metric.name}", one["score"], one["tokens"])
+    facts = {"candidate": entry["name"], "group": entry["group"], **trial["settings"]}
     genes = {**facts, "seed": trial["seed"], "params": entry["params"], **genotype(entry)}
-    last = {"hparam/bits_per_byte": scored[-1]["bits_per_byte"]} if scored else {}
+    last = {f"hparam/{summary.metric.name}": scored[-1]["score"]} if scored else {}
     board.add_hparams(genes, last, run_name=".")
 
 
@@ -183,3 +186,8 @@ def _extra(module: str, extra: str, who: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise StudyError(f"{who}: {error}; pip install 'kizzasi[{extra}]'") from error
+
+
+def _word(settings: Mapping[str, Any]) -> str:
+    """Settings as a part of a file's name."""
+    return said(settings).replace(", ", "-").replace(" ", "")

@@ -18,22 +18,21 @@ from kizzasi.nas.report.figures import Figure, figures
 from kizzasi.nas.report.sentences import findings
 from kizzasi.nas.report.svg import STYLE, short
 from kizzasi.nas.report.tables import (
-    COLUMN_NAMES,
     LEFT_ALIGNED,
     Part,
     Rows,
     cells,
+    column_names,
     finalist_tables,
     tables,
 )
 from kizzasi.nas.results.lineage import ancestry, lineage, mermaid, to_json
 from kizzasi.nas.results.summary import Event, Summary, summarise
+from kizzasi.nas.results.words import gist
 
 __all__ = ["Summary", "findings", "html", "markdown", "summarise", "table", "write_report"]
 
 COLUMNS = 100
-SLASH = r"[/\\]"
-FRAME = re.compile(r'File "(.*)", line (\d+), in (.*)')
 
 
 def table(summary: Summary) -> str:
@@ -41,11 +40,12 @@ def table(summary: Summary) -> str:
     said = "\n".join(textwrap.fill(text, COLUMNS) for text in findings(summary))
     if not summary.standings:
         return said
-    rows = [COLUMN_NAMES, *(cells(s) for s in summary.standings)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMN_NAMES))]
+    names = column_names(summary)
+    rows = [names, *(cells(summary, s) for s in summary.standings)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
     spare = COLUMNS - sum(widths) - 2 * (len(widths) - 1)
     widths[1] = max(len("architecture"), widths[1] + min(0, spare))
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    lines = ["  ".join(_aligned(row, names, widths)).rstrip() for row in rows]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:], "", said])
 
@@ -71,7 +71,7 @@ def md_lineage(summary: Summary) -> str:
     if len(family) < 2:
         return "The leader has no ancestors: it was sampled anew."
     line = list(family.values())
-    return f"```mermaid\n{mermaid(line)}\n```\n\n{md_json(to_json(line))}"
+    return f"```mermaid\n{mermaid(line, summary.metric)}\n```\n\n{md_json(to_json(line))}"
 
 
 def md_json(text: str) -> str:
@@ -138,13 +138,13 @@ def write_report(folder: Path, events: Iterable[Event]) -> Summary:
 
 
 def _headline(summary: Summary) -> str:
-    name = summary.study.get("corpus", {}).get("name")
+    name = summary.data.get("name")
     return f"Architecture search on {name}" if name else "Architecture search"
 
 
-def _aligned(row: list[str], widths: list[int]) -> list[str]:
+def _aligned(row: list[str], names: list[str], widths: list[int]) -> list[str]:
     cells = []
-    for name, cell, width in zip(COLUMN_NAMES, row, widths, strict=True):
+    for name, cell, width in zip(names, row, widths, strict=True):
         cell = cell if len(cell) <= width else cell[: width - 1] + "…"
         cells.append(cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width))
     return cells
@@ -168,16 +168,6 @@ def md_rows(rows: Rows) -> str:
     rule = [":--" if name in LEFT_ALIGNED else "--:" for name in rows[0]]
     lines = [[md(gist(cell)) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
-
-
-def gist(text: str) -> str:
-    """The error that a traceback ends in, and the line of code that raised it."""
-    lines = text.strip().splitlines() or [""]
-    raised = [match for line in lines if (match := FRAME.search(line))]
-    if not raised:
-        return lines[-1]
-    file, number, function = raised[-1].groups()
-    return f"{lines[-1]} ({re.split(SLASH, file)[-1]}:{number} in {function})"
 
 
 def _html_table(part: Part) -> str:
@@ -217,9 +207,9 @@ def _cards(summary: Summary) -> str:
     winner, preset, leader = summary.winner, summary.preset, summary.leader
     cards = []
     if winner:
-        cards.append((str(winner).removesuffix(" bits/byte"), "bits/byte of the winner"))
+        cards.append((summary.numbers(winner), f"{summary.unit} of the winner"))
     if preset:
-        cards.append((str(preset).removesuffix(" bits/byte"), "bits/byte of the best preset"))
+        cards.append((summary.numbers(preset), f"{summary.unit} of the best preset"))
     if leader:
         cards.append((f"{leader['params']:,}", "parameters"))
         cards.append((f"{short(leader['state_bytes'])}B", "state at 1,024 tokens"))

@@ -66,18 +66,18 @@ def _duel(summary: Summary) -> str:
         return "No winner has been trained at the final budget yet."
     said = (
         f"Trained anew on {winner.tokens:,} tokens, the winner {winner.entry['name']} "
-        f"({winner.entry['params']:,} parameters) reaches {winner}"
+        f"({winner.entry['params']:,} parameters) reaches {summary.say(winner)}"
     )
     if preset is None:
         return f"{said}; there is no preset to compare it with."
     return (
         f"{said}; the best preset, {preset.entry['name']} ({preset.entry['params']:,} "
-        f"parameters), on {preset.tokens:,} tokens: {preset}. "
-        f"{_outcome(winner, preset, summary.noise)}."
+        f"parameters), on {preset.tokens:,} tokens: {summary.say(preset)}. "
+        f"{_outcome(winner, preset, summary.noise, summary.unit)}."
     )
 
 
-def _outcome(winner: Final, preset: Final, noise: Noise | None) -> str:
+def _outcome(winner: Final, preset: Final, noise: Noise | None, unit: str) -> str:
     """A difference is one only if it is above the noise floor."""
     w, p = winner.mean, preset.mean
     if w is None or p is None:
@@ -85,15 +85,15 @@ def _outcome(winner: Final, preset: Final, noise: Noise | None) -> str:
     if noise is None:
         place = "ahead" if w < p else "behind"
         return (
-            f"The winner is {place} by {abs(p - w):.3f} bits/byte; without two seeds that both "
+            f"The winner is {place} by {abs(p - w):.3f} {unit}; without two seeds that both "
             "finished nothing tells that from noise"
         )
     gap = noise.gap(winner, preset)
     if noise.tied(winner, preset):
-        return f"This is a tie: {abs(gap):.3f} bits/byte are within the noise floor of {noise}"
+        return f"This is a tie: {abs(gap):.3f} {unit} are within the noise floor of {noise}"
     verb = "beats" if gap > 0 else "loses to"
     return (
-        f"The winner {verb} the preset by {abs(gap):.3f} bits/byte, more than the noise floor "
+        f"The winner {verb} the preset by {abs(gap):.3f} {unit}, more than the noise floor "
         f"of {noise}"
     )
 
@@ -120,7 +120,9 @@ def _at_equal_params(summary: Summary) -> str:
     compared = [(f, verdict) for f, verdict in ranked if f.mean is not None]
     if len(compared) < 2:
         return ""
-    listed = ", ".join(f"{f.entry['name']} {f.mean:.3f} ({verdict})" for f, verdict in compared)
+    listed = ", ".join(
+        f"{f.entry['name']} {summary.show(f.mean or 0.0)} ({verdict})" for f, verdict in compared
+    )
     left = [f.entry["name"] for f, _ in ranked if f.mean is None]
     said = f"At the {size:,} parameters of {summary.reference.entry['name']}: {listed}"
     if not left:
@@ -135,7 +137,7 @@ def _at_equal_time(summary: Summary) -> str:
     fastest = max(ranked, key=lambda row: row.speeds[0])
     seconds = fastest.tokens / fastest.speeds[0]
     listed = ", ".join(
-        f"{row.final.entry['name']} {'unknown' if row.mean is None else f'{row.mean:.3f}'} "
+        f"{row.final.entry['name']} {'unknown' if row.mean is None else summary.show(row.mean)} "
         f"({timed_verdict(summary, ranked[0], row)})"
         for row in ranked
     )
@@ -157,7 +159,7 @@ def _slopes(summary: Summary) -> str:
     listed = ", ".join(f"{f.entry['name']} {_signed(f)}" for f, _ in ranked)
     steepest, *others = [f for f, _ in ranked]
     return (
-        "From about half of the parameters to all of them, each doubling changes bits/byte by: "
+        "From about half of the parameters to all of them, each doubling changes the score by: "
         f"{listed}.{_most(steepest, others)}"
     )
 
@@ -219,12 +221,13 @@ def _against_baselines(summary: Summary) -> str:
     if not baselines:
         return ""
     listed = ", ".join(f"{value:.3f} ({name})" for name, value in baselines.items())
-    said = f"Without a neural network the held-out bytes cost {listed} bits/byte"
+    said = f"Without a neural network the held-out data score {listed} {summary.unit}"
     if summary.winner is None or summary.winner.mean is None:
         return f"{said}."
-    lost = [name for name, value in baselines.items() if value <= summary.winner.mean]
-    needs = f"more than {' and '.join(lost)}" if lost else "less than every one of them"
-    return f"{said}; the winner needs {summary.winner.mean:.3f}, {needs}."
+    sign = summary.metric.sign
+    lost = [name for name, value in baselines.items() if sign * value <= summary.winner.mean]
+    place = f"worse than {' and '.join(lost)}" if lost else "better than every one of them"
+    return f"{said}; the winner {summary.show(summary.winner.mean)}, {place}."
 
 
 def _control(summary: Summary) -> str:
@@ -234,10 +237,10 @@ def _control(summary: Summary) -> str:
         scores = [score for s in of_group if (score := s.score("0")) is not None]
         if not scores:
             return ""
-        medians[group] = f"{statistics.median(scores):.3f} ({len(scores)})"
+        medians[group] = f"{summary.show(statistics.median(scores))} ({len(scores)})"
     return (
         f"On the first rung the candidates that the proxy chose have a median of "
-        f"{medians['proxy']} bits/byte, the random control group {medians['random']}."
+        f"{medians['proxy']} {summary.unit}, the random control group {medians['random']}."
     )
 
 
@@ -269,7 +272,7 @@ def _estimates(summary: Summary) -> str:
 
 
 def _repeated(summary: Summary) -> str:
-    share = summary.study.get("corpus", {}).get("repeated")
+    share = summary.data.get("repeated")
     if share is None:
         return ""
     return f"{share:.1%} of the held-out bytes repeat a stretch of the training text verbatim."

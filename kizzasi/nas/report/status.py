@@ -66,7 +66,7 @@ def _climb_left(summary: Summary) -> int:
 
 def status(summary: Summary, pace: Pace) -> str:
     """Trials done, the best so far, the rung table, and the time left, in 100 columns."""
-    name = summary.study.get("corpus", {}).get("name")
+    name = summary.data.get("name")
     head = f"search on {name}" if name else "search, not yet begun"
     failed = len(summary.failures)
     lines = [
@@ -87,11 +87,14 @@ def status(summary: Summary, pace: Pace) -> str:
 def _leaders(summary: Summary) -> list[str]:
     """The best so far; once final training has begun, the finalists."""
     if summary.finals:
-        return [f"final     {final}  {final.entry['name']}" for final in summary.finals[:5]]
+        return [
+            f"final     {summary.say(final)}  {final.entry['name']}" for final in summary.finals[:5]
+        ]
     best = summary.best
     if best is None or best.scored is None:
         return ["best      no score yet"]
-    said = f"{best.scored['bits_per_byte']:.3f} bits/byte at {short(best.scored['tokens'])} tokens"
+    score, tokens = summary.show(best.scored["score"]), short(best.scored["tokens"])
+    said = f"{score} {summary.unit} at {tokens} tokens"
     return [f"best      {said}  {best.entry['name']} ({best.entry['params']:,} parameters)"]
 
 

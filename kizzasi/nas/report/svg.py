@@ -212,7 +212,7 @@ def strips(
         body.append(
             f'<rect class="noise" x="{a:.1f}" y="{top}" width="{max(1.0, b - a):.1f}" '
             f'height="{bottom - top}"/><text x="{left}" y="{top - 12}">'
-            f"shaded: tied with the first (noise floor {floor:.3f} bits/byte)</text>"
+            f"shaded: tied with the first (noise floor {floor:.3f})</text>"
         )
     for i, (name, group, values) in enumerate(rows):
         y, mean = top + step * i + step / 2, means[i]

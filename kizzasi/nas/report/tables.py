@@ -14,21 +14,12 @@ from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.noise import TOO_FEW, against, noise_of
 from kizzasi.nas.results.rank_agreement import Agreement, Region
 from kizzasi.nas.results.summary import Standing, Summary
+from kizzasi.nas.results.words import said
 
-COLUMN_NAMES = [
-    "rank",
-    "architecture",
-    "group",
-    "params",
-    "proxy",
-    "tokens",
-    "bits/byte",
-    "tok/s",
-    "state 1k",
-]
 LEFT_ALIGNED = {
     "architecture", "group", "best", "family", "predictor", "candidate", "reason", "setting",
-    "value", "baseline", "scores by learning rate", "scores by seed", "against the best",
+    "value", "baseline", "scores by setting", "settings", "chosen", "scores by seed",
+    "against the best",
     "against the steepest", "on the front of", "layer", "mixer", "channel", "curve", "where",
 }  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
@@ -54,7 +45,7 @@ EQUAL_TIME = (
 )
 TWO_SIZES = (
     "The same layers with fewer channels, on the same tokens at the same learning rate. Slope: "
-    "what each doubling of the parameters adds to bits/byte; below 0 it is a gain. Double size is "
+    "what each doubling of the parameters adds to the score. Double size is "
     "extrapolated along it from two sizes, not measured."
 )
 
@@ -94,7 +85,7 @@ def tables(summary: Summary) -> list[Part]:
         Part("Rungs", rung_rows(summary), "No trial has ended yet."),
         Part("Learning curves", _curves(summary), "No training has a loss yet.", plotted=True),
         Part("What the proxy was worth", _worth(summary), "No candidate with a proxy is trained."),
-        Part("Baselines on the held-out bytes", _baselines(summary), "Not yet measured.", True),
+        Part("Baselines on the held-out data", _baselines(summary), "Not yet measured.", True),
         Part("Learning rates", _sweeps(summary), "No sweep has ended yet.", True),
         Part("Estimated over real parameters", _estimates(summary), "No candidate is there.", True),
         Part("Failures", _failures(summary), "No trial failed."),
@@ -102,8 +93,14 @@ def tables(summary: Summary) -> list[Part]:
     ]
 
 
-def cells(standing: Standing) -> list[str]:
-    """A candidate under COLUMN_NAMES."""
+def column_names(summary: Summary) -> list[str]:
+    """Of the table of candidates."""
+    first = ["rank", "architecture", "group", "params", "proxy", "tokens"]
+    return [*first, summary.unit, "tok/s", "state 1k"]
+
+
+def cells(summary: Summary, standing: Standing) -> list[str]:
+    """A candidate under `column_names`."""
     entry, scored = standing.entry, standing.scored
     speed, proxy = standing.tokens_per_second, entry.get("proxy")
     return [
@@ -113,7 +110,7 @@ def cells(standing: Standing) -> list[str]:
         f"{entry['params']:,}",
         "-" if proxy is None else f"{proxy:.3f}",
         short(scored["tokens"]) if scored else "-",
-        f"{scored['bits_per_byte']:.3f}" if scored else "failed" if standing.trials else "waiting",
+        summary.show(scored["score"]) if scored else "failed" if standing.trials else "waiting",
         "-" if speed is None else short(speed),
         f"{short(entry['state_bytes'])}B",
     ]
@@ -122,7 +119,7 @@ def cells(standing: Standing) -> list[str]:
 def _candidates(summary: Summary) -> Rows:
     estimates = (s.entry.get("estimated_params") for s in summary.standings)
     listed = ["-" if estimate is None else f"{estimate:,}" for estimate in estimates]
-    rows = [COLUMN_NAMES, *(cells(s) for s in summary.standings)]
+    rows = [column_names(summary), *(cells(summary, s) for s in summary.standings)]
     return [r[:4] + [e] + r[4:] for r, e in zip(rows, ["estimated", *listed], strict=True)]
 
 
@@ -140,14 +137,16 @@ def finalist_tables(summary: Summary) -> list[Part]:
 
 def finalist_rows(summary: Summary) -> Rows:
     """Every finalist: its seeds, and whether the noise floor lets it be told from the best."""
-    names = ["architecture", "group", "params", "tokens", "bits/byte", "scores by seed"]
+    names = ["architecture", "group", "params", "tokens", summary.unit, "scores by seed"]
     rows = []
     for final in summary.finals:
         entry = final.entry
         won = summary.winner is not None and entry["id"] == summary.winner.entry["id"]
-        scores = {t["seed"]: t["bits_per_byte"] for t in final.trials}
-        listed = (f"{seed}: {'failed' if s is None else f'{s:.3f}'}" for seed, s in scores.items())
-        sizes = [f"{entry['params']:,}", f"{final.tokens:,}", _bits(final)]
+        scores = {t["seed"]: t["score"] for t in final.trials}
+        listed = (
+            f"{seed}: {'failed' if s is None else summary.show(s)}" for seed, s in scores.items()
+        )
+        sizes = [f"{entry['params']:,}", f"{final.tokens:,}", _bits(summary, final)]
         group = "winner" if won else entry["group"]
         verdict = against(summary.finals[0], final, summary.noise)
         rows.append([entry["name"], group, *sizes, ", ".join(listed), verdict])
@@ -165,8 +164,8 @@ def param_rows(summary: Summary) -> Rows:
             off = f"{own / size - 1:+.1%}"
             if final.mean is None:
                 verdict = "not compared"
-            rows.append([final.entry["name"], f"{own:,}", off, _bits(final, "-"), verdict])
-    names = ["architecture", "params", "off the size", "bits/byte at the size"]
+            rows.append([final.entry["name"], f"{own:,}", off, _bits(summary, final, "-"), verdict])
+    names = ["architecture", "params", "off the size", f"{summary.unit} at the size"]
     return [[*names, "against the best"], *rows]
 
 
@@ -183,10 +182,16 @@ def time_rows(summary: Summary) -> Rows:
     ranked = equal_time(summary.finals)
     for row in ranked:
         speeds = " .. ".join(dict.fromkeys(short(v) for v in (row.speeds[0], row.speeds[-1])))
-        read = ["-", "-"] if row.mean is None else [f"{row.mean:.3f}", f"{row.error:.3f}"]
+        read = ["-", "-"] if row.mean is None else [summary.show(row.mean), f"{row.error:.3f}"]
         own = [row.final.entry["name"], speeds, f"{row.tokens:,}", *read]
         rows.append([*own, timed_verdict(summary, ranked[0], row)])
-    names = ["architecture", "tok/s", "tokens in that time", "bits/byte then", "reading error"]
+    names = [
+        "architecture",
+        "tok/s",
+        "tokens in that time",
+        f"{summary.unit} then",
+        "reading error",
+    ]
     return [[*names, "against the best"], *rows]
 
 
@@ -205,16 +210,18 @@ def timed_verdict(summary: Summary, best: InTime, row: InTime) -> str:
 
 def size_rows(summary: Summary) -> Rows:
     """Every finalist that was to be trained at a second size, the steepest slope first."""
-    names = ["architecture", "params", "narrow", "bits/byte, narrow", "slope per doubling"]
+    names = ["architecture", "params", "narrow", f"{summary.unit}, narrow", "slope per doubling"]
     rows: Rows = []
     pairs = {pair.final.entry["id"]: pair for pair in summary.sized}
     doubled = {f.entry["id"]: (f, v) for f, v in verdicts([p.doubled for p in pairs.values()])}
     for slope, verdict in verdicts([pair.slope for pair in pairs.values()]):
         entry, narrow = slope.entry, pairs[slope.entry["id"]].narrow
-        sizes = [f"{entry['params']:,}", f"{narrow.entry['params']:,}", _bits(narrow)]
+        sizes = [f"{entry['params']:,}", f"{narrow.entry['params']:,}", _bits(summary, narrow)]
         double, place = doubled[entry["id"]]
         steepest = "steepest" if verdict == "best mean" else verdict.replace("worse", "flatter")
-        rows.append([entry["name"], *sizes, _bits(slope), steepest, _bits(double), place])
+        rows.append(
+            [entry["name"], *sizes, _bits(summary, slope), steepest, _bits(summary, double), place]
+        )
     for own, twin in summary.twins.items():
         if own not in pairs:
             entry = next(e for e in summary.entries if e["id"] == own)
@@ -222,12 +229,12 @@ def size_rows(summary: Summary) -> Rows:
             said = twin.entry["refusal"] or done
             shown = "-" if size is None else f"{size:,}"
             rows.append([entry["name"], f"{entry['params']:,}", shown, "-", "-", said, "-", "-"])
-    more = ["against the steepest", "bits/byte, double size", "against the best"]
+    more = ["against the steepest", f"{summary.unit}, double size", "against the best"]
     return [[*names, *more], *rows]
 
 
-def _bits(final: Final, missing: str = "failed") -> str:
-    return missing if final.mean is None else str(final).removesuffix(" bits/byte")
+def _bits(summary: Summary, final: Final, missing: str = "failed") -> str:
+    return missing if final.mean is None else summary.numbers(final)
 
 
 def _fronts(summary: Summary) -> Rows:
@@ -252,9 +259,10 @@ def _fronts(summary: Summary) -> Rows:
             latency = entry.get("latency_ms")
             costs = [f"{entry['params']:,}", f"{entry['state_bytes']:,}"]
             costs.append("-" if latency is None else f"{latency:.2f}")
-            score = f"{standing.score(rungs[-1].name):.3f}"
+            reached_score = standing.score(rungs[-1].name)
+            score = "-" if reached_score is None else summary.show(reached_score)
             rows.append([entry["name"], score, *costs, ", ".join(fronts[entry["id"]])])
-    names = ["architecture", "bits/byte", "params", "state bytes", "latency, ms"]
+    names = ["architecture", summary.unit, "params", "state bytes", "latency, ms"]
     return [[*names, "on the front of"], *rows]
 
 
@@ -272,13 +280,13 @@ def rung_rows(summary: Summary) -> Rows:
             f"{rung.tokens:,}",
             str(rung.trained),
             str(rung.failed),
-            "-" if rung.best is None else f"{rung.best:.3f}",
+            "-" if rung.best is None else summary.show(rung.best),
             rung.best_name,
             f"{rung.seconds:.0f}",
         ]
         for rung in summary.rungs
     ]
-    return [["rung", "tokens", "trained", "failed", "bits/byte", "best", "seconds"], *rows]
+    return [["rung", "tokens", "trained", "failed", summary.unit, "best", "seconds"], *rows]
 
 
 def _curves(summary: Summary) -> Rows:
@@ -288,8 +296,10 @@ def _curves(summary: Summary) -> Rows:
         bits = [loss for _, loss in trial["curve"] if loss is not None]
         if bits:
             ends = [f"{trial['tokens']:,}", f"{bits[0]:.3f}", f"{bits[-1]:.3f}"]
-            rows.append([entry["name"], f"{trial['lr']:g}", str(trial["seed"]), *ends, spark(bits)])
-    return [["architecture", "lr", "seed", "tokens", "first", "last", "curve"], *rows]
+            rows.append(
+                [entry["name"], said(trial["settings"]), str(trial["seed"]), *ends, spark(bits)]
+            )
+    return [["architecture", "settings", "seed", "tokens", "first", "last", "curve"], *rows]
 
 
 def spark(values: list[float]) -> str:
@@ -331,7 +341,7 @@ def _agreement(name: str, n: int, a: Agreement, lead: str) -> list[str]:
 def _baselines(summary: Summary) -> Rows:
     baselines: dict[str, float] = summary.study.get("baselines", {})
     rows = [[name, f"{value:.3f}"] for name, value in baselines.items()]
-    return [["baseline", "bits/byte"], *rows]
+    return [["baseline", summary.unit], *rows]
 
 
 def _sweeps(summary: Summary) -> Rows:
@@ -339,8 +349,8 @@ def _sweeps(summary: Summary) -> Rows:
     for sweep in summary.sweeps:
         scores = sweep["scores"].items()
         listed = ", ".join(f"{lr}: {'failed' if s is None else f'{s:.3f}'}" for lr, s in scores)
-        rows.append([sweep["family"], f"{sweep['lr']:g}", listed])
-    return [["family", "chosen", "scores by learning rate"], *rows]
+        rows.append([sweep["family"], said(sweep["settings"]), listed])
+    return [["family", "chosen", "scores by setting"], *rows]
 
 
 def _estimates(summary: Summary) -> Rows:
@@ -351,14 +361,14 @@ def _estimates(summary: Summary) -> Rows:
 
 def _failures(summary: Summary) -> Rows:
     rows = [
-        [name, trial["rung"], f"{trial['lr']:g}", str(trial["seed"]), why.strip()]
+        [name, trial["rung"], said(trial["settings"]), str(trial["seed"]), why.strip()]
         for name, trial, why in summary.failures
     ]
-    return [["candidate", "rung", "lr", "seed", "reason"], *rows]
+    return [["candidate", "rung", "settings", "seed", "reason"], *rows]
 
 
 def _settings(summary: Summary) -> Rows:
-    named = (("corpus", "corpus"), ("config", ""))
+    named = (("data", "data"), ("config", ""))
     pairs = [
         (f"{prefix} {name}".strip(), str(value))
         for key, prefix in named

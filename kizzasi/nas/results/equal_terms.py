@@ -1,7 +1,7 @@
 """Finalists on equal terms: at one number of parameters, after one time, and at double size.
 
 What decides the search is the mean score after equal tokens; all of this only says how it would
-look otherwise.
+look otherwise, on valid.
 
 Glossary
     N, N'     parameters of a finalist and of its narrow twin (see narrow.py)
@@ -56,7 +56,7 @@ class Sized:
 def sized(finals: Sequence[Final], narrow: Mapping[str, Final]) -> list[Sized]:
     """The finalists that have a score at both sizes, with one seed in common at least."""
     trained = {own: twin for own, twin in narrow.items() if twin.scores}
-    pairs = [Sized(f, trained[f.entry["id"]]) for f in finals if f.entry["id"] in trained]
+    pairs = [Sized(f.on_valid, trained[f.entry["id"]]) for f in finals if f.entry["id"] in trained]
     return [pair for pair in pairs if pair.slope.scores]
 
 
@@ -76,7 +76,8 @@ def equal_params(finals: Sequence[Final], pairs: Sequence[Sized], n_params: int)
     """Finalists at one size, in their order: moved along their own slopes; or as they are, if they
     have none and are within 2 % of the size; or else without a score."""
     own = {pair.final.entry["id"]: pair.at(n_params) for pair in pairs}
-    return [own.get(f.entry["id"]) or (f if close(f, n_params) else f.scored({})) for f in finals]
+    as_is = [f.on_valid if close(f, n_params) else f.scored({}) for f in finals]
+    return [own.get(f.entry["id"]) or f for f in as_is]
 
 
 def close(final: Final, n_params: int) -> bool:
@@ -108,7 +109,8 @@ def equal_time(finals: Sequence[Final]) -> list[InTime]:
     measured = [(final, speeds) for final in finals if (speeds := _speeds(final))]
     top = max((speeds[0] for _, speeds in measured), default=0.0)
     rows = []
-    for final, speeds in measured:
+    for tested, speeds in measured:
+        final = tested.on_valid
         tokens = round(final.tokens * speeds[0] / top)
         mean, error = _read(final, tokens)
         rows.append(InTime(final, speeds, tokens, mean, error))
@@ -117,7 +119,7 @@ def equal_time(finals: Sequence[Final]) -> list[InTime]:
 
 def _speeds(final: Final) -> tuple[float, ...]:
     """Of the seeds that trained to the end; one that only scored its checkpoint has none."""
-    done = (t["tokens_per_second"] for t in final.trials if t["bits_per_byte"] is not None)
+    done = (t["tokens_per_second"] for t in final.trials if t["score"] is not None)
     return tuple(sorted((speed for speed in done if speed), reverse=True))
 
 
@@ -133,7 +135,7 @@ def _read(final: Final, tokens: int) -> tuple[float | None, float]:
         return final.mean, 0.0
     losses: dict[int, list[float]] = {}
     for trial in final.trials:
-        for at, loss in trial["curve"] if trial["bits_per_byte"] is not None else ():
+        for at, loss in trial["curve"] if trial["score"] is not None else ():
             losses.setdefault(at, []).append(loss)
     start = min(tokens, final.tokens / 2)
     points = {math.log2(at): statistics.fmean(ls) for at, ls in losses.items() if at >= start}
@@ -148,20 +150,29 @@ def _read(final: Final, tokens: int) -> tuple[float | None, float]:
     return final.mean - b * doublings, error * doublings
 
 
-def result_figures(finals: Sequence[Final], pairs: Sequence[Sized], n_params: int) -> Event:
+def result_figures(
+    finals: Sequence[Final], pairs: Sequence[Sized], n_params: int, sign: int
+) -> Event:
     """What of this no clock has a part in, for the `result` event."""
     at_size = equal_params(finals, pairs, n_params)
     slopes, doubled = [pair.slope for pair in pairs], [pair.doubled for pair in pairs]
     return {
-        "equal_params": {"params": n_params, **_figures(at_size)},
-        "slopes": _figures(slopes) if pairs else None,
-        "double_size": _figures(doubled) if pairs else None,
+        "equal_params": {"params": n_params, **_figures(at_size, sign)},
+        "slopes": _figures(slopes, sign) if pairs else None,
+        "double_size": _figures(doubled, sign) if pairs else None,
     }
 
 
-def _figures(finals: Sequence[Final]) -> Event:
+def _figures(finals: Sequence[Final], sign: int) -> Event:
     noise = noise_of(finals)
-    means = [{"candidate": f.entry["id"], "mean": f.mean, "spread": f.spread} for f in finals]
+    means = [
+        {
+            "candidate": f.entry["id"],
+            "mean": None if f.mean is None else sign * f.mean,
+            "spread": f.spread,
+        }
+        for f in finals
+    ]
     return {"finalists": means, "noise": noise and asdict(noise)}
 
 

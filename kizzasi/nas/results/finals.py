@@ -1,9 +1,6 @@
-"""Finalists: architectures trained anew at the final budget, and which of them are tied.
+"""Finalists: architectures trained anew at the final budget, over one or more seeds.
 
-Glossary
-    m, n      finalists with a score, and seeds that all of them finished
-    y[i, s]   bits per byte of finalist i with seed s
-    floor     a difference of two means below it is noise
+Scores are "falling" here and in all of `results`: sign * score, so that less is always better.
 """
 
 from __future__ import annotations
@@ -16,7 +13,17 @@ from typing import Any
 
 Event = dict[str, Any]
 
-FINAL, NARROW = "final", "narrow"  # rungs apart from those that candidates climb
+FINAL, NARROW, TEST = "final", "narrow", "test"  # rungs apart from those that candidates climb
+APART = (FINAL, NARROW, TEST)
+
+
+def falling(trial: Event, sign: int) -> Event:
+    """A trial event with sign * score."""
+    if sign == 1 or trial["score"] is None:
+        return trial
+    values = trial.get("values")
+    turned = {"values": [-v for v in values]} if values else {}
+    return {**trial, "score": -trial["score"], **turned}
 
 
 @dataclass(frozen=True)
@@ -25,17 +32,23 @@ class Final:
 
     Args:
         entry: its `candidate` event.
-        trials: one per seed.
+        trials: one per seed, scored on valid.
+        tests: the same trainings scored on test, once that was read; they are what counts then.
     """
 
     entry: Event
     trials: tuple[Event, ...]
+    tests: tuple[Event, ...] = ()
 
     @property
     def by_seed(self) -> dict[int, float]:
-        """Bits per byte of the seeds that did not fail."""
-        scored = (t for t in self.trials if t["bits_per_byte"] is not None)
-        return {t["seed"]: t["bits_per_byte"] for t in scored}
+        """Scores of the seeds that did not fail."""
+        return _by_seed(self.tests or self.trials)
+
+    @property
+    def on_valid(self) -> Final:
+        """The same with the scores on valid, which decided."""
+        return Final(self.entry, self.trials)
 
     @property
     def scores(self) -> list[float]:
@@ -56,14 +69,8 @@ class Final:
 
     def scored(self, by_seed: Mapping[int, float]) -> Final:
         """The same entry with other scores: what follows from those that were measured."""
-        trials = ({"seed": seed, "bits_per_byte": score} for seed, score in by_seed.items())
+        trials = ({"seed": seed, "score": score} for seed, score in by_seed.items())
         return Final(self.entry, tuple(trials))
-
-    def __str__(self) -> str:
-        if self.mean is None:
-            return "failed"
-        spread = "" if self.spread is None else f" ± {self.spread:.3f}"
-        return f"{self.mean:.3f}{spread} bits/byte"
 
 
 def finalists(
@@ -81,7 +88,13 @@ def finalists(
         for trial in trials:
             if trial["rung"] == FINAL:
                 own.setdefault(trial["candidate"], []).append(trial)
-    found = [Final(entries[name], tuple(ts)) for name, ts in own.items()]
+    tests: dict[str, list[Event]] = {}
+    for trial in trials if result else ():
+        if trial["rung"] == TEST:
+            tests.setdefault(trial["candidate"], []).append(trial)
+    found = [
+        Final(entries[name], tuple(ts), tuple(tests.get(name, ()))) for name, ts in own.items()
+    ]
     return sorted(found, key=lambda f: math.inf if f.mean is None else f.mean)
 
 
@@ -93,3 +106,7 @@ def twins(events: Iterable[Event], trials: Sequence[Event]) -> dict[str, Final]:
         event["candidate"]: Final(event, tuple(known[t] for t in event["trials"] if t in known))
         for event in narrow
     }
+
+
+def _by_seed(trials: Iterable[Event]) -> dict[int, float]:
+    return {t["seed"]: t["score"] for t in trials if t["score"] is not None}

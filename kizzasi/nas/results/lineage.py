@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kizzasi.nas.results.summary import Summary
+from kizzasi.train.task import Metric
 
 MERMAID_NODES = 40  # more of them no longer fit a screen; the nearest ancestors are kept
 
@@ -26,7 +27,7 @@ class Node:
         parents: ids of earlier candidates.
         generation: 0 without parents, else one more than the latest parent's.
         inherited: share of its tensors that a parent gave, 0 to 1; None if trained from scratch.
-        bits_per_byte: on the first rung, where all had one budget; None if it failed or waits.
+        score: on the first rung, where all had one budget; None if it failed or waits.
         winner: whether the search chose it.
     """
 
@@ -37,7 +38,7 @@ class Node:
     parents: tuple[str, ...]
     generation: int
     inherited: float | None
-    bits_per_byte: float | None
+    score: float | None
     winner: bool = False
 
 
@@ -62,7 +63,7 @@ def lineage(summary: Summary) -> dict[str, Node]:
             parents=parents,
             generation=max((nodes[p].generation + 1 for p in parents), default=0),
             inherited=entry.get("inherited", shares.get(own)),
-            bits_per_byte=standings[own].score("0"),
+            score=standings[own].score("0"),
             winner=own == won,
         )
     return nodes
@@ -83,13 +84,13 @@ def to_json(nodes: Iterable[Node]) -> str:
     return json.dumps(plain, indent=1)
 
 
-def mermaid(nodes: Sequence[Node]) -> str:
+def mermaid(nodes: Sequence[Node], metric: Metric) -> str:
     """The tree as a Mermaid flowchart, parents above children; at most the last 40 nodes."""
     shown = nodes[-MERMAID_NODES:]
     number = {node.id: i for i, node in enumerate(shown)}
     lines = ["flowchart TD"]
     for node in shown:
-        score = "no score" if node.bits_per_byte is None else f"{node.bits_per_byte:.3f} bits/byte"
+        score = "no score" if node.score is None else f"{metric.show(node.score)} {metric.label}"
         text = re.sub(r"[^\w .,+:()/-]", "_", node.name)
         mark = "([{}])" if node.winner else "[{}]"
         label = f'"{text}<br/>{score}"'

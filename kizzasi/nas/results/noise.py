@@ -43,7 +43,7 @@ class Noise:
         return abs(self.gap(a, b)) <= self.floor
 
     def __str__(self) -> str:
-        return f"{self.floor:.3f} bits/byte (95 %, paired over {len(self.seeds)} seeds)"
+        return f"{self.floor:.3f} (95 %, paired over {len(self.seeds)} seeds)"
 
 
 def against(best: Final, final: Final, noise: Noise | None) -> str:

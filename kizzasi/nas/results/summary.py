@@ -4,8 +4,8 @@ Glossary
     event      a line of the journal; kinds and fields are listed in `kizzasi.nas.study.study`
     rung       "0", "1", ...: budgets that candidates climb; "final" stands apart from them, and
                "narrow", the final training of a finalist's twin at about half of the parameters
-    counts     said of a trial at its family's chosen learning rate; the others of a sweep only
-               serve to choose that rate
+    counts     said of a trial at its family's chosen settings; the others of a sweep only serve to
+               choose them
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kizzasi.nas.results.equal_terms import Sized, sized
-from kizzasi.nas.results.finals import FINAL, NARROW, Event, Final, finalists, twins
+from kizzasi.nas.results.finals import APART, Event, Final, falling, finalists, twins
 from kizzasi.nas.results.noise import Noise, noise_of
 from kizzasi.nas.results.rank_agreement import ProxyWorth, proxy_worth
+from kizzasi.train.task import Metric
 
 NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
 ANALYTIC = "proxy"  # the name of the proxy that every sampled candidate has
@@ -42,7 +43,7 @@ class Standing:
     @property
     def scored(self) -> Event | None:
         """The trial with a score on the deepest rung."""
-        return next((t for t in reversed(self.trials) if t["bits_per_byte"] is not None), None)
+        return next((t for t in reversed(self.trials) if t["score"] is not None), None)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -55,7 +56,7 @@ class Standing:
 
     def score(self, rung: str) -> float | None:
         """Bits per byte on a rung; None if it was not reached or the trial failed."""
-        return next((t["bits_per_byte"] for t in self.trials if t["rung"] == rung), None)
+        return next((t["score"] for t in self.trials if t["rung"] == rung), None)
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,17 @@ class Summary:
         entries: every `candidate` event, in the order of their birth.
         standings: every candidate: ranked ones first, then those that failed or wait.
         trials: every `trial` event.
-        sweeps: every `lr` event.
+        sweeps: every `settings` event.
         finals: every final training, best mean first.
         winner, preset: those of the searched winner and of the best preset, if begun.
+        saved: the finalist whose weights are in the folder best: the winner, or the best preset.
         noise: of the finals; None before two of them share two seeds.
         twins: by finalist, its training at about half of the parameters, if it was asked for.
         sized: finalists with a score at both sizes.
         worths: by proxy, the analytic one first, on rung "0"; without those nobody was trained for.
         refused: by rule, candidates that broke it and were never built.
         screened: by screen, how many draws it judged, and tokens that it trained them on.
-        finished: whether the `result` event is there.
+        result: the `result` event; {} before it is written.
     """
 
     study: Event
@@ -99,6 +101,7 @@ class Summary:
     sweeps: tuple[Event, ...]
     finals: tuple[Final, ...]
     winner: Final | None
+    saved: Final | None
     preset: Final | None
     noise: Noise | None
     twins: dict[str, Final]
@@ -106,7 +109,43 @@ class Summary:
     worths: dict[str, ProxyWorth]
     refused: dict[str, int]
     screened: dict[str, tuple[int, int]]
-    finished: bool
+    result: Event
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search is over."""
+        return bool(self.result)
+
+    @property
+    def metric(self) -> Metric:
+        """What the scores are; all scores here are `falling`, see finals.py."""
+        return Metric.from_dict(self.study.get("metric", {"name": "bits/byte"}))
+
+    @property
+    def unit(self) -> str:
+        return self.metric.label
+
+    def show(self, score: float) -> str:
+        """A score as text."""
+        return self.metric.show(score)
+
+    def say(self, final: Final) -> str:
+        """Mean and spread of a finalist, with the unit."""
+        if final.mean is None:
+            return "failed"
+        return f"{self.numbers(final)} {self.unit}"
+
+    def numbers(self, final: Final) -> str:
+        """The same without the unit."""
+        if final.mean is None:
+            return "failed"
+        spread = "" if final.spread is None else f" ± {final.spread:.3f}"
+        return f"{self.show(final.mean)}{spread}"
+
+    @property
+    def data(self) -> Event:
+        """Name, digest and other facts of the data."""
+        return self.study.get("data", {})
 
     @property
     def leader(self) -> Event | None:
@@ -133,7 +172,7 @@ class Summary:
 
     def _rung(self, name: str) -> Rung:
         tried = [(t, s) for s in self.standings for t in s.trials if t["rung"] == name]
-        scored = [(t["bits_per_byte"], s) for t, s in tried if t["bits_per_byte"] is not None]
+        scored = [(t["score"], s) for t, s in tried if t["score"] is not None]
         best, by = min(scored, key=lambda pair: pair[0], default=(None, None))
         return Rung(
             name=name,
@@ -149,7 +188,7 @@ class Summary:
     def failures(self) -> list[tuple[str, Event, str]]:
         """Name, trial and reason of every trial without a score."""
         names = {s.entry["id"]: s.entry["name"] for s in self.standings}
-        failed = (t for t in self.trials if t["bits_per_byte"] is None)
+        failed = (t for t in self.trials if t["score"] is None)
         return [(names[t["candidate"]], t, reason(t)) for t in failed]
 
     @property
@@ -177,20 +216,25 @@ def summarise(events: Iterable[Event]) -> Summary:
     events = list(events)
     entries = {e["id"]: e for e in events if e["event"] == "candidate"}
     trials = [e for e in events if e["event"] == "trial"]
-    sweeps = [e for e in events if e["event"] == "lr"]
+    study = next((e for e in events if e["event"] == "study"), {})
+    sign = Metric.from_dict(study.get("metric", {"name": "bits/byte"})).sign
+    trials = [falling(trial, sign) for trial in trials]
+    sweeps = [e for e in events if e["event"] == "settings"]
     result = next((e for e in events if e["event"] == "result"), None)
-    standings = _standings(entries, trials, {e["family"]: e["lr"] for e in sweeps}, result)
+    standings = _standings(entries, trials, {e["family"]: e["settings"] for e in sweeps}, result)
     finals = finalists(entries, trials, result)
     narrow = twins(events, trials)
     winner, preset = _duellists(finals, result)
+    best = next((f for f in finals if result and f.entry["id"] == result.get("best")), winner)
     return Summary(
-        study=next((e for e in events if e["event"] == "study"), {}),
+        study=study,
         entries=tuple(entries.values()),
         standings=tuple(standings),
         trials=tuple(trials),
         sweeps=tuple(sweeps),
         finals=tuple(finals),
         winner=winner,
+        saved=best,
         preset=preset,
         noise=noise_of(finals),
         twins=narrow,
@@ -198,24 +242,24 @@ def summarise(events: Iterable[Event]) -> Summary:
         worths=_worths(standings),
         refused=(result or {}).get("refused") or {},
         screened=_screened(e for e in events if e["event"] == "screen"),
-        finished=result is not None,
+        result=result or {},
     )
 
 
 def reason(trial: Event) -> str:
     """Why a trial has no score."""
-    lost = trial.get("non_finite", {}).get("bits_per_byte")
+    lost = trial.get("non_finite", {}).get("score")
     return trial["failure"] or f"the held-out score became {lost}"
 
 
 def _standings(
     entries: dict[str, Event],
     trials: Sequence[Event],
-    lrs: dict[str, float],
+    settings: dict[str, Event],
     result: Event | None,
 ) -> list[Standing]:
     found = [
-        Standing(entry, _counting(trials, entry, lrs.get(entry["family"])), None)
+        Standing(entry, _counting(trials, entry, settings.get(entry["family"])), None)
         for entry in entries.values()
     ]
     scored = [s for s in found if s.scored]
@@ -230,7 +274,7 @@ def _standings(
 
 def _depth_and_score(standing: Standing) -> tuple[int, float]:
     assert standing.scored, "only scored candidates are ranked"
-    return -int(standing.scored["rung"]), standing.scored["bits_per_byte"]
+    return -int(standing.scored["rung"]), standing.scored["score"]
 
 
 def _screened(screens: Iterable[Event]) -> dict[str, tuple[int, int]]:
@@ -241,18 +285,18 @@ def _screened(screens: Iterable[Event]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _counting(trials: Sequence[Event], entry: Event, lr: float | None) -> tuple[Event, ...]:
+def _counting(trials: Sequence[Event], entry: Event, settings: Event | None) -> tuple[Event, ...]:
     """One trial per rung; while the sweep of the family runs, its best so far."""
     best: dict[str, Event] = {}
     for trial in trials:
-        rung, score = trial["rung"], trial["bits_per_byte"]
+        rung, score = trial["rung"], trial["score"]
         if (
             trial["candidate"] != entry["id"]
-            or rung in (FINAL, NARROW)
-            or lr not in (None, trial["lr"])
+            or rung in APART
+            or settings not in (None, trial["settings"])
         ):
             continue
-        held = best.get(rung, {}).get("bits_per_byte")
+        held = best.get(rung, {}).get("score")
         if rung not in best or (score is not None and (held is None or score < held)):
             best[rung] = trial
     return tuple(best[rung] for rung in sorted(best, key=int))

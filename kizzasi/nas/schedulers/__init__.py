@@ -5,7 +5,7 @@ from kizzasi.nas.schedulers.halving import SuccessiveHalving
 from kizzasi.nas.schedulers.hyperband import Hyperband
 from kizzasi.nas.schedulers.pasha import PASHA
 from kizzasi.nas.schedulers.pdh import PDH
-from kizzasi.nas.schedulers.schedule import Job, Results, Schedule, Scheduler, run
+from kizzasi.nas.schedulers.schedule import Instalment, Results, Schedule, Scheduler, run
 from kizzasi.nas.schedulers.stopping_asha import StoppingASHA
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "PASHA",
     "PDH",
     "Hyperband",
-    "Job",
+    "Instalment",
     "Results",
     "Schedule",
     "Scheduler",

@@ -87,12 +87,12 @@ class Halving:
     Args:
         rungs: budgets, rising.
         keep: share of a rung's members, 0 .. 1.
-        group_of: the group of a candidate.
+        group_of: the group of a candidate; a search puts in its own.
     """
 
     rungs: tuple[int, ...]
     keep: float
-    group_of: Callable[[int], str]
+    group_of: Callable[[int], str] = lambda candidate: "searched"
 
     def check(self) -> None:
         """The config has been checked."""

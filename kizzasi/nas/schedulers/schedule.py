@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kizzasi.errors import StudyError
-from kizzasi.nas.searchers.ask_tell import Search, require_at_least
+from kizzasi.nas.searchers.ask_tell import AskTell, require_at_least
 
 C = TypeVar("C")
 
@@ -28,7 +28,7 @@ FAILED = -math.inf
 
 
 @dataclass(frozen=True)
-class Job:
+class Instalment:
     """Train a candidate from where its checkpoint is (from scratch if none) up to a budget."""
 
     candidate: int
@@ -129,26 +129,26 @@ class Schedule(Generic[C]):
         SpecError: a setting of the scheduler is out of range.
     """
 
-    def __init__(self, scheduler: Scheduler, search: Search[C]) -> None:
+    def __init__(self, scheduler: Scheduler, search: AskTell[C]) -> None:
         scheduler.check()
         self.scheduler, self.search = scheduler, search
         self.candidates: list[C] = []
         self.results = Results()
-        self.running: dict[int, Job] = {}
+        self.running: dict[int, Instalment] = {}
         self.steps = 0
 
-    def ask(self, n: int = 1) -> list[Job]:
+    def ask(self, n: int = 1) -> list[Instalment]:
         """Return up to n jobs that can run side by side, also beside those that run already.
 
         Fewer or none means: wait for a result; none while nothing runs means: the study is over.
         """
-        jobs: list[Job] = []
+        jobs: list[Instalment] = []
         while len(jobs) < n and (job := self._next_job()):
             self.running[job.candidate] = job
             jobs.append(job)
         return jobs
 
-    def tell(self, job: Job, score: float | None) -> None:
+    def tell(self, job: Instalment, score: float | None) -> None:
         """Note a result. None, NaN and infinities all mean that the training failed.
 
         Raises:
@@ -158,7 +158,7 @@ class Schedule(Generic[C]):
             raise StudyError(f"tell: {job} is not running; tell each job of ask() exactly once")
         self._note(job, score)
 
-    def replay(self, history: Iterable[tuple[Job, float | None]]) -> None:
+    def replay(self, history: Iterable[tuple[Instalment, float | None]]) -> None:
         """Continue a recorded study: take its results as told. Jobs cut short are asked anew.
 
         Raises:
@@ -176,7 +176,7 @@ class Schedule(Generic[C]):
                 )
             self._note(job, score)
 
-    def best(self) -> tuple[Job, float] | None:
+    def best(self) -> tuple[Instalment, float] | None:
         """Return the job with the best score at any budget, and the score.
 
         Of equals, the one told first; nobody who failed, then or later. None if all failed.
@@ -187,9 +187,9 @@ class Schedule(Generic[C]):
         if not sound:
             return None
         candidate, rung, score = max(sound, key=lambda told: told[2])
-        return Job(candidate, self.scheduler.budgets(candidate)[rung]), score
+        return Instalment(candidate, self.scheduler.budgets(candidate)[rung]), score
 
-    def _next_job(self) -> Job | None:
+    def _next_job(self) -> Instalment | None:
         for candidate in self._survivors():
             return self._job(candidate)
         new = next(self._untrained())
@@ -213,12 +213,12 @@ class Schedule(Generic[C]):
                 yield number
             number += 1
 
-    def _job(self, candidate: int) -> Job | None:
+    def _job(self, candidate: int) -> Instalment | None:
         """The next job of a candidate, if it has any budgets left and has not failed."""
         scores, budgets = self.results.scores(candidate), self.scheduler.budgets(candidate)
         if len(scores) == len(budgets) or FAILED in scores:
             return None
-        return Job(candidate, budgets[len(scores)])
+        return Instalment(candidate, budgets[len(scores)])
 
     def _propose(self) -> bool:
         """Take one more candidate from the searcher, if it has one now."""
@@ -231,7 +231,7 @@ class Schedule(Generic[C]):
             self.results.n_candidates = len(self.candidates)
         return False
 
-    def _note(self, job: Job, score: float | None) -> None:
+    def _note(self, job: Instalment, score: float | None) -> None:
         self.running.pop(job.candidate, None)
         rung = len(self.results.scores(job.candidate))
         before = self.scheduler.budgets(job.candidate)[rung - 1] if rung else 0

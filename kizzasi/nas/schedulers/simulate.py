@@ -18,7 +18,7 @@ from statistics import NormalDist
 from typing import TypeVar
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.schedulers import Job, Schedule
+from kizzasi.nas.schedulers import Instalment, Schedule
 from kizzasi.nas.searchers.ask_tell import require_at_least
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.train.seeds import derive_seed
@@ -228,7 +228,7 @@ def run_workers(
     schedule: Schedule[C],
     evaluate: Callable[[C, int], float | None],
     n_workers: int,
-    seconds: Callable[[Job], float],
+    seconds: Callable[[Instalment], float],
 ) -> float:
     """Run a study to its end with workers that finish at different times.
 
@@ -242,7 +242,7 @@ def run_workers(
         The simulated time at the end, in seconds.
     """
     clock = 0.0
-    busy: list[tuple[float, int, Job]] = []  # when it ends, and the order of asking for ties
+    busy: list[tuple[float, int, Instalment]] = []  # when it ends, and the order of asking for ties
     n_asked = 0
     while True:
         for job in schedule.ask(n_workers - len(busy)):

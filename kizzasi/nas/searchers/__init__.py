@@ -1,10 +1,10 @@
 """Searchers, written once over any space and any evaluator."""
 
 from kizzasi.nas.searchers.ask_tell import (
+    AskTell,
     History,
     Proposals,
     Score,
-    Search,
     Searcher,
     one_by_one,
     run,
@@ -20,6 +20,7 @@ from kizzasi.nas.searchers.tpe import TPE
 __all__ = [
     "NSGA2",
     "TPE",
+    "AskTell",
     "Evolution",
     "Grid",
     "History",
@@ -28,7 +29,6 @@ __all__ = [
     "Random",
     "RegularizedEvolution",
     "Score",
-    "Search",
     "Searcher",
     "one_by_one",
     "pareto_front",

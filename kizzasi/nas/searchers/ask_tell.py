@@ -95,7 +95,7 @@ class History(Sequence[tuple[C, Any]], Generic[C]):
         return self[len(scores) - 1 - int(np.argmax(scores[::-1]))]
 
 
-class Search(Generic[C]):
+class AskTell(Generic[C]):
     """A search in progress: ask for candidates, evaluate them in any manner, tell their scores.
 
     Args:
@@ -216,7 +216,7 @@ def run(
         evaluate_batch: scores a batch; `one_by_one(f)` makes one of any f.
         history: trials of an earlier run of the same search, not evaluated again.
     """
-    search = Search(searcher, space)
+    search = AskTell(searcher, space)
     search.replay(history)
     while batch := search.ask():
         search.tell(evaluate_batch(batch))

@@ -18,9 +18,11 @@ import torch
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
 from kizzasi.models.strict import require
+from kizzasi.nas.spaces.describe import spec_of
 from kizzasi.nas.spaces.device_cost import built, latency_ms, peak_memory_bytes
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
+from kizzasi.nas.spaces.stem import Stem
 
 Bound: TypeAlias = "float | tuple[float | None, float | None] | None"
 ANALYTIC = ("params", "active_params", "flops_per_token", "state_bytes")
@@ -123,13 +125,7 @@ class Rules(Protocol):
     def refusal(self, spec: ModelSpec) -> Refusal | None: ...
 
 
-class Specified(Protocol):
-    """A candidate that knows its model."""
-
-    def to_spec(self, *, vocab_size: int) -> ModelSpec: ...
-
-
-C = TypeVar("C", bound=Specified)
+C = TypeVar("C")
 
 
 class Feasible(Generic[C]):
@@ -142,16 +138,16 @@ class Feasible(Generic[C]):
     Args:
         space: of candidates.
         constraints: what they have to keep.
-        vocab_size: of the models' token stems.
+        stem: of the models, where the candidates name none.
 
     Attributes:
         admitted: how many different candidates were feasible.
         refused: by rule, how many different candidates broke it; "invalid" ones are no models.
     """
 
-    def __init__(self, space: Space[C], constraints: Rules, *, vocab_size: int) -> None:
+    def __init__(self, space: Space[C], constraints: Rules, *, stem: Stem | None = None) -> None:
         constraints.check()
-        self.space, self.constraints, self.vocab_size = space, constraints, vocab_size
+        self.space, self.constraints, self.stem = space, constraints, stem
         self.refused: Counter[str] = Counter()
         self._judged: dict[C, bool] = {}
 
@@ -163,7 +159,7 @@ class Feasible(Generic[C]):
         """Say whether the candidate keeps every rule."""
         if candidate not in self._judged:
             try:
-                broken = self.constraints.refusal(candidate.to_spec(vocab_size=self.vocab_size))
+                broken = self.constraints.refusal(spec_of(candidate, self.stem))
                 rule = broken and broken.rule
             except SpecError:
                 rule = "invalid"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from kizzasi.errors import SpecError
-from kizzasi.models import BlockSpec, ModelSpec, Tokens
+from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
 from kizzasi.models.strict import unknown_name
@@ -75,9 +75,10 @@ def model_spec(
     n_layers: int,
     expand_factor: float,
     dropout: float,
-    vocab_size: int,
+    vocab_size: int | None = None,
+    stem: Tokens | Signal | None = None,
 ) -> ModelSpec:
-    """Turn genes into a real architecture.
+    """Turn genes into a real architecture, over a vocabulary or with any stem.
 
     Raises:
         SpecError: an unknown family, or genes that do not fit each other.
@@ -86,14 +87,16 @@ def model_spec(
     for name in names:
         if name not in FAMILIES:
             raise SpecError(f"model_type: {name!r} {unknown_name(name, FAMILIES)}")
+    stem = Tokens(vocab_size) if vocab_size is not None else stem
+    assert stem is not None, "neither a vocabulary nor a stem"
     blocks = [FAMILIES[name](d_model, d_state, expand_factor) for name in names]
     spec = ModelSpec(
         d_model=d_model,
         blocks=tuple(blocks[i % len(blocks)] for i in range(n_layers)),
-        stem=Tokens(vocab_size),
+        stem=stem,
         norm=blocks[0].norm,
         embed_norm=names[0] == "rwkv",
-        tie_head=True,
+        tie_head=isinstance(stem, Tokens),
         dropout=dropout,
     )
     spec.check()
@@ -154,12 +157,18 @@ class ArchCandidate:
             f"x{self.expand_factor:g}"
         )
 
-    def to_spec(self, *, vocab_size: int) -> ModelSpec:
-        """The real model that these genes describe; see the table above.
+    def to_spec(
+        self, *, vocab_size: int | None = None, stem: Tokens | Signal | None = None
+    ) -> ModelSpec:
+        """The real model that these genes describe, over a vocabulary or with any stem.
 
         Raises:
-            SpecError: an unknown family, or genes that do not fit each other.
+            SpecError: an unknown family, genes that do not fit each other, or no stem.
         """
+        if vocab_size is not None:
+            stem = Tokens(vocab_size)
+        if stem is None:
+            raise SpecError("stem: the genes of a family name none; give stem=Tokens(...)")
         return model_spec(
             self.model_type,
             d_model=self.d_model,
@@ -167,7 +176,7 @@ class ArchCandidate:
             n_layers=self.n_layers,
             expand_factor=self.expand_factor,
             dropout=self.dropout,
-            vocab_size=vocab_size,
+            stem=stem,
         )
 
     def exact_param_count(self, *, vocab_size: int) -> int:

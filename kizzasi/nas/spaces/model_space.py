@@ -9,39 +9,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ModelSpec, Tokens
+from kizzasi.models import ModelSpec, Signal, Tokens
 from kizzasi.models.strict import coerce, require
 from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.nas.spaces.stem import with_stem
 from kizzasi.nas.spaces.template.encode import genes_of
 from kizzasi.nas.spaces.template.nodes import TRIES, Decide, MisfitError, Walk, every
 from kizzasi.nas.spaces.template.parse import parse, plain
 
 
-class Architecture(Protocol):
-    """What a search asks of the candidates of any space."""
-
-    @property
-    def name(self) -> str:
-        """A short description for tables."""
-        ...
-
-    @property
-    def model_type(self) -> str:
-        """The family, whose members share a learning rate."""
-        ...
-
-    def to_spec(self, *, vocab_size: int) -> ModelSpec:
-        """The real model; SpecError if the genes do not fit each other."""
-        ...
-
-    def proxy_score(self) -> float | None:
-        """A score without training, higher is better, if there is one."""
-        ...
+def name_of(spec: ModelSpec) -> str:
+    """Width and layers, equal ones together."""
+    layers = [
+        block.mixer.kind + (f"+{block.channel.kind}" if block.channel else "")
+        for block in spec.blocks
+    ]
+    runs = [(kind, len(list(run))) for kind, run in groupby(layers)]
+    text = " ".join(f"{n}x{kind}" if n > 1 else kind for kind, n in runs)
+    return f"d{spec.d_model} {text}"
 
 
 @dataclass(frozen=True)
@@ -58,28 +48,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        layers = [
-            block.mixer.kind + (f"+{block.channel.kind}" if block.channel else "")
-            for block in self.spec.blocks
-        ]
-        runs = [(kind, len(list(run))) for kind, run in groupby(layers)]
-        text = " ".join(f"{n}x{kind}" if n > 1 else kind for kind, n in runs)
-        return f"d{self.spec.d_model} {text}"
+        return name_of(self.spec)
 
-    @property
-    def model_type(self) -> str:
-        """The mixer that all layers have, or "hybrid"."""
-        kinds = {block.mixer.kind for block in self.spec.blocks}
-        return kinds.pop() if len(kinds) == 1 else "hybrid"
-
-    def to_spec(self, *, vocab_size: int | None = None) -> ModelSpec:
-        """The model; `vocab_size` overrides that of a token stem."""
-        if vocab_size is None or not isinstance(self.spec.stem, Tokens):
-            return self.spec
-        return self.spec.replace(stem=Tokens(vocab_size, self.spec.stem.max_positions))
-
-    def proxy_score(self) -> None:
-        """None: no formula ranks hybrids."""
+    def to_spec(self, *, stem: Tokens | Signal | None = None) -> ModelSpec:
+        """The model. Raises SpecError where the template's stem is another one than `stem`."""
+        return with_stem(self.spec, stem)
 
     def to_dict(self) -> dict[str, int]:
         """The genes as plain data; `ModelSpace.decode` reads them."""
@@ -107,10 +80,18 @@ class ModelSpace:
         self._root = parse(self.template)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ModelSpace:
-        """Read a template from YAML or JSON. Raises SpecError naming the file."""
+    def from_file(cls, path: str | Path, stem: Tokens | Signal | None = None) -> ModelSpace:
+        """Read a template from YAML or JSON. Raises SpecError naming the file.
+
+        Args:
+            path: of the file.
+            stem: of the task, for a template that leaves its own out.
+        """
         try:
-            return cls(yaml.safe_load(Path(path).read_text("utf-8")))
+            template = yaml.safe_load(Path(path).read_text("utf-8"))
+            if stem is not None and isinstance(template, dict) and "stem" not in template:
+                template = {**template, "stem": stem.to_dict()}
+            return cls(template)
         except OSError as error:
             raise SpecError(f"{path}: cannot read the space: {error.strerror}") from error
         except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:

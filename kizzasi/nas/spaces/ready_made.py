@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from kizzasi.errors import SpecError
+from kizzasi.models import Tokens
 from kizzasi.models.strict import unknown_name
 from kizzasi.nas.spaces.families import ArchSearchSpace
 from kizzasi.nas.spaces.model_space import ModelSpace
+from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
 
+BYTES = Tokens(256)
 WIDTHS = choice(48, 56, 64, 72, 80, 88, 96, 112, 128, 160, 192)  # fine, to meet a narrow band
 
 
-def tiny(vocab_size: int = 256) -> ModelSpace:
+def tiny(stem: Stem = BYTES) -> ModelSpace:
     """One to three layers of Mamba or attention: 1,752 models, few enough to train them all."""
     mamba = {"mixer": {"kind": "mamba", "d_state": choice(8, 16)}}
     attention = {
         "mixer": {"kind": "attention", "n_heads": choice(2, 4)},
         "channel": choice(None, {"kind": "swiglu"}, {"kind": "swiglu", "hidden": 64}),
     }
-    return _space(vocab_size, choice(32, 48, 64), repeat(choice(mamba, attention), 1, 3))
+    return _space(stem, choice(32, 48, 64), repeat(choice(mamba, attention), 1, 3))
 
 
-def hybrid(vocab_size: int = 256) -> ModelSpace:
+def hybrid(stem: Stem = BYTES) -> ModelSpace:
     """Two to eight layers, recurrent, state-space or attention, most with a channel mixer."""
     heads = choice(2, 4, 8)
     mixer = choice(
@@ -43,10 +46,10 @@ def hybrid(vocab_size: int = 256) -> ModelSpace:
         {"kind": "s4d", "d_state": choice(16, 64)},
         {"kind": "attention", "n_heads": heads, "window": choice(None, 32, 128)},
     )
-    return _space(vocab_size, WIDTHS, _layers({"mixer": mixer, "channel": _channel(None)}, 8))
+    return _space(stem, WIDTHS, _layers({"mixer": mixer, "channel": _channel(None)}, 8))
 
 
-def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
+def mamba_rwkv(stem: Stem = BYTES) -> ModelSpace:
     """Two to eight layers of the Mamba and RWKV families: a state of constant size."""
     mixer = choice(
         {"kind": "mamba", "d_state": choice(8, 16, 32), "expand": choice(1.0, 1.5, 2.0)},
@@ -55,10 +58,10 @@ def mamba_rwkv(vocab_size: int = 256) -> ModelSpace:
         {"kind": "rwkv7", "head_dim": choice(8, 16, 32)},
     )
     block = {"mixer": mixer, "channel": _channel(None, {"kind": "rwkv_channel"})}
-    return _space(vocab_size, WIDTHS, _layers(block, 8))
+    return _space(stem, WIDTHS, _layers(block, 8))
 
 
-def moe(vocab_size: int = 256) -> ModelSpace:
+def moe(stem: Stem = BYTES) -> ModelSpace:
     """Two to six layers of Mamba or attention, each with a dense channel mixer or experts."""
     experts = {
         "kind": "moe",
@@ -72,7 +75,7 @@ def moe(vocab_size: int = 256) -> ModelSpace:
         {"kind": "attention", "n_heads": choice(2, 4, 8), "window": choice(None, 64)},
     )
     block = {"mixer": mixer, "channel": _channel(experts)}
-    return _space(vocab_size, WIDTHS, _layers(block, 6))
+    return _space(stem, WIDTHS, _layers(block, 6))
 
 
 def _layers(block: Any, most: int) -> dict[str, Any]:
@@ -89,9 +92,9 @@ def _channel(*more: Any) -> dict[str, Any]:
     return choice(swiglu, mlp, *more)
 
 
-def _space(vocab_size: int, d_model: Any, blocks: Any) -> ModelSpace:
-    stem = {"kind": "tokens", "vocab_size": vocab_size}
-    return ModelSpace({"d_model": d_model, "stem": stem, "tie_head": True, "blocks": blocks})
+def _space(stem: Stem, d_model: Any, blocks: Any) -> ModelSpace:
+    tied = isinstance(stem, Tokens)
+    return ModelSpace({"d_model": d_model, "stem": stem, "tie_head": tied, "blocks": blocks})
 
 
 SMALL_SPACE = ArchSearchSpace(
@@ -102,7 +105,7 @@ SMALL_SPACE = ArchSearchSpace(
     expand_factor_options=(1.0, 1.5, 2.0, 3.0, 4.0),
     dropout_options=(0.0,),
 )
-SPACES: dict[str, Callable[[], ModelSpace]] = {
+SPACES: dict[str, Callable[[Stem], ModelSpace]] = {
     "tiny": tiny,
     "hybrid": hybrid,
     "mamba_rwkv": mamba_rwkv,
@@ -110,7 +113,7 @@ SPACES: dict[str, Callable[[], ModelSpace]] = {
 }
 
 
-def read_space(name: str) -> ArchSearchSpace | ModelSpace:
+def read_space(name: str, stem: Stem = BYTES) -> ArchSearchSpace | ModelSpace:
     """The ready-made space of this name, or the one in a YAML or JSON file.
 
     Raises:
@@ -119,13 +122,17 @@ def read_space(name: str) -> ArchSearchSpace | ModelSpace:
     if name == "families":
         return SMALL_SPACE
     if name in SPACES:
-        return SPACES[name]()
+        return SPACES[name](stem)
     if Path(name).suffix not in (".yaml", ".yml", ".json"):
         known = unknown_name(name, ["families", *SPACES])
         raise SpecError(f"space: {name!r} {known}; or give a .yaml file")
-    return ModelSpace.from_file(name)
+    return ModelSpace.from_file(name, stem)
 
 
-def definition(space: ArchSearchSpace | ModelSpace) -> dict[str, Any]:
-    """A space as plain data for the journal."""
-    return dict(space.template) if isinstance(space, ModelSpace) else dict(vars(space))
+def definition(space: Any) -> Any:
+    """A space as plain data for the journal; of one that is not ours, its type's name."""
+    if isinstance(space, ModelSpace):
+        return dict(space.template)
+    if isinstance(space, ArchSearchSpace):
+        return dict(vars(space))
+    return f"{type(space).__module__}.{type(space).__qualname__}"

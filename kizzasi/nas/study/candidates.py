@@ -1,8 +1,9 @@
-"""Who takes part in a search: presets, a pool ranked by proxy, or what a searcher proposes.
+"""Who takes part in a search: baselines, a pool ranked by proxy, or what a searcher proposes.
 
 Glossary
     entry      a candidate with its model, as it stands in the journal
-    group      "preset", "proxy", "random", "outside" (the band), or "searched": made from others
+    group      "preset" (a baseline), "proxy", "random", "outside" (the band), or "searched": made
+               from others
     genotype   the genes that made a candidate, as plain data of its space
     parents    ids of the entries whose genes it mixes or changes
 """
@@ -10,73 +11,54 @@ Glossary
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
-from kizzasi.models import ModelSpec, build_model, presets
+from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas.evaluators.zero_cost import PROXIES, Batch
-from kizzasi.nas.executors.job import EXPLOSIONS
+from kizzasi.nas.executors.execute import EXPLOSIONS
 from kizzasi.nas.searchers import Proposals, Searcher
 from kizzasi.nas.searchers.traced import Traced
 from kizzasi.nas.spaces.constraints import Constraints, Refusal, Rules
-from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace
-from kizzasi.nas.spaces.model_space import Candidate
+from kizzasi.nas.spaces.describe import describe, spec_of
+from kizzasi.nas.spaces.families import ArchCandidate
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
-from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.study import Entry, Study
 
-C = TypeVar("C")
-
-VOCAB = 256
 STATE_LENGTH = 1024  # tokens at which state sizes are compared
 
 
-def entry_of(
-    group: str,
-    candidate: ArchCandidate | Candidate,
-    family: str,
-    parents: tuple[str, ...] = (),
-) -> Entry:
+def entry_of(group: str, candidate: Any, stem: Stem | None, parents: tuple[str, ...] = ()) -> Entry:
     """A candidate of a space as an entry."""
-    known = isinstance(candidate, ArchCandidate)
-    entry = _entry(group, candidate.name, family, candidate.to_spec(vocab_size=VOCAB))
+    told = describe(candidate, stem)
     return dataclasses.replace(
-        entry,
-        name=entry.name if known else f"{entry.name} {entry.id[:4]}",  # widths are not in a name
-        proxy=candidate.proxy_score(),
-        estimated_params=candidate.param_count() if known else None,
-        genotype=dataclasses.asdict(candidate) if known else candidate.to_dict(),
+        plain_entry(group, told.name, told.family, told.spec),
+        proxy=told.proxy,
+        estimated_params=told.estimated_params,
+        genotype=told.genotype,
         parents=parents,
     )
 
 
-def _entry(group: str, name: str, family: str, spec: ModelSpec) -> Entry:
+def plain_entry(group: str, name: str, family: str, spec: ModelSpec) -> Entry:
+    """A model as an entry."""
     cost = spec.cost(STATE_LENGTH)
     ident = spec.digest[:12]
     return Entry(ident, group, name, family, spec, None, cost.params, None, cost.state_bytes)
 
 
-def main_mixer(candidate: Candidate) -> str:
-    """The family of a candidate whose layers differ: "mostly" the mixer that most of them have, and
-    of equals the one that comes first. Its members share a learning rate."""
-    spec = candidate.to_spec(vocab_size=VOCAB)
-    kinds = Counter(block.mixer.kind for block in spec.blocks)
-    return f"mostly {kinds.most_common(1)[0][0]}"
-
-
-def preset_entries(config: SearchConfig, families: Collection[str], rules: Rules) -> list[Entry]:
-    """The usual proportions at the same budget; those that break another bound than the band on
-    parameters are no fair comparison and stay out."""
+def baseline_entries(baselines: Mapping[str, ModelSpec], rules: Rules) -> list[Entry]:
+    """Those that the winner has to beat; one that breaks another bound than that on parameters is
+    no fair comparison and stays out. Each has learning rates of its own."""
     found = []
-    for family in families:
-        spec = presets.at_size(family, config.n_params, vocab_size=VOCAB)
+    for name, spec in baselines.items():
         refusal = rules.refusal(spec)
         if refusal is None or refusal.rule == "params":
-            found.append(_entry("preset", f"{family} preset", family, spec))
+            found.append(plain_entry("preset", name, name.removesuffix(" preset"), spec))
     return found
 
 
@@ -105,48 +87,70 @@ class Recorded:
         return found and Refusal(**found)
 
 
-def pool(config: SearchConfig, space: ArchSearchSpace, rules: Rules, seed: int) -> Iterator[Entry]:
-    """The best by proxy, the random control group, and a few outside the band."""
-    rng = Xorshift64(seed)
-    inside, outside = _pool(config, space, rules, rng)
-    ranked = sorted(inside, key=lambda c: -c.proxy_score())
-    rest = ranked[config.n_best :]
-    rng.shuffle(rest)
-    for group, members in (
-        ("proxy", ranked[: config.n_best]),
-        ("random", rest[: config.n_random]),
-        ("outside", outside[: config.n_outside]),
-    ):
-        for candidate in members:
-            yield entry_of(group, candidate, candidate.model_type)
+@dataclass(frozen=True)
+class ProxyPool:
+    """Random candidates of a space of families, of which a formula chooses who is trained.
 
+    In it are the best by the analytic proxy, a random control group, and a few from outside the
+    band on parameters, all at once.
 
-def _pool(
-    config: SearchConfig, space: ArchSearchSpace, rules: Rules, rng: Xorshift64
-) -> tuple[list[ArchCandidate], list[ArchCandidate]]:
-    """Distinct real candidates that keep the rules, and some whose size is outside the band."""
-    inside: dict[str, ArchCandidate] = {}
-    outside: dict[str, ArchCandidate] = {}
-    for _ in range(max(2000, 20 * config.n_pool)):
-        candidate = space.sample(rng)
-        try:
-            spec = candidate.to_spec(vocab_size=VOCAB)
-        except SpecError:
-            continue  # genes that do not fit each other
-        refusal = rules.refusal(spec)
-        if refusal is None:
-            inside.setdefault(spec.digest, candidate)
-        elif refusal.rule == "params":
-            outside.setdefault(spec.digest, candidate)
-        if len(inside) == config.n_pool:
-            break
-    if len(inside) < 2:
-        low, high = (config.n_params * (1 + sign * config.band) for sign in (-1, 1))
-        raise StudyError(
-            f"n_params: {len(inside)} candidates have {low:.0f} to {high:.0f} parameters and keep "
-            "all bounds; change --params or widen --band"
-        )
-    return list(inside.values()), list(outside.values())
+    Args:
+        n_pool: candidates that the proxy scores.
+        n_best, n_random, n_outside: trained, by group.
+        seed: 0 .. 2^64 - 1.
+    """
+
+    n_pool: int
+    n_best: int
+    n_random: int
+    n_outside: int
+    seed: int
+
+    def entries(self, space: Space[Any], rules: Rules, stem: Stem | None) -> Iterator[Entry]:
+        """The members of the pool, by group. Raises StudyError if hardly any keeps the rules."""
+        rng = Xorshift64(self.seed)
+        inside, outside = self._drawn(space, rules, stem, rng)
+        if len(inside) < 2:
+            raise StudyError(
+                f"n_params: {len(inside)} candidates of the space have as many parameters as "
+                "allowed and keep all bounds; change --params or widen --band"
+            )
+        for group, candidate in self._chosen(inside, outside, rng):
+            yield entry_of(group, candidate, stem)
+
+    def _chosen(
+        self, inside: Sequence[ArchCandidate], outside: Sequence[ArchCandidate], rng: Xorshift64
+    ) -> Iterator[tuple[str, ArchCandidate]]:
+        ranked = sorted(inside, key=lambda c: -c.proxy_score())
+        rest = ranked[self.n_best :]
+        rng.shuffle(rest)
+        for group, members in (
+            ("proxy", ranked[: self.n_best]),
+            ("random", rest[: self.n_random]),
+            ("outside", outside[: self.n_outside]),
+        ):
+            yield from ((group, member) for member in members)
+
+    def _drawn(
+        self, space: Space[Any], rules: Rules, stem: Stem | None, rng: Xorshift64
+    ) -> tuple[list[ArchCandidate], list[ArchCandidate]]:
+        """Distinct real candidates that keep the rules, and some whose size is outside the band."""
+        inside: dict[str, ArchCandidate] = {}
+        outside: dict[str, ArchCandidate] = {}
+        for _ in range(max(2000, 20 * self.n_pool)):
+            candidate = space.sample(rng)
+            try:
+                spec = spec_of(candidate, stem)
+            except SpecError:
+                continue  # genes that do not fit each other
+            refusal = rules.refusal(spec)
+            if refusal is None:
+                inside.setdefault(spec.digest, candidate)
+            elif refusal.rule == "params":
+                outside.setdefault(spec.digest, candidate)
+            if len(inside) == self.n_pool:
+                break
+        return list(inside.values()), list(outside.values())
 
 
 @dataclass(frozen=True)
@@ -161,21 +165,21 @@ class Given:
 
 @dataclass(frozen=True)
 class Entrants:
-    """A searcher of entries around one of candidates: presets first, and no model twice.
+    """A searcher of entries around one of candidates: baselines first, and no model twice.
 
     A candidate whose model has a score already is not proposed again; its searcher gets that score.
 
     Args:
         searcher: of candidates.
         presets: take part from the beginning.
-        family: of a candidate; its members share a learning rate.
+        stem: of the task.
         objectives: what the searcher minimises beside the loss; None if it wants a plain score.
         first: candidates that it begins with, before it draws.
     """
 
     searcher: Searcher
     presets: Sequence[Entry]
-    family: Callable[[Any], str]
+    stem: Stem | None
     objectives: Callable[[ModelSpec], tuple[float, ...]] | None = None
     first: Sequence[Any] = ()
 
@@ -204,7 +208,7 @@ class Entrants:
     def _entered(self, candidate: Any, traced: Traced[Any], ids: dict[Any, str]) -> Entry:
         parents = tuple(ids[parent] for parent in traced.parents(candidate, ids))
         group = "random" if traced.sampled(candidate) else "searched"
-        return entry_of(group, candidate, self.family(candidate), parents)
+        return entry_of(group, candidate, self.stem, parents)
 
     def _score(self, entry: Entry, score: float) -> Any:
         return (-score, *self.objectives(entry.spec)) if self.objectives else score

@@ -23,7 +23,9 @@ class SearchConfig(Strict):
     """Everything that decides a search's result; written into the journal.
 
     Args:
-        data: a file or folder of bytes, "stdlib", or None for the text that ships with CPython.
+        data: a file or folder, "stdlib", or None for the text that ships with CPython; see
+            `kizzasi.train.open_task`.
+        test_fraction: share of the data that nobody looks at before the result.
         space: "families" (every layer has the same genes), "tiny", "hybrid", "mamba_rwkv" or "moe"
             (every layer chooses its own parts), or a YAML file of a `ModelSpace`.
         searcher: "proxy" trains the best of a random pool by an analytic proxy and a random control
@@ -68,6 +70,7 @@ class SearchConfig(Strict):
     """
 
     data: str | None = None
+    test_fraction: float = 0.1
     space: str = "families"
     searcher: SearcherName = "proxy"
     scheduler: SchedulerName = "halving"

@@ -1,4 +1,7 @@
-"""The end of a search: train the finalists anew, save the winner, write the result.
+"""The end of a search: train the finalists anew, save the best, write the result.
+
+Everything is decided on valid: who wins, and the seed whose weights are saved. The test split, if
+there is one, is read after that, and only for the result.
 
 What it adds to the events that `kizzasi.nas.study.study` lists:
 
@@ -12,39 +15,44 @@ result     equal_params {params, finalists, noise}; slopes and double_size {fina
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec
-from kizzasi.nas.executors import Job
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.results.equal_terms import result_figures, sized
-from kizzasi.nas.results.finals import FINAL, NARROW, Event, Final, twins
+from kizzasi.nas.results.finals import FINAL, NARROW, TEST, Event, Final, falling, twins
 from kizzasi.nas.results.noise import noise_of
 from kizzasi.nas.results.summary import NEVER_WIN
+from kizzasi.nas.results.words import gist
 from kizzasi.nas.spaces.resize import narrowed
-from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Entry, Study, Trial
 
+SAME_SIZE = 1.02  # times the parameters of the best baseline: no larger than it
 Standings = Sequence[tuple[Entry, bool]]
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinalTraining:
     """Final trainings, their winner, and the result. All of it goes through the journal.
 
     Args:
-        config: of the search.
+        plan: of the search.
         study: whose rungs are done.
         standings: everyone with a score, best first, and whether every training succeeded.
-        lrs: learning rate by family.
+        settings: by family.
+        device: where the best model is made anew.
     """
 
-    config: SearchConfig
+    plan: Plan
     study: Study
     standings: Standings
-    lrs: Mapping[str, float]
+    settings: Mapping[str, Mapping[str, Any]]
+    device: str
 
     def run(self, tokens: int, refused: Mapping[str, int]) -> None:
         """Train, save and write.
@@ -61,68 +69,103 @@ class Finish:
         for chosen in self._by_turns():
             entries.update({entry.id: entry for entry in chosen})
             finals.update(self._trained(chosen))
-            means = {own: f.mean for own, f in finals.items() if f.mean is not None and _wins(f)}
-            if means:
+            means = {own: f.mean for own, f in finals.items() if f.mean is not None}
+            if any(_wins(finals[own]) for own in means):
                 break
-        if not means:
+        searched = {own: mean for own, mean in means.items() if _wins(finals[own])}
+        if not searched:
             reason = next(iter(finals.values())).trials[0]["failure"]
             raise StudyError(f"every final training failed, that of the best with: {reason}")
-        winner = min(means, key=means.__getitem__)
-        seeds = finals[winner].by_seed
-        self._save(entries[winner], min(seeds, key=seeds.__getitem__))
+        winner = min(searched, key=searched.__getitem__)
+        best = min(means, key=means.__getitem__)
+        seeds = finals[best].by_seed
+        self._save(entries[best], min(seeds, key=seeds.__getitem__))
         self._train_twins(list(entries.values()))
-        found = self._found(finals, winner)
+        finals = self._tested(finals, entries)
+        found = {"best": best, **self._found(finals, winner)}
         study.once("result", lambda: {**found, "tokens": tokens, "refused": dict(refused)})
         study.keep(())
 
     def _by_turns(self) -> Iterator[list[Entry]]:
-        """The best searched candidates and the best preset; for when all of these searched ones
-        fail, the next best, and so on."""
-        fit, n = [entry for entry, sound in self.standings if sound], self.config.n_finalists
+        """The best searched candidates and the best baseline; for when all of these searched ones
+        fail, the next best, and so on. Those no larger than the baseline come first."""
+        fit, n = [entry for entry, sound in self.standings if sound], self.plan.finals.n
         searched = [entry for entry in fit if entry.group not in NEVER_WIN]
         if not searched:
+            failures = [t["failure"] for t in self.study.done.values() if t["failure"]]
+            reason = f"; the last failure: {gist(failures[-1])}" if failures else ""
             raise StudyError(
                 "no searched candidate finished a training; if the journal holds failures, see "
-                "their reasons, else raise --search-tokens or --candidates"
+                f"their reasons, else raise --search-tokens or --candidates{reason}"
             )
-        yield [*searched[:n], *[e for e in fit if e.group == "preset"][:1]]
+        baseline = [e for e in fit if e.group == "preset"][:1]
+        if self.plan.finals.size_matched and baseline:
+            most = SAME_SIZE * baseline[0].params
+            searched.sort(key=lambda entry: entry.params > most)  # stable: else in their order
+        yield [*searched[:n], *baseline]
         for start in range(n, len(searched), n):
             yield searched[start : start + n]
 
     def _trained(self, entries: Sequence[Entry]) -> dict[str, Final]:
-        trials = {e.id: self._trials(e, FINAL, self.config.final_seeds) for e in entries}
+        trials = {e.id: self._trials(e, FINAL, self.plan.finals.seeds) for e in entries}
         results = self.study.run([t for ts in trials.values() for t in ts])
+        sign = self.plan.metric.sign
         return {
-            e.id: Final(e.to_event(), tuple(results[t.id] for t in trials[e.id])) for e in entries
+            e.id: Final(e.to_event(), tuple(falling(results[t.id], sign) for t in trials[e.id]))
+            for e in entries
         }
 
+    def _tested(
+        self, finals: Mapping[str, Final], entries: Mapping[str, Entry]
+    ) -> dict[str, Final]:
+        """The finalists' scores on test, where there is one."""
+        evaluator = self.plan.evaluator
+        if not (
+            self.plan.finals.test
+            and isinstance(evaluator, MicroTrain)
+            and evaluator.task.has("test")
+        ):
+            return dict(finals)
+        found, sign = dict[str, Final](), self.plan.metric.sign
+        for own, final in finals.items():
+            trials = self._trials(entries[own], FINAL, self.plan.finals.seeds)
+            sound = [trial for trial in trials if trial.seed in final.by_seed]
+            tests = [replace(trial, rung=TEST, split="test") for trial in sound]
+            results = self.study.run(tests)
+            found[own] = replace(final, tests=tuple(falling(results[t.id], sign) for t in tests))
+        return found
+
     def _trials(self, entry: Entry, rung: str, n_seeds: int) -> list[Trial]:
-        horizon, lr = self.config.final_tokens, self.lrs[entry.family]
-        seeds = range(self.config.seed, self.config.seed + n_seeds)
-        return [Trial(entry, rung, seed, lr, horizon, horizon) for seed in seeds]
+        """Trainings with seeds that no rung has seen."""
+        horizon, chosen = self.plan.final_budget, self.settings[entry.family]
+        seeds = range(self.plan.seed + 1, self.plan.seed + 1 + n_seeds)
+        return [Trial(entry, rung, seed, chosen, horizon, horizon) for seed in seeds]
 
     def _save(self, entry: Entry, seed: int) -> None:
+        """Put the best model's weights, or what its evaluator left of it, into the folder best."""
         study, folder = self.study, self.study.checkpoints.parent / "best"
-        trial = next(
-            t for t in self._trials(entry, FINAL, self.config.final_seeds) if t.seed == seed
-        )
-        path = study.checkpoint(trial)
+        trials = self._trials(entry, FINAL, self.plan.finals.seeds)
+        job = study.job(next(t for t in trials if t.seed == seed))
+        path, evaluator = job.checkpoint, self.plan.evaluator
+        assert path is not None, "a study keeps checkpoints"
         if not path.exists():
             if folder.exists():
                 return  # saved before the run was interrupted
-            # It was the last rung's training as well, and its checkpoint is gone: once more.
-            job = Job(
-                trial.id, trial.entry.spec, trial.tokens, trial.seed, trial.lr, trial.horizon, path
-            )
-            list(study.executor.run([job], study.bar))
-        training = study.executor.evaluator.training(trial.entry.spec, trial.seed)
-        training.restore(path)
-        training.model.eval().save_pretrained(folder, overwrite=True)
+            list(study.executor.run([job], study.bar))  # its checkpoint is gone: once more
+        if isinstance(evaluator, MicroTrain):
+            training = evaluator.training(replace(job, device=self.device))
+            training.restore(path)
+            training.model.eval().save_pretrained(folder, overwrite=True)
+        elif path.is_dir():
+            shutil.copytree(path, folder, dirs_exist_ok=True)
+        else:
+            folder.mkdir(exist_ok=True)
+            entry.spec.to_file(folder / "spec.yaml")
 
     def _train_twins(self, entries: Sequence[Entry]) -> None:
         """Every finalist once more at about half of the parameters, on the same tokens."""
         trials: list[Trial] = []
-        for entry in entries if self.config.slope_seeds else ():
+        for entry in entries if self.plan.finals.slope_seeds else ():
             event = self.study.once(NARROW, lambda e=entry: self._twin(e), candidate=entry.id)
             if event["spec"] is not None:
                 trials += self._twin_trials(entry, ModelSpec.from_dict(event["spec"]))
@@ -138,13 +181,14 @@ class Finish:
 
     def _twin_trials(self, entry: Entry, spec: ModelSpec) -> list[Trial]:
         twin = replace(entry, spec=spec, params=spec.cost(1).params)
-        return self._trials(twin, NARROW, self.config.slope_seeds)
+        return self._trials(twin, NARROW, self.plan.finals.slope_seeds)
 
     def _found(self, finals: Mapping[str, Final], winner: str) -> Event:
         study, ranked = self.study, list(finals.values())
         preset = next((own for own, f in finals.items() if f.entry["group"] == "preset"), None)
         noise = noise_of(ranked)
-        known = [event for event in study.events if event["event"] == "trial"]
+        sign = self.plan.metric.sign
+        known = [falling(e, sign) for e in study.events if e["event"] == "trial"]
         pairs = sized(ranked, twins(study.events, known))
         reference = finals[preset if preset else winner].entry["params"]
 
@@ -158,7 +202,12 @@ class Finish:
             "preset_trials": trials(preset),
             "ranking": [entry.id for entry, _ in self.standings],
             "finalists": [
-                {"candidate": own, "mean": f.mean, "spread": f.spread, "trials": trials(own)}
+                {
+                    "candidate": own,
+                    "mean": None if f.mean is None else sign * f.mean,
+                    "spread": f.spread,
+                    "trials": trials(own),
+                }
                 for own, f in finals.items()
             ],
             "noise": noise and asdict(noise),
@@ -167,7 +216,7 @@ class Finish:
                 for own, final in finals.items()
                 if noise and own != winner and final.scores and noise.tied(finals[winner], final)
             ],
-            **result_figures(ranked, pairs, reference),
+            **result_figures(ranked, pairs, reference, sign),
         }
 
 

@@ -66,7 +66,8 @@ class Journal:
         try:
             self._file.seek(0)
             content = self._file.readall()
-            self.events, self._size = _parse(content, self.path)
+            events, self._size = _parse(content, self.path)
+            self.events = [upgraded(event) for event in events]
             self.torn = content[self._size :]
             self._file.truncate(self._size)
             os.fsync(self._file.fileno())
@@ -136,7 +137,26 @@ def read_events(path: str | Path) -> list[Event]:
         raise StudyError(
             f"{path}: cannot read the journal: {error.strerror}; give the folder of a run"
         ) from error
-    return _parse(content, path)[0]
+    return [upgraded(event) for event in _parse(content, path)[0]]
+
+
+def upgraded(event: Event) -> Event:
+    """An event of version 0.1, which knew bits per byte and one setting, as one of today."""
+    event = dict(event)
+    lost = event.get("non_finite", {})
+    if "bits_per_byte" in event:
+        event["score"] = event.pop("bits_per_byte")
+    if "bits_per_byte" in lost:
+        event["non_finite"] = {"score": lost["bits_per_byte"], **lost}
+    if event.get("event") == "lr":
+        named = {f"lr {rate}": score for rate, score in event["scores"].items()}
+        event |= {"event": "settings", "scores": named, "settings": {"lr": event.pop("lr")}}
+    if event.get("event") == "trial" and "lr" in event:
+        event["settings"] = {"lr": event.pop("lr")}
+    if event.get("event") == "study" and "corpus" in event:
+        event["data"] = event.pop("corpus")
+        event["metric"] = {"name": "bits/byte"}
+    return event
 
 
 def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:

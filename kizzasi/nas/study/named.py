@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from kizzasi.models import ModelSpec, Tokens, presets
+from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.schedulers import (
     ASHA,
     PASHA,
@@ -24,12 +26,97 @@ from kizzasi.nas.searchers import (
 )
 from kizzasi.nas.searchers.random import Samples
 from kizzasi.nas.spaces.constraints import Constraints
+from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.spaces.model_space import ModelSpace
+from kizzasi.nas.spaces.ready_made import definition, read_space
+from kizzasi.nas.spaces.stem import Stem
+from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.plan import Finals, Plan
+from kizzasi.train.recipe import Recipe
+from kizzasi.train.seeds import derive_seed
+from kizzasi.train.task import Task
 
-C = TypeVar("C")
+
+def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
+    """The search that a config describes.
+
+    Args:
+        config: names and numbers.
+        task: its data.
+        space: candidates, in place of the config's space.
+
+    Raises:
+        SpecError: the config or the space breaks a rule.
+    """
+    config.check()
+    space = space or read_space(config.space, task.stem)
+    if isinstance(space, ArchSearchSpace):
+        space.check()
+    recipe = Recipe(
+        horizon=config.budgets[-1],
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        score_windows=config.score_windows,
+    )
+    baselines = usual(config, space, task.stem)
+    seed = derive_seed(config.seed, "candidates")
+    finals = Finals(
+        config.n_finalists,
+        config.final_tokens,
+        config.final_seeds,
+        config.slope_seeds,
+    )
+    return Plan(
+        space=space,
+        evaluator=MicroTrain(task, recipe),
+        metric=task.metric,
+        searcher=searcher_of(config, seed),
+        scheduler=scheduler_of(config, len(baselines)),
+        stem=task.stem,
+        constraints=constraints_of(config),
+        baselines=baselines,
+        settings={"lr": config.lrs},
+        n_sweep=config.n_sweep if isinstance(space, ModelSpace) else 1,
+        finals=finals,
+        seed=config.seed,
+        side_by_side=config.side_by_side,
+        at_once=config.scheduler == "halving" and config.searcher in ("proxy", "random"),
+        budget=config.search_tokens,
+        first=_known(space, baselines.values()),
+        proxies=config.proxies,
+        screens=config.screens,
+        screen_width=config.screen_width,
+        screen_tokens=config.screen_tokens,
+        described={**config.to_dict(), "template": definition(space)},
+    )
 
 
-def constraints_of(config: SearchConfig, device: str = "cpu") -> Constraints:
+def usual(config: SearchConfig, space: Any, stem: Stem) -> dict[str, ModelSpec]:
+    """The usual proportions of the families at the same budget, by name."""
+    families = presets.SMALL
+    if isinstance(space, ArchSearchSpace):
+        families = [t for t in space.model_types if t in presets.SMALL]
+    return {f"{family} preset": at_size(family, config.n_params, stem) for family in families}
+
+
+def at_size(family: str, n_params: int, stem: Stem) -> ModelSpec:
+    """A family's preset with the stem of the task."""
+    if isinstance(stem, Tokens):
+        return presets.at_size(family, n_params, vocab_size=stem.vocab_size)
+    spec = presets.at_size(family, n_params, vocab_size=1)
+    return spec.replace(stem=stem, tie_head=False)
+
+
+def _known(space: Any, specs: Iterable[ModelSpec]) -> list[Any]:
+    """The presets that lie in the space: searchers begin with them."""
+    if not isinstance(space, ModelSpace):
+        return []
+    found = [space.encode(spec) for spec in specs]
+    return [candidate for candidate in found if candidate]
+
+
+def constraints_of(config: SearchConfig) -> Constraints:
     """The bounds that every searched candidate keeps."""
     low, high = (config.n_params * (1 + sign * config.band) for sign in (-1, 1))
     return Constraints(
@@ -39,17 +126,16 @@ def constraints_of(config: SearchConfig, device: str = "cpu") -> Constraints:
         latency_ms=config.max_latency_ms,
         peak_memory_bytes=config.max_memory_bytes,
         seq_len=config.bounds_len,
-        device=device,
     )
 
 
-def searcher_of(config: SearchConfig, seed: int) -> Searcher:
-    """The searcher of the config, but for "proxy", which trains a pool as it is.
-
-    All begin with the same random candidates, TPE excepted.
-    """
+def searcher_of(config: SearchConfig, seed: int) -> Searcher | ProxyPool:
+    """The searcher of the config. All begin with the same random candidates, TPE excepted."""
     limit, size, mutation = config.n_candidates, config.population, config.mutation
-    searchers: dict[str, Callable[[], Searcher]] = {
+    searchers: dict[str, Callable[[], Searcher | ProxyPool]] = {
+        "proxy": lambda: ProxyPool(
+            config.n_pool, config.n_best, config.n_random, config.n_outside, seed
+        ),
         "random": lambda: Samples(limit, config.side_by_side, seed),
         "regularized": lambda: RegularizedEvolution(
             size, config.sample, limit, mutation, seed, config.side_by_side
@@ -62,17 +148,16 @@ def searcher_of(config: SearchConfig, seed: int) -> Searcher:
     return searchers[config.searcher]()
 
 
-def scheduler_of(config: SearchConfig, n_presets: int, group_of: Callable[[int], str]) -> Scheduler:
+def scheduler_of(config: SearchConfig, n_presets: int) -> Scheduler:
     """The scheduler of the config.
 
     Args:
         config: of the search.
         n_presets: candidates that take part beside those of the searcher.
-        group_of: the group of a candidate that has been proposed.
     """
     n, rungs, eta = config.n_candidates + n_presets, config.rungs, config.eta
     schedulers: dict[str, Callable[[], Scheduler]] = {
-        "halving": lambda: Halving(rungs, config.keep, group_of),
+        "halving": lambda: Halving(rungs, config.keep),
         "hyperband": lambda: Hyperband(rungs[0], rungs[-1], eta, n),
         "asha": lambda: ASHA(n, rungs[0], rungs[-1], eta),
         "stopping": lambda: StoppingASHA(n, rungs[0], rungs[-1], eta),

@@ -1,111 +1,87 @@
-"""One run of a search: candidates, sweeps of the learning rate, rungs, and the end."""
+"""One run of a search: candidates, sweeps of the settings, rungs, and the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
-from kizzasi.models import ModelSpec, presets
+from kizzasi.errors import StudyError
+from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.zero_cost import Batch
-from kizzasi.nas.schedulers import Job, Schedule
+from kizzasi.nas.results.words import gist, said
+from kizzasi.nas.schedulers import Instalment, Schedule
+from kizzasi.nas.schedulers.halving import Halving
 from kizzasi.nas.schedulers.schedule import FAILED
-from kizzasi.nas.searchers import Search as Proposing
+from kizzasi.nas.searchers import NSGA2, AskTell
 from kizzasi.nas.searchers.screened import Screened
 from kizzasi.nas.spaces.constraints import Feasible
-from kizzasi.nas.spaces.families import ArchSearchSpace
-from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.study.candidates import (
-    VOCAB,
     Entrants,
     Given,
+    ProxyPool,
     Recorded,
+    baseline_entries,
     costs,
-    main_mixer,
-    pool,
-    preset_entries,
     zero_cost,
 )
-from kizzasi.nas.study.config import INHERIT, SearchConfig
-from kizzasi.nas.study.final_training import Finish
-from kizzasi.nas.study.named import constraints_of, scheduler_of, searcher_of
+from kizzasi.nas.study.config import INHERIT
+from kizzasi.nas.study.final_training import FinalTraining
+from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.screens import Screen
 from kizzasi.nas.study.study import Entry, Study, Trial, score_of
-from kizzasi.train.bytes import batches
 from kizzasi.train.seeds import derive_seed
+from kizzasi.train.task import Shape
 
 KEPT_CHECKPOINTS = 64  # on each rung; who is promoted without one is trained anew up to its rung
 PROXY_SHAPE = (64, 4)  # length and number of the windows that zero-cost proxies look at
+ALIKE = 5  # trials that fail for one reason, before any succeeds, end the search
 
 
 class Run:
     """One run of a search, from the first candidate or along the journal, to the result.
 
     Args:
-        config: what decides the result.
+        plan: what decides the result.
         study: begun.
-        space: of candidates.
-        device: where latency and memory are measured, if they are bounded.
+        device: where latency, memory and screens are measured.
     """
 
-    def __init__(
-        self, config: SearchConfig, study: Study, space: ArchSearchSpace | ModelSpace, device: str
-    ) -> None:
-        self.config, self.study, self.device = config, study, device
-        self.rules = Recorded(constraints_of(config, device), study)
-        searched: Space[Any] = cast("Space[Any]", space)
-        self.feasible = Feasible(searched, self.rules, vocab_size=VOCAB)
-        self.lrs: dict[str, float] = {}
-        self.n_sweep = config.n_sweep if isinstance(space, ModelSpace) else 1
-        self.schedule = self._schedule(space)
+    def __init__(self, plan: Plan, study: Study, device: str) -> None:
+        self.plan, self.study, self.device = plan, study, device
+        self.rules = Recorded(replace(plan.constraints, device=device), study)
+        self.feasible = Feasible(plan.space, self.rules, stem=plan.stem)
+        self.settings: dict[str, dict[str, Any]] = {}  # by family
+        self.budgets = plan.budgets
+        self.schedule = self._schedule()
 
-    def _schedule(self, space: ArchSearchSpace | ModelSpace) -> Schedule[Entry]:
-        config = self.config
-        families = presets.SMALL
-        if isinstance(space, ArchSearchSpace):
-            families = [t for t in space.model_types if t in presets.SMALL]
-        usual = preset_entries(config, families, self.rules)
-        seed = derive_seed(config.seed, "candidates")
-        if config.searcher == "proxy":
-            assert isinstance(space, ArchSearchSpace), "checked by the config"
-            searcher = Given([*usual, *pool(config, space, self.rules, seed)])
+    def _schedule(self) -> Schedule[Entry]:
+        plan = self.plan
+        usual = baseline_entries(plan.baselines, self.rules)
+        if isinstance(plan.searcher, ProxyPool):
+            searcher = Given([*usual, *plan.searcher.entries(plan.space, self.rules, plan.stem)])
         else:
-            searcher = Entrants(
-                searcher_of(config, seed),
-                usual,
-                main_mixer if isinstance(space, ModelSpace) else (lambda c: c.model_type),
-                costs if config.searcher == "nsga2" else None,
-                self._known(space, usual),
-            )
+            objectives = costs if isinstance(plan.searcher, NSGA2) else None
+            first = [candidate for candidate in plan.first if self.feasible.admits(candidate)]
+            searcher = Entrants(plan.searcher, usual, plan.stem, objectives, first)
 
         def group_of(candidate: int) -> str:
             return schedule.candidates[candidate].group
 
-        scheduler = scheduler_of(config, len(usual), group_of)
-        schedule: Schedule[Any] = Schedule(scheduler, Proposing(searcher, self._screened()))
+        scheduler = plan.scheduler
+        if isinstance(scheduler, Halving):
+            scheduler = replace(scheduler, group_of=group_of)
+        schedule: Schedule[Any] = Schedule(scheduler, AskTell(searcher, self._screened()))
         return schedule
-
-    def _known(self, space: ArchSearchSpace | ModelSpace, usual: Sequence[Entry]) -> list[Any]:
-        """The presets that lie in the space: searchers begin with them."""
-        if isinstance(space, ArchSearchSpace):
-            return []
-        found = [space.encode(entry.spec) for entry in usual]
-        return [candidate for candidate in found if candidate and self.feasible.admits(candidate)]
 
     def _screened(self) -> Space[Any]:
         """The feasible candidates behind the screens, the cheapest screen first."""
-        config, space = self.config, cast("Space[Any]", self.feasible)
-        for by in config.screens:
-            screen = Screen(
-                by,
-                self.study,
-                self._batch,
-                self._last_trial,
-                config.screen_tokens,
-                config.seed,
-                self.device,
-            )
-            space = Screened(space, screen, config.screen_width)
+        plan = self.plan
+        space: Space[Any] = self.feasible
+        for by in plan.screens:
+            screen = Screen(by, plan, self.study, self._batch, self._last_trial, self.device)
+            space = Screened(space, screen, plan.screen_width)
         return space
 
     def _last_trial(self, spec: ModelSpec) -> Trial | None:
@@ -113,7 +89,7 @@ class Run:
         return next((trial for trial in self._promotable() if trial.entry.spec == spec), None)
 
     def to_the_end(self) -> None:
-        """Climb the rungs, train the finalists, save the winner, write the result."""
+        """Climb the rungs, train the finalists, save the best, write the result."""
         while jobs := self._next_jobs():
             entries = [self.schedule.candidates[job.candidate] for job in jobs]
             for entry in entries:
@@ -122,78 +98,103 @@ class Run:
             trials = [self._trial(job) for job in jobs]
             old = self.study.has(trials)
             results = self.study.run(trials)
+            self._stop_if_all_fail_alike()
             for job, trial in zip(jobs, trials, strict=True):
-                score = results[trial.id]["bits_per_byte"]
-                self.schedule.tell(job, None if score is None else -score)
+                score = results[trial.id]["score"]
+                told = None if score is None else -score_of(results[trial.id], self.plan.metric)
+                self.schedule.tell(job, told)
             if not old:
                 self.study.keep(self._promotable())
-        finish = Finish(self.config, self.study, self._standings(), self.lrs)
-        finish.run(self.schedule.steps, self.feasible.refused)
+        FinalTraining(self.plan, self.study, self._standings(), self.settings, self.device).run(
+            self.schedule.steps, self.feasible.refused
+        )
 
-    def _next_jobs(self) -> list[Job]:
-        """What runs side by side: within the token budget, and not more than the scores of one
-        batch should decide together. Where no score leads the search, all at once."""
-        config, schedule, jobs = self.config, self.schedule, []
-        at_once = config.scheduler == "halving" and config.searcher in ("proxy", "random")
-        tokens = schedule.steps
-        while at_once or len(jobs) < config.side_by_side:
-            spent = config.search_tokens is not None and tokens >= config.search_tokens
+    def _stop_if_all_fail_alike(self) -> None:
+        """Raise StudyError when the first trials have all failed for one reason."""
+        trials = list(self.study.done.values())
+        if len(trials) < ALIKE or any(trial["score"] is not None for trial in trials):
+            return
+        reasons = {gist(trial["failure"] or "no finite score") for trial in trials}
+        if len(reasons) == 1:
+            raise StudyError(f"all {len(trials)} trials failed alike: {reasons.pop()}")
+
+    def _next_jobs(self) -> list[Instalment]:
+        """What runs side by side: within the budget, and not more than the scores of one batch
+        should decide together. Where no score leads the search, all at once."""
+        plan, schedule, jobs = self.plan, self.schedule, []
+        spent_so_far = schedule.steps
+        while plan.at_once or len(jobs) < plan.side_by_side:
+            spent = plan.budget is not None and spent_so_far >= plan.budget
             job = None if spent else next(iter(schedule.ask()), None)
             if job is None:
                 break
             budgets = [0, *schedule.scheduler.budgets(job.candidate)]
-            tokens += job.budget - budgets[budgets.index(job.budget) - 1]
+            spent_so_far += job.budget - budgets[budgets.index(job.budget) - 1]
             jobs.append(job)
         return jobs
 
-    def _trial(self, job: Job) -> Trial:
-        entry, budgets = self.schedule.candidates[job.candidate], self.config.budgets
+    def _trial(self, job: Instalment) -> Trial:
+        entry, budgets = self.schedule.candidates[job.candidate], self.budgets
         rung = str(budgets.index(job.budget))
-        lr = self.lrs[entry.family]
-        return Trial(entry, rung, self.config.seed, lr, job.budget, budgets[-1])
+        chosen = self.settings[entry.family]
+        return Trial(entry, rung, self.plan.seed, chosen, job.budget, budgets[-1])
 
     def _enter(self, entry: Entry) -> None:
         def event() -> dict[str, Any]:
-            proxies = zero_cost(entry.spec, self.config.proxies, self._batch(), self.config.seed)
+            if not self.plan.proxies:
+                return entry.to_event()
+            proxies = zero_cost(entry.spec, self.plan.proxies, self._batch(), self.plan.seed)
             return {**entry.to_event(), **proxies}
 
         self.study.once("candidate", event, id=entry.id)
 
     def _batch(self) -> Batch:
-        corpus = self.study.executor.evaluator.corpus
-        return next(batches(corpus.train, *PROXY_SHAPE, derive_seed(self.config.seed, "proxies")))
+        training = self.plan.micro_training
+        shape = Shape(min(PROXY_SHAPE[0], training.recipe.seq_len), PROXY_SHAPE[1])
+        seed = derive_seed(self.plan.seed, "proxies")
+        return next(iter(training.task.batches("train", seed, 0, shape)))
 
     def _sweep(self, entries: Sequence[Entry]) -> None:
-        """Each new family's best learning rate at the lowest budget, on its first entries."""
-        config, study = self.config, self.study
+        """Each new family's best settings at the lowest budget, on its first entries."""
+        plan, study = self.plan, self.study
         first: dict[str, list[Entry]] = {}
         for entry in entries:
-            if entry.family not in self.lrs:
+            if entry.family not in self.settings:
                 first.setdefault(entry.family, []).append(entry)
-        first = {family: members[: self.n_sweep] for family, members in first.items()}
+        grid = plan.grid
+        first = {family: members[: plan.n_sweep] for family, members in first.items()}
+        if len(grid) == 1:
+            self.settings.update(dict.fromkeys(first, grid[0]))
+            return
         trials = {
-            (family, lr): [
-                Trial(e, "0", config.seed, lr, config.budgets[0], config.budgets[-1])
-                for e in members
+            (family, said(chosen)): [
+                Trial(e, "0", plan.seed, chosen, self.budgets[0], self.budgets[-1]) for e in members
             ]
             for family, members in first.items()
-            for lr in config.lrs
+            for chosen in grid
         }
         results = study.run([t for ts in trials.values() for t in ts])
         for family, members in first.items():
-            scores = {lr: _mean(results, trials[family, lr]) for lr in config.lrs}
-            self.lrs[family] = best = min(scores, key=scores.__getitem__)
-            for lr in config.lrs:
-                study.forget(trials[family, lr] if lr != best else ())
-            named = {f"{lr:g}": None if s == float("inf") else s for lr, s in scores.items()}
-            found = {"candidate": members[0].id, "scores": named, "lr": best}
-            study.once("lr", lambda found=found: found, family=family)
+            scores = {
+                said(chosen): self._mean(results, trials[family, said(chosen)]) for chosen in grid
+            }
+            best = min(grid, key=lambda chosen: scores[said(chosen)])
+            self.settings[family] = best
+            for chosen in grid:
+                study.forget(trials[family, said(chosen)] if chosen != best else ())
+            sign = plan.metric.sign
+            named = {k: None if s == float("inf") else sign * s for k, s in scores.items()}
+            found = {"candidate": members[0].id, "scores": named, "settings": best}
+            study.once("settings", lambda found=found: found, family=family)
+
+    def _mean(self, results: dict[str, dict[str, Any]], trials: Sequence[Trial]) -> float:
+        return sum(score_of(results[t.id], self.plan.metric) for t in trials) / len(trials)
 
     def _promotable(self) -> list[Trial]:
         """The last trials of those that train on, and of the best that rest on each rung; of those
         that can train no further only where children inherit their weights."""
         results, scheduler = self.schedule.results, self.schedule.scheduler
-        inherit = INHERIT in self.config.screens
+        inherit = INHERIT in self.plan.screens
         resting: dict[int, list[tuple[float, int]]] = {}
         for candidate in range(len(self.schedule.candidates)):
             if (scores := results.scores(candidate)) and scores[-1] != FAILED:
@@ -205,7 +206,7 @@ class Run:
         for candidate in kept:
             budgets, n = scheduler.budgets(candidate), len(results.scores(candidate))
             if 0 < n < len(budgets) + inherit:
-                found.append(self._trial(Job(candidate, budgets[n - 1])))
+                found.append(self._trial(Instalment(candidate, budgets[n - 1])))
         return found
 
     def _standings(self) -> list[tuple[Entry, bool]]:
@@ -219,7 +220,3 @@ class Run:
                 found.append((min(sound), entry, len(sound) == len(scores)))
         found.sort(key=lambda place: place[0])
         return [(entry, sound) for _, entry, sound in found]
-
-
-def _mean(results: dict[str, dict[str, Any]], trials: Sequence[Trial]) -> float:
-    return sum(score_of(results[t.id]) for t in trials) / len(trials)

@@ -22,9 +22,11 @@ from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.inherit import train_child
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.evaluators.zero_cost import Batch
-from kizzasi.nas.executors.job import EXPLOSIONS, USERS_ERRORS
-from kizzasi.nas.study.candidates import VOCAB, zero_cost
+from kizzasi.nas.executors.execute import EXPLOSIONS, USERS_ERRORS
+from kizzasi.nas.spaces.describe import spec_of
+from kizzasi.nas.study.candidates import zero_cost
 from kizzasi.nas.study.config import ANALYTIC, INHERIT
+from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Study, Trial
 
 C = TypeVar("C")
@@ -36,29 +38,27 @@ class Screen:
 
     Args:
         by: one of SCREENS.
-        study: whose journal and evaluator serve.
+        plan: of the search.
+        study: whose journal serves.
         batch: what zero-cost proxies look at.
         last_trial: the last training of a candidate's model, None unless its checkpoint is kept.
-        tokens: that a child is trained on from its parent's weights.
-        seed: of initialisations.
-        device: where probes train.
+        device: where probes and children train.
     """
 
     by: str
+    plan: Plan
     study: Study
     batch: Callable[[], Batch]
     last_trial: Callable[[ModelSpec], Trial | None]
-    tokens: int
-    seed: int
     device: str
 
     def __call__(self, draw: Any, parent: Any) -> float | None:
         if self.by == ANALYTIC:
             return draw.proxy_score()
-        spec, trial = draw.to_spec(vocab_size=VOCAB), None
+        spec, trial = spec_of(draw, self.plan.stem), None
         if self.by == INHERIT:
             if parent is not None:
-                trial = self.last_trial(parent.to_spec(vocab_size=VOCAB))
+                trial = self.last_trial(spec_of(parent, self.plan.stem))
             if trial is None:
                 return None
         event = self.study.once(
@@ -71,29 +71,36 @@ class Screen:
         return event["score"]
 
     def _measure(self, spec: ModelSpec, parent: Trial | None) -> dict[str, Any]:
+        seed = self.plan.seed
         try:
             if parent is not None:
                 return self._child(spec, parent)
             if self.by in PROBES:
-                probed = PROBES[self.by](spec, self.seed, self.device)
+                probed = PROBES[self.by](spec, seed, self.device)
                 return {"score": probed.accuracy, "failure": probed.failure}
         except USERS_ERRORS:
             raise
         except EXPLOSIONS as error:
             return {"score": None, "failure": repr(error)}
-        found = zero_cost(spec, (self.by,), self.batch(), self.seed)
+        found = zero_cost(spec, (self.by,), self.batch(), seed)
         failure = found.get("proxy_failures", {}).get(self.by)
         return {"score": found["proxies"][self.by], "failure": failure}
 
     def _child(self, spec: ModelSpec, parent: Trial) -> dict[str, Any]:
-        """Train it for a while, with its parent's learning rate, from its parent's weights."""
-        evaluator = self.study.executor.evaluator
-        recipe = replace(evaluator.recipe, lr=parent.lr, horizon=self.tokens)
-        evaluator = replace(evaluator, recipe=recipe)
-        trained = evaluator.training(parent.entry.spec, parent.seed)
+        """Train it for a while, with its parent's settings, from its parent's weights."""
+        evaluator, tokens = self.plan.micro_training, self.plan.screen_tokens
+        trained = evaluator.training(replace(self.study.job(parent), device=self.device))
         trained.restore(self.study.checkpoint(parent))
         found = train_child(
-            evaluator, spec, trained.model, self.tokens, self.seed, parent_tokens=trained.tokens
+            evaluator,
+            spec,
+            trained.model,
+            tokens,
+            self.plan.seed,
+            parent_tokens=trained.tokens,
+            settings=parent.settings,
+            device=self.device,
         ).to_dict()
-        bits, kept = found["bits_per_byte"], ("failure", "tokens", "inherited")
-        return {"score": None if bits is None else -bits, **{key: found[key] for key in kept}}
+        score, kept = found["score"], ("failure", "tokens", "inherited")
+        worth = None if score is None else -self.plan.metric.sign * score
+        return {"score": worth, **{key: found[key] for key in kept}}

@@ -2,17 +2,18 @@
 
 Events of a run, one JSON object per line of journal.jsonl:
 
-study      config, corpus {name, digest, n_bytes, n_held_out, repeated}, baselines {name: bits/byte}
+study      config, metric {name, unit, lower_is_better, root}, data {name, digest, and more},
+           baselines {name: score}
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
            spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
            proxies {name: value or null}, proxy_failures {name: reason} if there are any
-lr         family, candidate, scores {lr: bits/byte or null}, lr; a mean over candidates where
-           several share a sweep
-trial      id, candidate, rung ("0", "1", ..., "final" or "narrow"), seed, lr, tokens,
-           bits_per_byte, seconds, tokens_per_second, curve, failure
-result     winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
+settings   family, candidate, scores {settings: score or null}, settings; a mean over candidates
+           where several share a sweep
+trial      id, candidate, rung ("0", "1", ..., "final", "test" or "narrow"), seed, settings,
+           tokens, score, seconds, tokens_per_second, curve, failure, values of windows if known
+result     best, winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
            (candidate ids, best first), finalists [{candidate, mean, spread, trials}], noise {floor,
            seeds, freedom} or null, ties (candidate ids that noise does not tell from the winner),
            tokens (trained on rungs), refused {rule: candidates never built}; and what
@@ -22,7 +23,9 @@ result     winner, preset (candidate ids), winner_trials, preset_trials (trial i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,10 @@ from typing import Any
 from tqdm import tqdm
 
 from kizzasi.models import ModelSpec
-from kizzasi.nas.evaluators.micro_training import Measurement
-from kizzasi.nas.executors import Executor, Job
+from kizzasi.nas.evaluators.evaluator import Job, Measurement
+from kizzasi.nas.executors import Executor
 from kizzasi.nas.study.journal import Journal
+from kizzasi.train.task import Metric, Split
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,23 @@ class Trial:
     entry: Entry
     rung: str
     seed: int
-    lr: float
+    settings: Mapping[str, Any]
     tokens: int
     horizon: int
+    split: Split = "valid"
 
     @property
     def run_id(self) -> str:
         """Names the training across its rungs; its checkpoint has this name."""
-        text = f"{self.entry.spec.digest} {self.seed} {self.lr!r} {self.horizon}"
+        chosen = self.settings
+        named = repr(chosen["lr"]) if [*chosen] == ["lr"] else json.dumps(chosen, sort_keys=True)
+        text = f"{self.entry.spec.digest} {self.seed} {named} {self.horizon}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def id(self) -> str:
-        return f"{self.run_id}-{self.tokens}"
+        scored = "" if self.split == "valid" else f"-{self.split}"
+        return f"{self.run_id}-{self.tokens}{scored}"
 
 
 class Study:
@@ -123,12 +131,24 @@ class Study:
         """Results of all trials by id: from the journal where they are there, else by running."""
         todo = {t.id: t for t in trials if t.id not in self.done}
         jobs = [
-            Job(t.id, t.entry.spec, t.tokens, t.seed, t.lr, t.horizon, self.checkpoint(t))
-            for t in sorted(todo.values(), key=lambda t: -t.tokens)  # the longest are not last
-        ]
+            self.job(t) for t in sorted(todo.values(), key=lambda t: -t.tokens)
+        ]  # the longest are not last
         for job, measured in self.executor.run(jobs, self.bar) if jobs else ():
             self.done[job.key] = self.append(_trial_event(todo[job.key], measured))
         return {t.id: self.done[t.id] for t in trials}
+
+    def job(self, trial: Trial) -> Job:
+        """What an executor is asked to run."""
+        return Job(
+            trial.entry.spec,
+            trial.tokens,
+            trial.seed,
+            trial.settings,
+            trial.horizon,
+            self.checkpoint(trial),
+            split=trial.split,
+            key=trial.id,
+        )
 
     def checkpoint(self, trial: Trial) -> Path:
         return self.checkpoints / f"{trial.run_id}.pt"
@@ -142,12 +162,12 @@ class Study:
         kept = {self.checkpoint(trial) for trial in trials}
         for path in self.checkpoints.glob("*.pt"):
             if path not in kept:
-                path.unlink()
+                remove(path)
 
     def forget(self, trials: Sequence[Trial]) -> None:
         """Delete checkpoints that no later rung can need."""
         for trial in trials:
-            self.checkpoint(trial).unlink(missing_ok=True)
+            remove(self.checkpoint(trial))
 
 
 def _trial_event(trial: Trial, measured: Measurement) -> dict[str, Any]:
@@ -157,12 +177,20 @@ def _trial_event(trial: Trial, measured: Measurement) -> dict[str, Any]:
         "candidate": trial.entry.id,
         "rung": trial.rung,
         "seed": trial.seed,
-        "lr": trial.lr,
+        "settings": dict(trial.settings),
         **measured.to_dict(),
     }
 
 
-def score_of(event: dict[str, Any]) -> float:
-    """Bits per byte of a trial event; a failed trial is worse than every other."""
-    score = event["bits_per_byte"]
-    return float("inf") if score is None else score
+def score_of(event: dict[str, Any], metric: Metric) -> float:
+    """sign * score of a trial event, which always falls; a failed trial is above every other."""
+    score = event["score"]
+    return float("inf") if score is None else metric.sign * score
+
+
+def remove(path: Path) -> None:
+    """Delete what an evaluator left: a file, a folder, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

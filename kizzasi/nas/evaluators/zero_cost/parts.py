@@ -30,7 +30,7 @@ from kizzasi.errors import ShapeError
 from kizzasi.models import Mixer, SequenceModel
 from kizzasi.models.init import residual_scale
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.train.bytes import IGNORE
+from kizzasi.train.task import IGNORE
 
 # inputs (b, t) ids or (b, t, n_in) frames; targets (b, t) ids, IGNORE where not scored, or frames
 Batch: TypeAlias = tuple[Tensor, Tensor]

@@ -1,19 +1,17 @@
-"""One trial as an executor sees it: what to run, what it may take, and how it fails."""
+"""One trial as an executor sees it: what it may take, and how it fails."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tqdm import tqdm
 
 from kizzasi.errors import CheckpointError, DataError, SpecError, StudyError
-from kizzasi.models import ModelSpec
-from kizzasi.nas.evaluators.micro_training import Measurement, MicroTrain
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement, Report
 
 # Faults of a trial. Every other error is the user's or ours, and ends the study.
 EXPLOSIONS = (
@@ -29,29 +27,6 @@ EXPLOSIONS = (
 )
 USERS_ERRORS = (StudyError, CheckpointError, DataError)
 INNERMOST_FRAMES = -8
-
-
-@dataclass(frozen=True)
-class Job:
-    """One trial up to one budget.
-
-    Args:
-        key: the trial id, unique in a study.
-        spec: what to train.
-        tokens: the budget, earlier rungs included.
-        seed: of the initialisation and of the windows drawn.
-        lr: peak learning rate.
-        horizon: tokens at which the learning-rate schedule ends.
-        checkpoint: where the training is kept between rungs.
-    """
-
-    key: str
-    spec: ModelSpec
-    tokens: int
-    seed: int
-    lr: float
-    horizon: int
-    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,7 @@ class Executor(Protocol):
     """
 
     @property
-    def evaluator(self) -> MicroTrain: ...
+    def evaluator(self) -> Evaluator: ...
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]: ...
 
@@ -98,21 +73,24 @@ class Executor(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def train(evaluator: MicroTrain, job: Job, on_step: Callable[[int], Any]) -> Measurement:
+def evaluate(evaluator: Evaluator, job: Job, report: Report) -> Measurement:
     """Run one job. Raises what the trial raises, but a full disk is no fault of the trial."""
-    recipe = replace(evaluator.recipe, lr=job.lr, horizon=job.horizon)
-    evaluator = replace(evaluator, recipe=recipe)
     try:
-        return evaluator(job.spec, job.tokens, job.seed, checkpoint=job.checkpoint, on_step=on_step)
+        found = evaluator(job, report)
     except OSError as error:
         where = job.checkpoint.parent if job.checkpoint else "checkpoint"
         raise StudyError(f"{where}: {error.strerror}; make room, then --resume") from error
+    if not isinstance(found, Measurement):
+        return Measurement(float(found), spent=job.budget)
+    if found.score is not None and not found.spent:
+        return replace(found, spent=job.budget)
+    return found
 
 
-def run_job(evaluator: MicroTrain, job: Job, on_step: Callable[[int], Any]) -> Measurement:
+def run_job(evaluator: Evaluator, job: Job, report: Report) -> Measurement:
     """Run one job. A trial that raises is a failed measurement that carries its traceback."""
     try:
-        return train(evaluator, job, on_step)
+        return evaluate(evaluator, job, report)
     except USERS_ERRORS:
         raise
     except EXPLOSIONS:
@@ -120,4 +98,4 @@ def run_job(evaluator: MicroTrain, job: Job, on_step: Callable[[int], Any]) -> M
 
 
 def failed(reason: str) -> Measurement:
-    return Measurement(None, 0, 0.0, None, (), reason)
+    return Measurement(None, failure=reason)

@@ -1,0 +1,73 @@
+"""What a search says of a candidate of any space: its model, name, family and genes.
+
+A candidate is an `ArchCandidate`, a `Candidate` of a `ModelSpace`, a `ModelSpec` itself, or
+anything of yours with a method `to_spec(stem=...)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from kizzasi.models import ModelSpec
+from kizzasi.nas.spaces.families import ArchCandidate
+from kizzasi.nas.spaces.model_space import Candidate, name_of
+from kizzasi.nas.spaces.stem import Stem, with_stem
+
+
+@dataclass(frozen=True)
+class Description:
+    """A candidate in words and plain data.
+
+    Args:
+        spec: its model.
+        name: for tables.
+        family: its members share a learning rate.
+        genotype: the genes that made it; None if there are none.
+        proxy: a score by a formula, higher is better, if there is one.
+        estimated_params: by a formula, if there is one.
+    """
+
+    spec: ModelSpec
+    name: str
+    family: str
+    genotype: dict[str, Any] | None = None
+    proxy: float | None = None
+    estimated_params: int | None = None
+
+
+def spec_of(candidate: Any, stem: Stem | None) -> ModelSpec:
+    """The model of a candidate, with the stem of the task.
+
+    Raises:
+        SpecError: genes that do not fit each other, or a model whose own stem is another one.
+    """
+    if isinstance(candidate, ModelSpec):
+        return with_stem(candidate, stem)
+    return candidate.to_spec(stem=stem)
+
+
+def describe(candidate: Any, stem: Stem | None) -> Description:
+    """What is to be said of a candidate. Raises SpecError as `spec_of` does."""
+    spec = spec_of(candidate, stem)
+    if isinstance(candidate, ArchCandidate):
+        return Description(
+            spec,
+            candidate.name,
+            candidate.model_type,
+            dataclasses.asdict(candidate),
+            candidate.proxy_score(),
+            candidate.param_count(),
+        )
+    genes = candidate.to_dict() if isinstance(candidate, Candidate) else None
+    name = f"{name_of(spec)} {spec.digest[:4]}"  # widths are not in a name
+    return Description(spec, name, main_mixer(spec), genes)
+
+
+def main_mixer(spec: ModelSpec) -> str:
+    """The family of a model whose layers differ: "mostly" the mixer that most of them have, and of
+    equals the one that comes first. Its members share a learning rate."""
+    kinds = Counter(block.mixer.kind for block in spec.blocks)
+    return f"mostly {kinds.most_common(1)[0][0]}"
