@@ -14,6 +14,7 @@ Symbols: b batch, t time, d d_model.
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.state import loadable
 from kizzasi.models.strict import Registered
 
 
@@ -102,6 +104,10 @@ class Mixer(KeepFloat32, metaclass=Ready):
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
     backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
     backend: str = "torch"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        loadable(vars(sys.modules[cls.__module__]))  # the states defined beside it
 
     @classmethod
     def admit(cls, spec: MixerSpec | ChannelSpec, layer: LayerContext, *_: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from kizzasi.errors import ShapeError, SpecError
+from kizzasi.errors import ShapeError, SpecError, StateError
 from kizzasi.models.adaptive import after_step
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.call import Call
@@ -25,8 +25,16 @@ from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import answers, eager
 from kizzasi.models.ops.documents import from_there_on
+from kizzasi.models.padding import Features, by_length, starts_under_padding
 from kizzasi.models.spec import ModelSpec
-from kizzasi.models.state import BlockState, ModelState, canonical_segments, map_state
+from kizzasi.models.state import (
+    BlockState,
+    ModelState,
+    canonical_segments,
+    map_state,
+    refuse_foreign,
+    refuse_misshapen,
+)
 
 
 class ModelOutput(NamedTuple):
@@ -79,7 +87,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.spec, self._causal = spec, spec.causal
+        self.spec, self._causal, self._digest = spec, spec.causal, spec.digest
         self.stem = spec.stem.build(spec.d_model, spec.tie_head)
         self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
         self.blocks = nn.ModuleList(
@@ -125,8 +133,30 @@ class SequenceModel(nn.Module, metaclass=Ready):
         if step or state is not None:
             self.require_causal("step" if step else "a carried state")
         self.stem.check(inputs, time=not step)
+        if state is not None:
+            self._check_state(state, len(inputs))
+        trunk = partial(self._trunk, step=step)
+        if state is not None and mask is not None and starts_under_padding(state, mask):
+            x, after, aux, sick = by_length(trunk, inputs, state, segment_ids, mask)
+        else:
+            x, after, aux, sick = trunk(inputs, state, segment_ids, mask)
+        if last_only and not step:
+            x, sick = x[:, -1:], None if sick is None else sick[:, -1:]
+        logits = self.stem.head(self.norm(x))
+        if sick is not None:
+            logits = logits.masked_fill(sick.unsqueeze(-1), torch.nan)
+        return ModelOutput(logits, after, aux)
+
+    def _trunk(
+        self,
+        inputs: Tensor,
+        state: ModelState | None,
+        segment_ids: Tensor | None,
+        mask: Tensor | None,
+        *,
+        step: bool = False,
+    ) -> Features:
         shape = (inputs.shape[0], 1 if step else inputs.shape[1])
-        self._check_batch(state, shape[0])
         segments = canonical_segments(shape, state, segment_ids, mask)
         call = Call(shape, inputs.device, segments=segments, step=step)
         position = self._positions(call, state)
@@ -136,16 +166,10 @@ class SequenceModel(nn.Module, metaclass=Ready):
         segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
         if segment_ids is not None:
             segment = segment_ids[:, -1].long()
-        after = ModelState(blocks, position[:, -1] + 1, segment)
-        if mask is not None:
-            after = self._forget_padding(after)
-        if last_only and not step:
-            x, sick = x[:, -1:], None if sick is None else sick[:, -1:]
-        logits = self.stem.head(self.norm(x))
-        if sick is not None:
-            logits = logits.masked_fill(sick.unsqueeze(-1), torch.nan)
-            after = _lost(after, sick[:, -1])
-        return ModelOutput(logits, after, aux)
+        after = ModelState(blocks, position[:, -1] + 1, segment, self._digest)
+        after = after if mask is None else self._forget_padding(after)
+        after = after if sick is None else _lost(after, sick[:, -1])
+        return Features(x, after, aux, sick)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
         """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step.
@@ -177,7 +201,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
             for block in self.blocks
         )
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return ModelState(blocks, zeros, zeros)
+        return ModelState(blocks, zeros, zeros, self._digest)
 
     def reset_parameters(self, seed: int | None = None) -> None:
         """Initialise all parameters; the same seed gives the same weights. On CPU.
@@ -258,8 +282,16 @@ class SequenceModel(nn.Module, metaclass=Ready):
         x = self.stem.embed(inputs, position)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def _check_batch(self, state: ModelState | None, batch: int) -> None:
-        if state is not None and state.position.shape != (batch,):
+    def _check_state(self, state: ModelState, batch: int) -> None:
+        if not isinstance(state, ModelState):
+            given = f"{state!r:.60} of type {type(state).__name__}"
+            raise StateError(f"state: expected what a call returned as .state, got {given}")
+        if state.model != self._digest:
+            refuse_foreign(state.model, self._digest, "state")
+            with torch.device("meta"):
+                blocks = [block.init_state(1, torch.device("meta")) for block in self.blocks]  # pyright: ignore[reportCallIssue]
+            refuse_misshapen(state.blocks, tuple(blocks), self._digest)
+        if state.position.shape != (batch,):
             rows = state.position.shape[0]
             raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
 

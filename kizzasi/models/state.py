@@ -175,9 +175,37 @@ def refuse_foreign(given: str, wanted: str, what: str) -> None:
     """Raise StateError if both digests are known and differ."""
     if given and wanted and given != wanted:
         raise StateError(
-            f"{what}: made by a model of digest {given[:12]}, this one has {wanted[:12]}; run the "
-            "tokens through this model, or load the other"
+            f"{what}: a state of another model, of digest {given[:12]}; this one has "
+            f"{wanted[:12]}: run the tokens through it, or load the other"
         )
+
+
+def refuse_misshapen(given: Any, wanted: Any, model: str, name: str = "state.blocks") -> None:
+    """Raise StateError unless two states differ in rows, and in slots of a cache, alone.
+
+    For states that do not say which model they are of: made by hand, or by an older release.
+    """
+    fits = type(given) is type(wanted)
+    if isinstance(wanted, Tensor):
+        fits = fits and given.shape[1:] == wanted.shape[1:]
+    elif fits:
+        fits = len(given) == len(wanted)
+    if not fits:
+        raise StateError(
+            f"{name}: expected {_sketch(wanted)}, got {_sketch(given)}; it is of another model "
+            f"than this one, of digest {model[:12]}"
+        )
+    if not isinstance(wanted, (Tensor, Cache)):
+        keys = getattr(wanted, "_fields", range(len(wanted)))
+        for key, one, other in zip(keys, given, wanted, strict=True):
+            refuse_misshapen(one, other, model, f"{name}.{key}")
+
+
+def _sketch(part: Any) -> str:
+    if isinstance(part, Tensor):
+        return f"(b, {', '.join(map(str, part.shape[1:]))})"
+    size = f" of {len(part)}" if isinstance(part, tuple) else ""
+    return type(part).__name__ + size
 
 
 def loadable(namespace: Mapping[str, object]) -> None:

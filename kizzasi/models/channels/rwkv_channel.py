@@ -100,7 +100,7 @@ class RWKVChannel(Mixer):
         return MixerOut(self._mix(x, before), RWKVChannelState(last))
 
     def recurrent(self, x: Tensor, state: RWKVChannelState, call: Call) -> MixerOut:
-        return MixerOut(self._mix(x, state.shift), RWKVChannelState(x))
+        return MixerOut(self._mix(x, state.shift.to(x.dtype)), RWKVChannelState(x))
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -108,7 +108,7 @@ class RWKV4(Mixer):
         return MixerOut(self._finish(r, y), RWKV4State(last, memory))
 
     def recurrent(self, x: Tensor, state: RWKV4State, call: Call) -> MixerOut:
-        r, k, v = self._project(x, state.shift)
+        r, k, v = self._project(x, state.shift.to(x.dtype))
         with without_autocast(x):
             y, memory = wkv4_step(state.wkv, -self.time_decay.exp(), self.time_first, k, v)
         return MixerOut(self._finish(r, y), RWKV4State(x, memory))

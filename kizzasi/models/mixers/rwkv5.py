@@ -121,7 +121,7 @@ class RWKV5(Mixer):
         return MixerOut(self._finish(y, gate), RWKV5State(last, wkv))
 
     def recurrent(self, x: Tensor, state: RWKV5State, call: Call) -> MixerOut:
-        streams, gate = self._project(x, state.shift)
+        streams, gate = self._project(x, state.shift.to(x.dtype))
         decay = -self.time_decay.exp()
         with without_autocast(x):
             y, wkv = linear_attention_step(state.wkv, *streams, decay, self.time_faaaa)

@@ -146,7 +146,7 @@ class RWKV6(Mixer):
         return MixerOut(self._finish(y, gate), RWKV6State(last, wkv))
 
     def recurrent(self, x: Tensor, state: RWKV6State, call: Call) -> MixerOut:
-        streams, gate = self._project(x, state.shift)
+        streams, gate = self._project(x, state.shift.to(x.dtype))
         with without_autocast(x):
             y, wkv = linear_attention_step(state.wkv, *streams, self.time_faaaa)
         return MixerOut(self._finish(y, gate), RWKV6State(x, wkv))

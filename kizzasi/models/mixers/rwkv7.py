@@ -160,7 +160,7 @@ class RWKV7(Mixer):
         return MixerOut(self._finish(y, streams, gate), RWKV7State(last, s), shared=offer)
 
     def recurrent(self, x: Tensor, state: RWKV7State, call: Call) -> MixerOut:
-        streams, gate, offer = self._project(x, state.shift, call.shared)
+        streams, gate, offer = self._project(x, state.shift.to(x.dtype), call.shared)
         with without_autocast(x):
             y, s = wkv7_step(state.wkv, *streams)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(x, s), shared=offer)

@@ -20,13 +20,13 @@ def token_shift(
 
     Args:
         x: (b, t, d).
-        last: (b, d) the token before x[:, 0]; zeros if None.
+        last: (b, d) the token before x[:, 0], read in x's dtype; zeros if None.
         starts: (b, t) bool, True where the token before belongs to another document: zeros there.
 
     Returns:
         (b, t, d) before, and (b, d) the last token of x.
     """
-    first = torch.zeros_like(x[:, :1]) if last is None else last.unsqueeze(1)
+    first = torch.zeros_like(x[:, :1]) if last is None else last.to(x.dtype).unsqueeze(1)
     before = torch.cat([first, x[:, :-1]], 1)
     if starts is not None:
         before = before.masked_fill(starts.unsqueeze(-1), 0.0)
