@@ -8,6 +8,7 @@ from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.generate import Generated
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.decoding.streaming import SignalPredictor
+from kizzasi.models.groups import lora_targets, parameter_groups, parameter_roles
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
@@ -50,6 +51,9 @@ __all__ = [
     "list_mixers",
     "load",
     "load_state",
+    "lora_targets",
     "mixers",
+    "parameter_groups",
+    "parameter_roles",
     "pattern",
 ]

@@ -93,21 +93,25 @@ class Mixer(KeepFloat32, metaclass=Ready):
 
     Class attributes:
         float32_parameters: names never stored below float32 (decays, step sizes, routers).
-        stacked_parameters: names of parameters that hold several matrices, (n, n_out, n_in).
-        param_rules: optimiser rules for parameters of this module by name; a parameter without one
-            decays when it has two or more dimensions.
+        param_rules: optimiser rules for parameters of this module by name; for one without, see
+            `kizzasi.models.groups`.
+        matrices: names of matrices (..., rows, columns) that are no Linear layer's weight.
         backends: what `backend` may be set to. "torch" is the fast portable path, "reference" the
             defining loop; plain layers have one path, which is both.
     """
 
-    stacked_parameters: ClassVar[tuple[str, ...]] = ()
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
+    matrices: ClassVar[tuple[str, ...]] = ()
     backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
     backend: str = "torch"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         loadable(vars(sys.modules[cls.__module__]))  # the states defined beside it
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every matrix that is several below one another, by name: how many rows each has."""
+        return {}
 
     @classmethod
     def admit(cls, spec: MixerSpec | ChannelSpec, layer: LayerContext, *_: Any) -> None:

@@ -142,6 +142,11 @@ class HeadNorm(KeepFloat32):
         self.weight = nn.Parameter(torch.ones(d))
         self.bias = nn.Parameter(torch.zeros(d)) if bias else None
 
+    def reset_parameters(self, scale: float = 1.0) -> None:
+        nn.init.constant_(self.weight, scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[-2:]
         x = F.layer_norm(full_precision(x), shape[-1:], eps=self.eps)

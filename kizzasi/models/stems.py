@@ -6,8 +6,9 @@ Symbols: b batch, t time, d d_model, v vocab_size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class Stem(nn.Module, ABC):
     """
 
     max_positions: int | None = None
+    roles: ClassVar[Mapping[str, Literal["embedding", "head"]]] = {}  # of parameters, by name
 
     @abstractmethod
     def check(self, inputs: Tensor, *, time: bool) -> None:
@@ -113,6 +115,8 @@ class Signal(StemSpec):
 
 
 class TokenStem(Stem):
+    roles = {"lm_head.weight": "head"}  # noqa: RUF012 (read-only by contract)
+
     def __init__(self, spec: Tokens, d_model: int, tie_head: bool) -> None:
         super().__init__()
         self.vocab_size, self.max_positions = spec.vocab_size, spec.max_positions
@@ -169,6 +173,8 @@ class TokenStem(Stem):
 
 
 class SignalStem(Stem):
+    roles = {"in_proj.weight": "embedding", "out_proj.weight": "head"}  # noqa: RUF012
+
     def __init__(self, n_in: int, n_out: int, d_model: int) -> None:
         super().__init__()
         self.n_in = n_in

@@ -17,7 +17,7 @@ Source: Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.039
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -303,7 +303,7 @@ class MoE(Mixer):
     backend: "torch" follows the rule in ops/experts.py; "reference" is "masked".
     """
 
-    stacked_parameters = ("experts.gate_up_proj", "experts.down_proj")
+    matrices = ("experts.gate_up_proj", "experts.down_proj")
 
     def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()
@@ -327,6 +327,11 @@ class MoE(Mixer):
             self.shared_expert.reset_parameters(n_layers, generator)
         if self.shared_expert_gate is not None:
             init.linear_(self.shared_expert_gate, generator)
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        if not isinstance(self.experts, PackedExperts):
+            return {}
+        return {"experts.gate_up_proj": (self.experts.gate_up_proj.shape[1] // 2,) * 2}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

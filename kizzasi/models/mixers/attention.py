@@ -12,7 +12,7 @@ arXiv:2409.02060. Gate: Qiu et al. 2025, arXiv:2505.06708, as in Qwen3-Next.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -185,6 +185,12 @@ class Attention(Mixer):
         for part in (self.q_norm, self.k_norm):
             if part is not None:
                 part.reset_parameters()
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        if not self.spec.gate:
+            return {}
+        parts = 2 * self.spec.n_heads  # the queries and the gates of every head
+        return {"q_proj.weight": (self.q_proj.out_features // parts,) * parts}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

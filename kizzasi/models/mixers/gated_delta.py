@@ -17,6 +17,7 @@ Qwen3-Next's `linear_attn`: the rows of in_proj_qkvz and in_proj_ba are grouped 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -173,6 +174,11 @@ class GatedDelta(Mixer):
         with without_autocast(x):
             y, memory = delta_rule_step(state.memory, *streams)
         return MixerOut(self._finish(y, z), GatedDeltaState(conv_state, memory))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        h = self.spec.key_heads
+        head = self.d_k, self.d_k, self.values // h, self.values // h
+        return {"in_proj_qkvz.weight": head * h}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -14,6 +14,7 @@ are named and laid out as in transformers' `MiniMaxLightningAttention`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -116,6 +117,9 @@ class Lightning(Mixer):
         with without_autocast(x):
             y, memory = linear_attention_step(state.memory, q, k, v, self._decay(q))
         return MixerOut(self._leave(x, y), LightningState(memory))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"qkv_proj.weight": (self.n,) * (3 * self.spec.n_heads)}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -19,6 +19,7 @@ Source: Poli et al. 2023, arXiv:2302.10866, sections 3.1-3.3 and appendix D; cod
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -162,6 +163,9 @@ class LongConv(Mixer):
         self.filter.reset_parameters(generator)
         init.normal_(self.D, 1.0, generator)
         init.linear_(self.out_proj, generator, init.residual_scale(n_layers))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"in_proj.weight": (self.in_proj.in_features,) * 3}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

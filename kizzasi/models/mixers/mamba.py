@@ -17,6 +17,7 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3; parameters are named as in s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -155,6 +156,10 @@ class Mamba(Mixer):
         u, conv_state = self._convolve(u, state.conv, call)
         y, ssm = selective_scan_step(u, *self._select(u), self.D, state.ssm)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        inner, n = self.d_inner, self.spec.d_state
+        return {"in_proj.weight": (inner, inner), "x_proj.weight": (self.rank, n, n)}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

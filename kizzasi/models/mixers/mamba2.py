@@ -17,6 +17,7 @@ Source: Dao & Gu 2024, arXiv:2405.21060, section 7; parameters are named as in s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -197,6 +198,11 @@ class Mamba2(Mixer):
         u, dt, log_decay, B, C = self._streams(xBC, dt)
         y, ssm = ssd_step(state.ssm, u * dt, log_decay, B, C)
         return MixerOut(self._finish(y, u, z), Mamba2State(conv_state, ssm))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        states = (self.d_xBC - self.d_inner) // 2
+        rows = self.d_inner, self.d_inner, states, states, self.n_heads
+        return {"in_proj.weight": rows}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -20,6 +20,7 @@ Source: arXiv:2603.15569, section 3; parameters are named as in state-spaces/mam
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -187,6 +188,9 @@ class Mamba3(Mixer):
         before = TrapezoidState(state.ssm, state.k, state.v)
         y, after = trapezoid_step(before, u, dt, log_decay, share, B, C)
         return MixerOut(self._finish(y, u, z), Mamba3State(angle, *after))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"in_proj.weight": tuple(width for width in self.widths if width)}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

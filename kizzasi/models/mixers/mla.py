@@ -10,6 +10,7 @@ Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; names and layout of DeepSeek
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -130,6 +131,14 @@ class MLA(Mixer):
             elif isinstance(part, nn.Linear):
                 last = part is self.o_proj
                 init.linear_(part, generator, init.residual_scale(n_layers) if last else 1.0)
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        spec = self.spec
+        head = spec.qk_nope_head_dim, spec.v_head_dim
+        return {
+            "kv_a_proj_with_mqa.weight": (spec.kv_lora_rank, spec.qk_rope_head_dim),
+            "kv_b_proj.weight": head * spec.n_heads,
+        }
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

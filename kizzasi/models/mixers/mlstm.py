@@ -137,4 +137,4 @@ class MLSTM(Mixer):
         nn.init.constant_(self.i_gate.bias, -10.0)
         nn.init.zeros_(self.f_gate.weight)
         self.f_gate.bias.copy_(torch.linspace(3.0, 6.0, self.spec.n_heads))
-        nn.init.ones_(self.head_norm.weight)
+        self.head_norm.reset_parameters()

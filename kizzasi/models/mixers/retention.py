@@ -176,5 +176,4 @@ class Retention(Mixer):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
             nn.init.xavier_uniform_(layer.weight, 2**-2.5, generator)
         nn.init.xavier_uniform_(self.o_proj.weight, 2**-1, generator)
-        nn.init.ones_(self.g_norm.weight)
-        nn.init.zeros_(self.g_norm.bias)
+        self.g_norm.reset_parameters()

@@ -118,6 +118,7 @@ class RGLRU(Mixer):
     """
 
     float32_parameters = ("Lambda",)
+    matrices = ("input_gate.weight", "recurrent_gate.weight")
     param_rules = {"Lambda": NO_DECAY}  # noqa: RUF012 (read-only by contract)
 
     def __init__(self, spec: RGLRUSpec, layer: LayerContext) -> None:

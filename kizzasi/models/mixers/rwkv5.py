@@ -178,5 +178,4 @@ class RWKV5(Mixer):
         ):
             nn.init.orthogonal_(layer.weight, gain, generator)
         self.output.weight.zero_()
-        self.ln_x.weight.fill_(((1 + index) / n_layers) ** 0.7)
-        self.ln_x.bias.zero_()
+        self.ln_x.reset_parameters(((1 + index) / n_layers) ** 0.7)

@@ -107,6 +107,7 @@ class RWKV6(Mixer):
     and the one before it: W (x + share (before - x))."""
 
     float32_parameters = ("time_decay", "time_faaaa")
+    matrices = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "time_decay": ParamRule(decay=False, lr_scale=2.0),
         **dict.fromkeys(
@@ -221,5 +222,4 @@ class RWKV6(Mixer):
         ):
             nn.init.orthogonal_(layer.weight, gain, generator)
         self.output.weight.zero_()
-        self.ln_x.weight.fill_(((1 + index) / n_layers) ** 0.7)
-        self.ln_x.bias.zero_()
+        self.ln_x.reset_parameters(((1 + index) / n_layers) ** 0.7)

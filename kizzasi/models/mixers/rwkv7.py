@@ -124,6 +124,7 @@ class RWKV7(Mixer):
     """
 
     float32_parameters = ("w0", "a0", "k_k", "k_a", "r_k")
+    matrices = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "w0": ParamRule(decay=False, lr_scale=2.0),
         **dict.fromkeys(("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "r_k"), NO_DECAY),
@@ -239,5 +240,4 @@ class RWKV7(Mixer):
         for layer, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
             nn.init.orthogonal_(layer.weight, gain, generator)
         self.output.weight.zero_()
-        self.ln_x.weight.fill_(((1 + index) / n_layers) ** 0.7)
-        self.ln_x.bias.zero_()
+        self.ln_x.reset_parameters(((1 + index) / n_layers) ** 0.7)

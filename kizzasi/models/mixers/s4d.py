@@ -128,6 +128,9 @@ class S4D(Mixer):
         init.normal_(self.D, 1.0, generator)
         init.linear_(self.out_proj, generator, init.residual_scale(n_layers))
 
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"out_proj.weight": (self.out_proj.in_features,) * 2}
+
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> S4DState:

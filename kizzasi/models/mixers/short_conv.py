@@ -15,6 +15,7 @@ in transformers' `Lfm2ShortConv`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -88,6 +89,9 @@ class ShortConv(Mixer):
         B, C, x = self.in_proj(x).chunk(3, -1)
         y, last = causal_conv1d_step(B * x, *self._filter(), state.conv)
         return MixerOut(self.out_proj(C * y), ShortConvState(last))
+
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"in_proj.weight": (self.d,) * 3}
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -14,6 +14,7 @@ Source: Beck et al. 2024, arXiv:2405.04517, section 2.2 and figure 10.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -104,6 +105,9 @@ class SLSTM(Mixer):
         memory = slstm_step(state.memory, self._gates(x, u), self.R)
         return MixerOut(self._leave(x, memory.y), SLSTMState(last, memory))
 
+    def fused(self) -> Mapping[str, tuple[int, ...]]:
+        return {"zo_proj.weight": (self.d,) * 2, "if_proj.weight": (self.d,) * 2}
+
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> SLSTMState:
@@ -136,4 +140,4 @@ class SLSTM(Mixer):
         open_ = torch.linspace(3.0, 6.0, self.spec.n_heads).repeat_interleave(self.R.shape[-1])
         self.if_proj.bias[self.d :].copy_(open_)
         nn.init.zeros_(self.R)
-        nn.init.ones_(self.head_norm.weight)
+        self.head_norm.reset_parameters()

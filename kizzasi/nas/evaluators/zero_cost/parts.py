@@ -87,7 +87,7 @@ def connections(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
         if isinstance(module, Mixer)
-        for name in module.stacked_parameters
+        for name in module.matrices
     }
     return {
         name: parameter
