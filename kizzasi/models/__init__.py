@@ -1,6 +1,6 @@
 """Sequence models: specs in, `nn.Module`s out."""
 
-from kizzasi.models import channels, mixers
+from kizzasi.models import channels, mixers, presets
 from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
@@ -9,11 +9,13 @@ from kizzasi.models.decoding.generate import Generated
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.decoding.streaming import SignalPredictor
 from kizzasi.models.groups import lora_targets, parameter_groups, parameter_roles
+from kizzasi.models.layer import Layer
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
+from kizzasi.models.strict import register
 
 
 def list_mixers() -> list[str]:
@@ -32,6 +34,7 @@ __all__ = [
     "ChannelSpec",
     "Cost",
     "Generated",
+    "Layer",
     "LayerContext",
     "Mixer",
     "MixerOut",
@@ -56,4 +59,6 @@ __all__ = [
     "parameter_groups",
     "parameter_roles",
     "pattern",
+    "presets",
+    "register",
 ]

@@ -18,7 +18,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.state import loadable
 from kizzasi.models.strict import Registered
+
+if TYPE_CHECKING:
+    from kizzasi.models.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,31 @@ class _Part(Registered):
     @abstractmethod
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
         """What it costs over (batch, seq_len) tokens, its norm aside; see `Cost`."""
+
+    def layer(
+        self,
+        d_model: int,
+        *,
+        index: int = 0,
+        n_layers: int = 1,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Layer:
+        """An initialised layer for one's own network: tensor (b, t, d_model) in, the same out.
+
+        Args:
+            d_model: width.
+            index, n_layers: how deep it stands, for initialisations that know.
+            seed: None draws from torch's own generator.
+            device, dtype: None means torch's defaults.
+
+        Raises SpecError if the spec does not fit, or the device is missing.
+        """
+        from kizzasi.models.layer import build_layer
+
+        place = {"index": index, "n_layers": n_layers}
+        return build_layer(self, d_model, **place, seed=seed, device=device, dtype=dtype)  # pyright: ignore[reportArgumentType]
 
     @property
     def context_window(self) -> float:

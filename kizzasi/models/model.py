@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from kizzasi.errors import ShapeError, SpecError, StateError
+from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.adaptive import after_step
 from kizzasi.models.block import Block, add_losses
 from kizzasi.models.call import Call
@@ -23,18 +23,14 @@ from kizzasi.models.init import Ready
 from kizzasi.models.loss import IGNORED, mean_loss
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.devices import answers, eager
-from kizzasi.models.ops.documents import from_there_on
-from kizzasi.models.padding import Features, by_length, starts_under_padding
+from kizzasi.models.ops.devices import eager
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import (
     BlockState,
     ModelState,
-    canonical_segments,
-    map_state,
-    refuse_foreign,
-    refuse_misshapen,
+    require_own,
 )
+from kizzasi.models.through import through
 
 
 class ModelOutput(NamedTuple):
@@ -134,42 +130,24 @@ class SequenceModel(nn.Module, metaclass=Ready):
             self.require_causal("step" if step else "a carried state")
         self.stem.check(inputs, time=not step)
         if state is not None:
-            self._check_state(state, len(inputs))
-        trunk = partial(self._trunk, step=step)
-        if state is not None and mask is not None and starts_under_padding(state, mask):
-            x, after, aux, sick = by_length(trunk, inputs, state, segment_ids, mask)
-        else:
-            x, after, aux, sick = trunk(inputs, state, segment_ids, mask)
+            start = partial(self._state, 1, torch.device("meta"), None)
+            require_own(state, self._digest, len(inputs), start)
+        x, after, aux, sick = through(
+            self._body,
+            inputs,
+            state,
+            segment_ids,
+            mask,
+            causal=self._causal,
+            digest=self._digest,
+            step=step,
+        )
         if last_only and not step:
             x, sick = x[:, -1:], None if sick is None else sick[:, -1:]
         logits = self.stem.head(self.norm(x))
         if sick is not None:
             logits = logits.masked_fill(sick.unsqueeze(-1), torch.nan)
         return ModelOutput(logits, after, aux)
-
-    def _trunk(
-        self,
-        inputs: Tensor,
-        state: ModelState | None,
-        segment_ids: Tensor | None,
-        mask: Tensor | None,
-        *,
-        step: bool = False,
-    ) -> Features:
-        shape = (inputs.shape[0], 1 if step else inputs.shape[1])
-        segments = canonical_segments(shape, state, segment_ids, mask)
-        call = Call(shape, inputs.device, segments=segments, step=step)
-        position = self._positions(call, state)
-        inputs, sick = self._set_aside(inputs, call)
-        x = self._embed(inputs, position[:, 0] if step else position)
-        x, blocks, aux = self._run_blocks(x, state, call)
-        segment = torch.zeros_like(position[:, -1]) if state is None else state.segment
-        if segment_ids is not None:
-            segment = segment_ids[:, -1].long()
-        after = ModelState(blocks, position[:, -1] + 1, segment, self._digest)
-        after = after if mask is None else self._forget_padding(after)
-        after = after if sick is None else _lost(after, sick[:, -1])
-        return Features(x, after, aux, sick)
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
         """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step.
@@ -178,15 +156,18 @@ class SequenceModel(nn.Module, metaclass=Ready):
         """
         return self(inputs, state, step=True)
 
-    def _run_blocks(
-        self, x: Tensor, state: ModelState | None, call: Call
+    def _body(
+        self, inputs: Tensor, position: Tensor, before: Sequence[Any] | None, call: Call
     ) -> tuple[Tensor, tuple[BlockState, ...], Mapping[str, Tensor]]:
         """The residual stream after all blocks, their states, and their losses."""
+        if before is not None or call.shape[1] > (self.stem.max_positions or call.shape[1]):
+            self._check_positions(position)
+        x = self._embed(inputs, position)
         aux: Mapping[str, Tensor] = {}
         states: list[BlockState] = []
-        before = [None] * len(self.blocks) if state is None else state.blocks
+        memories = [None] * len(self.blocks) if before is None else before
         recompute = self.recompute and not call.step and torch.is_grad_enabled()
-        for block, memory in zip(self.blocks, before, strict=True):
+        for block, memory in zip(self.blocks, memories, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             out = run(x, memory, call=call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
@@ -196,11 +177,11 @@ class SequenceModel(nn.Module, metaclass=Ready):
     def init_state(self, batch_size: int) -> ModelState:
         """The state before any input, on the model's device and in its dtype."""
         weight = next(self.stem.parameters())
-        blocks = tuple(
-            block.init_state(batch_size, weight.device, weight.dtype)  # pyright: ignore[reportCallIssue]
-            for block in self.blocks
-        )
-        zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return self._state(batch_size, weight.device, weight.dtype)
+
+    def _state(self, batch: int, device: torch.device, dtype: torch.dtype | None) -> ModelState:
+        blocks = tuple(block.init_state(batch, device, dtype) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         return ModelState(blocks, zeros, zeros, self._digest)
 
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -259,55 +240,9 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"{wish}; pass whole sequences to forward, or choose a causal part"
             )
 
-    def _set_aside(self, inputs: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Frames without what is not finite, and (b, t) bool, where nothing finite may come out:
-        in their document, from there on. None if nowhere.
-
-        Of a sequence that is one document nothing need be kept apart. Of several, a frame of NaN
-        would reach the weights' gradients even with a loss that does not count it.
-        """
-        if call.starts is None or call.real is None or not inputs.is_floating_point():
-            return inputs, None
-        odd = ~inputs.isfinite().all(-1)
-        if answers(odd) and not odd.any():
-            return inputs, None
-        inputs, odd = inputs.masked_fill(odd.unsqueeze(-1), 0.0), odd & call.real
-        if not self._causal:  # earlier tokens have seen it too
-            document = call.starts.cumsum(1)
-            same = document.unsqueeze(1) == document.unsqueeze(2)
-            return inputs, (same & odd.unsqueeze(1)).any(-1)
-        return inputs, from_there_on(call.starts, odd, torch.zeros_like(odd[:, 0]))
-
     def _embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         x = self.stem.embed(inputs, position)
         return x if self.embed_norm is None else self.embed_norm(x)
-
-    def _check_state(self, state: ModelState, batch: int) -> None:
-        if not isinstance(state, ModelState):
-            given = f"{state!r:.60} of type {type(state).__name__}"
-            raise StateError(f"state: expected what a call returned as .state, got {given}")
-        if state.model != self._digest:
-            refuse_foreign(state.model, self._digest, "state")
-            with torch.device("meta"):
-                blocks = [block.init_state(1, torch.device("meta")) for block in self.blocks]  # pyright: ignore[reportCallIssue]
-            refuse_misshapen(state.blocks, tuple(blocks), self._digest)
-        if state.position.shape != (batch,):
-            rows = state.position.shape[0]
-            raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
-
-    def _positions(self, call: Call, state: ModelState | None) -> Tensor:
-        """(b, t) int64: place of every token in its document, -1 at padding."""
-        batch, length = call.shape
-        if state is None:
-            start = torch.zeros(batch, dtype=torch.int64, device=call.device)
-        else:
-            start = state.position
-        position = call.places(start)[1]
-        if call.real is not None:
-            position = position.masked_fill(~call.real, -1)
-        if state is not None or length > (self.stem.max_positions or length):
-            self._check_positions(position)
-        return position
 
     def _check_positions(self, position: Tensor) -> None:
         known = self.stem.max_positions
@@ -322,27 +257,3 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
                 f"max_positions {known}; give shorter documents"
             )
-
-    def _forget_padding(self, state: ModelState) -> ModelState:
-        """Rows that have seen nothing but padding get back the zero state."""
-        empty = state.position == 0
-
-        def choose(leaf: Tensor) -> Tensor:
-            if not (leaf.is_floating_point() or leaf.is_complex()):
-                return leaf  # integers say which slots are valid; padding leaves them invalid
-            rows = empty.view(-1, *[1] * (leaf.ndim - 1))
-            return torch.where(rows, torch.zeros_like(leaf), leaf)
-
-        # Neither a compiled graph nor torch.func can ask whether there are such rows.
-        return state if eager() and not empty.any() else map_state(choose, state)
-
-
-def _lost(state: ModelState, rows: Tensor) -> ModelState:
-    """The state with NaN for all numbers of some rows (b,)."""
-
-    def lose(leaf: Tensor) -> Tensor:
-        if not (leaf.is_floating_point() or leaf.is_complex()):
-            return leaf
-        return leaf.masked_fill(rows.view(-1, *[1] * (leaf.ndim - 1)), torch.nan)
-
-    return map_state(lose, state)

@@ -180,6 +180,28 @@ def refuse_foreign(given: str, wanted: str, what: str) -> None:
         )
 
 
+def require_own(state: ModelState, model: str, batch: int, start: Callable[[], ModelState]) -> None:
+    """Raise unless a state is one of a model, and has so many rows.
+
+    Args:
+        model: digest of the model.
+        start: its state before any input, for the shapes.
+
+    Raises:
+        StateError: no state, or of another model.
+        ShapeError: of another number of rows.
+    """
+    if not isinstance(state, ModelState):
+        given = f"{state!r:.60} of type {type(state).__name__}"
+        raise StateError(f"state: expected what a call returned as .state, got {given}")
+    if state.model != model:
+        refuse_foreign(state.model, model, "state")
+        refuse_misshapen(state.blocks, start().blocks, model)
+    if state.position.shape != (batch,):
+        rows = state.position.shape[0]
+        raise ShapeError(f"state: made for a batch of {rows}, the inputs have {batch} rows")
+
+
 def refuse_misshapen(given: Any, wanted: Any, model: str, name: str = "state.blocks") -> None:
     """Raise StateError unless two states differ in rows, and in slots of a cache, alone.
 
