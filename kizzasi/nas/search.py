@@ -47,7 +47,7 @@ from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Study
-from kizzasi.train.bytes import load_corpus
+from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Task
 
 # What version 0.1 did where its journals say nothing.
@@ -277,7 +277,7 @@ def named_search(
         DataError, SpecError: the data, the space or the config break a rule.
     """
     config.check()
-    task = task or load_corpus(config.data, test_fraction=config.test_fraction)
+    task = task or open_task(config.data, test_fraction=config.test_fraction)
     plan = plan_of(config, task, space)
 
     def opened(evaluator: Evaluator) -> Executor:

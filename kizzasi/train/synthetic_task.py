@@ -15,7 +15,9 @@ from kizzasi.errors import SpecError
 from kizzasi.models import ModelOutput, Tokens
 from kizzasi.train.seeds import derive_seed
 from kizzasi.train.synthetic import Examples
-from kizzasi.train.task import IGNORE, Batch, Forward, Metric, Scores, Shape, Split, scored
+from kizzasi.train.task import IGNORE, Batch, Forward, Metric, Scores, Shape, Split, scored, spread
+
+RIGHT = Metric("accuracy", lower_is_better=False, of_loss=False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class SyntheticTask:
     n_held_out: int = 256
     device: str = "cpu"
 
-    metric: Metric = field(default=Metric("accuracy", lower_is_better=False), init=False)
+    metric: Metric = field(
+        default=Metric("accuracy", lower_is_better=False, of_loss=False), init=False
+    )
     ceiling: float = field(default=math.inf, init=False)
     curve_scale: float = field(default=1.0, init=False)
 
@@ -77,7 +81,10 @@ class SyntheticTask:
     def score(self, model: Forward, split: Split, shape: Shape) -> Scores:
         """The share of right answers of every example."""
         held_out = self._drawn(self.n_held_out, derive_seed(0, "held out", split))
-        return scored(model, held_out.inputs, held_out.targets, shape, right_answers)
+        chosen = spread(self.n_held_out, shape.score_windows)
+        return scored(
+            model, held_out.inputs[chosen], held_out.targets[chosen], shape, right_answers
+        )
 
     def has(self, split: Split) -> bool:
         return True

@@ -34,12 +34,14 @@ class Metric:
         unit: as it stands behind a number; the name where it is left out.
         lower_is_better: its direction.
         root: the score is the square root of the mean over windows, as in RMSE.
+        of_loss: training losses, as shown, are values of it.
     """
 
     name: str
     unit: str = ""
     lower_is_better: bool = True
     root: bool = False
+    of_loss: bool = True
 
     @property
     def label(self) -> str:

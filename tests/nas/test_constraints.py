@@ -168,10 +168,18 @@ def test_sizes_count_the_feasible():
 
 def test_an_empty_space_says_why():
     space = Feasible(spaces.tiny(Tokens(9)), Constraints(params=10), stem=Tokens(9))
-    with pytest.raises(SpecError, match=r"none of 200 samples.*refused by rule: params \d+"):
+    with pytest.raises(SpecError, match=r"none of 4000 samples.*refused by rule: params \d+"):
         space.sample(Xorshift64(1))
     candidate = spaces.tiny().sample(Xorshift64(1))
     assert space.mutate(candidate, Xorshift64(1), 1.0) == candidate
     assert space.crossover(candidate, candidate, Xorshift64(1)) == candidate
     with pytest.raises(SpecError, match="breaks"):
         space.build(lambda gene, n: 0)
+
+
+def test_a_narrow_band_never_ends_a_search_that_has_begun():
+    """Once a candidate is known, draws in vain give a known one again."""
+    space = Feasible(spaces.tiny(), BAND)
+    known = space.sample(Xorshift64(1))
+    space.admits = lambda candidate: False
+    assert space.sample(Xorshift64(2)) == known

@@ -131,7 +131,7 @@ def _at_equal_params(summary: Summary) -> str:
 
 
 def _at_equal_time(summary: Summary) -> str:
-    ranked = equal_time(summary.finals)
+    ranked = equal_time(summary.finals) if summary.metric.of_loss else []
     if len(ranked) < 2:
         return ""
     fastest = max(ranked, key=lambda row: row.speeds[0])

@@ -179,7 +179,7 @@ def verdicts(finals: Sequence[Final]) -> list[tuple[Final, str]]:
 def time_rows(summary: Summary) -> Rows:
     """Every finalist after the training time of the fastest."""
     rows = []
-    ranked = equal_time(summary.finals)
+    ranked = equal_time(summary.finals) if summary.metric.of_loss else []
     for row in ranked:
         speeds = " .. ".join(dict.fromkeys(short(v) for v in (row.speeds[0], row.speeds[-1])))
         read = ["-", "-"] if row.mean is None else [summary.show(row.mean), f"{row.error:.3f}"]

@@ -28,6 +28,7 @@ Bound: TypeAlias = "float | tuple[float | None, float | None] | None"
 ANALYTIC = ("params", "active_params", "flops_per_token", "state_bytes")
 MEASURED = ("latency_ms", "peak_memory_bytes")
 TRIES = 200  # draws of a feasible candidate before a move gives up
+PATIENCE = 20  # times as many, before the first is found
 
 
 class Refusal(NamedTuple):
@@ -179,12 +180,19 @@ class Feasible(Generic[C]):
         return len(self.iterate())
 
     def sample(self, rng: Xorshift64) -> C:
-        """Draw until a candidate is feasible; SpecError if none of 200 is."""
-        for _ in range(TRIES):
-            if self.admits(candidate := self.space.sample(rng)):
-                return candidate
+        """Draw until a candidate is feasible.
+
+        After 200 draws in vain, one that was admitted before; while there is none, SpecError after
+        4,000.
+        """
+        for _ in range(PATIENCE):
+            for _ in range(TRIES):
+                if self.admits(candidate := self.space.sample(rng)):
+                    return candidate
+            if known := [candidate for candidate, fit in self._judged.items() if fit]:
+                return rng.choice(known)
         raise SpecError(
-            f"constraints: none of {TRIES} samples keeps them ({self.report()}); "
+            f"constraints: none of {PATIENCE * TRIES} samples keeps them ({self.report()}); "
             "widen the bounds or change the space"
         )
 
