@@ -130,6 +130,39 @@ def test_any_bytes_dequantize_like_the_package(code):
     np.testing.assert_array_equal(dequantize(kind, raw.reshape(-1)), wanted)
 
 
+def test_every_type_that_the_package_reads_is_read():
+    """But for Q8_1 and Q8_K, which no file has, and integers, which are no weights."""
+    readable = {kind.value for kind in gguf.quants._type_traits}
+    assert readable <= QUANTIZED.keys() | {Kind.F32, Kind.F16, Kind.BF16}
+    assert len(QUANTIZED) == 23
+
+
+def test_float64(tmp_path):
+    values = np.random.default_rng(0).normal(size=(7,))
+    given = dequantize(TYPES[Kind.F64.value], values.view(np.uint8))
+    np.testing.assert_array_equal(given, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["Q5_K", "IQ4_NL", "IQ3_S", "IQ2_XXS", "IQ1_S", "MXFP4"])
+def test_types_with_groups_of_32_stay_small_in_quantized_layers(kind):
+    """The kernel's weights are the file's, but for the rounding of scales."""
+    block, chance = TYPES[Kind[kind].value], np.random.default_rng(5)
+    raw = chance.integers(0, 256, (48 * 512 // block.values, block.layout.itemsize), np.uint8)
+    blocks = raw.view(block.layout).reshape(-1)
+    for name in ("d", "d_min"):
+        if name in blocks.dtype.names:
+            blocks[name] = chance.normal(size=len(blocks)).astype(np.float16)
+    if kind == "MXFP4":
+        blocks["e"] = 120 + blocks["e"] % 10
+    found = block.unpack(blocks)
+    parts = (None if p is None else torch.tensor(p).view(48, -1, p.shape[-1]) for p in found)
+    full = torch.from_numpy(dequantize(block, raw.reshape(-1))).view(48, 512)
+    x = torch.randn(3, 512).bfloat16().float()
+    wanted = F.linear(x, full)
+    off = (QuantizedLinear(LevelTensor(*parts))(x) - wanted).norm(dim=1)
+    assert (off < 2**-6 * full.norm(dim=1).max() * x.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantized_tensors_dequantize_like_the_package(name):
     values = np.random.default_rng(1).normal(size=(48, 96)).astype(np.float32)

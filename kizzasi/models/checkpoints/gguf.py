@@ -64,7 +64,9 @@ class Matrix(NamedTuple):
     def levels(self) -> LevelTensor | None:
         """Its integers, if scales are shared by 32 inputs."""
         unpack = self.tensor.kind.unpack
-        found = None if unpack is None else unpack(self.tensor.data.view(self.tensor.kind.layout))
+        with np.errstate(all="ignore"):
+            blocks = self.tensor.data.view(self.tensor.kind.layout)
+            found = None if unpack is None else unpack(blocks)
         if found is None or found.level.shape[-1] != GROUP:
             return None
         minimum = None if found.minimum is None else self._by_rows(found.minimum)

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints.gguf_blocks import TYPES, BlockType, Bytes
+from kizzasi.models.checkpoints.gguf_blocks import TYPES, BlockType
+from kizzasi.models.checkpoints.gguf_levels import Bytes
 
 MAGIC = b"GGUF"
 # Of a key's value; 8 is a string and 9 an array.
