@@ -65,7 +65,7 @@ class _Sums:
             return
         self.wanted += int((routing.to.expert >= 0).sum())
         if routing.logits is not None:
-            real = args[1]
+            real = args[1] if len(args) > 1 else None
             logits = routing.logits if real is None else routing.logits[real]
             self.square += float(logits.double().square().sum())
             self.n_logits += logits.numel()
@@ -202,7 +202,7 @@ def balance_hashes(model: nn.Module, run: Callable[[], Any]) -> None:
     def look(router: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(router, Router)
         if isinstance(router.spec, Hash):
-            router.spec.balance(router, *args)
+            router.spec.balance(router, *args[:2])
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_pre_hook(look) for router in routers]

@@ -405,3 +405,18 @@ def test_torch_func_grad_and_vmap(name, training):
     rows = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
     for a, b in zip(rows.values(), wanted, strict=True):
         assert_close(a[1], b)
+
+
+LIMITED = MoESpec(n_experts=4, top_k=1, normalize="all", capacity_factor=0.8)
+
+
+@pytest.mark.parametrize("spec", [SPECS["expert_choice"], LIMITED])
+def test_seats_are_those_of_documents(spec):
+    """Each has its own, whatever stands beside it in a row; padding takes none."""
+    moe, lengths = make(spec), (5, 1, 9, 3)
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    packed = torch.cat([tokens(1, 4, seed=7), *documents], 1)
+    ids = torch.repeat_interleave(torch.tensor([-1, 0, 1, 2, 3]), torch.tensor([4, *lengths]))[None]
+    y = moe(packed, call=Call.of(packed, ids)).y
+    assert not y[:, :4].any()
+    assert_close(y[:, 4:], torch.cat([moe(one).y for one in documents], 1))

@@ -58,8 +58,8 @@ class MoESpec(ChannelSpec):
         shared_gate: multiply the shared expert by sigmoid(w x), as in Qwen2-MoE.
         jitter: in training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
         expert_dropout: in training, chance that an expert cannot be chosen by a token.
-        capacity_factor: in training, an expert serves at most ceil(factor k t / e) jobs of a row,
-            and the rest are dropped; 0 drops nothing.
+        capacity_factor: in training, an expert serves at most ceil(factor k t / e) jobs of a
+            document, and the rest are dropped; 0 drops nothing.
         balance_weight: of e sum_i f_i P_i over the batch (Switch).
         sequence_weight: of the same loss for each sequence, averaged (DeepSeek-V3).
         importance_weight: of CV^2 of the summed weights (Shazeer).
@@ -341,11 +341,11 @@ class MoE(Mixer):
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         """Padding gets no expert and does not enter the losses."""
         (b, t), real, spec = x.shape[:2], call.real, self.spec
-        routing = self.gate(x, real)
+        routing = self.gate(x, real, call.starts)
         to = routing.to
         if self.training and spec.capacity_factor:
-            n_choices = self.gate.choice.n_experts
-            to = ops.drop_over_capacity(to, b, t, n_choices, spec.capacity_factor)
+            n, factor = self.gate.choice.n_experts, spec.capacity_factor
+            to = ops.drop_over_capacity(to, (b, t), n, factor, call.starts)
         rows = x.flatten(0, 1)
         y = self.experts(rows, to, self.backend)
         if spec.n_identity:

@@ -16,7 +16,7 @@ import heapq
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from kizzasi.models.norm import KeepFloat32, full_precision, without_autocast
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
 from kizzasi.models.strict import Registered, join, register, require
+
+Mask: TypeAlias = Tensor | None
 
 
 class Routing(NamedTuple):
@@ -73,9 +75,10 @@ class Router(KeepFloat32, Adaptive):
         self.register_buffer("bias", None)
         spec.furnish(self, choice)
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Routing:
-        """Route (b, t, d); tokens where `real` (b, t) is False get nobody."""
-        return self.spec.route(self, x, real)
+    def forward(self, x: Tensor, real: Mask = None, starts: Mask = None) -> Routing:
+        """Route (b, t, d); tokens where `real` (b, t) is False get nobody, and where `starts`
+        (b, t) is True a document begins."""
+        return self.spec.route(self, x, real, starts)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         self.spec.reset(self, generator)
@@ -84,7 +87,7 @@ class Router(KeepFloat32, Adaptive):
         return None if self.tally is None else self.tally.take()
 
     def after_step(self, counted: Tensor) -> None:
-        assert self.bias is not None, "only a bias is counted for"
+        assert self.bias is not None
         self.spec.move(self.bias, counted)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -103,9 +106,7 @@ class Router(KeepFloat32, Adaptive):
         out = torch.rand_like(scores) < self.choice.expert_dropout
         return scores.masked_fill(out, -math.inf)
 
-    def assign(
-        self, scores: Tensor, ranking: Tensor, real: Tensor | None, scale: float = 1.0
-    ) -> Assignments:
+    def assign(self, scores: Tensor, ranking: Tensor, real: Mask, scale: float = 1) -> Assignments:
         """Jobs for the top_k of a ranking, weighted by their scores."""
         ids, weights = ops.choose(scores, self.choice.top_k, self.choice.normalize, ranking)
         return ops.assign(ids, weights * scale, real)
@@ -135,7 +136,7 @@ class RouterSpec(Registered):
             nn.init.zeros_(router.bias)
 
     @abstractmethod
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         """See `Router.forward`."""
 
     def move(self, bias: Tensor, counted: Tensor) -> None:
@@ -194,9 +195,8 @@ class TopK(RouterSpec):
         super().check(choice, path)
         e, k, groups, top = choice.n_experts, choice.top_k, self.n_groups, self.top_groups
         self.require_positive(join(path, "router"), "scale", "n_groups", "top_groups", "group_best")
-        require(
-            self.bias_rate >= 0, join(path, "router.bias_rate"), f"{self.bias_rate} is negative"
-        )
+        rule = f"{self.bias_rate} is negative"
+        require(self.bias_rate >= 0, join(path, "router.bias_rate"), rule)
         rule = f"{groups} does not divide the {e} choices; pick a divisor"
         require(e % groups == 0, join(path, "router.n_groups"), rule)
         rule = f"{top} of {groups} groups hold fewer than top_k = {k} experts; raise top_groups"
@@ -207,7 +207,7 @@ class TopK(RouterSpec):
         if self.bias_rate:
             add_bias(router, choice.n_experts)
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits, softmax = router.logits(x), self.score == "softmax"
         scores = logits.softmax(-1) if softmax else logits.sigmoid()
         ranking = router.rank(scores if router.bias is None else scores + router.bias)
@@ -235,7 +235,7 @@ class Softmax(RouterSpec):
         rule = f"the softmax router uses all {e} experts, top_k says {k}; set top_k to {e}"
         require(k == e, join(path, "top_k"), rule)
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits = router.logits(x)
         probs = logits.softmax(-1)
         ids = torch.arange(router.choice.n_experts, device=x.device).expand(probs.shape)
@@ -270,7 +270,7 @@ class NoisyTopK(RouterSpec):
         super().reset(router, generator)
         nn.init.zeros_(router.noise_weight)
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         clean = noisy = router.logits(x)
         load = None
         if router.training:
@@ -327,7 +327,7 @@ class Sinkhorn(RouterSpec):
         super().furnish(router, choice)
         add_bias(router, choice.n_experts + 1)  # the v of plans, and how many there were
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits, shift = router.logits(x), router.bias
         assert shift is not None
         if router.training and router.tally is not None:
@@ -354,12 +354,11 @@ class Sinkhorn(RouterSpec):
 @register
 @dataclass(frozen=True)
 class ExpertChoice(RouterSpec):
-    """Every expert takes its ceil(top_k t / e) best tokens of a row: balanced by construction.
+    """Every expert takes its ceil(top_k t / e) best of a document of t tokens: balanced by design.
 
     A token's fate depends on later tokens: not causal, not for streaming or language modelling.
-    With top_k 1 there are as many seats as tokens, so wherever a row has more than t / e tokens of
-    a kind, or two experts want the same one, some tokens get no expert, and their output is zero.
-    top_k 2, the capacity factor of the paper, leaves room for both.
+    With top_k 1 there are as many seats as tokens, so where two experts want the same one, some get
+    no expert, and their output is zero. top_k 2, as in the paper, leaves room.
 
     Source: Zhou et al. 2022, arXiv:2202.09368.
     """
@@ -371,10 +370,10 @@ class ExpertChoice(RouterSpec):
         rule = 'expert choice weighs by the softmax over all experts; set it to "all"'
         require(choice.normalize == "all", join(path, "normalize"), rule)
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits = router.logits(x)
         probs = logits.softmax(-1)
-        return Routing(ops.expert_choice(probs, router.choice.top_k, real), probs, logits)
+        return Routing(ops.expert_choice(probs, router.choice.top_k, starts, real), probs, logits)
 
     def n_jobs(self, choice: Choice, seq_len: int) -> int:
         return choice.n_experts * -(-seq_len * choice.top_k // choice.n_experts)
@@ -385,9 +384,9 @@ class ExpertChoice(RouterSpec):
 class Hash(RouterSpec):
     """A fixed hash of the token: nothing to learn, and every weight is 1/k.
 
-    A hash spreads the codes evenly over the experts, but not the tokens, of which many share a few
-    codes. `balance_hashes` deals the codes out by their frequencies, before training. What no hash
-    does is let an expert choose what it is good at: it is a baseline for routers that learn.
+    A hash spreads codes evenly over the experts, but not tokens, many of which share a few codes.
+    `balance_hashes` deals the codes out by their frequencies, before training. It is a baseline for
+    routers that learn: no expert gets what it is good at.
 
     Args:
         n_bits: length of the code that is hashed. Few bits keep similar tokens together, many can
@@ -416,7 +415,7 @@ class Hash(RouterSpec):
         spread = codes * 2654435761 % 2**32 >> 8  # Knuth's multiplicative hash
         router.table.copy_(spread % router.choice.n_experts)
 
-    def route(self, router: Router, x: Tensor, real: Tensor | None) -> Routing:
+    def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         k, each = router.choice.top_k, torch.arange(router.choice.n_experts, device=x.device)
         first = router.table[self._codes(router, x)]
         ids = (first[..., None] + torch.arange(k, device=x.device)) % len(each)

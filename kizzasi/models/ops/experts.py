@@ -190,19 +190,20 @@ def _forward(
         gate_up, down: as above, of x's dtype or another.
 
     Returns:
-        (n, d) in weight's dtype, and (m, 2h) what the gates and ups gave.
+        (n, d) in weight's dtype, and (2, m, h) what the gates and the ups gave.
     """
     y, both = _results(x, weight, token, down)
-    h = down.shape[2]
+    gates, ups, downs = _each(gate_up, down)
     for rows, busy, sizes in _blocks(counts):
-        jobs, wide = token[rows], both[rows]
+        jobs, (a, c) = token[rows], both[:, rows]
         block = x.index_select(0, jobs)
         each = block.split(sizes)
-        for i, x_i, wide_i in zip(busy, each, wide.split(sizes), strict=True):
-            torch.mm(x_i, gate_up[i].to(x.dtype).T, out=wide_i)
-        hidden = F.silu(wide[:, :h]).mul_(wide[:, h:]).mul_(weight[rows, None])
+        for i, x_i, a_i, c_i in zip(busy, each, a.split(sizes), c.split(sizes), strict=True):
+            torch.mm(x_i, gates[i].to(x.dtype).T, out=a_i)
+            torch.mm(x_i, ups[i].to(x.dtype).T, out=c_i)
+        hidden = F.silu(a).mul_(c).mul_(weight[rows, None])
         for i, hidden_i, y_i in zip(busy, hidden.split(sizes), each, strict=True):
-            torch.mm(hidden_i, down[i].to(x.dtype).T, out=y_i)  # the block's x is done with
+            torch.mm(hidden_i, downs[i].to(x.dtype).T, out=y_i)  # the block's x is done with
         y.index_add_(0, jobs, block.to(y.dtype))
     return y, both
 
@@ -221,13 +222,14 @@ def _backward(
     dtype."""
     grad_x, grad_weight = torch.zeros_like(x, dtype=weight.dtype), torch.zeros_like(weight)
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-    h = down.shape[2]
+    gates, ups, downs = _each(gate_up, down)
+    grad_gates, grad_ups, grad_downs = _each(grad_gate_up, grad_down)
     for rows, busy, sizes in _blocks(counts):
-        jobs, w, a, c = token[rows], weight[rows, None], both[rows, :h], both[rows, h:]
+        jobs, w, (a, c) = token[rows], weight[rows, None], both[:, rows]
         block, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
-        grads, grad_hidden = grad.split(sizes), a.new_empty(a.shape)
+        grads, grad_hidden = grad.split(sizes), torch.empty_like(a)
         for i, grad_i, out in zip(busy, grads, grad_hidden.split(sizes), strict=True):
-            torch.mm(grad_i, down[i].to(x.dtype), out=out)
+            torch.mm(grad_i, downs[i].to(x.dtype), out=out)
         silu = F.silu(a)
         hidden = silu * c
         grad_weight[rows] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
@@ -235,18 +237,23 @@ def _backward(
         grad_hidden.mul_(w)
         grad_up = silu.mul_(grad_hidden)
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
-        wide = torch.cat([grad_gate, grad_up], dim=1)
-        parts = [v.split(sizes) for v in (block, hidden, wide)]
-        for i, grad_i, x_i, hidden_i, wide_i in zip(busy, grads, *parts, strict=True):
-            _product(grad_i.T, hidden_i, grad_down[i])
-            _product(wide_i.T, x_i, grad_gate_up[i])
-            torch.mm(wide_i, gate_up[i].to(x.dtype), out=x_i)
+        parts = [v.split(sizes) for v in (block, hidden, grad_gate, grad_up)]
+        for i, grad_i, x_i, hidden_i, a_i, c_i in zip(busy, grads, *parts, strict=True):
+            _product(grad_i.T, hidden_i, grad_downs[i])
+            _product(a_i.T, x_i, grad_gates[i])
+            _product(c_i.T, x_i, grad_ups[i])
+            torch.mm(a_i, gates[i].to(x.dtype), out=x_i).addmm_(c_i, ups[i].to(x.dtype))
         grad_x.index_add_(0, jobs, block.to(grad_x.dtype))
     for i, count in enumerate(counts.tolist()):
         if not count:
             grad_gate_up[i].zero_()
             grad_down[i].zero_()
     return grad_x.to(x.dtype), grad_weight, grad_gate_up, grad_down
+
+
+def _each(gate_up: Tensor, down: Tensor) -> tuple[Sequence[Tensor], ...]:
+    """Gates, ups and downs by expert, as views."""
+    return *(part.unbind() for part in gate_up.chunk(2, dim=1)), down.unbind()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -258,7 +265,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _results(x: Tensor, weight: Tensor, token: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what `_forward` returns."""
-    return torch.zeros_like(x, dtype=weight.dtype), x.new_empty(len(token), 2 * down.shape[2])
+    return torch.zeros_like(x, dtype=weight.dtype), x.new_empty(2, len(token), down.shape[2])
 
 
 def _blocks(counts: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:

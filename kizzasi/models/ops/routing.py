@@ -127,54 +127,71 @@ def sinkhorn(logits: Tensor, n_iterations: int, real: Tensor | None = None) -> T
     return plan
 
 
-def expert_choice(probs: Tensor, per_token: float, real: Tensor | None) -> Assignments:
-    """Let every expert choose its best tokens, ceil(per_token * length / e) of each row.
+def expert_choice(
+    probs: Tensor, per_token: float, starts: Tensor | None, real: Tensor | None
+) -> Assignments:
+    """Let every expert choose its best tokens, ceil(per_token * length / e) of each document.
 
     Args:
         probs: (b, t, e).
         per_token: how many experts a token gets on average.
+        starts: (b, t) bool, where documents begin; None means that every row is one.
         real: (b, t) bool, False for padding, which nobody may choose; None means all real.
 
     Source: Zhou et al. 2022, arXiv:2202.09368, section 3.2.
-    Differs: the choice is within a row, not within a batch, so that rows stay independent.
+    Differs: the choice is within a document, not within a batch, so that they stay independent.
     """
     batch, length, n_experts = probs.shape
-    if real is None:
-        real = torch.ones(batch, length, dtype=torch.bool, device=probs.device)
-    seats = (real.sum(1) * per_token / n_experts).ceil().long()  # (b,)
-    most = math.ceil(length * per_token / n_experts)
-    ranking = probs.masked_fill(~real[..., None], -1.0)
-    weight, time = ranking.transpose(1, 2).topk(most, dim=-1)  # (b, e, most)
+    index = torch.arange(length, device=probs.device)
+    time = probs.detach().argsort(dim=1, descending=True, stable=True)  # (b, t, e), best first
+    expert = torch.arange(n_experts, device=probs.device).expand_as(time)
+    if starts is None:
+        seats = math.ceil(length * per_token / n_experts)
+        time, expert = time[:, :seats], expert[:, :seats]
+    else:
+        document = starts.cumsum(1)
+        order = document[..., None].expand_as(time).gather(1, time).argsort(dim=1, stable=True)
+        time = time.gather(1, order)  # a document takes the places that it has in time
+        first = torch.where(starts, index, 0).cummax(1).values
+        counted = torch.ones_like(starts) if real is None else real
+        size = torch.zeros(batch, length + 1, dtype=torch.int64, device=probs.device)
+        size = size.scatter_add(1, document, counted.long()).gather(1, document)
+        free = (index - first) < (size * per_token / n_experts).ceil()
+        expert = expert.masked_fill(~free[..., None], -1)
     row = torch.arange(batch, device=probs.device)[:, None, None]
-    expert = torch.arange(n_experts, device=probs.device)[:, None].expand_as(time)
-    free = torch.arange(most, device=probs.device) < seats[:, None, None]
-    expert = expert.masked_fill(~(free & (weight >= 0)), -1)
-    return Assignments((row * length + time).flatten(), expert.flatten(), weight.flatten())
+    token = row * length + time
+    return Assignments(token.flatten(), expert.flatten(), probs.gather(1, time).flatten())
 
 
 def drop_over_capacity(
-    to: Assignments, batch: int, length: int, n_experts: int, factor: float
+    to: Assignments, shape: tuple[int, int], n_experts: int, factor: float, starts: Tensor | None
 ) -> Assignments:
-    """Leave every expert at most ceil(factor * k * real tokens / e) jobs of each row.
+    """Leave every expert at most ceil(factor * k * real tokens / e) jobs of each document.
 
     Args:
         to: jobs in the order of their tokens; earlier tokens are served first.
-        batch, length: rows, and tokens per row.
+        shape: (b, t).
         n_experts: e.
         factor: capacity factor; 1 is just enough at perfect balance.
+        starts: (b, t) bool, where documents begin; None means that every row is one.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, section 2.2.
-    Differs: capacity is counted within a row, so that rows stay independent.
+    Differs: capacity is counted within a document, so that they stay independent.
     """
-    row, busy = to.token // length, to.expert >= 0
-    jobs = torch.zeros(batch, dtype=torch.int64, device=row.device)
-    jobs = jobs.index_add(0, row, busy.long())  # k per real token
-    key = torch.where(busy, row * n_experts + to.expert, batch * n_experts)
+    (batch, length), busy = shape, to.expert >= 0
+    document, most = to.token // length, batch
+    if starts is not None:
+        row = torch.arange(batch, device=starts.device)[:, None]
+        document = (starts.cumsum(1) + row * (length + 1)).flatten()[to.token]
+        most = batch * (length + 1)
+    jobs = torch.zeros(most, dtype=torch.int64, device=document.device)
+    jobs = jobs.index_add(0, document, busy.long())  # k per real token
+    key = torch.where(busy, document * n_experts + to.expert, most * n_experts)
     order = key.argsort(stable=True)
     first = torch.searchsorted(key[order], key)  # where the job's queue begins
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=key.device))
     capacity = (factor * jobs / n_experts).ceil()
-    kept = (place - first) < capacity[row]
+    kept = (place - first) < capacity[document]
     return to._replace(expert=torch.where(kept, to.expert, -1))
 
 
