@@ -32,15 +32,14 @@ class Tally(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.sums, self.passes = torch.zeros(n), 0
+        self.sums, self.passes = torch.zeros(n, dtype=torch.float32), 0
 
     def add(self, amounts: Tensor) -> None:
         """Add (n,) to the sums, unless this forward is a recomputation (activation checkpointing),
         or inside a transform of torch.func or an exported program, which may not write."""
         if not counts_here():
             return
-        if self.sums.device != amounts.device:  # of a model that was built on the meta device
-            self.sums = torch.zeros_like(self.sums, device=amounts.device)
+        self._come_to(amounts.device)
         self.sums.add_(amounts.detach())
         if not torch.compiler.is_compiling():
             self.passes += 1
@@ -51,11 +50,16 @@ class Tally(nn.Module):
                     stacklevel=2,
                 )
 
-    def take(self) -> Tensor:
-        """The sums; they begin anew."""
+    def take(self, device: torch.device) -> Tensor:
+        """The sums, on a device; they begin anew."""
+        self._come_to(device)
         taken, self.passes = self.sums.clone(), 0
         self.sums.zero_()
         return taken
+
+    def _come_to(self, device: torch.device) -> None:
+        if self.sums.device != device:  # of a model that was built on the meta device
+            self.sums = torch.zeros_like(self.sums, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tally:
         like = fn(self.sums)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kizzasi.errors import CheckpointError, DataError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.channels.moe_routers import Sinkhorn, TopK
 from kizzasi.models.mixer import ChannelSpec, LayerContext
 from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.moe import (
@@ -157,6 +158,21 @@ def test_state_dicts_and_checkpoints_of_version_0_1_are_read(tmp_path):
     save_file(old, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"channel\.experts"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("router", [TopK(bias_rate=0.1), Sinkhorn()], ids=str)
+def test_loaded_models_go_on_balancing(router, tmp_path):
+    moe = model(MoESpec(n_experts=4, router=router), n_layers=1)
+    moe(IDS)
+    moe.after_step()
+    moe.save_pretrained(tmp_path)
+    again = load(tmp_path).train()
+    again.after_step()  # before any forward: nothing was counted
+    for one in (moe, again):
+        assert one.blocks[0].channel.gate.bias.any()
+        one(IDS)
+        one.after_step()
+    assert all(map(torch.equal, again.state_dict().values(), moe.state_dict().values()))
 
 
 def test_weights_start_as_those_of_single_swiglus():

@@ -84,7 +84,7 @@ class Router(KeepFloat32, Adaptive):
         self.spec.reset(self, generator)
 
     def take(self) -> Tensor | None:
-        return None if self.tally is None else self.tally.take()
+        return None if self.tally is None else self.tally.take(self.weight.device)
 
     def after_step(self, counted: Tensor) -> None:
         assert self.bias is not None
