@@ -40,8 +40,8 @@ def ours(kind: str, args: argparse.Namespace) -> nn.Module:
     else:
         block = BlockSpec(RWKV7Spec(), RWKVChannelSpec(), norm="layer")
     spec = ModelSpec(D_MODEL, (block,) * LAYERS, Tokens(VOCAB))
-    backend = "reference" if kind == "rwkv7-loop" else "torch"
-    return build_model(spec, seed=args.seed, device=args.device, backend=backend)
+    engine = "reference" if kind == "rwkv7-loop" else "torch"
+    return build_model(spec, seed=args.seed, device=args.device, engine=engine)
 
 
 def mambapy(args: argparse.Namespace) -> nn.Module:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from typing import Literal
+from typing import get_args
 
 import torch
 
@@ -13,9 +12,8 @@ from kizzasi.models.device import usable_device
 from kizzasi.models.init import materialize
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
-
-Backend = Literal["auto", "torch", "reference", "triton"]
 
 
 def build_model(
@@ -24,7 +22,7 @@ def build_model(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    backend: Backend = "auto",
+    engine: Engine = "auto",
 ) -> SequenceModel:
     """Build a model with freshly initialised weights.
 
@@ -34,22 +32,23 @@ def build_model(
         device: where the model goes; None means the CPU. "meta" allocates nothing.
         dtype: float32 (None), float64, bfloat16 or float16. Decays, norms and routers stay at
             least float32.
-        backend: "torch" (portable and fast), "reference" (the defining loops), "triton", or "auto":
-            triton on CUDA where Triton is installed and the mixer has such kernels, else torch.
+        engine: of every op: "torch" (portable and fast), "reference" (the defining loops),
+            "native" (CPU), "triton" (CUDA), or "auto", what is fastest where the model stands; see
+            `kizzasi.models.ops.engines`. Layers without such ops have one way to run.
 
     Raises:
-        SpecError: a rule is broken, the backend or device is missing, or the model would not fit in
+        SpecError: a rule is broken, the engine or device is missing, or the model would not fit in
             memory.
     """
     target = usable_device(device)
-    model = skeleton(spec, target, backend)
+    model = skeleton(spec, target, engine)
     refuse_if_too_large(spec, target, dtype or torch.float32)
     if target.type != "meta":
         materialize(model, lambda: model.reset_parameters(seed))
     return model.to(device=target, dtype=dtype or torch.float32)
 
 
-def skeleton(spec: ModelSpec, target: torch.device, backend: Backend = "auto") -> SequenceModel:
+def skeleton(spec: ModelSpec, target: torch.device, engine: Engine = "auto") -> SequenceModel:
     """The modules without their numbers: on "meta", with the engines of the target.
 
     Raises SpecError as `build_model` does.
@@ -60,22 +59,21 @@ def skeleton(spec: ModelSpec, target: torch.device, backend: Backend = "auto") -
         model = SequenceModel(spec)
     for name, mixer in model.named_modules():
         if isinstance(mixer, Mixer):
-            mixer.backend = choose_backend(backend, target, type(mixer), name)
+            mixer.engine = _admit(engine, mixer, name, target)
     return model
 
 
-def choose_backend(
-    wanted: Backend, device: torch.device, mixer: type[Mixer], name: str = ""
-) -> str:
-    """The rule behind backend="auto"; a named backend is taken or refused, never swapped."""
-    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    if wanted == "auto":
-        return "triton" if has_triton and "triton" in mixer.backends else "torch"
-    if wanted not in mixer.backends:
-        raise SpecError(f"backend: {name} has no {wanted!r}; choose from {list(mixer.backends)}")
-    if wanted == "triton" and not has_triton:
-        raise SpecError('backend: "triton" needs a CUDA device and the package triton; use "auto"')
-    return wanted
+def _admit(engine: Engine, mixer: Mixer, name: str, device: torch.device) -> Engine:
+    """The engine, if every op of the mixer has it there."""
+    known = get_args(Engine)
+    if engine not in known:
+        raise SpecError(f"engine: {engine!r} is unknown; choose one of {list(known)}")
+    try:
+        for op in mixer.ops:
+            op.resolve(engine, device)
+    except SpecError as error:
+        raise SpecError(f"{name}: {error}") from error
+    return engine
 
 
 def memory_bytes(device: torch.device) -> int:

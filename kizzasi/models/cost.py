@@ -13,7 +13,7 @@ class Cost(NamedTuple):
 
     params          parameters, shared ones once.
     active_params   parameters that one token uses (less than params for mixtures of experts).
-    flops           all matrix products and convolutions of the parallel form, torch backend: what
+    flops           all matrix products and convolutions of the parallel form, torch engine: what
                     `torch.utils.flop_counter.FlopCounterMode` counts. Elementwise work and FFTs
                     are not counted, here or there.
     state_bytes     size of the state after seq_len tokens, for a float32 model.

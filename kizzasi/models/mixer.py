@@ -28,6 +28,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.state import loadable
 from kizzasi.models.strict import Registered
 
@@ -99,14 +100,16 @@ class Mixer(KeepFloat32, metaclass=Ready):
         param_rules: optimiser rules for parameters of this module by name; for one without, see
             `kizzasi.models.groups`.
         matrices: names of matrices (..., rows, columns) that are no Linear layer's weight.
-        backends: what `backend` may be set to. "torch" is the fast portable path, "reference" the
-            defining loop; plain layers have one path, which is both.
+        ops: the tables of the ops whose engine it can choose; plain layers have none.
+
+    Attributes:
+        engine: which engine its ops run on; see `Engines`.
     """
 
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
-    backends: ClassVar[tuple[str, ...]] = ("torch", "reference")
-    backend: str = "torch"
+    ops: ClassVar[tuple[Engines[Any], ...]] = ()
+    engine: str = "auto"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -228,8 +228,11 @@ class SequenceModel(nn.Module, metaclass=Ready):
         return sum(p.numel() for p in self.parameters())
 
     def extra_repr(self) -> str:
-        backends = sorted({m.backend for m in self.modules() if isinstance(m, Mixer)})
-        return f"backend={'+'.join(backends)}, params={self.n_params:,}, {self.spec.digest[:12]}"
+        device = next(self.parameters()).device
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        engines = {op.resolve(mixer.engine, device) for mixer in mixers for op in mixer.ops}
+        names = "+".join(sorted(engines)) or "torch"
+        return f"engine={names}, params={self.n_params:,}, {self.spec.digest[:12]}"
 
     def require_causal(self, wish: str) -> None:
         """Refuse what needs results that no later token can change."""

@@ -321,7 +321,7 @@ class SharedExperts(nn.Module):
         self.n, self.group, share = n, group, n // world
         self.own = experts.part(rank * share, (rank + 1) * share)
 
-    def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
+    def forward(self, x: Tensor, to: Assignments, engine: str = "auto") -> Tensor:
         """(n, d) to (n, d), with experts numbered over all processes."""
         order, counts = sort_by_expert(to, self.n)
         world = dist.get_world_size(self.group)
@@ -339,7 +339,7 @@ class SharedExperts(nn.Module):
             local.repeat_interleave(arriving),
             torch.ones(len(rows), dtype=to.weight.dtype, device=x.device),
         )
-        back = _Exchange.apply(self.own(rows, here, backend), leave, arrive, self.group)
+        back = _Exchange.apply(self.own(rows, here, engine), leave, arrive, self.group)
         assert isinstance(back, Tensor)
         wide = back * to.weight[order, None]
         return wide.new_zeros(len(x), wide.shape[1]).index_add(0, token, wide).to(x.dtype)

@@ -1,7 +1,7 @@
 """`ModelSpec`: an architecture as data. Genotype, config file, cache key and checkpoint header.
 
 A hybrid is one `BlockSpec` per layer; `pattern` tiles a few of them over the depth. A spec holds no
-device, dtype, backend, optimiser or schedule. Equal specs have equal digests in every process.
+device, dtype, engine, optimiser or schedule. Equal specs have equal digests in every process.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_a_scan_compiles_with_memory_and_gradient_through_the_state():
         return model(x[:, 5:], first.state._replace(blocks=blocks)).logits.square().sum()
 
     given = torch.autograd.grad(compiled(two_calls)(x, leaf), [leaf, *model.parameters()])
-    model.blocks[0].mixer.backend = "reference"
+    model.blocks[0].mixer.engine = "reference"
     wanted = torch.autograd.grad(two_calls(x, leaf), [leaf, *model.parameters()])
     for a, b in zip(given, wanted, strict=True):
         assert_close(a, b)

@@ -95,10 +95,10 @@ def test_forward_equals_fold_of_step(name, length, device):
 @devices
 @every_part
 @pytest.mark.parametrize("length", LENGTHS)
-def test_reference_equals_torch_backend(name, length, device):
+def test_reference_equals_torch_engine(name, length, device):
     x = tokens(2, length, device=device)
-    fast = make(name, device=device, backend="torch")
-    slow = make(name, device=device, backend="reference")
+    fast = make(name, device=device, engine="torch")
+    slow = make(name, device=device, engine="reference")
     a, b = fast(x), slow(x)
     assert_close(a.logits, b.logits)
     assert_same_state(a.state, b.state)
@@ -391,7 +391,7 @@ def test_parameter_groups_hold_every_parameter_once(name):
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     decayed = {p for group in groups if group["weight_decay"] for p in group["params"]}
     assert all(p.ndim >= 2 for p in decayed)
-    assert {m.backend for m in model.modules() if isinstance(m, Mixer)} == {"torch"}
+    assert {m.engine for m in model.modules() if isinstance(m, Mixer)} == {"auto"}
     assert len(model.blocks) == LAYERS
 
 

@@ -67,8 +67,8 @@ def test_a_directional_derivative_is_the_gradient_along_it(name, model):
 def test_a_gradient_penalty(name):
     """Twice backward, against the loops that define the ops."""
     row, results = tokens(1, LENGTH), []
-    for backend in ("torch", "reference"):
-        model = make(name, backend=backend).eval()
+    for engine in ("torch", "reference"):
+        model = make(name, engine=engine).eval()
         named, how = dict(model.named_parameters()), {"allow_unused": True}
         with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
             loss = model(row).loss(row)

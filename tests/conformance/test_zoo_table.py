@@ -24,7 +24,7 @@ from kizzasi.models.mixer import ChannelSpec
 from kizzasi.models.mixers import Mamba2Spec, RWKV5Spec
 
 COLUMNS = {
-    "parallel": test_exam.test_reference_equals_torch_backend,
+    "parallel": test_exam.test_reference_equals_torch_engine,
     "chunked": test_exam.test_any_split_with_the_state_carried_equals_one_call,
     "step": test_exam.test_forward_equals_fold_of_step,
     "packed": test_exam.test_packed_equals_separate,

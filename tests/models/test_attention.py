@@ -46,10 +46,10 @@ every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_encoder = pytest.mark.parametrize("spec", ENCODERS.values(), ids=ENCODERS)
 
 
-def build(spec, dtype=torch.float64, backend="torch", d_model=D_MODEL):
+def build(spec, dtype=torch.float64, engine="torch", d_model=D_MODEL):
     mixer = spec.build(LayerContext(d_model, n_layers=2))
     mixer.reset_parameters(2, torch.Generator().manual_seed(0))
-    mixer.backend = backend
+    mixer.engine = engine
     return mixer.to(dtype)
 
 
@@ -150,7 +150,7 @@ def leaves(mixer, x, state):
     ("segments", "length"),
     [*[("none", n) for n in LENGTHS], *[(s, n) for s in ("packed", "padded") for n in (7, 65)]],
 )
-def test_reference_backend_agrees_in_values_gradients_and_state(spec, segments, length):
+def test_reference_engine_agrees_in_values_gradients_and_state(spec, segments, length):
     ids = torch.zeros(2, length, dtype=torch.int64)
     if segments == "packed":
         ids[0, length // 2 :] = 1
@@ -160,8 +160,8 @@ def test_reference_backend_agrees_in_values_gradients_and_state(spec, segments, 
         ids[1, length // 2 :] = 1
     prefix = signal(2, 9, 7)
     results = []
-    for backend in ("torch", "reference"):
-        mixer = build(spec, backend=backend)
+    for engine in ("torch", "reference"):
+        mixer = build(spec, engine=engine)
         before = [
             leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in mixer(prefix).state
         ]
@@ -412,8 +412,8 @@ def test_an_encoder_sees_both_ways(spec, length):
     x = signal(2, length).requires_grad_()
     weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)
     results = []
-    for backend in ("torch", "reference"):
-        mixer = build(spec, backend=backend)
+    for engine in ("torch", "reference"):
+        mixer = build(spec, engine=engine)
         y = mixer(x).y
         results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *mixer.parameters()))))
     for actual, expected in zip(*results, strict=True):
@@ -429,9 +429,9 @@ def test_an_encoder_sees_both_ways(spec, length):
 
 
 @every_encoder
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_an_encoder_honours_documents_and_padding(spec, backend):
-    mixer = build(spec, backend=backend)
+@pytest.mark.parametrize("engine", ["torch", "reference"])
+def test_an_encoder_honours_documents_and_padding(spec, engine):
+    mixer = build(spec, engine=engine)
     documents = [signal(1, n, n) for n in (6, 1, 11)]
     ids = torch.tensor([[-1] * 4 + [1] * 6 + [2] + [3] * 11])
     packed = torch.cat([signal(1, 4, 8), *documents], 1).requires_grad_()

@@ -50,10 +50,10 @@ def paper(module, x, theta=10000.0):
 
 
 @pytest.mark.parametrize("length", [1, 7, 65])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_it_is_the_papers_parallel_form(length, backend):
+@pytest.mark.parametrize("engine", ["torch", "reference"])
+def test_it_is_the_papers_parallel_form(length, engine):
     module, x = build(), draw(2, length, D)
-    module.backend = backend
+    module.engine = engine
     y = module(x).y
     for row in range(2):
         assert_close(y[row], paper(module, x[row]))

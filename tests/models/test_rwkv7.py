@@ -60,10 +60,10 @@ def flat(state):
 
 
 @every_part
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_forward_is_a_fold_of_step_and_any_split_is_one_call(part, backend):
+@pytest.mark.parametrize("engine", ["torch", "reference"])
+def test_forward_is_a_fold_of_step_and_any_split_is_one_call(part, engine):
     module, x, v_first = build(part), draw(2, 37, 12), draw(2, 37, 12, seed=2)
-    module.backend = backend
+    module.engine = engine
     whole = call(module, x, v_first)
     state, ys = module.init_state(2, dtype=torch.float64), []
     for i in range(37):
@@ -79,14 +79,14 @@ def test_forward_is_a_fold_of_step_and_any_split_is_one_call(part, backend):
 
 
 @every_part
-def test_backends_agree_in_every_gradient(part):
+def test_engines_agree_in_every_gradient(part):
     module, x, v_first = build(part), draw(2, 40, 12), draw(2, 40, 12, seed=2)
     state = type(module.init_state(2))(*(draw(*s.shape, seed=3) for s in module.init_state(2)))
     segments = torch.cat([torch.zeros(2, 11), torch.ones(2, 29)], 1).long()
     leaves = [x, v_first, *state, *module.parameters()]
     results = []
-    for backend in module.backends:
-        module.backend = backend
+    for engine in ("torch", "reference"):
+        module.engine = engine
         for leaf in leaves:
             leaf.requires_grad_().grad = None
         out = call(module, x, v_first, state, segments=segments)

@@ -58,10 +58,10 @@ def signal(b, t, d=D_MODEL, seed=0, dtype=torch.float64):
     return torch.randn(b, t, d, generator=generator, dtype=dtype)
 
 
-def build(spec, dtype=torch.float64, backend="torch"):
+def build(spec, dtype=torch.float64, engine="torch"):
     mixer = spec.build(LayerContext(D_MODEL, n_layers=2))
     mixer.reset_parameters(2, torch.Generator().manual_seed(0))
-    mixer.backend = backend
+    mixer.engine = engine
     return mixer.to(dtype)
 
 
@@ -185,10 +185,10 @@ def test_forward_equals_fold_of_step(spec, length):
 
 @every_spec
 @pytest.mark.parametrize("length", [1, 2, 65])
-def test_backends_agree_in_values_gradients_and_state(spec, length):
+def test_engines_agree_in_values_gradients_and_state(spec, length):
     results = []
-    for backend in ("torch", "reference"):
-        mixer, x = build(spec, backend=backend), signal(2, length).requires_grad_()
+    for engine in ("torch", "reference"):
+        mixer, x = build(spec, engine=engine), signal(2, length).requires_grad_()
         h0 = mixer(signal(2, 9, seed=1)).state.h.detach().requires_grad_()
         out = mixer(x, type(mixer.init_state(1))(h0))
         loss = out.y.square().sum() + out.state.h.abs().square().sum()

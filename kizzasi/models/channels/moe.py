@@ -217,10 +217,10 @@ class PackedExperts(nn.Module):
                 init.uniform_(part, 1 / math.sqrt(d), generator)
             init.uniform_(down, out, generator)
 
-    def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
-        """(n, d) to (n, d); backend as in `MoE`."""
+    def forward(self, x: Tensor, to: Assignments, engine: str = "auto") -> Tensor:
+        """(n, d) to (n, d); engine as in `MoE`."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, down)
+        how = "masked" if engine == "reference" else dispatch.dispatch_rule(x, down)
         if how == "sorted" and _alone(x):
             return dispatch.mix_one(
                 x, to, lambda i: dispatch.swiglu(gate_up[i], down[i]), len(down)
@@ -258,13 +258,13 @@ class ListedExperts(nn.ModuleList):
             if isinstance(expert, Mixer):
                 expert.reset_parameters(n_layers, generator)
 
-    def forward(self, x: Tensor, to: Assignments, backend: str = "torch") -> Tensor:
-        """(n, d) to (n, d_out); backend as in `MoE`.
+    def forward(self, x: Tensor, to: Assignments, engine: str = "auto") -> Tensor:
+        """(n, d) to (n, d_out); engine as in `MoE`.
 
         Raises:
             ShapeError: an expert does not take or give such rows.
         """
-        how = "masked" if backend == "reference" else dispatch.dispatch_rule(x, None)
+        how = "masked" if engine == "reference" else dispatch.dispatch_rule(x, None)
         if how == "sorted" and _alone(x):
             return dispatch.mix_one(x, to, self.caller, len(self))
         return dispatch.mix(x, to, [self.caller(i) for i in range(len(self))], how)
@@ -300,7 +300,7 @@ class ListedExperts(nn.ModuleList):
 class MoE(Mixer):
     """See `MoESpec`. Its state is the empty tuple.
 
-    backend: "torch" follows the rule in ops/experts.py; "reference" is "masked".
+    engine: all but "reference" follow the rule in ops/experts.py; that one is "masked".
     """
 
     matrices = ("experts.gate_up_proj", "experts.down_proj")
@@ -347,7 +347,7 @@ class MoE(Mixer):
             n, factor = self.gate.choice.n_experts, spec.capacity_factor
             to = ops.drop_over_capacity(to, (b, t), n, factor, call.starts)
         rows = x.flatten(0, 1)
-        y = self.experts(rows, to, self.backend)
+        y = self.experts(rows, to, self.engine)
         if spec.n_identity:
             y = y + self._identities(rows, to).to(y.dtype)
         y = y.unflatten(0, (b, t))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints import (
     bamba,
     foreign,
@@ -28,6 +27,7 @@ from kizzasi.models.checkpoints import (
 )
 from kizzasi.models.checkpoints.companions import Companions, companions_of
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.strict import unknown_name
 
@@ -59,7 +59,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    backend: Backend = "auto",
+    engine: Engine = "auto",
     quantized: bool = False,
 ) -> SequenceModel:
     """Load a checkpoint: one that `save` or `save_pretrained` wrote, one of `formats()`, or GGUF.
@@ -69,7 +69,7 @@ def load(
     Args:
         path: a folder with config.json and weights, or a single file of weights that tells its
             format by the names in it.
-        device, backend: as for `build_model`. Tensors go there one by one; the host needs no more
+        device, engine: as for `build_model`. Tensors go there one by one; the host needs no more
             memory than the file's size.
         dtype: None keeps the stored dtype; of several, the widest.
         quantized: keep the weights that a GGUF file stores in 4, 5 or 8 bits in that form, for fast
@@ -83,12 +83,12 @@ def load(
     path = Path(path)
     kind = _kind(path)
     if kind is gguf:
-        options = {"device": device, "dtype": dtype, "backend": backend, "quantized": quantized}
+        options = {"device": device, "dtype": dtype, "engine": engine, "quantized": quantized}
         return gguf.read(path, **options).eval()
     if quantized:
         raise CheckpointError(f"{path}: quantized: only GGUF files hold such weights; leave it out")
     read = native.load if kind is native else foreign.read
-    return read(path, device=device, dtype=dtype, backend=backend).eval()
+    return read(path, device=device, dtype=dtype, engine=engine).eval()
 
 
 def spec_of(path: str | os.PathLike[str]) -> ModelSpec:

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import Make, write_files
-from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.names import Link, Rule, apply, written
 from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, plain_files, to_json
@@ -55,6 +54,7 @@ from kizzasi.models.checkpoints.weights import (
     taken,
 )
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
 
 Rules = Sequence[Rule]
@@ -107,12 +107,12 @@ def read(
     *,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    backend: Backend,
+    engine: Engine,
 ) -> SequenceModel:
     """See `kizzasi.models.load`. Names, shapes and dtypes are compared before anything is
     allocated, and the file is then read tensor by tensor."""
     family, spec, storage = recognise(path)
-    return build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
+    return build(path, family, spec, storage, device=device, dtype=dtype, engine=engine)
 
 
 def recognise(path: Path) -> tuple[Family, ModelSpec, Storage]:
@@ -134,10 +134,10 @@ def build(
     *,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    backend: Backend,
+    engine: Engine,
 ) -> SequenceModel:
     """The model of a spec with the tensors of an open file; the rest is as in `read`."""
-    model = empty(spec, path, device, backend)
+    model = empty(spec, path, device, engine)
     return fill(model, _fit(path, family, spec, model, storage), storage, device, dtype)
 
 

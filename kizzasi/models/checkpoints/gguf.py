@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints import foreign
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.gguf_blocks import dequantize
@@ -31,6 +30,7 @@ from kizzasi.models.checkpoints.quantized import GROUP, LevelTensor, quantize
 from kizzasi.models.checkpoints.stored import Stored
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import ModelSpec
 
@@ -94,7 +94,7 @@ def read(
     *,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    backend: Backend,
+    engine: Engine,
     quantized: bool = False,
 ) -> SequenceModel:
     """See `kizzasi.models.load`."""
@@ -103,7 +103,7 @@ def read(
         key: Stored(m.tensor.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
         for key, m in matrices.items()
     }
-    model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, backend=backend)
+    model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, engine=engine)
     if quantized:
         links = apply(family.layouts(spec)[0], list(model.state_dict()))
         ours = {link.theirs[0]: link.ours[0] for link in links}

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import Make, write_files
-from kizzasi.models.build import Backend
 from kizzasi.models.checkpoints.experts import native_links
 from kizzasi.models.checkpoints.names import written
 from kizzasi.models.checkpoints.storage import (
@@ -39,6 +38,7 @@ from kizzasi.models.checkpoints.weights import (
     taken,
 )
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -134,12 +134,12 @@ def load(
     *,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    backend: Backend,
+    engine: Engine,
 ) -> SequenceModel:
     """See `kizzasi.models.load`. Shapes are compared before anything is allocated."""
     spec = read_spec(folder / CONFIG)
     path, storage = open_safetensors(folder)
-    model = empty(spec, folder / CONFIG, device, backend)
+    model = empty(spec, folder / CONFIG, device, engine)
     wanted = model.state_dict()
     links = native_links(wanted, storage.keys())
     compare(path, {name: s.shape for name, s in storage.items()}, shapes_of(written(links, wanted)))

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models.build import Backend, refuse_if_too_large, skeleton
+from kizzasi.models.build import refuse_if_too_large, skeleton
 from kizzasi.models.checkpoints.names import Link
 from kizzasi.models.checkpoints.storage import INNER, WRAPPERS
 from kizzasi.models.checkpoints.stored import Shape, Storage
 from kizzasi.models.device import usable_device
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
 
 # What is found among the names of a changed model, and the remedy.
@@ -36,12 +37,12 @@ CHANGED = {
 
 
 def empty(
-    spec: ModelSpec, path: object, device: torch.device | str | None, backend: Backend
+    spec: ModelSpec, path: object, device: torch.device | str | None, engine: Engine
 ) -> SequenceModel:
     """The modules without numbers, on "meta". Raises CheckpointError about the file."""
     target = usable_device(device)
     try:
-        return skeleton(spec, target, backend)
+        return skeleton(spec, target, engine)
     except SpecError as error:
         raise CheckpointError(f"{path}: cannot fit its config: {error}") from error
 

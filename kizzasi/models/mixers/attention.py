@@ -26,7 +26,7 @@ from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm, NormKind
-from kizzasi.models.ops.attention import alibi_slopes, attention, attention_ref
+from kizzasi.models.ops.attention import ATTENTION, alibi_slopes
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.strict import join, register, require
@@ -163,6 +163,8 @@ class Attention(Mixer):
     y = W_o (concat(attention(q, k, v)) * sigmoid(W_g x))
     """
 
+    ops = (ATTENTION,)
+
     def __init__(self, spec: AttentionSpec, layer: LayerContext) -> None:
         super().__init__()
         d = layer.d_model
@@ -266,7 +268,7 @@ class Attention(Mixer):
             dtype = state_dtype(q.dtype)
             slopes = alibi_slopes(self.spec.n_heads, device=q.device, dtype=dtype)
             bias = -slopes[:, None, None] * distance
-        attend = attention_ref if self.backend == "reference" else attention
+        attend = ATTENTION.pick(self.engine, q.device)
         causal = self.spec.causal
         return attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap, causal=causal)
 

@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.delta import (
-    delta_rule,
+    DELTA_RULE,
     delta_rule_flops,
-    delta_rule_ref,
     delta_rule_step,
     l2_normalise,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 
@@ -116,6 +116,7 @@ class DeltaProduct(Mixer):
     S <- exp(g) S, then r times S <- (I - beta_j k_j k_j^T) S + beta_j k_j v_j^T; y = S^T q.
     """
 
+    ops = (CAUSAL_CONV1D, DELTA_RULE)
     float32_parameters = ("A_log", "dt_bias")
 
     def __init__(self, spec: DeltaProductSpec, layer: LayerContext) -> None:
@@ -129,7 +130,7 @@ class DeltaProduct(Mixer):
         self.in_proj_k = nn.Linear(d, self.parts[1], bias=False)
         self.in_proj_v = nn.Linear(d, self.parts[2], bias=False)
         self.in_proj_beta = nn.Linear(d, r * h, bias=False)
-        self.conv1d = nn.Conv1d(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
+        self.conv1d = CausalConv(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
         if spec.gated:
             self.in_proj_a = nn.Linear(d, h, bias=False)
             self.A_log = nn.Parameter(torch.empty(h))
@@ -139,28 +140,21 @@ class DeltaProduct(Mixer):
         self.out_proj = nn.Linear(h * d_v, d, bias=False)
 
     def parallel(self, x: Tensor, state: DeltaProductState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
-        run = delta_rule_ref if reference else delta_rule
+        run = DELTA_RULE.pick(self.engine, x.device)
         conv_state, memory = (None, None) if state is None else state
-        qkv, conv_state = conv(
-            self._project(x), self._filter(), None, conv_state, call.starts, silu=True
-        )
+        qkv, conv_state = self._convolve(self._project(x), conv_state, call)
         q, k, v, g, beta = (s.flatten(1, 2) for s in self._streams(x, qkv))  # r updates a token
         starts, r = call.starts, self.spec.n_updates
         if starts is not None:  # a document starts at the first update of its token
             starts = F.pad(starts.unsqueeze(-1), (0, r - 1)).flatten(1)
-        with without_autocast(x):
-            y, memory = run(q, k, v, g, beta, memory, starts)
+        y, memory = run(q, k, v, g, beta, memory, starts)
         return MixerOut(self._leave(x, y[:, r - 1 :: r]), DeltaProductState(conv_state, memory))
 
     def recurrent(self, x: Tensor, state: DeltaProductState, call: Call) -> MixerOut:
-        qkv = self._project(x)
-        qkv, conv_state = causal_conv1d_step(qkv, self._filter(), None, state.conv, silu=True)
+        qkv, conv_state = self._convolve(self._project(x), state.conv, call)
         memory = y = state.memory
-        with without_autocast(x):
-            for update in zip(*(s.unbind(1) for s in self._streams(x, qkv)), strict=True):
-                y, memory = delta_rule_step(memory, *update)
+        for update in zip(*(s.unbind(1) for s in self._streams(x, qkv)), strict=True):
+            y, memory = delta_rule_step(memory, *update)
         return MixerOut(self._leave(x, y), DeltaProductState(conv_state, memory))
 
     def init_state(
@@ -173,8 +167,9 @@ class DeltaProduct(Mixer):
             torch.zeros(memory, device=device, dtype=state_dtype(dtype)),
         )
 
-    def _filter(self) -> Tensor:
-        return self.conv1d.weight.squeeze(1)
+    def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv1d, k, u, state, call, silu=True, engine=engine)
 
     def _project(self, x: Tensor) -> Tensor:
         """The convolution's input: all q, all k, all v."""
@@ -184,7 +179,7 @@ class DeltaProduct(Mixer):
         """q, k (..., r, h, d_k), v (..., r, h, d_v), g (..., r, h, 1), beta (..., r, h) of
         `delta_rule`, in at least float32. Only a token's last update is read, its first fades."""
         r, h = self.spec.n_updates, self.spec.n_heads
-        q, k, v = full_precision(qkv).split(self.parts, -1)
+        q, k, v = qkv.split(self.parts, -1)
         q = l2_normalise(q.unflatten(-1, (1, h, -1))) * self.d_k**-0.5
         q = torch.cat([torch.zeros_like(q)] * (r - 1) + [q], -3)
         k, v = l2_normalise(k.unflatten(-1, (r, h, -1))), v.unflatten(-1, (r, h, -1))

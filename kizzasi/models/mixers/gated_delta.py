@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -36,15 +37,14 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.delta import (
-    delta_rule,
+    DELTA_RULE,
     delta_rule_flops,
-    delta_rule_ref,
     delta_rule_step,
     l2_normalise,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.short_conv import ShortConv, short_conv
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -139,6 +139,7 @@ class GatedDelta(Mixer):
     Differs: with gated=False, in_proj_ba makes b alone; DeltaNet as published has no z.
     """
 
+    ops = (CAUSAL_CONV1D, DELTA_RULE)
     float32_parameters = ("A_log", "dt_bias")
 
     def __init__(self, spec: GatedDeltaSpec, layer: LayerContext) -> None:
@@ -150,7 +151,7 @@ class GatedDelta(Mixer):
         convolved = 2 * self.keys + self.values
         self.in_proj_qkvz = nn.Linear(d, convolved + self.values, bias=False)
         self.in_proj_ba = nn.Linear(d, h * (1 + spec.gated), bias=False)
-        self.conv1d = ShortConv(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
+        self.conv1d = CausalConv(convolved, convolved, spec.d_conv, groups=convolved, bias=False)
         if spec.gated:
             self.A_log = nn.Parameter(torch.empty(h))
             self.dt_bias = nn.Parameter(torch.empty(h))
@@ -158,21 +159,19 @@ class GatedDelta(Mixer):
         self.out_proj = nn.Linear(self.values, d, bias=False)
 
     def parallel(self, x: Tensor, state: GatedDeltaState | None, call: Call) -> MixerOut:
-        run = delta_rule_ref if self.backend == "reference" else delta_rule
+        run = DELTA_RULE.pick(self.engine, x.device)
         conv_state, memory = (None, None) if state is None else state
         qkv, ba, z = self._project(x)
         qkv, conv_state = self._convolve(qkv, conv_state, call)
         streams = self._streams(qkv, ba)
-        with without_autocast(x):
-            y, memory = run(*streams, memory, call.starts)
+        y, memory = run(*streams, memory, call.starts)
         return MixerOut(self._finish(y, z), GatedDeltaState(conv_state, memory))
 
     def recurrent(self, x: Tensor, state: GatedDeltaState, call: Call) -> MixerOut:
         qkv, ba, z = self._project(x)
         qkv, conv_state = self._convolve(qkv, state.conv, call)
         streams = self._streams(qkv, ba)
-        with without_autocast(x):
-            y, memory = delta_rule_step(state.memory, *streams)
+        y, memory = delta_rule_step(state.memory, *streams)
         return MixerOut(self._finish(y, z), GatedDeltaState(conv_state, memory))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
@@ -191,8 +190,8 @@ class GatedDelta(Mixer):
         )
 
     def _convolve(self, qkv: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        k, reference = self.spec.d_conv, self.backend == "reference"
-        return short_conv(self.conv1d, k, qkv, state, call, silu=True, reference=reference)
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv1d, k, qkv, state, call, silu=True, engine=engine)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's input (all q, all k, all v), b and a by key head, and the gate."""
@@ -203,9 +202,9 @@ class GatedDelta(Mixer):
         return qkv, self.in_proj_ba(x).unflatten(-1, (n, -1)), z.flatten(-2)
 
     def _streams(self, qkv: Tensor, ba: Tensor) -> Streams:
-        """Inputs of `delta_rule`, in at least float32."""
+        """Inputs of `delta_rule`."""
         n, h = self.spec.key_heads, self.spec.n_heads
-        qkv, ba = full_precision(qkv), full_precision(ba)
+        ba = full_precision(ba)
         q, k, v = qkv.split([self.keys, self.keys, self.values], -1)
         q, k = (l2_normalise(x.unflatten(-1, (n, -1))) for x in (q, k))
         q, k = (x.repeat_interleave(h // n, -2) for x in (q, k))  # one key head to its value heads

@@ -35,9 +35,8 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.linear_attention import (
-    linear_attention,
+    LINEAR_ATTENTION,
     linear_attention_flops,
-    linear_attention_ref,
     linear_attention_step,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
@@ -115,6 +114,7 @@ class DecayMap(nn.Sequential):
 class GLA(Mixer):
     """y = W_o (swish(W_g x) norm(gla(W_q x / sqrt(n), W_k x, W_v x, decay)))."""
 
+    ops = (LINEAR_ATTENTION,)
     float32_parameters = ("gk_proj.1.weight", "gk_proj.1.bias")
 
     def __init__(self, spec: GLASpec, layer: LayerContext) -> None:
@@ -131,16 +131,14 @@ class GLA(Mixer):
         self.o_proj = nn.Linear(h * self.m, d, bias=False)
 
     def parallel(self, x: Tensor, state: GLAState | None, call: Call) -> MixerOut:
-        run = linear_attention_ref if self.backend == "reference" else linear_attention
+        run = LINEAR_ATTENTION.pick(self.engine, x.device)
         streams = self._project(x)
-        with without_autocast(x):
-            y, memory = run(*streams, None, None if state is None else state.memory, call.starts)
+        y, memory = run(*streams, None, None if state is None else state.memory, call.starts)
         return MixerOut(self._finish(x, y), GLAState(memory))
 
     def recurrent(self, x: Tensor, state: GLAState, call: Call) -> MixerOut:
         streams = self._project(x)
-        with without_autocast(x):
-            y, memory = linear_attention_step(state.memory, *streams)
+        y, memory = linear_attention_step(state.memory, *streams)
         return MixerOut(self._finish(x, y), GLAState(memory))
 
     def init_state(
@@ -152,7 +150,7 @@ class GLA(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From (..., d) to q, k (..., h, n), v (..., h, m) and the log decay (..., h, n)."""
         decay = F.logsigmoid(self.gk_proj(x)) / self.spec.gate_normalizer
-        q, k, v = (full_precision(f(x)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v, decay = (s.unflatten(-1, (self.spec.n_heads, -1)) for s in (q, k, v, decay))
         return q * self.n**-0.5, k, v, decay
 

@@ -4,7 +4,7 @@ Symbols: b batch, t time, d d_model, h heads, n head_dim.
 
 | here | paper | meaning |
 |---|---|---|
-| q_proj, q_conv1d, .. | W_q, ShortConv | queries, keys and values: silu(conv(W x)) |
+| q_proj, q_conv1d, .. | W_q, CausalConv | queries, keys and values: silu(conv(W x)) |
 | f_a_proj, f_b_proj | W_alpha down, up | low-rank input of the decay |
 | g | log alpha_t | log of the decay, -exp(A_log) softplus(f_b_proj(f_a_proj(x)) + dt_bias) |
 | b_proj | W_beta | beta = sigmoid(b_proj(x)), share of the old value that a write removes |
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -35,15 +36,14 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.delta import (
-    delta_rule,
+    DELTA_RULE,
     delta_rule_flops,
-    delta_rule_ref,
     delta_rule_step,
     l2_normalise,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.short_conv import ShortConv, short_conv
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -114,6 +114,7 @@ class KDA(Mixer):
     Keys have length 1, queries n^-0.5. The three convolutions keep their state as one.
     """
 
+    ops = (CAUSAL_CONV1D, DELTA_RULE)
     float32_parameters = ("A_log", "dt_bias")
 
     def __init__(self, spec: KDASpec, layer: LayerContext) -> None:
@@ -126,7 +127,7 @@ class KDA(Mixer):
         self.k_proj = nn.Linear(d, h * n, bias=False)
         self.v_proj = nn.Linear(d, h * n, bias=False)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
-            ShortConv(h * n, h * n, spec.d_conv, groups=h * n, bias=False) for _ in range(3)
+            CausalConv(h * n, h * n, spec.d_conv, groups=h * n, bias=False) for _ in range(3)
         )
         self.f_a_proj = nn.Linear(d, n, bias=False)
         self.f_b_proj = nn.Linear(n, h * n, bias=False)
@@ -139,19 +140,17 @@ class KDA(Mixer):
         self.o_proj = nn.Linear(h * n, d, bias=False)
 
     def parallel(self, x: Tensor, state: KDAState | None, call: Call) -> MixerOut:
-        run = delta_rule_ref if self.backend == "reference" else delta_rule
+        run = DELTA_RULE.pick(self.engine, x.device)
         conv_state, memory = (None, None) if state is None else state
         q, k, v, conv_state = self._convolve(x, conv_state, call)
         streams = self._streams(x, q, k, v)
-        with without_autocast(x):
-            y, memory = run(*streams, memory, call.starts)
+        y, memory = run(*streams, memory, call.starts)
         return MixerOut(self._finish(x, y), KDAState(conv_state, memory))
 
     def recurrent(self, x: Tensor, state: KDAState, call: Call) -> MixerOut:
         q, k, v, conv_state = self._convolve(x, state.conv, call)
         streams = self._streams(x, q, k, v)
-        with without_autocast(x):
-            y, memory = delta_rule_step(state.memory, *streams)
+        y, memory = delta_rule_step(state.memory, *streams)
         return MixerOut(self._finish(x, y), KDAState(conv_state, memory))
 
     def init_state(
@@ -167,10 +166,10 @@ class KDA(Mixer):
         self, x: Tensor, state: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and v (..., h n) after their convolutions, whose states are one tensor."""
-        reference, length = self.backend == "reference", self.spec.d_conv
+        engine, length = self.engine, self.spec.d_conv
         before = (None,) * 3 if state is None else state.chunk(3, 1)
         done = [
-            short_conv(conv, length, project(x), one, call, silu=True, reference=reference)
+            convolve(conv, length, project(x), one, call, silu=True, engine=engine)
             for project, conv, one in zip(
                 (self.q_proj, self.k_proj, self.v_proj),
                 (self.q_conv1d, self.k_conv1d, self.v_conv1d),
@@ -182,9 +181,9 @@ class KDA(Mixer):
         return q, k, v, torch.cat([after for _, after in done], 1)
 
     def _streams(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Streams:
-        """Inputs of `delta_rule`, in at least float32."""
+        """Inputs of `delta_rule`."""
         heads = (self.spec.n_heads, self.head_dim)
-        q, k, v = (full_precision(part).unflatten(-1, heads) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, heads) for part in (q, k, v))
         q, k = l2_normalise(q) * self.head_dim**-0.5, l2_normalise(k)
         dt = F.softplus(full_precision(self.f_b_proj(self.f_a_proj(x))) + self.dt_bias)
         g = -self.A_log.exp().unsqueeze(-1) * dt.unflatten(-1, heads)

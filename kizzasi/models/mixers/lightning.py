@@ -28,12 +28,11 @@ from kizzasi.models.init import linear_, residual_scale
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.linear_attention import (
-    linear_attention,
+    LINEAR_ATTENTION,
     linear_attention_flops,
-    linear_attention_ref,
     linear_attention_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 
@@ -94,6 +93,8 @@ class Lightning(Mixer):
     slope of head i = 1..h in layer l of L: 2^(-8 i / h) (1 - l / (L - 1 + 1e-5) + 1e-5).
     """
 
+    ops = (LINEAR_ATTENTION,)
+
     def __init__(self, spec: LightningSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec, self.n = spec, spec.width(layer.d_model)
@@ -105,17 +106,15 @@ class Lightning(Mixer):
         self.out_proj = nn.Linear(inner, d, bias=False)
 
     def parallel(self, x: Tensor, state: LightningState | None, call: Call) -> MixerOut:
-        run = linear_attention_ref if self.backend == "reference" else linear_attention
+        run = LINEAR_ATTENTION.pick(self.engine, x.device)
         q, k, v = self._streams(x)
         before = None if state is None else state.memory
-        with without_autocast(x):
-            y, memory = run(q, k, v, self._decay(q)[None, None], None, before, call.starts)
+        y, memory = run(q, k, v, self._decay(q)[None, None], None, before, call.starts)
         return MixerOut(self._leave(x, y), LightningState(memory))
 
     def recurrent(self, x: Tensor, state: LightningState, call: Call) -> MixerOut:
         q, k, v = self._streams(x)
-        with without_autocast(x):
-            y, memory = linear_attention_step(state.memory, q, k, v, self._decay(q))
+        y, memory = linear_attention_step(state.memory, q, k, v, self._decay(q))
         return MixerOut(self._leave(x, y), LightningState(memory))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:

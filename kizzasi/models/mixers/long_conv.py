@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -38,10 +39,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.models.ops.conv import causal_conv1d_ref, causal_conv1d_step
-from kizzasi.models.ops.long_conv import long_conv1d
+from kizzasi.models.ops.conv import CAUSAL_CONV1D, causal_conv1d_step
+from kizzasi.models.ops.long_conv import LONG_CONV1D
 from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.short_conv import ShortConv, short_conv
 from kizzasi.models.strict import register
 
 # Where the slowest and the fastest window have fallen to 1 %, in units of max_len.
@@ -143,6 +143,7 @@ class ImplicitFilter(KeepFloat32):
 class LongConv(Mixer):
     """See the top of the file."""
 
+    ops = (CAUSAL_CONV1D, LONG_CONV1D)
     float32_parameters = ("D",)
     param_rules: ClassVar = {"D": NO_DECAY}
 
@@ -151,7 +152,7 @@ class LongConv(Mixer):
         d = layer.d_model
         self.spec, self.d = spec, d
         self.in_proj = nn.Linear(d, 3 * d, bias=False)
-        self.conv1d = ShortConv(3 * d, 3 * d, spec.d_conv, groups=3 * d)
+        self.conv1d = CausalConv(3 * d, 3 * d, spec.d_conv, groups=3 * d)
         self.filter = ImplicitFilter(spec, d)
         self.D = nn.Parameter(torch.empty(d))
         self.out_proj = nn.Linear(d, d, bias=False)
@@ -178,13 +179,10 @@ class LongConv(Mixer):
         )
 
     def parallel(self, x: Tensor, state: LongConvState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
         conv, history = (None, None) if state is None else state
         gate, z, conv = self._enter(x, conv, call)
-        if reference:
-            y, history = causal_conv1d_ref(z, self.filter(x), None, history, call.starts)
-        else:
-            y, history = long_conv1d(z, self.filter(x), history, call.starts)
+        run = LONG_CONV1D.pick(self.engine, x.device)
+        y, history = run(z, self.filter(x), history, call.starts)
         return MixerOut(self._finish(gate, y, z), LongConvState(conv, history))
 
     def recurrent(self, x: Tensor, state: LongConvState, call: Call) -> MixerOut:
@@ -195,8 +193,8 @@ class LongConv(Mixer):
     def _enter(self, x: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """The outer gate x1, the input of the long convolution in at least float32, and the state
         of the short one."""
-        k, reference = self.spec.d_conv, self.backend == "reference"
-        mixed, state = short_conv(self.conv1d, k, self.in_proj(x), state, call, reference=reference)
+        k, engine = self.spec.d_conv, self.engine
+        mixed, state = convolve(self.conv1d, k, self.in_proj(x), state, call, engine=engine)
         x1, x2, v = mixed.chunk(3, -1)
         return x1, full_precision(x2) * v, state
 

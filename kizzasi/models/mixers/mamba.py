@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -37,9 +38,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
-from kizzasi.models.short_conv import ShortConv, short_conv
+from kizzasi.models.ops.scan import SELECTIVE_SCAN, selective_scan_step
 from kizzasi.models.strict import join, register, require
 
 
@@ -122,6 +123,7 @@ class MambaState(NamedTuple):
 class Mamba(Mixer):
     """u, z = in_proj(x);  u = silu(conv(u));  y = out_proj(selective_scan(u, ...) * silu(z))."""
 
+    ops = (CAUSAL_CONV1D, SELECTIVE_SCAN)
     float32_parameters = ("A_log", "D", "dt_proj.weight", "dt_proj.bias")
     param_rules = {"A_log": NO_DECAY, "D": NO_DECAY, "dt_proj.bias": NO_DECAY}  # noqa: RUF012
 
@@ -131,7 +133,7 @@ class Mamba(Mixer):
         d, n, k = layer.d_model, spec.d_state, spec.d_conv
         self.d_inner, self.rank = inner, rank = spec.d_inner(d), spec.rank(d)
         self.in_proj = nn.Linear(d, 2 * inner, bias=spec.bias)
-        self.conv1d = ShortConv(inner, inner, k, groups=inner, bias=spec.conv_bias)
+        self.conv1d = CausalConv(inner, inner, k, groups=inner, bias=spec.conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * n, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, n))
@@ -143,8 +145,7 @@ class Mamba(Mixer):
             self.c_layernorm = self._norm(n)
 
     def parallel(self, x: Tensor, state: MambaState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        scan = selective_scan_ref if reference else selective_scan
+        scan = SELECTIVE_SCAN.pick(self.engine, x.device)
         conv_state, ssm = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv_state = self._convolve(u, conv_state, call)
@@ -177,8 +178,8 @@ class Mamba(Mixer):
         return nn.RMSNorm(d, eps, elementwise_affine=False)
 
     def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        k, reference = self.spec.d_conv, self.backend == "reference"
-        return short_conv(self.conv1d, k, u, state, call, silu=True, reference=reference)
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv1d, k, u, state, call, silu=True, engine=engine)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt, A, B and C of the scan. dt is computed in at least float32."""

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -36,9 +37,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.ops.ssd import ssd, ssd_flops, ssd_ref, ssd_step
-from kizzasi.models.short_conv import ShortConv, short_conv
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
+from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.ops.ssd import SSD, ssd_flops, ssd_step
 from kizzasi.models.strict import join, register, require
 
 
@@ -163,6 +164,7 @@ class Mamba2(Mixer):
     ssd is given dt x and the log decays -exp(A_log) dt.
     """
 
+    ops = (CAUSAL_CONV1D, SSD)
     float32_parameters = ("A_log", "D", "dt_bias")
 
     def __init__(self, spec: Mamba2Spec, layer: LayerContext) -> None:
@@ -173,7 +175,7 @@ class Mamba2(Mixer):
         self.d_inner = inner = self.n_heads * spec.head_dim
         self.d_xBC = mixed = inner + 2 * g * n
         self.in_proj = nn.Linear(d, inner + mixed + self.n_heads, bias=spec.bias)
-        self.conv1d = ShortConv(mixed, mixed, k, groups=mixed, bias=spec.conv_bias)
+        self.conv1d = CausalConv(mixed, mixed, k, groups=mixed, bias=spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
@@ -183,13 +185,12 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(inner, d, bias=spec.bias)
 
     def parallel(self, x: Tensor, state: Mamba2State | None, call: Call) -> MixerOut:
-        run = ssd_ref if self.backend == "reference" else ssd
+        run = SSD.pick(self.engine, x.device)
         conv_state, ssm = (None, None) if state is None else state
         z, xBC, dt = self._project(x)
         xBC, conv_state = self._convolve(xBC, conv_state, call)
         u, dt, log_decay, B, C = self._streams(xBC, dt)
-        with without_autocast(x):
-            y, ssm = run(u * dt, log_decay, B, C, ssm, call.starts)
+        y, ssm = run(u * dt, log_decay, B, C, ssm, call.starts)
         return MixerOut(self._finish(y, u, z), Mamba2State(conv_state, ssm))
 
     def recurrent(self, x: Tensor, state: Mamba2State, call: Call) -> MixerOut:
@@ -217,13 +218,13 @@ class Mamba2(Mixer):
         return self.in_proj(x).split([self.d_inner, self.d_xBC, self.n_heads], -1)
 
     def _convolve(self, xBC: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        k, reference = self.spec.d_conv, self.backend == "reference"
-        return short_conv(self.conv1d, k, xBC, state, call, silu=True, reference=reference)
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv1d, k, xBC, state, call, silu=True, engine=engine)
 
     def _streams(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (..., h, p), dt (..., h, 1), log decay (..., h), B and C (..., g, n) of `ssd`."""
         g, n = self.spec.n_groups, self.spec.d_state
-        u, B, C = full_precision(xBC).split([self.d_inner, g * n, g * n], -1)
+        u, B, C = xBC.split([self.d_inner, g * n, g * n], -1)
         dt = F.softplus(full_precision(dt) + self.dt_bias).clamp(*self.spec.dt_limit)
         log_decay = -self.A_log.exp() * dt
         u = u.unflatten(-1, (self.n_heads, -1))

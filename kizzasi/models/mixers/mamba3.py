@@ -41,12 +41,11 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.documents import isolated
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import (
+    TRAPEZOID,
     TrapezoidState,
     ssd_flops,
-    trapezoid,
-    trapezoid_ref,
     trapezoid_step,
 )
 from kizzasi.models.strict import join, register, require
@@ -151,6 +150,7 @@ class Mamba3(Mixer):
     B and C are normalised, biased per head, and rotated by the angles summed so far.
     """
 
+    ops = (TRAPEZOID,)
     float32_parameters = ("D", "dt_bias", "B_bias", "C_bias")
     param_rules = {"B_bias": NO_DECAY, "C_bias": NO_DECAY}  # noqa: RUF012
 
@@ -171,14 +171,13 @@ class Mamba3(Mixer):
         self.out_proj = nn.Linear(inner, d, bias=False)
 
     def parallel(self, x: Tensor, state: Mamba3State | None, call: Call) -> MixerOut:
-        run = trapezoid_ref if self.backend == "reference" else trapezoid
+        run = TRAPEZOID.pick(self.engine, x.device)
         angle, *memory = self.init_state(len(x), x.device, x.dtype) if state is None else state
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
         angles = summed_angles(speed, angle, call.starts)
         B, C = rotate_pairs(B, angles), rotate_pairs(C, angles)
         before = TrapezoidState(memory[0], memory[1], memory[2])
-        with without_autocast(x):
-            y, after = run(u, dt, log_decay, share, B, C, before, call.starts)
+        y, after = run(u, dt, log_decay, share, B, C, before, call.starts)
         return MixerOut(self._finish(y, u, z), Mamba3State(angles[:, -1].clone(), *after))
 
     def recurrent(self, x: Tensor, state: Mamba3State, call: Call) -> MixerOut:

@@ -23,7 +23,7 @@ from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
-from kizzasi.models.ops.attention import attention, attention_ref
+from kizzasi.models.ops.attention import ATTENTION
 from kizzasi.models.ops.rope import rotate, split_pairs
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.strict import join, register, require
@@ -106,6 +106,8 @@ class MLA(Mixer):
     Hooks on kv_b_proj are to see keys and values: with them, a step runs the parallel form.
     """
 
+    ops = (ATTENTION,)
+
     def __init__(self, spec: MLASpec, layer: LayerContext) -> None:
         super().__init__()
         d, rank, q_rank = layer.d_model, spec.kv_lora_rank, spec.q_lora_rank
@@ -156,7 +158,7 @@ class MLA(Mixer):
         k_nope, v = heads.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(-1, spec.n_heads, -1, -1)], dim=-1)
-        attend = attention_ref if self.backend == "reference" else attention
+        attend = ATTENTION.pick(self.engine, x.device)
         y = attend(q, k, v, visible=visible(call, before), scale=self.scale)
         y = self.o_proj(y.transpose(1, 2).flatten(-2))
         return MixerOut(y, sight.cache(k_rope, latent))
@@ -173,7 +175,7 @@ class MLA(Mixer):
         # All heads look at the same keys: they stand where the queries of one head would.
         q = torch.cat([q_latent, q_rope], dim=-1).transpose(1, 2)
         k = torch.cat([after.v, after.k], dim=-1)
-        attend = attention_ref if self.backend == "reference" else attention
+        attend = ATTENTION.pick(self.engine, x.device)
         y = attend(q, k, after.v, visible=after.alive, causal=False, scale=self.scale)
         y = torch.einsum("bthr,hvr->bthv", y, up_v)
         return MixerOut(self.o_proj(y.flatten(1)), after)

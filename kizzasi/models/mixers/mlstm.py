@@ -27,7 +27,7 @@ from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, WideLinear
-from kizzasi.models.ops.mlstm import MLSTMMemory, mlstm, mlstm_flops, mlstm_ref, mlstm_step
+from kizzasi.models.ops.mlstm import MLSTM_SCAN, MLSTMMemory, mlstm_flops, mlstm_step
 from kizzasi.models.strict import join, register, require
 
 
@@ -86,6 +86,8 @@ class MLSTM(Mixer):
     The state is `MLSTMMemory`.
     """
 
+    ops = (MLSTM_SCAN,)
+
     def __init__(self, spec: MLSTMSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
@@ -101,7 +103,7 @@ class MLSTM(Mixer):
         self.out_proj = nn.Linear(h * self.p, d, bias=False)
 
     def parallel(self, x: Tensor, state: MLSTMMemory | None, call: Call) -> MixerOut:
-        run = mlstm_ref if self.backend == "reference" else mlstm
+        run = MLSTM_SCAN.pick(self.engine, x.device)
         y, state = run(*self._streams(x), state, call.starts)
         return MixerOut(self._leave(x, y), state)
 

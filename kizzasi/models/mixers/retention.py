@@ -33,12 +33,11 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.linear_attention import (
-    linear_attention,
+    LINEAR_ATTENTION,
     linear_attention_flops,
-    linear_attention_ref,
     linear_attention_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import without_autocast
 from kizzasi.models.ops.rope import rope_frequencies, rope_tables, rotate
 from kizzasi.models.rope_scaling import Rotary
 from kizzasi.models.strict import join, register, require
@@ -105,6 +104,8 @@ class Retention(Mixer):
     distances count, so places are counted from each call's first token, and the memory is turned.
     """
 
+    ops = (LINEAR_ATTENTION,)
+
     def __init__(self, spec: RetentionSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
@@ -121,7 +122,7 @@ class Retention(Mixer):
 
     def parallel(self, x: Tensor, state: RetentionState | None, call: Call) -> MixerOut:
         q, k, v = self._project(x, call)
-        run = linear_attention_ref if self.backend == "reference" else linear_attention
+        run = LINEAR_ATTENTION.pick(self.engine, x.device)
         before = None if state is None else state.memory
         with without_autocast(x):
             y, memory = run(q, k, v, self._decay(q)[None, None], None, before, call.starts)
@@ -145,8 +146,7 @@ class Retention(Mixer):
         """From x (b, t, d) to q, k (b, t, h, n), rotated, and v (b, t, h, m)."""
         heads = (self.spec.n_heads, -1)
         q, k, v = (
-            full_precision(project(x)).unflatten(-1, heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         time = torch.arange(call.shape[1], device=x.device)[None]
         tables = self.rotary.tables(call, "from the call's first token", time, state_dtype(x.dtype))
@@ -163,7 +163,7 @@ class Retention(Mixer):
 
     def _decay(self, like: Tensor) -> Tensor:
         """(h, 1) log gamma."""
-        head = torch.arange(self.spec.n_heads, device=like.device, dtype=like.dtype)
+        head = torch.arange(self.spec.n_heads, device=like.device, dtype=state_dtype(like.dtype))
         return torch.log1p(-torch.exp2(-5 - head)).unsqueeze(-1)
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:

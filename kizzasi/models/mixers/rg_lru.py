@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, uniform_
 from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import KeepFloat32
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
-from kizzasi.models.ops.decay_scan import decay_scan, decay_scan_ref, decay_scan_step
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
+from kizzasi.models.ops.decay_scan import DECAY_SCAN, decay_scan_step
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.strict import join, register, require
 
@@ -117,6 +118,7 @@ class RGLRU(Mixer):
     Differs: where a decay is exactly 1 its gradient is 0; the authors bound it.
     """
 
+    ops = (CAUSAL_CONV1D, DECAY_SCAN)
     float32_parameters = ("Lambda",)
     matrices = ("input_gate.weight", "recurrent_gate.weight")
     param_rules = {"Lambda": NO_DECAY}  # noqa: RUF012 (read-only by contract)
@@ -128,26 +130,24 @@ class RGLRU(Mixer):
         self.i = i
         self.linear_x = nn.Linear(d, i)
         self.linear_y = nn.Linear(d, i)
-        self.conv_1d = nn.Conv1d(i, i, spec.d_conv, groups=i)
+        self.conv_1d = CausalConv(i, i, spec.d_conv, groups=i)
         self.input_gate = BlockLinear(spec.n_heads, i // spec.n_heads)
         self.recurrent_gate = BlockLinear(spec.n_heads, i // spec.n_heads)
         self.Lambda = nn.Parameter(torch.empty(i))
         self.linear_out = nn.Linear(i, d)
 
     def parallel(self, x: Tensor, state: RGLRUState | None, call: Call) -> MixerOut:
-        reference = self.backend == "reference"
-        conv = causal_conv1d_ref if reference else causal_conv1d
-        scan = decay_scan_ref if reference else decay_scan
+        scan = DECAY_SCAN.pick(self.engine, x.device)
         state = self.init_state(len(x), x.device, x.dtype) if state is None else state
         first = (state.begun == 0)[:, None] & (torch.arange(x.shape[1], device=x.device) == 0)
         first = first if call.starts is None else first | call.starts
-        u, last = conv(self.linear_x(x), *self._filter(), state.conv, call.starts)
+        u, last = self._convolve(self.linear_x(x), state.conv, call)
         log_a, u = self._gate(u, first)
         h, after = scan(log_a, u, state.h, call.starts)
         return MixerOut(self._leave(x, h), RGLRUState(last, after, torch.ones_like(state.begun)))
 
     def recurrent(self, x: Tensor, state: RGLRUState, call: Call) -> MixerOut:
-        u, last = causal_conv1d_step(self.linear_x(x), *self._filter(), state.conv)
+        u, last = self._convolve(self.linear_x(x), state.conv, call)
         log_a, u = self._gate(u, state.begun == 0)
         h = decay_scan_step(state.h, log_a.exp(), u)
         return MixerOut(self._leave(x, h), RGLRUState(last, h, torch.ones_like(state.begun)))
@@ -161,8 +161,9 @@ class RGLRU(Mixer):
             torch.zeros(batch, device=device, dtype=torch.int64),
         )
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv_1d.weight.squeeze(1), self.conv_1d.bias
+    def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv_1d, k, u, state, call, engine=engine)
 
     def _gate(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """log a (..., i), and what is written; first (...) says where a document begins."""

@@ -30,9 +30,8 @@ from kizzasi.models.mixer import (
     ParamRule,
     state_dtype,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.shift import token_shift
-from kizzasi.models.ops.wkv4 import WKV4State, wkv4, wkv4_ref, wkv4_step
+from kizzasi.models.ops.wkv4 import WKV4, WKV4State, wkv4_step
 from kizzasi.models.strict import register
 
 
@@ -78,6 +77,7 @@ class RWKV4(Mixer):
     """y = W_output (sigmoid(r) wkv4(k, v)), each of r, k, v a projection of the token and the one
     before it: W (mix x + (1 - mix) before)."""
 
+    ops = (WKV4,)
     float32_parameters = ("time_decay", "time_first")
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "time_decay": ParamRule(decay=False, lr_scale=2.0),
@@ -101,16 +101,14 @@ class RWKV4(Mixer):
     def parallel(self, x: Tensor, state: RWKV4State | None, call: Call) -> MixerOut:
         before, last = token_shift(x, None if state is None else state.shift, call.starts)
         r, k, v = self._project(x, before)
-        run = wkv4_ref if self.backend == "reference" else wkv4
+        run = WKV4.pick(self.engine, x.device)
         memory = None if state is None else state.wkv
-        with without_autocast(x):
-            y, memory = run(-self.time_decay.exp(), self.time_first, k, v, memory, call.starts)
+        y, memory = run(-self.time_decay.exp(), self.time_first, k, v, memory, call.starts)
         return MixerOut(self._finish(r, y), RWKV4State(last, memory))
 
     def recurrent(self, x: Tensor, state: RWKV4State, call: Call) -> MixerOut:
         r, k, v = self._project(x, state.shift.to(x.dtype))
-        with without_autocast(x):
-            y, memory = wkv4_step(state.wkv, -self.time_decay.exp(), self.time_first, k, v)
+        y, memory = wkv4_step(state.wkv, -self.time_decay.exp(), self.time_first, k, v)
         return MixerOut(self._finish(r, y), RWKV4State(x, memory))
 
     def init_state(
@@ -144,11 +142,11 @@ class RWKV4(Mixer):
             layer.weight.zero_()
 
     def _project(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From (..., d) to r, k, v (..., i); k and v in full precision."""
+        """From (..., d) to r, k, v (..., i)."""
         delta = x - before
         r = self.receptance(torch.addcmul(before, delta, self.time_mix_r)).sigmoid()
-        k = full_precision(self.key(torch.addcmul(before, delta, self.time_mix_k)))
-        v = full_precision(self.value(torch.addcmul(before, delta, self.time_mix_v)))
+        k = self.key(torch.addcmul(before, delta, self.time_mix_k))
+        v = self.value(torch.addcmul(before, delta, self.time_mix_v))
         return r, k, v
 
     def _finish(self, r: Tensor, y: Tensor) -> Tensor:

@@ -34,12 +34,10 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.linear_attention import (
-    linear_attention,
+    LINEAR_ATTENTION,
     linear_attention_flops,
-    linear_attention_ref,
     linear_attention_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.strict import join, register, require
 
@@ -87,6 +85,7 @@ class RWKV5(Mixer):
     """y = W_output (silu(g) HeadNorm(wkv(r, k, v))), each of r, k, v, g a projection of the token
     and the one before it: W (mix x + (1 - mix) before)."""
 
+    ops = (LINEAR_ATTENTION,)
     float32_parameters = ("time_decay", "time_faaaa")
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "time_decay": ParamRule(decay=False, lr_scale=2.0),
@@ -114,17 +113,15 @@ class RWKV5(Mixer):
         shift, wkv = (None, None) if state is None else state
         before, last = token_shift(x, shift, call.starts)
         streams, gate = self._project(x, before)
-        run = linear_attention_ref if self.backend == "reference" else linear_attention
+        run = LINEAR_ATTENTION.pick(self.engine, x.device)
         decay = -self.time_decay.exp()[None, None]
-        with without_autocast(x):
-            y, wkv = run(*streams, decay, self.time_faaaa, wkv, call.starts)
+        y, wkv = run(*streams, decay, self.time_faaaa, wkv, call.starts)
         return MixerOut(self._finish(y, gate), RWKV5State(last, wkv))
 
     def recurrent(self, x: Tensor, state: RWKV5State, call: Call) -> MixerOut:
         streams, gate = self._project(x, state.shift.to(x.dtype))
         decay = -self.time_decay.exp()
-        with without_autocast(x):
-            y, wkv = linear_attention_step(state.wkv, *streams, decay, self.time_faaaa)
+        y, wkv = linear_attention_step(state.wkv, *streams, decay, self.time_faaaa)
         return MixerOut(self._finish(y, gate), RWKV5State(x, wkv))
 
     def init_state(
@@ -140,7 +137,7 @@ class RWKV5(Mixer):
         """From (..., d) to r, k, v (..., h, n) and the gate (..., d)."""
         delta, heads = x - before, self.time_faaaa.shape
         r, k, v = (
-            full_precision(project(torch.addcmul(before, delta, mix))).unflatten(-1, heads)
+            project(torch.addcmul(before, delta, mix)).unflatten(-1, heads)
             for project, mix in (
                 (self.receptance, self.time_mix_r),
                 (self.key, self.time_mix_k),

@@ -37,12 +37,11 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.linear_attention import (
-    linear_attention,
+    LINEAR_ATTENTION,
     linear_attention_flops,
-    linear_attention_ref,
     linear_attention_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.strict import join, register, require
 
@@ -106,6 +105,7 @@ class RWKV6(Mixer):
     """y = W_output (silu(g) HeadNorm(wkv(r, k, v))), each of r, k, v, g a projection of the token
     and the one before it: W (x + share (before - x))."""
 
+    ops = (LINEAR_ATTENTION,)
     float32_parameters = ("time_decay", "time_faaaa")
     matrices = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
     param_rules = {  # noqa: RUF012 (read-only by contract)
@@ -141,15 +141,13 @@ class RWKV6(Mixer):
         shift, wkv = (None, None) if state is None else state
         before, last = token_shift(x, shift, call.starts)
         streams, gate = self._project(x, before)
-        run = linear_attention_ref if self.backend == "reference" else linear_attention
-        with without_autocast(x):
-            y, wkv = run(*streams, self.time_faaaa, wkv, call.starts)
+        run = LINEAR_ATTENTION.pick(self.engine, x.device)
+        y, wkv = run(*streams, self.time_faaaa, wkv, call.starts)
         return MixerOut(self._finish(y, gate), RWKV6State(last, wkv))
 
     def recurrent(self, x: Tensor, state: RWKV6State, call: Call) -> MixerOut:
         streams, gate = self._project(x, state.shift.to(x.dtype))
-        with without_autocast(x):
-            y, wkv = linear_attention_step(state.wkv, *streams, self.time_faaaa)
+        y, wkv = linear_attention_step(state.wkv, *streams, self.time_faaaa)
         return MixerOut(self._finish(y, gate), RWKV6State(x, wkv))
 
     def init_state(
@@ -183,7 +181,7 @@ class RWKV6(Mixer):
         decay = (x_w @ self.time_decay_w1).tanh() @ self.time_decay_w2
         decay = -(self.time_decay + full_precision(decay)).exp()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        r, k, v, decay = (full_precision(s).unflatten(-1, heads) for s in (r, k, v, decay))
+        r, k, v, decay = (s.unflatten(-1, heads) for s in (r, k, v, decay))
         return (r, k, v, decay), F.silu(self.gate(x_g))
 
     def _finish(self, y: Tensor, gate: Tensor) -> Tensor:

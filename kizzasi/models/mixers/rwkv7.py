@@ -37,9 +37,9 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import HeadNorm
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
-from kizzasi.models.ops.wkv import wkv7, wkv7_flops, wkv7_ref, wkv7_step
+from kizzasi.models.ops.wkv import WKV7, wkv7_flops, wkv7_step
 from kizzasi.models.strict import register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b
@@ -123,6 +123,7 @@ class RWKV7(Mixer):
     which every later one mixes into its own.
     """
 
+    ops = (WKV7,)
     float32_parameters = ("w0", "a0", "k_k", "k_a", "r_k")
     matrices = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
     param_rules = {  # noqa: RUF012 (read-only by contract)
@@ -155,15 +156,13 @@ class RWKV7(Mixer):
     def parallel(self, x: Tensor, state: RWKV7State | None, call: Call) -> MixerOut:
         before, last = token_shift(x, None if state is None else state.shift, call.starts)
         streams, gate, offer = self._project(x, before, call.shared)
-        run = wkv7_ref if self.backend == "reference" else wkv7
-        with without_autocast(x):
-            y, s = run(*streams, None if state is None else state.wkv, call.starts)
+        run = WKV7.pick(self.engine, x.device)
+        y, s = run(*streams, None if state is None else state.wkv, call.starts)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(last, s), shared=offer)
 
     def recurrent(self, x: Tensor, state: RWKV7State, call: Call) -> MixerOut:
         streams, gate, offer = self._project(x, state.shift.to(x.dtype), call.shared)
-        with without_autocast(x):
-            y, s = wkv7_step(state.wkv, *streams)
+        y, s = wkv7_step(state.wkv, *streams)
         return MixerOut(self._finish(y, streams, gate), RWKV7State(x, s), shared=offer)
 
     def init_state(

@@ -36,15 +36,14 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.ops.dplr import (
     DPLR,
+    S4_SCAN,
     S4Init,
     dplr_start,
     dplr_system,
     s4_flops,
-    s4_scan,
-    s4_scan_ref,
     s4_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 SLOWEST = 1e-4  # least decay rate at the start: HiPPO-FouT has none, and its logarithm is needed
@@ -100,6 +99,7 @@ class S4(Mixer):
     y = SSM(u) + D u;    out = a * sigmoid(g),  [a, g] = W gelu(y) + bias
     """
 
+    ops = (S4_SCAN,)
     float32_parameters = ("log_dt", "log_A_real", "A_imag", "P", "B", "C", "D")
     param_rules: ClassVar[Mapping[str, ParamRule]] = dict.fromkeys(
         ("log_dt", "log_A_real", "A_imag", "P", "B"), ParamRule(decay=False, lr_max=1e-3)
@@ -144,10 +144,9 @@ class S4(Mixer):
 
     def parallel(self, x: Tensor, state: S4State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
-        scan = s4_scan_ref if self.backend == "reference" else s4_scan
+        scan = S4_SCAN.pick(self.engine, x.device)
         u = full_precision(x)
-        with without_autocast(x):
-            y, h = scan(u, self._system(), h0, call.starts)
+        y, h = scan(u, self._system(), h0, call.starts)
         return MixerOut(self._readout(x, y + self.D * u), S4State(h))
 
     def recurrent(self, x: Tensor, state: S4State, call: Call) -> MixerOut:

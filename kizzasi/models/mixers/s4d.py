@@ -31,15 +31,14 @@ from kizzasi.models.mixer import (
     ParamRule,
     state_dtype,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.s4 import (
+    S4D_SCAN,
     Discretization,
     S4DInit,
     block_lengths,
     discretize,
     s4d_poles,
-    s4d_scan,
-    s4d_scan_ref,
     s4d_step,
 )
 from kizzasi.models.strict import join, register, require
@@ -99,6 +98,7 @@ class S4D(Mixer):
     y = SSM(u) + D u;    out = a * sigmoid(g),  [a, g] = W gelu(y) + bias
     """
 
+    ops = (S4D_SCAN,)
     float32_parameters = ("log_dt", "log_A_real", "A_imag", "C", "D")
     param_rules: ClassVar[Mapping[str, ParamRule]] = dict.fromkeys(
         ("log_dt", "log_A_real", "A_imag"), ParamRule(decay=False, lr_max=1e-3)
@@ -140,10 +140,9 @@ class S4D(Mixer):
 
     def parallel(self, x: Tensor, state: S4DState | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
-        scan = s4d_scan_ref if self.backend == "reference" else s4d_scan
+        scan = S4D_SCAN.pick(self.engine, x.device)
         u = full_precision(x)
-        with without_autocast(x):
-            y, h = scan(u, *self._system(), h0, call.starts)
+        y, h = scan(u, *self._system(), h0, call.starts)
         return MixerOut(self._readout(x, y + self.D * u), S4DState(h))
 
     def recurrent(self, x: Tensor, state: S4DState, call: Call) -> MixerOut:

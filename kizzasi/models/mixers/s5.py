@@ -34,7 +34,7 @@ from kizzasi.models.mixer import (
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.s4 import discretize, legs_modes, real_rows
-from kizzasi.models.ops.s5 import diagonal_scan, diagonal_scan_ref
+from kizzasi.models.ops.s5 import DIAGONAL_SCAN
 from kizzasi.models.strict import join, register, require
 
 
@@ -88,6 +88,7 @@ class S5(Mixer):
     Differs: the real parts of Lambda are negative whatever is learnt, by their logarithm.
     """
 
+    ops = (DIAGONAL_SCAN,)
     float32_parameters = ("log_dt", "log_A_real", "A_imag", "B", "C", "D")
     param_rules: ClassVar[Mapping[str, ParamRule]] = dict.fromkeys(
         ("log_dt", "log_A_real", "A_imag", "B"), ParamRule(decay=False, lr_max=1e-3)
@@ -135,7 +136,7 @@ class S5(Mixer):
 
     def parallel(self, x: Tensor, state: S5State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
-        scan = diagonal_scan_ref if self.backend == "reference" else diagonal_scan
+        scan = DIAGONAL_SCAN.pick(self.engine, x.device)
         with without_autocast(x):
             u, v, a = self._enter(x)
             h = scan(v, a, h0, call.starts)

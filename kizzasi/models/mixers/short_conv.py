@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, uniform_
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.strict import register
 
 
@@ -71,23 +72,24 @@ class ShortConvState(NamedTuple):
 class ShortConv(Mixer):
     """B, C, x = in_proj(x);  y = out_proj(C * conv(B * x))."""
 
+    ops = (CAUSAL_CONV1D,)
+
     def __init__(self, spec: ShortConvSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec, self.d = spec, layer.d_model
         d = layer.d_model
         self.in_proj = nn.Linear(d, 3 * d, bias=spec.bias)
-        self.conv = nn.Conv1d(d, d, spec.d_conv, groups=d, bias=spec.bias)
+        self.conv = CausalConv(d, d, spec.d_conv, groups=d, bias=spec.bias)
         self.out_proj = nn.Linear(d, d, bias=spec.bias)
 
     def parallel(self, x: Tensor, state: ShortConvState | None, call: Call) -> MixerOut:
-        conv = causal_conv1d_ref if self.backend == "reference" else causal_conv1d
         B, C, x = self.in_proj(x).chunk(3, -1)
-        y, last = conv(B * x, *self._filter(), None if state is None else state.conv, call.starts)
+        y, last = self._convolve(B * x, None if state is None else state.conv, call)
         return MixerOut(self.out_proj(C * y), ShortConvState(last))
 
     def recurrent(self, x: Tensor, state: ShortConvState, call: Call) -> MixerOut:
         B, C, x = self.in_proj(x).chunk(3, -1)
-        y, last = causal_conv1d_step(B * x, *self._filter(), state.conv)
+        y, last = self._convolve(B * x, state.conv, call)
         return MixerOut(self.out_proj(C * y), ShortConvState(last))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
@@ -99,8 +101,9 @@ class ShortConv(Mixer):
         shape = batch, self.d, self.spec.d_conv - 1
         return ShortConvState(torch.zeros(shape, device=device, dtype=dtype))
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv.weight.squeeze(1), self.conv.bias
+    def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv, k, u, state, call, engine=engine)
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:

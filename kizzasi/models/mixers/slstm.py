@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, uniform_
 from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, WideLinear
-from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.slstm import SLSTMMemory, slstm, slstm_flops, slstm_step
 from kizzasi.models.strict import join, register, require
 
@@ -80,6 +81,7 @@ class SLSTM(Mixer):
     gates begin as in their mLSTM.
     """
 
+    ops = (CAUSAL_CONV1D,)
     float32_parameters = ("R",)
     param_rules = {"R": NO_DECAY}  # noqa: RUF012 (read-only by contract)
 
@@ -87,21 +89,20 @@ class SLSTM(Mixer):
         super().__init__()
         self.spec, self.d = spec, layer.d_model
         d, h = layer.d_model, spec.n_heads
-        self.conv1d = nn.Conv1d(d, d, spec.d_conv, groups=d)
+        self.conv1d = CausalConv(d, d, spec.d_conv, groups=d)
         self.zo_proj = WideLinear(d, 2 * d)
         self.if_proj = WideLinear(d, 2 * d)
         self.R = nn.Parameter(torch.empty(4, h, d // h, d // h))
         self.head_norm = HeadNorm(d, spec.norm_eps, bias=False)
 
     def parallel(self, x: Tensor, state: SLSTMState | None, call: Call) -> MixerOut:
-        conv = causal_conv1d_ref if self.backend == "reference" else causal_conv1d
         before, memory = (None, None) if state is None else state
-        u, last = conv(x, *self._filter(), before, call.starts, silu=True)
+        u, last = self._convolve(x, before, call)
         y, memory = slstm(self._gates(x, u), self.R, memory, call.starts)
         return MixerOut(self._leave(x, y), SLSTMState(last, memory))
 
     def recurrent(self, x: Tensor, state: SLSTMState, call: Call) -> MixerOut:
-        u, last = causal_conv1d_step(x, *self._filter(), state.conv, silu=True)
+        u, last = self._convolve(x, state.conv, call)
         memory = slstm_step(state.memory, self._gates(x, u), self.R)
         return MixerOut(self._leave(x, memory.y), SLSTMState(last, memory))
 
@@ -118,8 +119,9 @@ class SLSTM(Mixer):
         conv = torch.zeros(batch, d, self.spec.d_conv - 1, device=device, dtype=dtype)
         return SLSTMState(conv, SLSTMMemory(*cells))
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+    def _convolve(self, u: Tensor, state: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        k, engine = self.spec.d_conv, self.engine
+        return convolve(self.conv1d, k, u, state, call, silu=True, engine=engine)
 
     def _gates(self, x: Tensor, u: Tensor) -> Tensor:
         """(..., 4, h, n): z, i, f, o before their functions."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kizzasi.models.ops import devices
 from kizzasi.models.ops.documents import all_finite
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
 
 
@@ -233,3 +234,6 @@ def alibi_slopes(n_heads: int, *, device: torch.device, dtype: torch.dtype) -> T
     first = torch.arange(1, n + 1, device=device, dtype=dtype) * (8 / n)
     between = (torch.arange(n_heads - n, device=device, dtype=dtype) * 2 + 1) * (4 / n)
     return torch.exp2(-torch.cat([first, between]))
+
+
+ATTENTION = Engines("attention", reference=attention_ref, torch=attention)

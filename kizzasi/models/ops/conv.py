@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import without_autocast
 
 BLOCK_ELEMENTS = 2**16  # of (b, tokens, c) in a block: 256 KiB of float32
@@ -237,3 +238,6 @@ def _filter(
             x_j = x_j.masked_fill(foreign[j], 0.0)
         y = torch.addcmul(y, x_j, tap, out=out)
     return y
+
+
+CAUSAL_CONV1D = Engines("causal_conv1d", reference=causal_conv1d_ref, torch=causal_conv1d)

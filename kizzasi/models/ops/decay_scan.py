@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
 
 BLOCK = 16  # log2 of it passes over all tokens, then the same over one token in BLOCK
@@ -99,3 +100,6 @@ def _scan(a: Tensor, u: Tensor, h0: Tensor) -> Tensor:
         ends = _scan(a[:, :-1, -1], h[:, :-1, -1], h0)
         before = torch.cat([before, ends], 1)
     return torch.addcmul(h, a, before[:, :, None]).flatten(1, 2)[:, :t]
+
+
+DECAY_SCAN = Engines("decay_scan", reference=decay_scan_ref, torch=decay_scan)

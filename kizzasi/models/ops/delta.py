@@ -29,10 +29,13 @@ from torch import Tensor
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 
 CHUNK_SIZE = 32  # a power of 2
 
 
+@in_full_precision
 def delta_rule_ref(
     q: Tensor,
     k: Tensor,
@@ -74,6 +77,7 @@ def delta_rule_ref(
     return torch.stack(ys, 1), s
 
 
+@in_full_precision
 def delta_rule_step(
     s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +89,7 @@ def delta_rule_step(
     return (q.unsqueeze(-2) @ s).squeeze(-2), s
 
 
+@in_full_precision
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -161,6 +166,7 @@ def delta_rule_flops(
     return 2 * chunks * c * (within + with_memory)
 
 
+@in_full_precision
 def l2_normalise(x: Tensor) -> Tensor:
     """x / sqrt(sum(x^2) + 1e-6) over the last dimension, as the published layers have it."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
@@ -245,3 +251,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s0: Tensor 
             expected = " or ".join(map(str, shapes))
             raise ShapeError(f"{name} is {tuple(x.shape)}; with k {(b, t, h, d_k)}: {expected}")
     return s0
+
+
+DELTA_RULE = Engines("delta_rule", reference=delta_rule_ref, torch=delta_rule)

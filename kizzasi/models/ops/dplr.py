@@ -35,6 +35,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 from kizzasi.models.ops.s4 import convolve, last_document, legs_modes, real_rows
 
 S4Init = Literal["legs", "fourier", "lin"]
@@ -95,6 +97,7 @@ def dense_system(system: DPLR) -> tuple[Tensor, Tensor, Tensor]:
     return Abar, Bbar, 2 * real_rows(system.C.conj())
 
 
+@in_full_precision
 def s4_scan_ref(
     u: Tensor, system: DPLR, h0: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +126,7 @@ def s4_scan_ref(
     return torch.stack(ys, dim=1), _complex_rows(h)
 
 
+@in_full_precision
 def s4_scan(
     u: Tensor, system: DPLR, h0: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -282,3 +286,6 @@ def _basis(system: DPLR) -> Tensor:
 def _complex_rows(x: Tensor) -> Tensor:
     """(..., 2 n) real to (..., n): undoes `real_rows`."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+S4_SCAN = Engines("s4_scan", reference=s4_scan_ref, torch=s4_scan)

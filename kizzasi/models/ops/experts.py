@@ -21,7 +21,7 @@ The rule (`dispatch_rule`) is sorted, except
     dense     inside torch.func, and of experts that are not packed in a graph (torch.compile,
               torch.export): only there do no shapes depend on how many tokens an expert has
 In a graph and on the meta device "sorted" is one node, which runs the same code. All have second
-derivatives but that node: use backend="reference" for those of a compiled model. One token alone,
+derivatives but that node: use engine="reference" for those of a compiled model. One token alone,
 without gradients, visits its experts one after the other: nothing is sorted.
 
 Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 9 by
@@ -58,7 +58,10 @@ def in_transform() -> bool:
 
 
 def dispatch_rule(x: Tensor, down: Tensor | None) -> str:
-    """The written rule behind backend="torch"; see the module. `down` is of packed experts."""
+    """The written rule behind every engine but "reference"; see the module.
+
+    down: of packed experts, if they are.
+    """
     traced = torch.compiler.is_compiling()
     if (traced and down is None) or (not traced and in_transform()):
         return "dense"

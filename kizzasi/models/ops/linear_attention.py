@@ -25,10 +25,13 @@ from torch import Tensor
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 
 CHUNK_SIZE = 32  # a power of two
 
 
+@in_full_precision
 def linear_attention_ref(
     q: Tensor,
     k: Tensor,
@@ -77,6 +80,7 @@ def linear_attention_ref(
     return (q.unsqueeze(-2) @ seen).squeeze(-2), s
 
 
+@in_full_precision
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -155,6 +159,7 @@ def _fading(w: Tensor, starts: Tensor | None, b: int, t: int, c: int) -> Tensor:
     return kept.expand(b, -1, -1, -1).unsqueeze(-1)
 
 
+@in_full_precision
 def linear_attention_step(
     s: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -215,3 +220,8 @@ def _check(
     if w.ndim != 4 or any(x not in (1, y) for x, y in zip(w.shape, q.shape, strict=True)):
         raise ShapeError(f"w is {tuple(w.shape)}; it must broadcast to q's {(b, t, h, n)}")
     return q.new_zeros(b, h, n, m) if s0 is None else s0
+
+
+LINEAR_ATTENTION = Engines(
+    "linear_attention", reference=linear_attention_ref, torch=linear_attention
+)

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.conv import causal_conv1d_ref
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.s4 import convolve, last_document
+
+
+def long_conv1d_ref(
+    x: Tensor, weight: Tensor, state: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition: `causal_conv1d_ref`, tap by tap."""
+    return causal_conv1d_ref(x, weight, None, state, starts)
 
 
 def long_conv1d(
@@ -42,3 +51,6 @@ def long_conv1d(
         every, begins = x, starts
     y = convolve(every.to(wide), kernel, None, begins)
     return y[:, -t:].to(x.dtype), seen[:, t:].mT.contiguous()
+
+
+LONG_CONV1D = Engines("long_conv1d", reference=long_conv1d_ref, torch=long_conv1d)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
 
 CHUNK_SIZE = 64  # a power of two
@@ -193,3 +194,6 @@ def _empty(q: Tensor, v: Tensor) -> MLSTMMemory:
     b, _, h, n = q.shape
     zeros = q.new_zeros(b, h, n, v.shape[-1])
     return MLSTMMemory(zeros, zeros[..., 0], zeros[..., 0, 0])
+
+
+MLSTM_SCAN = Engines("mlstm", reference=mlstm_ref, torch=mlstm)

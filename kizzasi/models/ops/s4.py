@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
+
 S4DInit = Literal["lin", "inv", "legs", "real"]
 Discretization = Literal["zoh", "bilinear"]
 
@@ -94,6 +97,7 @@ def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, T
     return (1 + dt * A / 2) * ahead, dt * ahead
 
 
+@in_full_precision
 def s4d_scan_ref(
     u: Tensor,
     Abar: Tensor,
@@ -127,6 +131,7 @@ def s4d_scan_ref(
     return torch.stack(ys, dim=1), h
 
 
+@in_full_precision
 def s4d_scan(
     u: Tensor,
     Abar: Tensor,
@@ -281,3 +286,6 @@ def s4d_step(u: Tensor, h: Tensor, Abar: Tensor, Bbar: Tensor, C: Tensor) -> tup
     """One token of `s4d_scan_ref`: u and y (b, d), h (b, d, n)."""
     h = Abar * h + Bbar * u[:, :, None]
     return (C * h).sum(-1).real, h
+
+
+S4D_SCAN = Engines("s4d_scan", reference=s4d_scan_ref, torch=s4d_scan)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.s4 import powers
 
 BLOCK = 16  # log2 of it passes over all states, then the same over one state in BLOCK
@@ -86,3 +87,6 @@ def diagonal_scan(
     if kept is not None:
         carried = torch.where(kept[..., None], carried, 0)
     return (h + carried).flatten(1, 2)[:, :t]
+
+
+DIAGONAL_SCAN = Engines("diagonal_scan", reference=diagonal_scan_ref, torch=diagonal_scan)

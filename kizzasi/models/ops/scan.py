@@ -17,6 +17,7 @@ from torch import Tensor
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices, scan_blocks
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
 
 PIECE_STATES = 2**26  # b t d n that `selective_scan_chunked` holds at once: 256 MiB of float32
 
@@ -356,3 +357,6 @@ def _differentiate(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor 
 
 
 _scan_node.register_autograd(_differentiate, setup_context=_save)
+
+
+SELECTIVE_SCAN = Engines("selective_scan", reference=selective_scan_ref, torch=selective_scan)

@@ -26,11 +26,14 @@ from torch import Tensor
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 
 CHUNK_SIZE = 64
 FORGET = -1e3  # exp of it, and of anything below, is exactly zero in float64
 
 
+@in_full_precision
 def ssd_ref(
     x: Tensor,
     log_decay: Tensor,
@@ -69,6 +72,7 @@ def ssd_ref(
     return torch.stack(ys, 1), h
 
 
+@in_full_precision
 def ssd(
     x: Tensor,
     log_decay: Tensor,
@@ -135,6 +139,7 @@ def _by_chunks(
     return y[:, :t], h
 
 
+@in_full_precision
 def ssd_step(
     state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -163,6 +168,7 @@ class TrapezoidState(NamedTuple):
     x: Tensor
 
 
+@in_full_precision
 def trapezoid_ref(
     x: Tensor,
     dt: Tensor,
@@ -210,6 +216,7 @@ def trapezoid_ref(
     return torch.stack(ys, 1), state
 
 
+@in_full_precision
 def trapezoid(
     x: Tensor,
     dt: Tensor,
@@ -261,6 +268,7 @@ def _by_ssd(
     return y, TrapezoidState(h, B[:, -1].clone(), x[:, -1].clone())
 
 
+@in_full_precision
 def trapezoid_step(
     state: TrapezoidState,
     x: Tensor,
@@ -308,3 +316,7 @@ def _chunks(v: Tensor, c: int, groups: int) -> Tensor:
     if missing:
         v = F.pad(v, (0, 0, 0, 0, 0, missing))
     return rearrange(v, "b (z c) (g r) k -> (b z g) c (r k)", c=c, g=groups)
+
+
+SSD = Engines("ssd", reference=ssd_ref, torch=ssd)
+TRAPEZOID = Engines("trapezoid", reference=trapezoid_ref, torch=trapezoid)

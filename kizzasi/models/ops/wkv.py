@@ -23,11 +23,14 @@ from torch import Tensor
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 from kizzasi.models.ops.wkv7_wide import CHUNK_SIZE, chunks, joined, wkv7_wide
 
 WEAKEST = {torch.float32: -2.5, torch.float64: -20.0}  # log decays that `_WKV7` can divide by
 
 
+@in_full_precision
 def wkv7_ref(
     r: Tensor,
     w: Tensor,
@@ -70,6 +73,7 @@ def wkv7_ref(
     return torch.stack(ys, 1), s
 
 
+@in_full_precision
 def wkv7(
     r: Tensor,
     w: Tensor,
@@ -115,6 +119,7 @@ def _divides(w: Tensor) -> bool:
     return w.is_meta or (devices.answers(w) and bool(w.detach().amin() > WEAKEST[w.dtype]))
 
 
+@in_full_precision
 def wkv7_step(
     s: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -306,3 +311,6 @@ def _same_shape(*inputs: Tensor) -> tuple[Tensor, ...]:
     if len(set(shapes)) > 1:
         raise ShapeError(f"r, w, k, v, a, b must have one shape (b, t, h, n), got {shapes}")
     return inputs
+
+
+WKV7 = Engines("wkv7", reference=wkv7_ref, torch=wkv7)

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.precision import in_full_precision
 
 
 class WKV4State(NamedTuple):
@@ -37,6 +39,7 @@ class WKV4State(NamedTuple):
     max: Tensor
 
 
+@in_full_precision
 def wkv4_ref(
     w: Tensor,
     u: Tensor,
@@ -79,6 +82,7 @@ def wkv4_ref(
     return _read(WKV4State(num, den, top), u + k, v), state
 
 
+@in_full_precision
 def wkv4(
     w: Tensor,
     u: Tensor,
@@ -136,6 +140,7 @@ def _by_chunks(
     return y.flatten(1, 2)[:, :t], WKV4State(num, den, last)
 
 
+@in_full_precision
 def wkv4_step(
     state: WKV4State, w: Tensor, u: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, WKV4State]:
@@ -196,3 +201,6 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKV4State | None) 
         zeros = k.new_zeros(k.shape[0], k.shape[2])
         return WKV4State(zeros, zeros, zeros)
     return state
+
+
+WKV4 = Engines("wkv4", reference=wkv4_ref, torch=wkv4)

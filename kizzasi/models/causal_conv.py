@@ -10,15 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.ops.conv import (
-    causal_conv1d,
-    causal_conv1d_ref,
-    causal_conv1d_step,
-    last_inputs,
-)
+from kizzasi.models.ops.conv import CAUSAL_CONV1D, causal_conv1d_step, last_inputs
 
 
-class ShortConv(nn.Conv1d):
+class CausalConv(nn.Conv1d):
     """`causal_conv1d` with the parameters of an `nn.Conv1d` with one filter per channel.
 
     With a call: x (b, t, c) and the state (b, c, k - 1) before it, None for zeros, to y (b, t, c)
@@ -33,7 +28,7 @@ class ShortConv(nn.Conv1d):
         call: Call | None = None,
         *,
         silu: bool = False,
-        reference: bool = False,
+        engine: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         if call is None:
             return super().forward(x)
@@ -41,11 +36,11 @@ class ShortConv(nn.Conv1d):
         if call.step:
             assert state is not None, "a step continues a state"
             return causal_conv1d_step(x, weight, self.bias, state, silu=silu)
-        run = causal_conv1d_ref if reference else causal_conv1d
+        run = CAUSAL_CONV1D.pick(engine, x.device)
         return run(x, weight, self.bias, state, call.starts, silu=silu)
 
 
-def short_conv(
+def convolve(
     conv: nn.Module,
     k: int,
     x: Tensor,
@@ -53,15 +48,15 @@ def short_conv(
     call: Call,
     *,
     silu: bool = False,
-    reference: bool = False,
+    engine: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What `conv`, a `ShortConv` of length k or an adapter in its place, makes of x and the state.
+    """What `conv`, a `CausalConv` of length k or an adapter in its place, makes of x and the state.
 
     An adapter takes no state and knows no documents, and may mix channels: it is given them as one
     sequence, in which k - 1 zeros come before every document.
     """
-    if isinstance(conv, ShortConv):
-        return conv(x, state, call, silu=silu, reference=reference)
+    if isinstance(conv, CausalConv):
+        return conv(x, state, call, silu=silu, engine=engine)
     z = x.unsqueeze(1) if call.step else x
     (b, t, c), starts = z.shape, call.starts
     before = z.new_zeros(b, c, k - 1) if state is None else state.to(z.dtype)
