@@ -34,6 +34,22 @@ FORBIDDEN = {
         "kizzasi.cli",
     ),
     "kizzasi.models": ("kizzasi.train", "kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
+    # Search knows nothing of eml-core or of trees; trees know of neither.
+    "kizzasi.eml.search": (
+        "kizzasi.eml.core",
+        "kizzasi.eml.exact",
+        "kizzasi.train",
+        "kizzasi.nas",
+        "kizzasi.cli",
+    ),
+    "kizzasi.eml.core": ("kizzasi.eml.exact", "kizzasi.train", "kizzasi.nas", "kizzasi.cli"),
+    "kizzasi.eml.exact": (
+        "kizzasi.eml.core",
+        "kizzasi.eml.search",
+        "kizzasi.train",
+        "kizzasi.nas",
+        "kizzasi.cli",
+    ),
     "kizzasi.eml": ("kizzasi.train", "kizzasi.nas", "kizzasi.cli"),
     "kizzasi.train": ("kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
     "kizzasi.nas": ("kizzasi.eml", "kizzasi.cli"),

@@ -283,6 +283,12 @@ def test_the_budget_is_given_once(batch):
     assert found.evaluations == alone.evaluations == alone.asked == 400
     assert int(found.state.trial) == 399
     assert found.asked == 400 or batch != 1
+    cut, alone = (
+        minimize(objective, CoordinateDescent(900, batch=each), evaluations=150)
+        for each in (batch, 1)
+    )
+    assert cut.evaluations == alone.evaluations == 150
+    assert_close(cut.x, alone.x)
 
 
 def test_tell_leaves_its_arguments_alone():

@@ -27,10 +27,12 @@ from kizzasi.eml import (
     Spsa,
     ToyEmlAttention,
     TreeSearch,
+    compare_eml_vs_baseline,
     compile_expression,
     evaluate,
     minimize,
     output_rows,
+    run_benchmark_with_trials,
     search_tree,
     train_master_formula,
 )
@@ -225,3 +227,16 @@ def test_tasks_are_drawn_alike_on_every_device(place):
         for a, b in zip(drawn, again, strict=True):
             assert b.device.type == device.type
             assert_close(b.cpu(), a)
+
+
+@needs_cuda
+def test_the_benchmark_runs_on_cuda():
+    here, there = (run_benchmark_with_trials(8, 2, 4, 3, 60, device=d) for d in ("cpu", "cuda"))
+    assert there.phase2_final_mse == pytest.approx(here.phase2_final_mse, rel=1e-6)
+    assert there.phase3_inference_ns_p99 >= there.phase3_inference_ns_mean > 0
+    config = EndToEndTrainConfig(trials=60)
+    here, there = (
+        compare_eml_vs_baseline(4, 2, 2, 3, config, 1, device=d) for d in ("cpu", "cuda")
+    )
+    assert there.eml_final_mse == pytest.approx(here.eml_final_mse, rel=1e-6)
+    assert there.baseline_final_mse == pytest.approx(here.baseline_final_mse, rel=1e-6)

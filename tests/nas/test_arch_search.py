@@ -1,6 +1,7 @@
 """The seed's search: golden parity through the general searchers, formulas, bad input, speed."""
 
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, replace
@@ -109,6 +110,7 @@ def test_param_count_truncates_expand_factor(model_type, per_layer):
 
 def test_the_smallest_candidate_has_a_score():
     assert ArchCandidate(1, 1, 1, "mamba", 0.0, 0.0).proxy_score() == 0.0
+    assert ArchCandidate(64, 0, 2, "mamba", 1.0, 0.0).proxy_score() == -math.inf
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -146,7 +146,8 @@ class ArchCandidate:
 
         log2(capacity) / max(log2(param_count + 1), 1)
         """
-        capacity = math.log2(float(self.d_model) * self.d_state * self.n_layers)
+        product = float(self.d_model) * self.d_state * self.n_layers
+        capacity = math.log2(product) if product else -math.inf
         return capacity / max(math.log2(self.param_count() + 1.0), 1.0)
 
     @property
@@ -313,4 +314,6 @@ def proxy_scores(candidates: Sequence[ArchCandidate]) -> np.ndarray:
 
 
 def _log2(values: np.ndarray) -> np.ndarray:
-    return np.fromiter(map(math.log2, values.tolist()), np.float64, len(values))
+    none = values == 0
+    logs = map(math.log2, np.where(none, 1.0, values).tolist())
+    return np.where(none, -math.inf, np.fromiter(logs, np.float64, len(values)))
