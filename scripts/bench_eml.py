@@ -237,7 +237,7 @@ def recover(count: int, depths: list[int], lookups: int) -> None:
             if not equal(found.tree, tree):
                 missed.append(at)
         print(
-            f"{'search':10}depth {depth}: {count - len(missed)}/{count}  seconds of a core: median "
+            f"{'search':11}depth {depth}: {count - len(missed)}/{count}  seconds of a core: median "
             f"{statistics.median(seconds):.2f}, most {max(seconds):.1f}  missed {missed}",
             flush=True,
         )
@@ -256,7 +256,7 @@ def recover(count: int, depths: list[int], lookups: int) -> None:
                     missed.append(at)
             each = (time.process_time() - started) / count
             print(
-                f"{name:10}depth {depth}: {count - len(missed)}/{count}  seconds of a core: mean "
+                f"{name:11}depth {depth}: {count - len(missed)}/{count}  seconds of a core: mean "
                 f"{each:.2f}  missed {missed}",
                 flush=True,
             )
