@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from kizzasi.errors import StudyError
 from kizzasi.nas.report.pages import summarise
 from kizzasi.nas.results.finals import Final
-from kizzasi.nas.results.noise import t_975
+from kizzasi.nas.results.noise import t_quantile
 from kizzasi.nas.results.summary import Summary
 from kizzasi.nas.study.journal import read_events
 
@@ -97,7 +97,7 @@ def gap(a: Final, b: Final) -> dict[str, float]:
     gaps = [a.by_seed[seed] - b.by_seed[seed] for seed in a.by_seed if seed in b.by_seed]
     if len(gaps) < 2:
         raise StudyError("one seed has no interval; search with --final-seeds 2 or more")
-    half = t_975(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = t_quantile(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     mean = statistics.fmean(gaps)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 

@@ -112,7 +112,7 @@ def test_what_cannot_be_exported(run, tmp_path):
         export(half, tmp_path / "out")
     other = shutil.copytree(run, tmp_path / "other")
     build_model(SPEC.replace(d_model=24)).save_pretrained(other / "best", overwrite=True)
-    with pytest.raises(StudyError, match="not the architecture that the journal calls the winner"):
+    with pytest.raises(StudyError, match="not the architecture that the journal calls the best"):
         export(other, tmp_path / "out")
     for own in (run, run / "best"):
         with pytest.raises(StudyError, match="holds the run's own files"):

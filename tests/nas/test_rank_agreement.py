@@ -152,17 +152,17 @@ def test_an_idle_proxy_ties():
 
 
 def test_worth_without_enough_candidates_is_said_to_be_undefined():
-    report = proxy_worth([1, 2, 3, NAN], [1, 2, 3, 4], [5, 5, 5, 5], [1, 1, 0, 1], n_boot=50)
+    """Seven in perfect agreement are no certainty: 1.00 [1.00, 1.00] would be a false one."""
+    seven, eight = range(7), range(8)
+    report = proxy_worth([*seven, NAN], eight, eight, [1, 1, 0, 1, 1, 0, 1, 1], n_boot=50)
     assert report.n_dropped == 1
-    assert "Inside the parameter band the worth of the proxy is not defined (2" in report.verdict
-    assert "cannot be compared with parameter count only" in report.verdict
+    assert "Inside the parameter band the worth of the proxy is not defined (5" in report.verdict
+    assert "(7 candidates; it takes 8" in report.verdict
+    assert report.everywhere.proxy.spearman.value is None
+    report = proxy_worth([1] * 8, eight, [5] * 8, [1] * 8, n_boot=50)
     assert report.in_band.proxy.spearman.value is None
     assert report.everywhere.parameters.kendall_tau_b.value is None
-    empty = proxy_worth([], [], [], [], n_boot=50)
-    assert empty.verdict.count("not defined") == 2
-    constant = proxy_worth([1, 1, 1], [1, 2, 3], [1, 2, 3], [1, 1, 1], n_boot=50)
-    assert constant.verdict.count("not defined") == 2
-    assert constant.in_band.parameters.spearman.value == 1.0
+    assert proxy_worth(eight, eight, eight, [1] * 8, n_boot=50).in_band.proxy.spearman.value == 1
 
 
 def test_a_report_is_plain_data_and_repeats_with_its_seed():

@@ -44,6 +44,7 @@ class MicroTrain:
         trained = training.tokens - before
         if job.checkpoint is not None and failure is None and trained:
             training.save(job.checkpoint)
+        values = training.values("test").values if job.split == "test" and not failure else None
         return Measurement(
             score=None if failure else training.score(job.split),
             spent=training.tokens,
@@ -51,6 +52,7 @@ class MicroTrain:
             per_second=trained / seconds if trained else None,
             curve=tuple(training.curve),
             failure=failure,
+            values=None if values is None else tuple(values.tolist()),
         )
 
     def training(self, job: Job) -> Training:

@@ -54,15 +54,16 @@ def export(run: Path, out: Path) -> Path:
         CheckpointError: the saved weights are damaged, or `out` cannot be written.
     """
     summary = summarise(read_events(run / "journal.jsonl"))
-    if not summary.finished or summary.winner is None:
+    best = summary.saved or summary.winner
+    if not summary.finished or best is None:
         raise StudyError(f"{run}: has no winner yet; finish the search with --resume, then export")
     if out.resolve() in (run.resolve(), (run / "best").resolve()):
         raise StudyError(f"{out}: holds the run's own files; export into another folder")
     model = load(run / "best")
-    if model.spec.to_dict() != summary.winner.entry["spec"]:
+    if model.spec.to_dict() != best.entry["spec"]:
         raise StudyError(
-            f"{run / 'best'}: not the architecture that the journal calls the winner, "
-            f"{summary.winner.entry['name']}; delete the folder's copy or restore the original"
+            f"{run / 'best'}: not the architecture that the journal calls the best, "
+            f"{best.entry['name']}; delete the folder's copy or restore the original"
         )
     model.save_pretrained(out, overwrite=True)
     model.spec.to_file(out / "spec.yaml")

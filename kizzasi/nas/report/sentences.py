@@ -20,6 +20,7 @@ def findings(summary: Summary) -> list[str]:
         _refused,
         _screened,
         _duel,
+        _decided_on,
         _ties,
         _at_equal_params,
         _at_equal_time,
@@ -39,8 +40,11 @@ def findings(summary: Summary) -> list[str]:
 def _progress(summary: Summary) -> str:
     state = "complete" if summary.finished else "not complete; --resume continues one that stopped"
     failed = len(summary.failures)
+    first = ""
+    if summary.saved and summary.saved.entry["group"] == "preset":
+        first = f"A preset is best, {summary.saved.entry['name']}: no searched model beats it. "
     return (
-        f"The search is {state}: {len(summary.standings)} candidates, "
+        f"{first}The search is {state}: {len(summary.standings)} candidates, "
         f"{len(summary.trials)} trials, {failed or 'none'} of them failed."
     )
 
@@ -95,6 +99,18 @@ def _outcome(winner: Final, preset: Final, noise: Noise | None, unit: str) -> st
     return (
         f"The winner {verb} the preset by {abs(gap):.3f} {unit}, more than the noise floor "
         f"of {noise}"
+    )
+
+
+def _decided_on(summary: Summary) -> str:
+    """Which data the scores are on."""
+    if not any(final.scores for final in summary.finals):
+        return ""
+    if any(final.tests for final in summary.finals):
+        return "Final scores are on test data, which decided nothing and were read once."
+    return (
+        "Final scores are on the data that also chose architecture and settings, and so a little "
+        "better than on data that nobody has looked at."
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from kizzasi.nas.results.finals import Event, Final
-from kizzasi.nas.results.noise import noise_of, t_975
+from kizzasi.nas.results.noise import noise_of, t_quantile
 
 CLOSE = 0.02  # sizes that differ by less are compared as they are
 DISTURBED = 1.2  # seeds of one training that differ more in speed: the machine was busy
@@ -145,7 +145,9 @@ def _read(final: Final, tokens: int) -> tuple[float | None, float]:
     x, y = list(points), list(points.values())
     b, a = statistics.linear_regression(x, y)
     squares = math.fsum((v - a - b * u) ** 2 for u, v in zip(x, y, strict=True))
-    error = t_975(freedom) * math.sqrt(squares / freedom / (statistics.pvariance(x) * len(x)))
+    error = t_quantile(0.975, freedom) * math.sqrt(
+        squares / freedom / (statistics.pvariance(x) * len(x))
+    )
     doublings = math.log2(final.tokens / tokens)
     return final.mean - b * doublings, error * doublings
 

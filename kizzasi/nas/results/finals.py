@@ -46,6 +46,14 @@ class Final:
         return _by_seed(self.tests or self.trials)
 
     @property
+    def windows(self) -> list[float] | None:
+        """The mean over the seeds of every test window's score, if all seeds have them."""
+        columns = [t.get("values") for t in self.tests]
+        if not columns or not all(columns):
+            return None
+        return [statistics.fmean(window) for window in zip(*columns, strict=True)]
+
+    @property
     def on_valid(self) -> Final:
         """The same with the scores on valid, which decided."""
         return Final(self.entry, self.trials)

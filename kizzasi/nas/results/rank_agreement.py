@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 
 from kizzasi.errors import ShapeError, SpecError
 
-MIN_CANDIDATES = 3
+MIN_PAIRS = 3  # for a value
+MIN_CANDIDATES = 8  # for an interval: fewer would make it a false certainty
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
@@ -298,7 +299,7 @@ def _point(x: ArrayLike, y: ArrayLike, k: int) -> list[float | None]:
     scores = _columns(x=x, y=y)
     _require_positive(k=k)
     n = scores.shape[1]
-    if n < MIN_CANDIDATES or np.isnan(scores).any():
+    if n < MIN_PAIRS or np.isnan(scores).any():
         return [None, None, None]
     statistics = _statistics(_signs(scores[0]), _signs(scores[1]), np.ones((1, n)), k)
     return [None if np.isnan(value) else float(value) for value in statistics[:, 0]]

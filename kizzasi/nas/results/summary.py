@@ -19,7 +19,7 @@ from functools import lru_cache
 from kizzasi.nas.results.equal_terms import Sized, sized
 from kizzasi.nas.results.finals import APART, Event, Final, falling, finalists, twins
 from kizzasi.nas.results.noise import Noise, noise_of
-from kizzasi.nas.results.rank_agreement import ProxyWorth, proxy_worth
+from kizzasi.nas.results.rank_agreement import MIN_CANDIDATES, ProxyWorth, proxy_worth
 from kizzasi.train.task import Metric
 
 NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
@@ -324,6 +324,9 @@ def _worths(standings: Sequence[Standing]) -> dict[str, ProxyWorth]:
     Presets have no analytic score and stay out of all; a failed trial is worse than every other.
     """
     tried = [s for s in standings if s.entry["group"] != "preset" and s.tried("0")]
+    unchosen = [s for s in tried if s.entry["group"] in ("random", "outside")]
+    if sum(s.entry["group"] == "random" for s in unchosen) >= MIN_CANDIDATES:
+        tried = unchosen  # neither a proxy nor scores have chosen them
     names = dict.fromkeys(name for s in tried for name in proxies_of(s.entry))
     return {name: _worth(tried, name) for name in names}
 
