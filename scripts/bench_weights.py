@@ -60,7 +60,7 @@ def check(models: dict[str, SequenceModel], other: Any, prompt: Tensor) -> dict[
         for name, model in models.items():
             state, rows = model.init_state(1), []
             for i in range(prompt.shape[1]):
-                logits, state, _ = model.step(prompt[:, i], state)
+                logits, state, *_ = model.step(prompt[:, i], state)
                 rows.append(logits)
             q = torch.stack(rows, 1).float().log_softmax(-1)
             worst[f"nats {name}"] = (p.exp() * (p - q)).sum(-1).mean().item()
@@ -72,11 +72,11 @@ def check(models: dict[str, SequenceModel], other: Any, prompt: Tensor) -> dict[
 def decode(model: SequenceModel, prompt: Tensor, n: int) -> float:
     """Seconds for n steps after the prompt."""
     with torch.inference_mode():
-        logits, state, _ = model(prompt)
+        logits, state, *_ = model(prompt)
         token = logits[:, -1].argmax(-1)
         start = time.perf_counter()
         for _ in range(n):
-            logits, state, _ = model.step(token, state)
+            logits, state, *_ = model.step(token, state)
             token = logits.argmax(-1)
         return time.perf_counter() - start
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kizzasi.errors import SpecError
+from kizzasi.models.heads import Head
 from kizzasi.models.mixer import Mixer, ParamRule
 from kizzasi.models.norm import HeadNorm, Norm, original_name
 from kizzasi.models.stems import Stem
@@ -104,7 +105,7 @@ def _treatments(module: nn.Module) -> dict[str, Treatment]:
             decays = parameter.ndim >= 2 and role != "gain"
             found.setdefault(id(parameter), Treatment(role, ParamRule(decay=decays)))
     for part in module.modules():  # those of outer modules first: inner ones have the last word
-        if isinstance(part, Stem):
+        if isinstance(part, (Stem, Head)):
             for name, parameter in part.named_parameters():
                 role = part.roles.get(name)
                 if role is not None:

@@ -8,15 +8,20 @@ targets may be NaN or infinite, and neither the loss nor a gradient sees them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.precision import full_precision
 
 IGNORED = -100
+CHUNK_ELEMENTS = 2**24
 
 
 def mean_loss(
@@ -35,18 +40,85 @@ def mean_loss(
     Raises:
         ShapeError: targets or mask do not fit, or an id is outside the vocabulary.
     """
+    _check_shapes(logits.shape, targets, mask)
+    each, weight = _each(logits, targets, mask, ignore_index)
+    if weight is None:
+        return each.mean()
+    total = weight.sum()
+    return (each * weight).sum() / torch.where(total > 0, total, 1.0)
+
+
+def mean_loss_in_chunks(
+    head: Callable[[Tensor], Tensor],
+    width: int,
+    x: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    chunk: int | None = None,
+) -> Tensor:
+    """`mean_loss(head(x), targets, mask)` with the logits of some tokens at a time.
+
+    Backward computes them again: about a third more work in the head, and no logits in memory.
+
+    Args:
+        head: features (..., d) to logits (..., v); hooks, adapters and sharding act in it.
+        width: v.
+        x: (b, t, d). Where nothing counts it may hold anything.
+        chunk: tokens at a time; None means so many that their logits are CHUNK_ELEMENTS, which is
+            all of them where the vocabulary is small.
+    """
+    v = head(x[:1, :1]).shape[-1] if chunk is None else 1
+    step = max(1, CHUNK_ELEMENTS // v) if chunk is None else chunk
+    _check_shapes(
+        (*x.shape[:-1], targets.shape[-1] if targets.is_floating_point() else 1), targets, mask
+    )
+    n = x.shape[:-1].numel()
+    if mask is None:
+        mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    mask = _spread(mask, x.shape[:-1])
+    counts = mask != 0
+    if not targets.is_floating_point():
+        counts = counts & (targets != ignore_index)
+    x = torch.where(counts.unsqueeze(-1), x, 0.0)  # or NaN would reach the head's gradient
+
+    def some(x: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        each, weight = _each(head(x), targets, mask, ignore_index)
+        assert weight is not None
+        return (each * weight).sum(), weight.sum()
+
+    flat = x.flatten(0, -2), targets.flatten(0, x.ndim - 2), mask.flatten()
+    if step >= n:
+        total, weight = some(*flat)
+    else:
+        keep = partial(checkpoint, use_reentrant=False) if torch.is_grad_enabled() else None
+        run = some if keep is None else partial(keep, some)
+        parts = [run(*piece) for piece in zip(*(f.split(step) for f in flat), strict=True)]
+        total, weight = (torch.stack(column).sum() for column in zip(*parts, strict=True))
+    return total / torch.where(weight > 0, weight, 1.0)
+
+
+def _check_shapes(shape: Sequence[int], targets: Tensor, mask: Tensor | None) -> None:
+    """shape: (..., v) of the predictions."""
     frames = targets.is_floating_point()
-    wanted = logits.shape if frames else logits.shape[:-1]
-    if targets.shape != wanted or targets.dtype == torch.bool or targets.is_complex():
+    wanted = tuple(shape if frames else shape[:-1])
+    if tuple(targets.shape) != wanted or targets.dtype == torch.bool or targets.is_complex():
         raise ShapeError(
-            f"targets: expected {'frames' if frames else 'ids'} {tuple(wanted)}, got "
-            f"{tuple(targets.shape)} {targets.dtype}; the predictions are {tuple(logits.shape)}"
+            f"targets: expected {'frames' if frames else 'ids'} {wanted}, got "
+            f"{tuple(targets.shape)} {targets.dtype}; the predictions are {tuple(shape)}"
         )
     if mask is not None:
-        mask = _spread(mask, logits.shape[:-1])
+        _spread(mask, torch.Size(shape[:-1]))
+
+
+def _each(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of every position, and its weight in the mean; None if all weigh the same."""
+    mask = None if mask is None else _spread(mask, logits.shape[:-1])
     counts = None if mask is None else mask != 0
     logits = full_precision(logits)
-    if frames:
+    if targets.is_floating_point():
         miss = logits - targets
         if counts is not None:
             miss = torch.where(counts[..., None], miss, 0.0)
@@ -54,11 +126,9 @@ def mean_loss(
     else:
         each, counts = _cross_entropy(logits, targets.long(), counts, ignore_index)
     if counts is None:
-        return each.mean()
+        return each, None
     weight = counts if mask is None or mask.dtype == torch.bool else counts * mask
-    weight = weight.to(each.dtype)
-    total = weight.sum()
-    return (each * weight).sum() / torch.where(total > 0, total, 1.0)
+    return each, weight.to(each.dtype)
 
 
 def _cross_entropy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from kizzasi.models.call import Call
 from kizzasi.models.decoding.generate import generate
 from kizzasi.models.decoding.streaming import forecast
 from kizzasi.models.groups import parameter_groups
+from kizzasi.models.heads import Own, refuse_pooled
 from kizzasi.models.init import Ready
-from kizzasi.models.loss import IGNORED, mean_loss
+from kizzasi.models.loss import IGNORED, mean_loss, mean_loss_in_chunks
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import eager
@@ -30,6 +31,7 @@ from kizzasi.models.state import (
     ModelState,
     require_own,
 )
+from kizzasi.models.strict import unknown_name
 from kizzasi.models.through import through
 
 
@@ -39,27 +41,43 @@ class ModelOutput(NamedTuple):
     logits  (b, t, v) from forward, (b, v) from step; predicted frames for a signal stem.
     state   the state after the last token: pass it to the next call to continue.
     aux     auxiliary losses by name (a mixture's balance loss), already weighted.
+    heads   outputs of every head by name, if the spec names heads; `logits` are the first's.
     """
 
     logits: Tensor
     state: ModelState
     aux: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor] = {}  # read-only
 
     def loss(
-        self, targets: Tensor, mask: Tensor | None = None, *, ignore_index: int = IGNORED
+        self,
+        targets: Tensor | Mapping[str, Tensor],
+        mask: Tensor | None = None,
+        *,
+        ignore_index: int = IGNORED,
     ) -> Tensor:
         """Mean loss over the positions that count, plus every auxiliary loss.
 
         Args:
-            targets: ids (b, t) for cross entropy in nats, or frames like logits for squared error.
+            targets: ids (b, t) for cross entropy in nats, or frames like logits for squared error;
+                of several heads by name, whose losses are added.
             mask: (b, t) bool, which positions count, or their weights; None means all.
             ignore_index: the id of labels that do not count.
 
         Raises:
             ShapeError: targets or mask do not fit, or an id is outside the vocabulary.
         """
-        mean = mean_loss(self.logits, targets, mask, ignore_index)
-        return mean + sum(self.aux.values())
+        if isinstance(targets, Tensor):
+            mean = mean_loss(self.logits, targets, mask, ignore_index)
+            return mean + sum(self.aux.values())
+        unknown = [name for name in targets if name not in self.heads]
+        if unknown or not targets:
+            wrong = f"{unknown[0]!r} {unknown_name(unknown[0], self.heads)}" if unknown else "empty"
+            raise ShapeError(f"targets: {wrong}; give some of the heads {sorted(self.heads)}")
+        losses = [
+            mean_loss(self.heads[name], each, mask, ignore_index) for name, each in targets.items()
+        ]
+        return torch.stack(losses).sum() + sum(self.aux.values())
 
 
 class SequenceModel(nn.Module, metaclass=Ready):
@@ -84,13 +102,15 @@ class SequenceModel(nn.Module, metaclass=Ready):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec, self._causal, self._digest = spec, spec.causal, spec.digest
-        self.stem = spec.stem.build(spec.d_model, spec.tie_head)
+        self.stem = spec.stem.build(spec.d_model, spec.tie_head, spec.own_head)
         self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
         self.blocks = nn.ModuleList(
             Block(block, spec.layer_context(i), spec.norm_eps, spec.dropout)
             for i, block in enumerate(spec.blocks)
         )
         self.norm = Norm(spec.norm, spec.d_model, spec.norm_eps)
+        made = {head.name: head.build(spec.d_model) for head in spec.heads}
+        self.heads = nn.ModuleDict({n: head for n, head in made.items() if head is not None})
 
     @classmethod
     def admit(cls, spec: ModelSpec) -> None:
@@ -101,13 +121,16 @@ class SequenceModel(nn.Module, metaclass=Ready):
 
     def forward(
         self,
-        inputs: Tensor,
+        inputs: Tensor | None = None,
         state: ModelState | None = None,
         *,
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         last_only: bool = False,
         step: bool = False,
+        inputs_embeds: Tensor | None = None,
+        read: Callable[[Tensor], Tensor] | None = None,
+        n_blocks: int | None = None,
     ) -> ModelOutput:
         """Parallel form, or with `step` the recurrent one.
 
@@ -120,34 +143,111 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 padding mean nothing.
             last_only: make logits (b, 1, v) of the last token alone: all that a prompt is for.
             step: one token per row, and neither segment_ids nor mask.
+            inputs_embeds: (b, t, d) in place of the inputs' embeddings; (b, d) in a step.
+            read: what to make of the normed features (b, t, d) in place of logits.
+            n_blocks: run the first so many blocks alone, and give `read` what comes out of them, as
+                it is; the state is of no use then. None means all.
 
         Raises:
             ShapeError: inputs, segment_ids or mask do not fit, or a document is longer than the
                 positions that the stem knows.
-            SpecError: a state was given to a model that is not causal, or a step asked of it.
+            StateError: the state is of another model.
+            SpecError: a state was given to a model that is not causal, or a step asked of it, or of
+                a head that reads whole sequences.
         """
         if step or state is not None:
             self.require_causal("step" if step else "a carried state")
-        self.stem.check(inputs, time=not step)
+        given = self._check_inputs(inputs, inputs_embeds, time=not step)
+        if self.spec.heads and read is None:
+            refuse_pooled(self.spec.heads, state is not None, segment_ids is not None)
         if state is not None:
             start = partial(self._state, 1, torch.device("meta"), None)
-            require_own(state, self._digest, len(inputs), start)
-        x, after, aux, sick = through(
-            self._body,
-            inputs,
-            state,
-            segment_ids,
-            mask,
-            causal=self._causal,
-            digest=self._digest,
-            step=step,
+            require_own(state, self._digest, len(given), start)
+        body = partial(self._body, embedded=inputs is None, n_blocks=n_blocks)
+        about = {"causal": self._causal, "digest": self._digest, "step": step}
+        x, after, aux, sick = through(body, given, state, segment_ids, mask, **about)
+        if n_blocks is None:
+            x = self.norm(x)
+        if read is not None:
+            x = x if sick is None else x.masked_fill(sick.unsqueeze(-1), torch.nan)
+            return ModelOutput(read(x), after, aux)
+        outputs = self._read_heads(x, mask, sick, last_only and not step)
+        return ModelOutput(
+            next(iter(outputs.values())), after, aux, outputs if self.spec.heads else {}
         )
-        if last_only and not step:
-            x, sick = x[:, -1:], None if sick is None else sick[:, -1:]
-        logits = self.stem.head(self.norm(x))
-        if sick is not None:
-            logits = logits.masked_fill(sick.unsqueeze(-1), torch.nan)
-        return ModelOutput(logits, after, aux)
+
+    def _read_heads(
+        self, x: Tensor, mask: Tensor | None, sick: Tensor | None, last_only: bool
+    ) -> dict[str, Tensor]:
+        """The outputs of all heads by name, NaN where the input was not finite."""
+        outputs: dict[str, Tensor] = {}
+        ends, ill = (x[:, -1:], sick if sick is None else sick[:, -1:]) if last_only else (x, sick)
+        for spec in self.spec.heads or (Own(),):
+            own = isinstance(spec, Own)
+            features = ends if spec.pool is None else x
+            out = self.stem.head(features) if own else self.heads[spec.name](features, mask)
+            if sick is not None and ill is not None:
+                rows = {None: ill, "last": sick[:, -1], "mean": sick.any(1)}[spec.pool]
+                out = out.masked_fill(rows.unsqueeze(-1), torch.nan)
+            outputs[spec.name] = out
+        return outputs
+
+    def hidden(
+        self,
+        inputs: Tensor | None = None,
+        state: ModelState | None = None,
+        *,
+        layer: int | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """Features (b, t, d): what the head reads, or what a layer puts out.
+
+        Args:
+            inputs, state, call: as for `forward`: segment_ids, mask, inputs_embeds.
+            layer: 0 is the embeddings, k the residual stream after k blocks, without the final
+                norm; None is what the head reads: after all blocks and the final norm.
+
+        Raises:
+            ShapeError: there is no such layer; else as `forward`.
+        """
+        depth = len(self.blocks)
+        if layer is not None and not 0 <= layer <= depth:
+            raise ShapeError(f"layer: {layer} is outside 0 (embeddings) to {depth} (all blocks)")
+        return self(inputs, state, read=nn.Identity(), n_blocks=layer, **call).logits
+
+    def loss(
+        self,
+        inputs: Tensor | None,
+        targets: Tensor,
+        *,
+        counts: Tensor | None = None,
+        ignore_index: int = IGNORED,
+        mask: Tensor | None = None,
+        **call: Any,
+    ) -> Tensor:
+        """`model(inputs).loss(targets)` without ever holding all logits: some tokens at a time, and
+        again in backward. The same loss and gradients, in a fraction of the memory where the
+        vocabulary is large; where it is small, all tokens at once.
+
+        Args:
+            inputs, mask, call: as for `forward`: state, segment_ids, inputs_embeds.
+            targets: ids or frames, of the stem's own head.
+            counts: (b, t) bool, which count, or their weights; None means all but padding.
+            ignore_index: the id of labels that do not count.
+
+        Raises as `forward` and `ModelOutput.loss` do, SpecError if the first head is not the own.
+        """
+        if self.spec.heads and not isinstance(self.spec.heads[0], Own):
+            raise SpecError("heads[0]: not the stem's own; use model(inputs).loss(targets)")
+        if mask is not None:
+            counts = mask.bool() if counts is None else counts * mask.bool()
+
+        def read(x: Tensor) -> Tensor:
+            head, width = self.stem.head, self.stem.n_out
+            return mean_loss_in_chunks(head, width, x, targets, counts, ignore_index)
+
+        out = self(inputs, mask=mask, read=read, **call)
+        return out.logits + sum(out.aux.values())
 
     def step(self, inputs: Tensor, state: ModelState) -> ModelOutput:
         """Recurrent form: one token (b,) or frame (b, n_in). Equals forward on one time step.
@@ -157,17 +257,24 @@ class SequenceModel(nn.Module, metaclass=Ready):
         return self(inputs, state, step=True)
 
     def _body(
-        self, inputs: Tensor, position: Tensor, before: Sequence[Any] | None, call: Call
+        self,
+        inputs: Tensor,
+        position: Tensor,
+        before: Sequence[Any] | None,
+        call: Call,
+        *,
+        embedded: bool,
+        n_blocks: int | None,
     ) -> tuple[Tensor, tuple[BlockState, ...], Mapping[str, Tensor]]:
         """The residual stream after all blocks, their states, and their losses."""
         if before is not None or call.shape[1] > (self.stem.max_positions or call.shape[1]):
             self._check_positions(position)
-        x = self._embed(inputs, position)
+        x = self._embed(inputs, position, embedded)
         aux: Mapping[str, Tensor] = {}
         states: list[BlockState] = []
         memories = [None] * len(self.blocks) if before is None else before
         recompute = self.recompute and not call.step and torch.is_grad_enabled()
-        for block, memory in zip(self.blocks, memories, strict=True):
+        for block, memory in list(zip(self.blocks, memories, strict=True))[:n_blocks]:
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             out = run(x, memory, call=call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
@@ -197,6 +304,8 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 norm.reset_parameters()
         for block in self.blocks:
             block.reset_parameters(len(self.blocks), generator)  # pyright: ignore[reportCallIssue]
+        for head in self.heads.values():
+            head.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups by each mixer's own rules; see `kizzasi.models.parameter_groups`."""
@@ -243,8 +352,26 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"{wish}; pass whole sequences to forward, or choose a causal part"
             )
 
-    def _embed(self, inputs: Tensor, position: Tensor) -> Tensor:
-        x = self.stem.embed(inputs, position)
+    def _check_inputs(self, inputs: Tensor | None, embeds: Tensor | None, *, time: bool) -> Tensor:
+        """What is given of the two, once it fits."""
+        if (inputs is None) == (embeds is None):
+            raise ShapeError("inputs: give either inputs or inputs_embeds")
+        if embeds is None:
+            self.stem.check(inputs, time=time)  # pyright: ignore[reportArgumentType]
+            return inputs  # pyright: ignore[reportReturnType]
+        d = self.spec.d_model
+        if embeds.ndim != 2 + time or embeds.shape[-1] != d or not embeds.is_floating_point():
+            wanted = f"(b, t, {d})" if time else f"(b, {d})"
+            given = f"{tuple(embeds.shape)} {embeds.dtype}"
+            raise ShapeError(f"inputs_embeds: expected {wanted} of a floating dtype, got {given}")
+        return embeds
+
+    def _embed(self, inputs: Tensor, position: Tensor, embedded: bool) -> Tensor:
+        if embedded:
+            inputs = torch.where(position[..., None] < 0, 0.0, inputs)
+            x = self.stem.placed(inputs, position)
+        else:
+            x = self.stem.embed(inputs, position)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def _check_positions(self, position: Tensor) -> None:

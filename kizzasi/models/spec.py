@@ -16,10 +16,11 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models.cost import Cost, norm
+from kizzasi.models.heads import HeadSpec, Own
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
 from kizzasi.models.norm import NormKind
 from kizzasi.models.stems import StemSpec
-from kizzasi.models.strict import Strict, coerce, join, require
+from kizzasi.models.strict import Strict, added, coerce, join, require
 
 MAX_FILE_BYTES = 16 * 2**20
 
@@ -56,6 +57,8 @@ class ModelSpec(Strict):
         embed_norm: normalise the embeddings too (RWKV's ln0).
         tie_head: the head is the embedding transposed (tokens only).
         dropout: probability, on each residual branch, in training.
+        heads: what is read from the features, first the one that `ModelOutput.logits` holds; ()
+            is the stem's own head alone.
     """
 
     d_model: int
@@ -66,6 +69,7 @@ class ModelSpec(Strict):
     embed_norm: bool = False
     tie_head: bool = False
     dropout: float = 0.0
+    heads: tuple[HeadSpec, ...] = added(())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], path: str = "") -> ModelSpec:
@@ -126,12 +130,31 @@ class ModelSpec(Strict):
         require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         self.stem.check("stem", self.tie_head)
+        self._check_heads()
         for i, block in enumerate(self.blocks):
             block.check(self.d_model, f"blocks[{i}]")
 
+    @property
+    def own_head(self) -> bool:
+        """Whether the stem's own head is among those that are read."""
+        return not self.heads or any(isinstance(head, Own) for head in self.heads)
+
+    def _check_heads(self) -> None:
+        names = [head.name for head in self.heads]
+        for i, head in enumerate(self.heads):
+            path = f"heads[{i}]"
+            head.check(path)
+            fits = head.name.isidentifier() and names.index(head.name) == i
+            rule = f"{head.name!r} must be a word, and name one head alone"
+            require(fits, f"{path}.name", rule)
+        rule = "no head is the stem's own, which alone can be tied; set it to false"
+        require(self.own_head or not self.tie_head, "tie_head", rule)
+
     def cost(self, seq_len: int, batch: int = 1) -> Cost:
         """Analytic cost of one forward pass over (batch, seq_len) inputs; see `Cost`."""
-        total = self.stem.cost(self.d_model, self.tie_head, seq_len * batch)
+        total = self.stem.cost(self.d_model, self.tie_head, seq_len * batch, self.own_head)
+        for head in self.heads:
+            total += head.cost(self.d_model, seq_len, batch)
         total += norm(self.norm, self.d_model)
         if self.embed_norm:
             total += norm(self.norm, self.d_model)

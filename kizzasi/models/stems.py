@@ -26,9 +26,11 @@ EMBEDDING_STD = 0.02
 class Stem(nn.Module, ABC):
     """Both ends of a model: `embed` and `head`.
 
+    n_out: width of what `head` returns.
     max_positions: how many positions of a document `embed` knows; None if it reads none.
     """
 
+    n_out: int
     max_positions: int | None = None
     roles: ClassVar[Mapping[str, Literal["embedding", "head"]]] = {}  # of parameters, by name
 
@@ -39,6 +41,10 @@ class Stem(nn.Module, ABC):
     @abstractmethod
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         """Inputs to (..., d). position: (...) int64, from 0 in every document, -1 at padding."""
+
+    def placed(self, x: Tensor, position: Tensor) -> Tensor:
+        """Embeddings (..., d) that were made elsewhere, with what `embed` adds for positions."""
+        return x
 
     @abstractmethod
     def head(self, x: Tensor) -> Tensor:
@@ -58,10 +64,11 @@ class StemSpec(Registered):
         """Raise SpecError for every rule that the fields break."""
 
     @abstractmethod
-    def build(self, d_model: int, tie_head: bool) -> Stem: ...
+    def build(self, d_model: int, tie_head: bool, head: bool = True) -> Stem:
+        """The modules; without `head` there is no way out."""
 
     @abstractmethod
-    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int, head: bool = True) -> Cost:
         """What both ends cost for n_tokens inputs."""
 
 
@@ -85,12 +92,15 @@ class Tokens(StemSpec):
         if self.max_positions is not None:
             self.require_positive(path, "max_positions")
 
-    def build(self, d_model: int, tie_head: bool) -> Stem:
-        return TokenStem(self, d_model, tie_head)
+    def build(self, d_model: int, tie_head: bool, head: bool = True) -> Stem:
+        return TokenStem(self, d_model, tie_head or not head)
 
-    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
-        tables = (0 if tie_head else self.vocab_size) + (self.max_positions or 0)
-        return dense(tables * d_model) + linear(n_tokens, d_model, self.vocab_size)
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int, head: bool = True) -> Cost:
+        positions = dense((self.max_positions or 0) * d_model)
+        if not head:
+            return positions + dense(self.vocab_size * d_model)
+        table = dense(0 if tie_head else self.vocab_size * d_model)
+        return positions + table + linear(n_tokens, d_model, self.vocab_size)
 
 
 @register
@@ -106,12 +116,12 @@ class Signal(StemSpec):
         self.require_positive(path, "n_in", "n_out")
         require(not tie_head, "tie_head", "a signal stem has no embedding to tie; set it to false")
 
-    def build(self, d_model: int, tie_head: bool) -> Stem:
-        return SignalStem(self.n_in, self.n_out, d_model)
+    def build(self, d_model: int, tie_head: bool, head: bool = True) -> Stem:
+        return SignalStem(self.n_in, self.n_out if head else None, d_model)
 
-    def cost(self, d_model: int, tie_head: bool, n_tokens: int) -> Cost:
+    def cost(self, d_model: int, tie_head: bool, n_tokens: int, head: bool = True) -> Cost:
         enter = linear(n_tokens, self.n_in, d_model, bias=True)
-        return enter + linear(n_tokens, d_model, self.n_out, bias=True)
+        return enter if not head else enter + linear(n_tokens, d_model, self.n_out, bias=True)
 
 
 class TokenStem(Stem):
@@ -119,7 +129,8 @@ class TokenStem(Stem):
 
     def __init__(self, spec: Tokens, d_model: int, tie_head: bool) -> None:
         super().__init__()
-        self.vocab_size, self.max_positions = spec.vocab_size, spec.max_positions
+        self.vocab_size = self.n_out = spec.vocab_size
+        self.max_positions = spec.max_positions
         self.embedding = nn.Embedding(spec.vocab_size, d_model)
         self.position_embedding = (
             None if spec.max_positions is None else nn.Embedding(spec.max_positions, d_model)
@@ -150,7 +161,9 @@ class TokenStem(Stem):
     def embed(self, inputs: Tensor, position: Tensor) -> Tensor:
         # torch.embedding reads int32 and int64 alone; bytes come as uint8, memory maps as uint16.
         narrow = inputs.dtype not in (torch.int32, torch.int64)
-        x = self.embedding(inputs.long() if narrow else inputs)
+        return self.placed(self.embedding(inputs.long() if narrow else inputs), position)
+
+    def placed(self, x: Tensor, position: Tensor) -> Tensor:
         if self.position_embedding is None:
             return x
         return x + self.position_embedding(position.clamp(min=0))
@@ -175,11 +188,11 @@ class TokenStem(Stem):
 class SignalStem(Stem):
     roles = {"in_proj.weight": "embedding", "out_proj.weight": "head"}  # noqa: RUF012
 
-    def __init__(self, n_in: int, n_out: int, d_model: int) -> None:
+    def __init__(self, n_in: int, n_out: int | None, d_model: int) -> None:
         super().__init__()
-        self.n_in = n_in
+        self.n_in, self.n_out = n_in, n_out or 0
         self.in_proj = nn.Linear(n_in, d_model)
-        self.out_proj = nn.Linear(d_model, n_out)
+        self.out_proj = None if n_out is None else nn.Linear(d_model, n_out)
 
     def check(self, inputs: Tensor, *, time: bool) -> None:
         wanted = f"(b, t, {self.n_in})" if time else f"(b, {self.n_in})"
@@ -196,11 +209,13 @@ class SignalStem(Stem):
         return self.in_proj(frames.to(next(self.in_proj.parameters()).dtype))
 
     def head(self, x: Tensor) -> Tensor:
+        assert self.out_proj is not None, "built without a head"
         return self.out_proj(x)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         linear_(self.in_proj, generator)
-        linear_(self.out_proj, generator)
+        if self.out_proj is not None:
+            linear_(self.out_proj, generator)
 
 
 def _no_tensor(value: object) -> str:

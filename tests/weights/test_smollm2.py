@@ -51,7 +51,7 @@ def ids(tokenizer):
 def stepped(model, ids):
     state, rows = model.init_state(1), []
     for i in range(ids.shape[1]):
-        logits, state, _ = model.step(ids[:, i], state)
+        logits, state, *_ = model.step(ids[:, i], state)
         rows.append(logits)
     return torch.stack(rows, 1)
 

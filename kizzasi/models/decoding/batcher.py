@@ -203,7 +203,7 @@ class Batcher:
         """Logits (b, v) after each row's last token."""
         if self._state is None or self._ids is None:
             return None
-        logits, self._state, _ = self.model.step(self._ids, self._state)
+        logits, self._state, *_ = self.model.step(self._ids, self._state)
         return logits
 
     def _admit(self, logits: Tensor | None) -> Tensor | None:

@@ -75,7 +75,7 @@ def search_beams(run: Run, n_beams: int, length_penalty: float) -> Decoded:
         ]
         rows, chosen = rows.to(device), chosen.to(device)
         seen = seen.gather(rows).add(chosen)
-        logits, state, _ = run.step(chosen, state.gather(rows))
+        logits, state, *_ = run.step(chosen, state.gather(rows))
     for prompt, hypotheses in enumerate(finished):
         if not hypotheses.best:
             raise GenerateError(f"row {prompt}: `process` forbids every token of every beam")

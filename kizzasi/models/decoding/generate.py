@@ -212,7 +212,7 @@ def _sample(run: Run) -> Decoded:
         if transcript.finished:
             return transcript.decoded(state)
         seen = seen.add(ids)
-        logits, state, _ = run.step(ids, state)
+        logits, state, *_ = run.step(ids, state)
 
 
 def state_after(run: Run, out: Decoded) -> ModelState:

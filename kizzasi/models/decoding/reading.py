@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kizzasi.errors import GenerateError
+from kizzasi.errors import GenerateError, SpecError
+from kizzasi.models.heads import Own
 from kizzasi.models.state import join_states
 from kizzasi.models.stems import Tokens
 
@@ -33,8 +34,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_model(model: SequenceModel, wish: str) -> None:
-    """Raise SpecError unless the model is causal, GenerateError unless its inputs are tokens."""
+    """Raise SpecError unless the model is causal and reads its own head, GenerateError unless
+    its inputs are tokens."""
     model.require_causal(wish)
+    heads = model.spec.heads
+    if heads and not isinstance(heads[0], Own):
+        raise SpecError(f"heads[0]: {wish} needs the stem's own head there; put Own() first")
     vocabulary(model)
 
 

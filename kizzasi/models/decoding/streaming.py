@@ -59,7 +59,7 @@ def roll(model: SequenceModel, frame: Tensor, state: ModelState, n: int) -> Tens
     """(b, n, n_out) frames: the first is given and not yet read, each later one is predicted."""
     frames = [frame]
     while len(frames) < n:
-        frame, state, _ = model.step(frame, state)
+        frame, state, *_ = model.step(frame, state)
         frames.append(frame)
     made = torch.stack(frames, 1)
     broken = ~made.isfinite().flatten(1).all(1)
