@@ -1,4 +1,4 @@
-"""One pre-norm residual layer: a sequence mixer and, usually, a channel mixer."""
+"""One residual layer: a sequence mixer and, usually, a channel mixer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ from kizzasi.models.state import BlockState
 
 
 class Block(nn.Module, metaclass=Ready):
-    """x += dropout(mixer(norm(x))), then x += dropout(channel(norm(x))) if there is a channel."""
+    """Two residual branches, a mixer and, usually, a channel; `BlockSpec` says where norms stand.
+
+    x <- stream_scale x + residual_scale dropout(post_norm(branch(norm(x))))
+    """
 
     def __init__(
         self, spec: BlockSpec, layer: LayerContext, eps: float = 1e-5, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.mixer_norm = Norm(spec.norm, layer.d_model, eps)
+        self.dropout, self.parallel = dropout, spec.parallel
+        self.residual_scale, self.stream_scale = spec.residual_scale, spec.stream_scale
+        before, after = spec.norm_at != "post", spec.norm_at != "pre"
+
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(spec.norm, layer.d_model, eps) if wanted else None
+
+        self.mixer_norm = norm(before)
         self.mixer = spec.mixer.build(layer)
+        self.mixer_post_norm = norm(after)
         self.channel_norm: Norm | None = None
         self.channel: Mixer | None = None
+        self.channel_post_norm: Norm | None = None
         if spec.channel is not None:
-            self.channel_norm = Norm(spec.norm, layer.d_model, eps)
+            self.channel_norm = norm(before and spec.parallel != "shared")
             self.channel = spec.channel.build(layer)
+            self.channel_post_norm = norm(after)
 
     @classmethod
     def admit(cls, spec: BlockSpec, layer: LayerContext, *_: float, **__: float) -> None:
@@ -52,12 +64,18 @@ class Block(nn.Module, metaclass=Ready):
         """Either form; arguments and result as in `Mixer.forward`."""
         before = BlockState(None, None) if state is None else state
         call = Call.of(x) if call is None else call
-        out = self.mixer(self.mixer_norm(x), before.mixer, call=call)
-        x = x + self._drop(out.y)
-        if self.channel is None or self.channel_norm is None:
-            return MixerOut(x, BlockState(out.state, ()), out.aux, out.shared)
-        wide = self.channel(self.channel_norm(x), before.channel, call=call)
-        x = x + self._drop(wide.y)
+        read = x if self.mixer_norm is None else self.mixer_norm(x)
+        out = self.mixer(read, before.mixer, call=call)
+        y = self._leave(out.y, self.mixer_post_norm)
+        if self.channel is None:
+            return MixerOut(self._add(x, y), BlockState(out.state, ()), out.aux, out.shared)
+        if self.parallel is None:
+            x = self._add(x, y)
+        if self.parallel != "shared":
+            read = x if self.channel_norm is None else self.channel_norm(x)
+        wide = self.channel(read, before.channel, call=call)
+        z = self._leave(wide.y, self.channel_post_norm)
+        x = self._add(x, z if self.parallel is None else y + z)
         state = BlockState(out.state, wide.state)
         return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
 
@@ -71,5 +89,11 @@ class Block(nn.Module, metaclass=Ready):
         channel = () if self.channel is None else self.channel.init_state(batch, device, dtype)
         return BlockState(self.mixer.init_state(batch, device, dtype), channel)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def _leave(self, y: Tensor, norm: Norm | None) -> Tensor:
+        """What a branch adds."""
+        y = y if norm is None else norm(y)
+        y = y if self.residual_scale == 1 else self.residual_scale * y
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.stream_scale == 1 else self.stream_scale * x + y

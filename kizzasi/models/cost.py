@@ -39,5 +39,5 @@ def linear(n_tokens: int, n_in: int, n_out: int, *, bias: bool = False) -> Cost:
 
 
 def norm(kind: str, d: int) -> Cost:
-    """An RMSNorm (weight) or LayerNorm (weight and bias)."""
-    return dense(2 * d if kind == "layer" else d)
+    """A norm of a `NormKind`."""
+    return dense({"layer": 2 * d, "scale": 1}.get(kind, d))

@@ -185,7 +185,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         for spec in self.spec.heads or (Own(),):
             own = isinstance(spec, Own)
             features = ends if spec.pool is None else x
-            out = self.stem.head(features) if own else self.heads[spec.name](features, mask)
+            out = self._own_head(features) if own else self.heads[spec.name](features, mask)
             if sick is not None and ill is not None:
                 rows = {None: ill, "last": sick[:, -1], "mean": sick.any(1)}[spec.pool]
                 out = out.masked_fill(rows.unsqueeze(-1), torch.nan)
@@ -243,7 +243,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
             counts = mask.bool() if counts is None else counts * mask.bool()
 
         def read(x: Tensor) -> Tensor:
-            head, width = self.stem.head, self.stem.n_out
+            head, width = self._own_head, self.stem.n_out
             return mean_loss_in_chunks(head, width, x, targets, counts, ignore_index)
 
         out = self(inputs, mask=mask, read=read, **call)
@@ -372,7 +372,14 @@ class SequenceModel(nn.Module, metaclass=Ready):
             x = self.stem.placed(inputs, position)
         else:
             x = self.stem.embed(inputs, position)
+            x = x if self.spec.embed_scale == 1 else self.spec.embed_scale * x
         return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _own_head(self, features: Tensor) -> Tensor:
+        """Logits of the stem's own head."""
+        logits, cap = self.stem.head(features), self.spec.logit_cap
+        logits = logits if self.spec.logit_scale == 1 else self.spec.logit_scale * logits
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _check_positions(self, position: Tensor) -> None:
         known = self.stem.max_positions

@@ -8,6 +8,7 @@ copies of its parameters, of which it keeps the float32 originals to itself. Wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.ops.precision import LOW_PRECISION, full_precision, without_autocast
 
-NormKind = Literal["rms", "rms_plus_one", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased", "scale"]
 
 
 _WRAPPED = re.compile(r"\.base_layer(?=\.)|(?:parametrizations\.)(\w+)\.original\d*$")
@@ -87,6 +88,9 @@ class Norm(KeepFloat32):
         rms_plus_one   the same with 1 + w, so that decay pulls the scale to 1 (Gemma; Qwen3-Next's
                        "zero-centered" norm)
         layer          y = w (x - mean) / std + b
+        layer_unbiased the same without b (Cohere)
+        scale          y = g x / |x| with one number g, sqrt(d) at first (ScaleNorm; Nguyen &
+                       Salazar 2019, arXiv:1910.05895)
 
     Args (forward):
         x: (..., d). The result has x's dtype; statistics are computed in at least float32.
@@ -99,21 +103,25 @@ class Norm(KeepFloat32):
         self.kind, self.d, self.eps = kind, d, eps
         # A CPU scalar of no dimension: operations take it with any dtype, as they take a number.
         self._eps = torch.tensor(eps, dtype=torch.float64, device="cpu")
-        self.weight = nn.Parameter(torch.empty(d))
+        self.weight = nn.Parameter(torch.empty(1 if kind == "scale" else d))
         self.bias = nn.Parameter(torch.empty(d)) if kind == "layer" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 0.0 if self.kind == "rms_plus_one" else 1.0)
+        start = {"rms_plus_one": 0.0, "scale": math.sqrt(self.d)}
+        nn.init.constant_(self.weight, start.get(self.kind, 1.0))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = full_precision(x), full_precision(self.weight)
-        if self.bias is not None:
-            bias = full_precision(self.bias)
+        if self.kind in ("layer", "layer_unbiased"):
+            bias = None if self.bias is None else full_precision(self.bias)
             return F.layer_norm(wide, (self.d,), weight, bias, self.eps).to(x.dtype)
-        weight = 1 + weight if self.kind == "rms_plus_one" else weight
+        if self.kind == "rms_plus_one":
+            weight = 1 + weight
+        elif self.kind == "scale":
+            weight = (weight / math.sqrt(self.d)).expand(self.d)
         if not x.is_cpu:
             return F.rms_norm(wide, (self.d,), weight, self.eps).to(x.dtype)
         # The CPU has no fused kernel: torch runs eight small ones, and decoding waits for each.

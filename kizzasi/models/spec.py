@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kizzasi.errors import SpecError
 from kizzasi.models.cost import Cost, norm
@@ -27,11 +27,28 @@ MAX_FILE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class BlockSpec(Strict):
-    """One pre-norm layer: x += mixer(norm(x)), then x += channel(norm(x)) if there is a channel."""
+    """One residual layer: x += mixer(norm(x)), then x += channel(norm(x)) if there is a channel.
+
+    Args:
+        mixer, channel: what the two branches do; a layer may do without a channel.
+        norm: kind of the layer's norms.
+        norm_at: "pre" norms what a branch reads, "post" what it adds (OLMo 2), "both" do both
+            (Gemma 2 and 3's sandwich).
+        parallel: the channel reads what the mixer reads, x += mixer(norm(x)) + channel(norm(x)),
+            through a norm of its own ("separate", GPT-NeoX) or through the mixer's ("shared",
+            Cohere, Phi); None means one after the other.
+        residual_scale: factor of what a branch adds (Granite's residual_multiplier).
+        stream_scale: factor of x where a branch is added to it (DeepNet's alpha; Wang et al. 2022,
+            arXiv:2203.00555).
+    """
 
     mixer: MixerSpec
     channel: ChannelSpec | None = None
     norm: NormKind = "rms"
+    norm_at: Literal["pre", "post", "both"] = added("pre")
+    parallel: Literal["shared", "separate"] | None = added(None)
+    residual_scale: float = added(1.0)
+    stream_scale: float = added(1.0)
 
     def check(self, d_model: int, path: str) -> None:
         """Raise SpecError for every rule that the parts break at this width."""
@@ -42,6 +59,18 @@ class BlockSpec(Strict):
             rule = f"{part.kind!r} is a {'channel' if family is MixerSpec else 'sequence'} mixer"
             require(isinstance(part, family), where, f"{rule}; exchange the block's two")
             part.check(d_model, where)
+        if self.parallel is not None:
+            path_ = join(path, "parallel")
+            require(self.channel is not None, path_, "there is no channel beside the mixer")
+            lone = self.parallel == "shared" and self.norm_at == "post"
+            require(not lone, path_, "no norm to share where norms come after; give 'separate'")
+
+    @property
+    def n_norms(self) -> int:
+        """How many norms of width d_model the layer has."""
+        branches = 1 if self.channel is None else 2
+        before = branches - (self.parallel == "shared")
+        return before * (self.norm_at != "post") + branches * (self.norm_at != "pre")
 
 
 @dataclass(frozen=True)
@@ -59,6 +88,10 @@ class ModelSpec(Strict):
         dropout: probability, on each residual branch, in training.
         heads: what is read from the features, first the one that `ModelOutput.logits` holds; ()
             is the stem's own head alone.
+        embed_scale: factor of the embeddings (Gemma's sqrt(d_model), Granite's and MiniCPM's
+            multipliers).
+        logit_scale: factor of the logits (Cohere; one over Granite's logits_scaling).
+        logit_cap: logits are cap tanh(logits / cap) (Gemma 2); None leaves them alone.
     """
 
     d_model: int
@@ -70,6 +103,9 @@ class ModelSpec(Strict):
     tie_head: bool = False
     dropout: float = 0.0
     heads: tuple[HeadSpec, ...] = added(())
+    embed_scale: float = added(1.0)
+    logit_scale: float = added(1.0)
+    logit_cap: float | None = added(None)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], path: str = "") -> ModelSpec:
@@ -129,6 +165,8 @@ class ModelSpec(Strict):
         self.require_positive("", "d_model", "norm_eps")
         require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
+        rule = f"{self.logit_cap} is not positive; give a bound such as 30, or None"
+        require(self.logit_cap is None or self.logit_cap > 0, "logit_cap", rule)
         self.stem.check("stem", self.tie_head)
         self._check_heads()
         for i, block in enumerate(self.blocks):
@@ -163,8 +201,9 @@ class ModelSpec(Strict):
             layer = self.layer_context(i)
             for part in (block.mixer, block.channel):
                 if part is not None:
-                    total += norm(block.norm, self.d_model)
                     total += part.cost(layer, seq_len, batch)
+            for _ in range(block.n_norms):
+                total += norm(block.norm, self.d_model)
         return total
 
     @property

@@ -126,7 +126,7 @@ CHANNEL_VARIANTS: dict[str, dict[str, dict]] = {
         "silu-bias": {"activation": "silu", "bias": True},
         "relu": {"activation": "relu"},
     },
-    "swiglu": {"plain": {}, "bias": {"bias": True}},
+    "swiglu": {"plain": {}, "bias": {"bias": True}, "geglu": {"activation": "gelu_tanh"}},
     "moe": {
         "top2": {"n_experts": 4, "top_k": 2},
         "deepseek": {
@@ -161,21 +161,36 @@ CHANNELS = _cases(ChannelSpec, CHANNEL_VARIANTS)
 ATTENTION = MIXERS["attention-mha"]
 
 
+BLOCKS: dict[str, dict] = {
+    "block-post": {"norm_at": "post"},
+    "block-sandwich": {"norm_at": "both", "norm": "scale", "residual_scale": 0.5},
+    "block-parallel": {"parallel": "separate", "norm": "layer", "stream_scale": 1.5},
+    "block-shared": {"parallel": "shared", "norm": "layer_unbiased"},
+}
+SCALES = {"embed_scale": 4.0, "logit_scale": 0.5, "logit_cap": 3.0}  # of models of BLOCKS
+
+
 def model_spec(name: str, *, hybrid: bool = False) -> ModelSpec:
     """A two-layer model of one part; with `hybrid`, an attention layer stands in between."""
+    scales = {}
     if name in MIXERS:
         block = BlockSpec(MIXERS[name])
+    elif name in BLOCKS:
+        scales = SCALES
+        block = BlockSpec(MIXERS["mamba-small"], CHANNELS["mlp-gelu"], **BLOCKS[name])
     else:
         block = BlockSpec(ATTENTION, CHANNELS[name])
     blocks = (block,) * LAYERS
     if hybrid:
         blocks = (block, BlockSpec(ATTENTION, CHANNELS["mlp-gelu"]), block)
-    return ModelSpec(D_MODEL, blocks, Tokens(VOCAB))
+    return ModelSpec(D_MODEL, blocks, Tokens(VOCAB), **scales)
 
 
 every_part = pytest.mark.parametrize("name", [*MIXERS, *CHANNELS])
+every_model = pytest.mark.parametrize("name", [*MIXERS, *CHANNELS, *BLOCKS])
 CAUSAL = {name: part.causal for name, part in {**MIXERS, **CHANNELS}.items()}
 causal_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if CAUSAL[name]])
+causal_models = pytest.mark.parametrize("name", [n for n in CAUSAL if CAUSAL[n]] + [*BLOCKS])
 other_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if not CAUSAL[name]])
 devices = pytest.mark.parametrize(
     "device",

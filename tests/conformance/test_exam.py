@@ -14,9 +14,9 @@ from cases import (
     LAYERS,
     MIXERS,
     VOCAB,
-    causal_parts,
+    causal_models,
     devices,
-    every_part,
+    every_model,
     make,
     model_spec,
     other_parts,
@@ -81,7 +81,7 @@ def test_every_registered_kind_is_examined():
 
 
 @devices
-@causal_parts
+@causal_models
 @pytest.mark.parametrize("length", [1, 2, 7, 65])
 def test_forward_equals_fold_of_step(name, length, device):
     model, x = make(name, device=device), tokens(2, length, device=device)
@@ -93,7 +93,7 @@ def test_forward_equals_fold_of_step(name, length, device):
 
 
 @devices
-@every_part
+@every_model
 @pytest.mark.parametrize("length", LENGTHS)
 def test_reference_equals_torch_engine(name, length, device):
     x = tokens(2, length, device=device)
@@ -111,7 +111,7 @@ def test_reference_equals_torch_engine(name, length, device):
 
 
 @devices
-@causal_parts
+@causal_models
 @pytest.mark.parametrize("splits", [(8, 8, 5), (1, 20), (20, 1), (7, 14)])
 def test_any_split_with_the_state_carried_equals_one_call(name, splits, device):
     model, x = make(name, device=device, hybrid=name in MIXERS), tokens(2, 21, device=device)
@@ -132,7 +132,7 @@ def test_any_split_with_the_state_carried_equals_one_call(name, splits, device):
 
 
 @devices
-@causal_parts
+@causal_models
 def test_causality(name, device):
     model, x = make(name, device=device), tokens(1, 20, device=device)
     before = model(x).logits
@@ -162,13 +162,13 @@ def test_what_is_not_causal_reads_later_tokens_and_refuses_a_state(name, device)
 
 
 @devices
-@every_part
+@every_model
 def test_batch_rows_are_independent(name, device):
     model, x = make(name, device=device), tokens(3, 17, device=device)
     whole = model(x)
     for row in range(3):
         assert_close(model(x[row : row + 1]).logits[0], whole.logits[row])
-    if not CAUSAL[name]:
+    if not CAUSAL.get(name, True):
         return
     order = torch.tensor([2, 0, 0], device=device)
     forked = model(x[order, :4], whole.state.gather(order)).logits
@@ -178,10 +178,10 @@ def test_batch_rows_are_independent(name, device):
 
 
 @devices
-@every_part
+@every_model
 @pytest.mark.parametrize("cut", [None, 6, 9])
 def test_packed_equals_separate(name, cut, device):
-    if cut is not None and not CAUSAL[name]:
+    if cut is not None and not CAUSAL.get(name, True):
         pytest.skip("not causal: no state to carry")
     model = make(name, device=device, hybrid=name in MIXERS)
     documents = [tokens(1, n, n, device) for n in (6, 1, 11, 3)]
@@ -196,7 +196,7 @@ def test_packed_equals_separate(name, cut, device):
         logits, state = torch.cat([first.logits, second.logits], 1), second.state
     separate = [model(d) for d in documents]
     assert_close(logits, torch.cat([out.logits for out in separate], 1))
-    if not CAUSAL[name]:
+    if not CAUSAL.get(name, True):
         return
     more = tokens(1, 4, 9, device)
     assert_close(model(more, state).logits, model(more, separate[-1].state).logits)
@@ -204,10 +204,10 @@ def test_packed_equals_separate(name, cut, device):
 
 
 @devices
-@every_part
+@every_model
 @pytest.mark.parametrize("splits", [(12,), (4, 4, 4), (1, 11)])
 def test_left_padded_equals_unpadded(name, splits, device):
-    if len(splits) > 1 and not CAUSAL[name]:
+    if len(splits) > 1 and not CAUSAL.get(name, True):
         pytest.skip("not causal: no state to carry")
     model = make(name, device=device, hybrid=name in MIXERS)
     rows = [tokens(1, n, n, device) for n in (12, 5, 1)]
@@ -221,7 +221,7 @@ def test_left_padded_equals_unpadded(name, splits, device):
     logits = torch.cat(parts, 1)
     for i, row in enumerate(rows):
         assert_close(logits[i, 12 - row.shape[1] :], model(row).logits[0])
-    if CAUSAL[name]:
+    if CAUSAL.get(name, True):
         more = tokens(1, 3, 8, device)
         continued, _ = fold(model, more.expand(3, -1), state)
         for i, row in enumerate(rows):
@@ -230,19 +230,19 @@ def test_left_padded_equals_unpadded(name, splits, device):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_part
+@every_model
 def test_padding_on_the_right_is_refused(name):
     model, x = make(name), tokens(2, 4)
     with pytest.raises(ShapeError, match="row 1 has padding after a real token"):
         model(x, mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
-    if not CAUSAL[name]:
+    if not CAUSAL.get(name, True):
         return
     with pytest.raises(ShapeError, match="row 0 has padding after a real token"):
         model(x, model(x).state, mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
 
 
 @devices
-@causal_parts
+@causal_models
 def test_state_is_a_value(name, device):
     """Nobody writes into a state, and gradients flow into it."""
     model, x = make(name, device=device), tokens(2, 9, device=device)
@@ -272,7 +272,7 @@ def test_state_is_a_value(name, device):
     assert_close(model(x, copy).logits, parallel)
 
 
-@every_part
+@every_model
 def test_saved_and_loaded_gives_the_same_logits(name, tmp_path):
     model, x = make(name, dtype=torch.float32), tokens(2, 9)
     out = model(x)
@@ -281,13 +281,13 @@ def test_saved_and_loaded_gives_the_same_logits(name, tmp_path):
     again = load(tmp_path / "model")
     assert again.spec == model.spec
     assert torch.equal(again(x).logits, out.logits)
-    if not CAUSAL[name]:
+    if not CAUSAL.get(name, True):
         return
     state = load_state(tmp_path / "state.safetensors", again.init_state(1))
     assert torch.equal(again(x, state).logits, model(x, out.state).logits)
 
 
-@every_part
+@every_model
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 64), (1, 100)])
 def test_analytic_cost_equals_the_measured_one(name, batch, length):
     spec = model_spec(name, hybrid=name in MIXERS)
@@ -301,7 +301,7 @@ def test_analytic_cost_equals_the_measured_one(name, batch, length):
     assert cost.state_bytes == out.state.nbytes
 
 
-@every_part
+@every_model
 def test_initialisation_sets_everything_from_the_seed_alone(name):
     spec = model_spec(name, hybrid=True)
     before = torch.get_rng_state()
@@ -331,7 +331,7 @@ def noisy(model, dtype):
 
 
 @devices
-@every_part
+@every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(name, dtype, device):
     """Low-precision models and autocast, forward, step and gradients: they err no more than the
@@ -341,7 +341,7 @@ def test_low_precision(name, dtype, device):
     def run(model, autocast=False):
         with torch.autocast(device, dtype=dtype, enabled=autocast):
             logits = model(x).logits
-            stepped = fold(model, x)[0] if CAUSAL[name] else logits
+            stepped = fold(model, x)[0] if CAUSAL.get(name, True) else logits
         weights = torch.linspace(-1, 1, logits.numel(), device=device).view_as(logits)
         return logits, stepped, gradients(model, (logits.double() * weights).sum())
 
@@ -362,7 +362,7 @@ def test_low_precision(name, dtype, device):
             assert_close_in(dtype, *values, msg=f"{what} of {kind}")
 
 
-@every_part
+@every_model
 def test_spec_survives_json_and_says_what_is_misspelt(name):
     spec = model_spec(name)
     data = json.loads(json.dumps(spec.to_dict()))
@@ -373,7 +373,7 @@ def test_spec_survives_json_and_says_what_is_misspelt(name):
         ModelSpec.from_dict(data)
 
 
-@every_part
+@every_model
 def test_float64_stays_float64(name):
     model = make(name)
     out = model(tokens(2, 5))
@@ -383,7 +383,7 @@ def test_float64_stays_float64(name):
         assert leaf.dtype in wide or not (leaf.is_floating_point() or leaf.is_complex()), key
 
 
-@every_part
+@every_model
 def test_parameter_groups_hold_every_parameter_once(name):
     model = make(name)
     groups = model.parameter_groups(1e-3, 0.1)

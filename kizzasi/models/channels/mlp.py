@@ -1,32 +1,22 @@
 """The two-layer perceptron of GPT-2, or with squared ReLU that of Primer.
 
-Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3. GELU: Hendrycks & Gimpel 2016,
-arXiv:1606.08415. Squared ReLU: So et al. 2021, arXiv:2109.08668.
+Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
+from kizzasi.models.ops.activations import ACTIVATIONS, Activation
 from kizzasi.models.strict import register
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-}
 
 
 @register
@@ -37,13 +27,13 @@ class MLPSpec(ChannelSpec):
     Args:
         hidden: inner width; None means 4 d_model.
         activation: "gelu", "gelu_tanh" (the approximation that GPT-2 was trained with), "relu",
-            "relu2" or "silu".
+            "relu2", "sigmoid" or "silu".
         bias: of both layers.
     """
 
     kind: ClassVar[str] = "mlp"
     hidden: int | None = None
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = "gelu"
+    activation: Activation = "gelu"
     bias: bool = False
 
     def check(self, d_model: int, path: str) -> None:

@@ -9,30 +9,33 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
-from kizzasi.models.strict import register
+from kizzasi.models.ops.activations import ACTIVATIONS, Activation
+from kizzasi.models.strict import added, register
 
 
 @register
 @dataclass(frozen=True)
 class SwiGLUSpec(ChannelSpec):
-    """A gated linear unit with SiLU.
+    """A gated linear unit, with SiLU unless another activation is given.
 
     Args:
         hidden: inner width; None means 8/3 d_model (as many parameters as an MLP of 4 d_model),
             rounded up to a multiple of 8.
         bias: of all three layers.
+        activation: of the gate: "silu" (SwiGLU), "gelu" or its tanh form "gelu_tanh" (GeGLU),
+            "relu" (ReGLU), "sigmoid" (GLU).
     """
 
     kind: ClassVar[str] = "swiglu"
     hidden: int | None = None
     bias: bool = False
+    activation: Activation = added("silu")
 
     def check(self, d_model: int, path: str) -> None:
         if self.hidden is not None:
@@ -56,11 +59,12 @@ class SwiGLUSpec(ChannelSpec):
 
 
 class SwiGLU(Mixer):
-    """y = W_down (silu(W_gate x) * W_up x). Its state is the empty tuple."""
+    """y = W_down (activation(W_gate x) * W_up x). Its state is the empty tuple."""
 
     def __init__(self, spec: SwiGLUSpec, layer: LayerContext) -> None:
         super().__init__()
         d, hidden = layer.d_model, spec.width(layer.d_model)
+        self.activation = ACTIVATIONS[spec.activation]
         self.gate_proj = nn.Linear(d, hidden, bias=spec.bias)
         self.up_proj = nn.Linear(d, hidden, bias=spec.bias)
         self.down_proj = nn.Linear(hidden, d, bias=spec.bias)
@@ -76,4 +80,4 @@ class SwiGLU(Mixer):
         return ()
 
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
-        return MixerOut(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), ())
+        return MixerOut(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), ())
