@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from peers import decode
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from kizzasi.errors import CheckpointError
 from kizzasi.models import load
 from kizzasi.models.checkpoints import foreign, formats, save
 
@@ -26,6 +27,21 @@ TRUNK = {
 }
 FEW = {"num_experts": 3, "num_experts_per_tok": 2}
 STRETCH = {"factor": 4.0, "original_max_position_embeddings": 8}
+LATENT = {
+    "moe_intermediate_size": 12,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "num_mtp_layers": 0,
+}
 CASES = {
     "llama": {},
     "llama biased, tied": {
@@ -53,6 +69,32 @@ CASES = {
         "max_window_layers": 1,
     },
     "qwen3": {"head_dim": 6, "rms_norm_eps": 1e-4, "attention_bias": True},
+    "phi3": {"sliding_window": 5},
+    "phi3 partly turned, tied": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e3,
+            "partial_rotary_factor": 0.5,
+        },
+        "tie_word_embeddings": True,
+        "num_attention_heads": 2,
+        "original_max_position_embeddings": 64,
+    },
+    "deepseek_v3": LATENT,
+    "deepseek_v3 yarn": {
+        **LATENT,
+        "q_lora_rank": None,
+        "norm_topk_prob": False,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "rope_parameters": {
+            **STRETCH,
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+    },
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16, "resid_pdrop": 0.2},
     "gpt2 untied": {
         "n_embd": 16,
@@ -91,6 +133,9 @@ def make(case, folder, dtype=torch.float32):
     with torch.no_grad():
         for p in peer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (p.ndim == 1))
+        for name, bias in peer.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
     peer.save_pretrained(folder)
     return peer.eval()
 
@@ -209,3 +254,37 @@ def test_formats_are_listed():
     assert formats()[0] == "kizzasi"
     assert {case.split()[0] for case in CASES} <= set(formats()) - {"kizzasi"}
     assert set(formats()[1:]) == set(foreign.FAMILIES)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
+    """DeepSeek's files hold one behind the last layer."""
+    peer = make("deepseek_v3", tmp_path)
+    path = tmp_path / "model.safetensors"
+    beyond = {f"model.layers.2.{part}.weight": torch.ones(3) for part in ("eh_proj", "enorm")}
+    save_file(load_file(path) | beyond, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_equal_logits(peer, load(tmp_path), 1e-4)
+    save_file(load_file(path) | {"model.layers.1.eh_proj.weight": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match=r"unexpected model\.layers\.1\.eh_proj"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: False"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias: True"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v3", {"n_routed_experts": 10**9}, "n_routed_experts: 1000000000 cannot be"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+    ],
+)
+def test_what_a_spec_cannot_say_is_refused(tmp_path, case, change, message):
+    make(case, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from kizzasi.errors import CheckpointError
 from kizzasi.models.checkpoints import (
     bamba,
+    deepseek,
     foreign,
     gguf,
     gpt2,
@@ -20,6 +21,7 @@ from kizzasi.models.checkpoints import (
     mamba_hf,
     mixtures,
     native,
+    phi3,
     qwen3_next,
     rwkv_hf,
     rwkv_pth,
@@ -35,6 +37,7 @@ __all__ = [
     "Companions",
     "bamba",
     "companions_of",
+    "deepseek",
     "foreign",
     "formats",
     "gguf",
@@ -45,6 +48,7 @@ __all__ = [
     "mamba_hf",
     "mixtures",
     "native",
+    "phi3",
     "qwen3_next",
     "rwkv_hf",
     "rwkv_pth",

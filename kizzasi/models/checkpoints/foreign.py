@@ -73,6 +73,8 @@ class Family:
         tied: name of a head that may be stored too if the spec ties it, and the embedding's, whose
             first part is missing in files of a model without its head, and put back in all names.
         canonical: specs of equal models become equal specs.
+        surplus: how names of layers start, with "#" for the number, if those behind the last one
+            are no part of the model (DeepSeek's, that predict further tokens).
         file: what the tensors are written to, by torch.save unless it ends in .safetensors.
     """
 
@@ -84,6 +86,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
     canonical: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
+    surplus: str | None = None
     file: str = f"model{SAFE}"
 
 
@@ -269,6 +272,10 @@ def _fit(
     patterns = [re.escape(name).replace(r"\#", r"\d+") for name in family.ignored]
     ignored = re.compile("|".join(patterns) or "(?!)")
     given = {name: s.shape for name, s in storage.items() if not ignored.fullmatch(name)}
+    if family.surplus is not None:
+        layer = re.compile(re.escape(family.surplus).replace(r"\#", r"(\d+)"))
+        beyond = [n for n in given if (m := layer.match(n)) and int(m[1]) >= len(spec.blocks)]
+        given = {name: shape for name, shape in given.items() if name not in beyond}
     if spec.tie_head and family.tied is not None and family.tied[0] in given:
         _check_twin(path, *family.tied, storage)
         del given[family.tied[0]]
