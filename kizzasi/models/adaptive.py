@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kizzasi.models.ops.experts import in_transform
+from kizzasi.models.ops.autodiff import transformed
 
 PASSES_WITHOUT_A_STEP = 256
 
@@ -115,4 +115,4 @@ def counts_here() -> bool:
     """Whether a forward counts: not when it is a recomputation, or may not write."""
     if torch.compiler.is_compiling():  # a graph's recomputation does not repeat what it writes
         return not torch.compiler.is_exporting()
-    return torch._C._current_graph_task_id() == -1 and not in_transform()
+    return torch._C._current_graph_task_id() == -1 and not transformed()

@@ -94,6 +94,12 @@ class Call:
         """The same call for a layer that takes nothing from others."""
         return self._with({}) if self.shared else self
 
+    def forgetful(self) -> Call:
+        """The same call without what was made."""
+        call = self._with(self.shared)
+        call._made = {}
+        return call
+
     def _with(self, shared: Mapping[str, Tensor]) -> Call:
         call = Call(self.shape, self.device, segments=self.segments, step=self.step)
         call.shared, call._made = shared, self._made

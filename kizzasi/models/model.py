@@ -22,7 +22,7 @@ from kizzasi.models.groups import parameter_groups
 from kizzasi.models.heads import Own, refuse_pooled
 from kizzasi.models.init import Ready
 from kizzasi.models.loss import IGNORED, mean_loss, mean_loss_in_chunks
-from kizzasi.models.mixer import Mixer
+from kizzasi.models.mixer import Mixer, MixerOut
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.spec import ModelSpec
@@ -275,7 +275,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         memories = [None] * len(self.blocks) if before is None else before
         recompute = self.recompute and not call.step and torch.is_grad_enabled()
         for block, memory in list(zip(self.blocks, memories, strict=True))[:n_blocks]:
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            run = partial(_recomputed, block) if recompute else block
             out = run(x, memory, call=call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
             states.append(out.state)
@@ -394,3 +394,13 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
                 f"max_positions {known}; give shorter documents"
             )
+
+
+def _recomputed(block: nn.Module, x: Tensor, memory: BlockState | None, call: Call) -> MixerOut:
+    """A block that backward runs again. In a graph it makes for itself what all layers have in
+    common, for a graph's checkpoint may write to nothing outside."""
+
+    def run(x: Tensor, memory: BlockState | None) -> MixerOut:
+        return block(x, memory, call=call.forgetful() if torch.compiler.is_compiling() else call)
+
+    return checkpoint(run, x, memory, use_reentrant=False)  # pyright: ignore[reportReturnType]

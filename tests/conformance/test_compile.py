@@ -147,8 +147,9 @@ def test_a_scan_compiles_with_memory_and_gradient_through_the_state():
         assert_close(a, b)
 
 
-def test_recomputed_blocks_compile_to_one_graph():
-    model, x = make("mamba-small"), tokens(2, 9)
+@pytest.mark.parametrize("name", ["mamba-small", "attention-mha"])
+def test_recomputed_blocks_compile_to_one_graph(name):
+    model, x = make(name), tokens(2, 9)
     expected = model(x)
     model.recompute = True
     actual = compiled(model)(x)

@@ -141,8 +141,9 @@ def test_layer_engines_agree(name):
         y = moe(x).y
         grads = torch.autograd.grad(y.cos().sum(), [x, *moe.experts.parameters()])
         results.append([y, *grads])
-    for got, want in zip(*results, strict=True):
-        assert_close(got, want)
+    for one in results[:2]:
+        for got, want in zip(one, results[2], strict=True):
+            assert_close(got, want)
 
 
 def collapsed(name):
@@ -420,3 +421,16 @@ def test_seats_are_those_of_documents(spec):
     y = moe(packed, call=Call.of(packed, ids)).y
     assert not y[:, :4].any()
     assert_close(y[:, 4:], torch.cat([moe(one).y for one in documents], 1))
+
+
+@pytest.mark.parametrize("name", ["default", "losses", "mixed"])
+def test_second_derivatives_of_a_layer(name):
+    """Through the router too, whose weights depend on the same tokens."""
+    results = []
+    for engine in ("auto", "reference"):
+        moe, x = make(SPECS[name]), tokens(1, 6).requires_grad_()
+        moe.engine = engine
+        (grad,) = torch.autograd.grad(moe(x).y.cos().sum(), x, create_graph=True)
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), [x, *moe.parameters()])])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b)

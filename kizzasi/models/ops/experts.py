@@ -45,16 +45,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kizzasi.models.ops.autodiff import gradients, too_narrow, transformed
+from kizzasi.models.ops.devices import on_cuda
 from kizzasi.models.ops.routing import Assignments
 
 Expert = Callable[[Tensor], Tensor]
 ALIGNMENT = 8  # its rows must be multiples of so many bfloat16
 BLOCK_ROWS = 1024  # jobs that "sorted" takes at once, in whole experts
-
-
-def in_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 def dispatch_rule(x: Tensor, down: Tensor | None) -> str:
@@ -63,9 +60,9 @@ def dispatch_rule(x: Tensor, down: Tensor | None) -> str:
     down: of packed experts, if they are.
     """
     traced = torch.compiler.is_compiling()
-    if (traced and down is None) or (not traced and in_transform()):
+    if (traced and down is None) or (not traced and transformed()):
         return "dense"
-    if down is None or not x.is_cuda:
+    if down is None or not on_cuda(x):
         return "sorted"
     low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     aligned = low == torch.bfloat16 and not any(n % ALIGNMENT for n in down.shape[1:])
@@ -298,18 +295,19 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore
         x, weight, token, counts, gate_up, down, both = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            grads = _backward(grad_y, x, weight, token, counts, gate_up, down, both)
-            return grads[0], grads[1], None, None, *grads[2:]
-        ends = counts.cumsum(0)
-        expert = torch.searchsorted(ends, torch.arange(len(token), device=x.device), right=True)
-        y = mix_swiglu(x, Assignments(token, expert, weight), gate_up, down, "dense")
-        inputs = [v for v in (x, weight, gate_up, down) if v.requires_grad]
-        given = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
-        dx, dw, dg, dd = (
-            next(given) if v.requires_grad else None for v in (x, weight, gate_up, down)
-        )
-        return dx, dw, None, None, dg, dd
+        if too_narrow(grad_y):
+            return gradients(_plain, (x, weight, token, counts, gate_up, down), (grad_y,))
+        dx, dw, *others = _backward(grad_y, x, weight, token, counts, gate_up, down, both)
+        return dx, dw, None, None, *others
+
+
+def _plain(
+    x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """What `_forward` returns first, by plain operations."""
+    place = torch.arange(len(token), device=x.device)
+    expert = torch.searchsorted(counts.cumsum(0), place, right=True)
+    return mix_swiglu(x, Assignments(token, expert, weight), gate_up, down, "dense")
 
 
 # A graph holds "sorted" as one node, which runs the same code.
