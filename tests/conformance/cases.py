@@ -22,7 +22,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "mha": {"n_heads": 2},
         "gqa": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
         "mqa-softcap": {"n_heads": 4, "n_kv_heads": 1, "softcap": 5.0, "position": "none"},
-        "window": {"n_heads": 2, "window": 5},
+        "window": {"n_heads": 2, "window": 5, "scale": 0.7},
         "alibi-window": {"n_heads": 2, "window": 5, "position": "alibi"},
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
         "encoder": {"n_heads": 4, "n_kv_heads": 2, "causal": False},

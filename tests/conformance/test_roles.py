@@ -131,7 +131,7 @@ def test_every_kind_trains_200_steps_under_muon_without_a_spike(name):
     for loss in losses:
         assert loss < lowest + 0.5, f"a spike to {loss:.3f} after {lowest:.3f}"
         lowest = min(lowest, loss)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 1
 
 
 def test_what_muon_is_not_asked_for_is_refused():

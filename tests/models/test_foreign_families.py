@@ -115,6 +115,31 @@ CASES = {
         "sliding_window": 5,
         **FEW,
     },
+    "olmo2": {"rms_norm_eps": 1e-4},
+    "olmo2 biased": {"attention_bias": True, "num_key_value_heads": 4},
+    "gemma2": {
+        "head_dim": 6,
+        "query_pre_attn_scalar": 9,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 3.0,
+        "num_hidden_layers": 3,
+    },
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 1.25,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "gpt_neox": {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}},
+    "gpt_neox one after the other": {
+        "use_parallel_residual": False,
+        "hidden_act": "relu",
+        "rope_parameters": {"partial_rotary_factor": 1.0},
+        "layer_norm_eps": 1e-4,
+    },
     "olmoe": {"clip_qkv": 1.0, "rms_norm_eps": 1e-4, "num_hidden_layers": 1, **FEW},
 }
 
@@ -123,9 +148,10 @@ def make(case, folder, dtype=torch.float32):
     """Save a random model of transformers, with weights large enough to tell mistakes."""
     kind = case.split()[0]
     trunk = {"vocab_size": 19, "bos_token_id": None, "eos_token_id": None}
-    config = transformers.AutoConfig.for_model(
-        kind, **{**(trunk if kind == "gpt2" else TRUNK), **CASES[case]}
-    )
+    trunk = trunk if kind == "gpt2" else TRUNK
+    if kind == "gpt_neox":
+        trunk = {key: value for key, value in TRUNK.items() if key != "num_key_value_heads"}
+    config = transformers.AutoConfig.for_model(kind, **{**trunk, **CASES[case]})
     peer = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=dtype
     )

@@ -16,6 +16,7 @@ from kizzasi.models.checkpoints import (
     foreign,
     gguf,
     gpt2,
+    gpt_neox,
     jamba,
     llama,
     mamba_hf,
@@ -25,6 +26,7 @@ from kizzasi.models.checkpoints import (
     qwen3_next,
     rwkv_hf,
     rwkv_pth,
+    sandwich,
     state_spaces,
 )
 from kizzasi.models.checkpoints.companions import Companions, companions_of
@@ -42,6 +44,7 @@ __all__ = [
     "formats",
     "gguf",
     "gpt2",
+    "gpt_neox",
     "jamba",
     "llama",
     "load",
@@ -52,6 +55,7 @@ __all__ = [
     "qwen3_next",
     "rwkv_hf",
     "rwkv_pth",
+    "sandwich",
     "save",
     "spec_of",
     "state_spaces",

@@ -29,7 +29,7 @@ from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION, alibi_slopes
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
-from kizzasi.models.strict import join, register, require
+from kizzasi.models.strict import added, join, register, require
 
 NO_STATE = (
     "this attention is not causal: a token sees later ones, so there is nothing to continue; "
@@ -60,6 +60,7 @@ class AttentionSpec(MixerSpec):
         gate: multiply the output of every head with a sigmoid of the layer's input. q_proj is twice
             as wide: for every head its queries, then its gates.
         qkv_bias, out_bias: biases of q_proj, k_proj, v_proj, and of o_proj.
+        scale: factor of the scores q . k; None means head_dim^-0.5.
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -82,10 +83,11 @@ class AttentionSpec(MixerSpec):
     clip_qkv: float | None = None
     gate: bool = False
     causal: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
+    scale: float | None = added(None)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
-        for name in ("n_kv_heads", "head_dim", "window", "softcap", "clip_qkv"):
+        for name in ("n_kv_heads", "head_dim", "window", "softcap", "clip_qkv", "scale"):
             if getattr(self, name) is not None:
                 self.require_positive(path, name)
         require(
@@ -247,6 +249,8 @@ class Attention(Mixer):
         if self.spec.clip_qkv is not None:
             bound = self.spec.clip_qkv
             q, k, v = (part.clamp(-bound, bound) for part in (q, k, v))
+        if self.spec.scale is not None:  # beside the usual one, which the op applies
+            q = q * (self.spec.scale * self.head_dim**0.5)
         if self.spec.position != "rope":
             return q, k, v, gate
         cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
