@@ -234,7 +234,7 @@ class EmlAttention(Mixer):
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         scores = (q @ k.mT).to(state_dtype(q.dtype))
-        scores = scores * self.log_temperature.exp()[:, None, None]
+        scores = scores * self.log_temperature.to(scores.dtype).exp()[:, None, None]
         if self.score_chain is not None:
             scores = eml_chain(scores, self.score_chain[:, None, None], soft_node)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)

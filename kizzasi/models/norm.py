@@ -3,7 +3,9 @@
 Decays, step sizes, norms and routers are *stored* in at least float32 (`KeepFloat32`) and *used* in
 at least float32, whatever they are stored in: FSDP2's `MixedPrecisionPolicy` shows a module rounded
 copies of its parameters, of which it keeps the float32 originals to itself. With a policy, pass
-`cast_forward_inputs=False`, or it rounds the states that a model is given as well.
+`cast_forward_inputs=False`, or it rounds the states that a model is given as well; what must not
+be rounded even so (`float32_parameters`) can be passed as `fully_shard(..., ignored_params=...)`,
+and its gradients averaged by hand.
 """
 
 from __future__ import annotations
@@ -64,6 +66,12 @@ class KeepFloat32(nn.Module):
             if isinstance(given, Tensor):
                 state_dict[prefix + name] = full_precision(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
+
+
+def float32_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """All parameters below a module that are never stored below float32."""
+    kept = (m._kept() for m in module.modules() if isinstance(m, KeepFloat32))
+    return {p for named in kept for _, p in named if isinstance(p, nn.Parameter)}
 
 
 class WideLinear(KeepFloat32, nn.Linear):

@@ -211,8 +211,8 @@ class GatedDelta(Mixer):
         q, v = q * self.d_k**-0.5, v.unflatten(-1, (h, -1))
         beta = ba[..., : h // n].flatten(-2).sigmoid()
         if self.spec.gated:
-            dt = F.softplus(ba[..., h // n :].flatten(-2) + self.dt_bias)
-            g = -self.A_log.exp() * dt
+            dt = F.softplus(ba[..., h // n :].flatten(-2) + full_precision(self.dt_bias))
+            g = -full_precision(self.A_log).exp() * dt
         else:
             g = torch.zeros_like(beta)
         if self.spec.negative_eigenvalues:

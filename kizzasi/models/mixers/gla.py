@@ -33,13 +33,12 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
-from kizzasi.models.norm import Norm
+from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.linear_attention import (
     LINEAR_ATTENTION,
     linear_attention_flops,
     linear_attention_step,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.strict import join, register, require
 
 
@@ -101,16 +100,6 @@ class GLAState(NamedTuple):
     memory: Tensor
 
 
-class DecayMap(nn.Sequential):
-    """A low-rank map whose second half runs in at least float32."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        enter, leave = self
-        narrow = full_precision(enter(x))
-        with without_autocast(x):
-            return leave(narrow)
-
-
 class GLA(Mixer):
     """y = W_o (swish(W_g x) norm(gla(W_q x / sqrt(n), W_k x, W_v x, decay)))."""
 
@@ -125,7 +114,7 @@ class GLA(Mixer):
         self.q_proj = nn.Linear(d, h * self.n, bias=False)
         self.k_proj = nn.Linear(d, h * self.n, bias=False)
         self.v_proj = nn.Linear(d, h * self.m, bias=False)
-        self.gk_proj = DecayMap(nn.Linear(d, rank, bias=False), nn.Linear(rank, h * self.n))
+        self.gk_proj = nn.Sequential(nn.Linear(d, rank, bias=False), WideLinear(rank, h * self.n))
         self.g_proj = nn.Linear(d, h * self.m, bias=False)
         self.g_norm = Norm("rms", self.m, spec.norm_eps)
         self.o_proj = nn.Linear(h * self.m, d, bias=False)

@@ -185,8 +185,10 @@ class KDA(Mixer):
         heads = (self.spec.n_heads, self.head_dim)
         q, k, v = (part.unflatten(-1, heads) for part in (q, k, v))
         q, k = l2_normalise(q) * self.head_dim**-0.5, l2_normalise(k)
-        dt = F.softplus(full_precision(self.f_b_proj(self.f_a_proj(x))) + self.dt_bias)
-        g = -self.A_log.exp().unsqueeze(-1) * dt.unflatten(-1, heads)
+        dt = F.softplus(
+            full_precision(self.f_b_proj(self.f_a_proj(x))) + full_precision(self.dt_bias)
+        )
+        g = -full_precision(self.A_log).exp().unsqueeze(-1) * dt.unflatten(-1, heads)
         return q, k, v, g, full_precision(self.b_proj(x)).sigmoid()
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:

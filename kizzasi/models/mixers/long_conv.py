@@ -38,10 +38,10 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
-from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.norm import KeepFloat32, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D, causal_conv1d_step
 from kizzasi.models.ops.long_conv import LONG_CONV1D
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import register
 
 # Where the slowest and the fastest window have fallen to 1 %, in units of max_len.
@@ -117,8 +117,8 @@ class ImplicitFilter(KeepFloat32):
         self.spec = spec
         n = spec.filter_width
         widths = (1 + 2 * spec.n_bands, n, n, n)
-        self.layers = nn.ModuleList(nn.Linear(width, n) for width in widths[:3])
-        self.layers.append(nn.Linear(n, d, bias=False))
+        self.layers = nn.ModuleList(WideLinear(width, n) for width in widths[:3])
+        self.layers.append(WideLinear(n, d, bias=False))
 
     def reset_parameters(self, generator: torch.Generator | None) -> None:
         for layer in self.layers:
@@ -127,15 +127,14 @@ class ImplicitFilter(KeepFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """The filters, where x is."""
         *inner, last = self.layers
-        dtype: torch.dtype = last.weight.dtype  # pyright: ignore[reportAssignmentType]
+        dtype = full_precision(last.weight).dtype  # pyright: ignore[reportArgumentType]
         spec, like = self.spec, {"device": x.device, "dtype": dtype}
         time = torch.arange(spec.max_len - 1, -1, -1, **like)[:, None] / spec.max_len
         angle = 2 * math.pi * time * torch.arange(spec.n_bands, **like)
         h = torch.cat([time, angle.cos(), angle.sin()], 1)
-        with without_autocast(x):
-            for layer in inner:
-                h = (spec.sine_frequency * layer(h)).sin()
-            h = last(h)
+        for layer in inner:
+            h = (spec.sine_frequency * layer(h)).sin()
+        h = last(h)
         rate = math.log(100) * torch.linspace(1 / SLOWEST, 1 / FASTEST, h.shape[1], **like)
         return (h * torch.exp(-rate * time)).mT
 

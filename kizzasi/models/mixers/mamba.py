@@ -37,9 +37,9 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
-from kizzasi.models.norm import Norm
+from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
-from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.scan import SELECTIVE_SCAN, selective_scan_step
 from kizzasi.models.strict import join, register, require
 
@@ -135,7 +135,7 @@ class Mamba(Mixer):
         self.in_proj = nn.Linear(d, 2 * inner, bias=spec.bias)
         self.conv1d = CausalConv(inner, inner, k, groups=inner, bias=spec.conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = WideLinear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, n))
         self.D = nn.Parameter(torch.empty(inner))
         self.out_proj = nn.Linear(inner, d, bias=spec.bias)
@@ -187,9 +187,8 @@ class Mamba(Mixer):
         dt, B, C = self.x_proj(u).split([self.rank, n, n], -1)
         if self.spec.inner_norm is not None:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        with without_autocast(u):
-            dt = F.softplus(self.dt_proj(full_precision(dt)))
-        return dt, -self.A_log.exp(), B, C
+        dt = F.softplus(self.dt_proj(dt))
+        return dt, -full_precision(self.A_log).exp(), B, C
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:

@@ -225,8 +225,10 @@ class Mamba2(Mixer):
         """x (..., h, p), dt (..., h, 1), log decay (..., h), B and C (..., g, n) of `ssd`."""
         g, n = self.spec.n_groups, self.spec.d_state
         u, B, C = xBC.split([self.d_inner, g * n, g * n], -1)
-        dt = F.softplus(full_precision(dt) + self.dt_bias).clamp(*self.spec.dt_limit)
-        log_decay = -self.A_log.exp() * dt
+        dt = F.softplus(full_precision(dt) + full_precision(self.dt_bias)).clamp(
+            *self.spec.dt_limit
+        )
+        log_decay = -full_precision(self.A_log).exp() * dt
         u = u.unflatten(-1, (self.n_heads, -1))
         return u, dt.unsqueeze(-1), log_decay, B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
 

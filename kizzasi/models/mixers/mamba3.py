@@ -207,7 +207,7 @@ class Mamba3(Mixer):
         rotation; speed (..., h, s)."""
         z, *rest = self.in_proj(x).split(self.widths, -1)
         u, B, C, dt, A, share, turn = (full_precision(v) for v in rest)
-        dt = F.softplus(dt + self.dt_bias)
+        dt = F.softplus(dt + full_precision(self.dt_bias))
         activation = F.softplus if self.spec.a_activation == "softplus" else heavy_tail
         log_decay = -activation(A).clamp(min=self.spec.A_floor) * dt
         speed = math.pi * turn.tanh().unsqueeze(-2) * dt.unsqueeze(-1)

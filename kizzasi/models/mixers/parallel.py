@@ -22,6 +22,7 @@ from kizzasi.models.branches import Branches, BranchesOut, kinds_with
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
 
@@ -107,7 +108,11 @@ class Parallel(Mixer):
         if self.out_proj is not None:
             y = self.out_proj(torch.cat(out.ys, -1))
         elif self.mix_logits is not None:
-            y = (torch.stack(out.ys, -1) * self.mix_logits.softmax(0)).sum(-1).to(out.ys[0].dtype)
+            y = (
+                (torch.stack(out.ys, -1) * full_precision(self.mix_logits).softmax(0))
+                .sum(-1)
+                .to(out.ys[0].dtype)
+            )
         else:
             y = torch.stack(out.ys).sum(0)
         return MixerOut(y, out.state, out.aux, out.shared)

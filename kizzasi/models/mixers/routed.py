@@ -28,6 +28,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
+from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.strict import join, register, require
 
@@ -109,7 +110,7 @@ class Routed(Mixer):
     def __init__(self, spec: RoutedSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
-        self.gate = nn.Linear(layer.d_model, len(spec.experts), bias=False)
+        self.gate = WideLinear(layer.d_model, len(spec.experts), bias=False)
         self.mixers = Branches(spec.mixers, layer)
         self.channels = nn.ModuleList(channel.build(layer) for channel in spec.channels)
 

@@ -30,6 +30,7 @@ from kizzasi.models.mixer import (
     ParamRule,
     state_dtype,
 )
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv4 import WKV4, WKV4State, wkv4_step
 from kizzasi.models.strict import register
@@ -103,12 +104,16 @@ class RWKV4(Mixer):
         r, k, v = self._project(x, before)
         run = WKV4.pick(self.engine, x.device)
         memory = None if state is None else state.wkv
-        y, memory = run(-self.time_decay.exp(), self.time_first, k, v, memory, call.starts)
+        y, memory = run(
+            -full_precision(self.time_decay).exp(), self.time_first, k, v, memory, call.starts
+        )
         return MixerOut(self._finish(r, y), RWKV4State(last, memory))
 
     def recurrent(self, x: Tensor, state: RWKV4State, call: Call) -> MixerOut:
         r, k, v = self._project(x, state.shift.to(x.dtype))
-        y, memory = wkv4_step(state.wkv, -self.time_decay.exp(), self.time_first, k, v)
+        y, memory = wkv4_step(
+            state.wkv, -full_precision(self.time_decay).exp(), self.time_first, k, v
+        )
         return MixerOut(self._finish(r, y), RWKV4State(x, memory))
 
     def init_state(

@@ -38,6 +38,7 @@ from kizzasi.models.ops.linear_attention import (
     linear_attention_flops,
     linear_attention_step,
 )
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.strict import join, register, require
 
@@ -114,13 +115,13 @@ class RWKV5(Mixer):
         before, last = token_shift(x, shift, call.starts)
         streams, gate = self._project(x, before)
         run = LINEAR_ATTENTION.pick(self.engine, x.device)
-        decay = -self.time_decay.exp()[None, None]
+        decay = -full_precision(self.time_decay).exp()[None, None]
         y, wkv = run(*streams, decay, self.time_faaaa, wkv, call.starts)
         return MixerOut(self._finish(y, gate), RWKV5State(last, wkv))
 
     def recurrent(self, x: Tensor, state: RWKV5State, call: Call) -> MixerOut:
         streams, gate = self._project(x, state.shift.to(x.dtype))
-        decay = -self.time_decay.exp()
+        decay = -full_precision(self.time_decay).exp()
         y, wkv = linear_attention_step(state.wkv, *streams, decay, self.time_faaaa)
         return MixerOut(self._finish(y, gate), RWKV5State(x, wkv))
 

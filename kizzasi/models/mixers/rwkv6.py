@@ -179,7 +179,7 @@ class RWKV6(Mixer):
             torch.addcmul(x, delta, mix + share) for mix, share in zip(learned, shares, strict=True)
         )
         decay = (x_w @ self.time_decay_w1).tanh() @ self.time_decay_w2
-        decay = -(self.time_decay + full_precision(decay)).exp()
+        decay = -(full_precision(self.time_decay) + full_precision(decay)).exp()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         r, k, v, decay = (s.unflatten(-1, heads) for s in (r, k, v, decay))
         return (r, k, v, decay), F.silu(self.gate(x_g))

@@ -190,15 +190,18 @@ class RWKV7(Mixer):
             share = full_precision(self.v0 + x_v @ self.v1 @ self.v2).sigmoid()
             v = torch.lerp(v, shared["v_first"], share)
         x_w = torch.addcmul(x, delta, self.x_w)
-        w = -MAX_DECAY * (self.w0 + (x_w @ self.w1).tanh() @ self.w2).sigmoid()
-        rate = (self.a0 + torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2).sigmoid()
+        w = -MAX_DECAY * (full_precision(self.w0) + (x_w @ self.w1).tanh() @ self.w2).sigmoid()
+        rate = (
+            full_precision(self.a0) + torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2
+        ).sigmoid()
         gate = (torch.addcmul(x, delta, self.x_g) @ self.g1).sigmoid() @ self.g2
 
         heads = (*x.shape[:-1], *self.r_k.shape)
         removal = (k * self.k_k).view(heads)
         length = torch.linalg.vector_norm(removal, dim=-1, keepdim=True)
         removal = removal / length.clamp_min(1e-12)
-        k = k * torch.addcmul(1.0 - self.k_a, rate, self.k_a)
+        slow = full_precision(self.k_a)
+        k = k * torch.addcmul(1.0 - slow, rate, slow)
         r, w, k, v, rate = (s.view(heads) for s in (r, w, k, v, rate))
         return (r, w, k, v, -removal, removal * rate), gate, offer
 

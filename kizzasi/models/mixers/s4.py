@@ -155,9 +155,10 @@ class S4(Mixer):
         return MixerOut(self._readout(x, y + self.D * u), S4State(h))
 
     def _system(self) -> DPLR:
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        P, B, C = (torch.view_as_complex(p) for p in (self.P, self.B, self.C))
-        return dplr_system(A, P, B, C, self.log_dt.exp()[:, None])
+        real = -full_precision(self.log_A_real).exp()
+        A = torch.complex(real, full_precision(self.A_imag))
+        P, B, C = (torch.view_as_complex(full_precision(p)) for p in (self.P, self.B, self.C))
+        return dplr_system(A, P, B, C, full_precision(self.log_dt).exp()[:, None])
 
     def _readout(self, x: Tensor, y: Tensor) -> Tensor:
         return F.glu(self.out_proj(F.gelu(y.to(x.dtype))), dim=-1)

@@ -152,10 +152,12 @@ class S4D(Mixer):
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Abar, Bbar and C; C doubled where each state stands for a conjugate pair."""
-        A, C = -self.log_A_real.exp(), self.C
+        A, C = -full_precision(self.log_A_real).exp(), full_precision(self.C)
         if self.A_imag is not None:
-            A, C = torch.complex(A, self.A_imag), 2 * torch.view_as_complex(C)
-        return *discretize(A, self.log_dt.exp()[:, None], self.spec.discretization), C
+            A, C = torch.complex(A, full_precision(self.A_imag)), 2 * torch.view_as_complex(C)
+        return *discretize(
+            A, full_precision(self.log_dt).exp()[:, None], self.spec.discretization
+        ), C
 
     def _readout(self, x: Tensor, y: Tensor) -> Tensor:
         return F.glu(self.out_proj(F.gelu(y.to(x.dtype))), dim=-1)

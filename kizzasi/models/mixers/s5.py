@@ -153,13 +153,14 @@ class S5(Mixer):
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input in full precision, what the states take from it, and their decays."""
         u = full_precision(x)
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        a, hold = discretize(A, self.log_dt.exp(), "zoh")
-        v = F.linear(u, self.B.transpose(1, 2).flatten(0, 1))
+        real = -full_precision(self.log_A_real).exp()
+        A = torch.complex(real, full_precision(self.A_imag))
+        a, hold = discretize(A, full_precision(self.log_dt).exp(), "zoh")
+        v = F.linear(u, full_precision(self.B).transpose(1, 2).flatten(0, 1))
         return u, hold * torch.view_as_complex(v.unflatten(-1, (-1, 2))), a
 
     def _leave(self, u: Tensor, h: Tensor) -> Tensor:
-        C = 2 * torch.view_as_complex(self.C)
+        C = 2 * torch.view_as_complex(full_precision(self.C))
         return F.linear(real_rows(h), real_rows(C.conj())) + self.D * u
 
     def _gate(self, x: Tensor, y: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
@@ -42,6 +42,7 @@ from kizzasi.models.mixer import (
     add_losses,
     state_dtype,
 )
+from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.state import map_state, named_leaves
@@ -167,7 +168,7 @@ class SequenceRouted(Mixer):
     def __init__(self, spec: SequenceRoutedSpec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
-        self.gate = nn.Linear(layer.d_model, len(spec.mixers), bias=False)
+        self.gate = WideLinear(layer.d_model, len(spec.mixers), bias=False)
         self.mixers = Branches((), layer)
         self.mixers.extend(mixer.build(alone(layer)) for mixer in spec.mixers)
 
