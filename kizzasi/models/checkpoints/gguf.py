@@ -1,4 +1,4 @@
-"""Llama and its dialects as llama.cpp stores them: one GGUF file, its tensors often quantized.
+"""Llama, its dialects, Mamba and Mamba-2 as llama.cpp stores them: one GGUF file, often quantized.
 
 The metadata are put in the words of transformers' config.json, the tensors under its names, and
 the rest is the family's (llama.py). Two things are undone: llama.cpp turns pairs of neighbours and
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import foreign
+from kizzasi.models.checkpoints import foreign, gguf_ssm
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.gguf_blocks import dequantize
-from kizzasi.models.checkpoints.gguf_file import MAGIC, GGUFTensor, open_gguf
+from kizzasi.models.checkpoints.gguf_file import GGUF, MAGIC, GGUFTensor, open_gguf
 from kizzasi.models.checkpoints.llama import LLAMA, QWEN2, QWEN3
 from kizzasi.models.checkpoints.names import apply
 from kizzasi.models.checkpoints.quantized import GROUP, LevelTensor, quantize
@@ -35,6 +35,7 @@ from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import ModelSpec
 
 # general.architecture: the family, and whether the rows of queries and keys are in pairs
+STATE_SPACES = tuple(gguf_ssm.PARTS)
 ARCHITECTURES = {"llama": (LLAMA, True), "qwen2": (QWEN2, False), "qwen3": (QWEN3, False)}
 TRUNK = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -54,6 +55,10 @@ class Matrix(NamedTuple):
 
     tensor: GGUFTensor
     heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
     def read(self) -> Tensor:
         """Its values; quantized ones in float32."""
@@ -83,6 +88,20 @@ class Matrix(NamedTuple):
         return rows[torch.arange(len(rows)).view(self.heads, -1, 2).mT.flatten()]
 
 
+class Shaped(NamedTuple):
+    """A tensor of a state space's file under its name there, and the shape it gets."""
+
+    tensor: GGUFTensor
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        return gguf_ssm.value_of(self.name, Matrix(self.tensor).read(), self.shape)
+
+    def levels(self) -> LevelTensor | None:
+        return Matrix(self.tensor).levels() if len(self.shape) == 2 else None
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a file starts like one. Raises OSError."""
     with path.open("rb") as file:
@@ -100,7 +119,7 @@ def read(
     """See `kizzasi.models.load`."""
     family, spec, matrices = recognise(path)
     storage = {
-        key: Stored(m.tensor.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
+        key: Stored(m.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
         for key, m in matrices.items()
     }
     model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, engine=engine)
@@ -112,18 +131,20 @@ def read(
     return model
 
 
-def recognise(path: Path) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix]]:
+def recognise(path: Path) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix | Shaped]]:
     """The family whose names the tensors have, and the architecture. Reads no weights."""
     file = open_gguf(path)
     name = file.metadata.get("general.architecture")
+    if name in STATE_SPACES:
+        return _state_space(str(name), file, path)
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+        known = ", ".join([*ARCHITECTURES, *STATE_SPACES])
         raise CheckpointError(f"{path}: architecture {name!r:.60} is not supported; only {known}")
     (family, paired), tensors = ARCHITECTURES[name], dict(file.tensors)
     divisors = tensors.pop(DIVISORS, None)
     config = _config(name, file.metadata, tensors, str(path))
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    matrices: dict[str, Matrix] = {}
+    matrices: dict[str, Matrix | Shaped] = {}
     for key, tensor in tensors.items():
         pairs = re.fullmatch(r"blk\.\d+\.attn_([qk])\.\w+", key) if paired else None
         matrices[_their_name(key)] = Matrix(tensor, heads[pairs[1]] if pairs else 0)
@@ -132,6 +153,20 @@ def recognise(path: Path) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix]]
     if divisors is not None:
         spec = _stretched(spec, Matrix(divisors).read().flatten().tolist())
     return family, spec, matrices
+
+
+def _state_space(
+    name: str, file: GGUF, path: Path
+) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix | Shaped]]:
+    """Mamba and Mamba-2."""
+    family = foreign.FAMILIES[name]
+    config = gguf_ssm.config_of(name, file.metadata, file.tensors, str(path))
+    found: dict[str, Matrix | Shaped] = {}
+    for key, tensor in file.tensors.items():
+        shape = gguf_ssm.shape_of(name, key, tensor.shape)
+        found[gguf_ssm.their_name(name, key)] = Shaped(tensor, key, shape)
+    shapes = {key: matrix.shape for key, matrix in found.items()}
+    return family, foreign.read_spec(family, config, shapes, path), found
 
 
 def _config(
