@@ -5,6 +5,7 @@ from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
 from kizzasi.models.decoding.batcher import Batcher
+from kizzasi.models.decoding.decoder import Decoder
 from kizzasi.models.decoding.generate import Generated
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.decoding.streaming import SignalPredictor
@@ -33,6 +34,7 @@ __all__ = [
     "BlockSpec",
     "ChannelSpec",
     "Cost",
+    "Decoder",
     "Generated",
     "Layer",
     "LayerContext",

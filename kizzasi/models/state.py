@@ -63,6 +63,9 @@ def join_states(states: Sequence[Any]) -> Any:
 
     Args:
         states: at least one; all on one device.
+
+    Raises:
+        StateError: they are of different models.
     """
     first = states[0]
     if len(states) == 1:
@@ -70,6 +73,9 @@ def join_states(states: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(list(states))
     if isinstance(first, str):
+        if len({*states}) > 1:
+            digests = " and ".join(sorted(digest[:12] for digest in {*states}))
+            raise StateError(f"states: of models {digests}; join those of one model only")
         return first
     if isinstance(first, Cache):
         shapes = {tuple(leaf.shape[1:] for _, leaf in named_leaves(state)) for state in states}

@@ -1,12 +1,15 @@
 """Decoding, for every causal mixer and channel: what is asked of many rows is right row by row."""
 
 import torch
-from cases import MIXERS, causal_parts, make, tokens
+from cases import MIXERS, VOCAB, causal_parts, make, tokens
+from test_exam import assert_same_state
 from tolerance import assert_close
+from torch import Tensor
 
 from kizzasi.models.decoding.batcher import Batcher
+from kizzasi.models.decoding.decoder import SPARE, Decoder
 from kizzasi.models.decoding.sampling import Sampling
-from kizzasi.models.state import join_states
+from kizzasi.models.state import join_states, map_state
 
 
 @causal_parts
@@ -80,3 +83,26 @@ def test_every_row_of_a_batcher_is_decoded_as_if_alone(name):
     assert_close(
         model(tokens(1, 4), made[3].state).logits, model(tokens(1, 4), wanted[3].state).logits
     )
+
+
+@causal_parts
+@torch.no_grad()
+def test_a_state_written_in_place_decodes_as_a_value_does(name):
+    """Across a store that grows, with a fork on the way that nothing later touches."""
+    model, x = make(name, hybrid=name in MIXERS), tokens(2, 5 + SPARE + 9)
+    begun = model(x[:, :5]).state
+    kept = map_state(Tensor.clone, begun)
+    decoder, state, forks = Decoder(model, begun), begun, []
+    for t in range(5, x.shape[1]):
+        out = model.step(x[:, t], state)
+        state = out.state
+        assert_close(decoder.step(x[:, t]), out.logits)
+        if t in (6, 40):
+            forks.append((t, decoder.fork(), state))
+    assert_same_state(decoder.fork(), state)
+    assert_same_state(begun, kept)
+    for t, fork, wanted in forks:
+        assert_same_state(fork, wanted)
+        other = (x[:, t] + 1) % VOCAB
+        for _ in range(2):  # a fork is a value: it can be gone on from more than once
+            assert_close(model.step(other, fork).logits, model.step(other, wanted).logits)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kizzasi.errors import GenerateError, ShapeError
-from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model
+from kizzasi.errors import GenerateError, ShapeError, StateError
+from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, join_states
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.sampling import Sampling
@@ -131,3 +131,12 @@ def test_what_does_not_fit_is_refused_when_it_is_added(model):
         Batcher(model, max_rows=0)
     with pytest.raises(GenerateError, match="reads frames"):
         Batcher(build_model(ModelSpec(16, (BlockSpec(MambaSpec(d_state=4)),), Signal(3, 3))))
+
+
+def test_states_of_two_models_are_not_joined():
+    states = []
+    for theta in (1e4, 1e6):
+        spec = ModelSpec(16, (BlockSpec(AttentionSpec(n_heads=2, rope_theta=theta)),), Tokens(11))
+        states.append(build_model(spec)(torch.tensor([[1, 2]])).state)
+    with pytest.raises(StateError, match="join those of one model only"):
+        join_states(states)

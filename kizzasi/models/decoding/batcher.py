@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import GenerateError
+from kizzasi.models.decoding.decoder import own
 from kizzasi.models.decoding.generate import Generated, outcome, state_after
 from kizzasi.models.decoding.reading import as_rows, check_model, evaluating, read, vocabulary
 from kizzasi.models.decoding.sampling import Draws, Sampling, Seen, integer, require
@@ -216,7 +217,7 @@ class Batcher:
             self._rows.append(Row(self.model, request, first, state))
             new.append((first, state))
         if new:
-            self._state = join_states([state for _, state in old + new])
+            self._state = own(join_states([state for _, state in old + new]))
             logits = torch.cat([each for each, _ in old + new])
         return logits
 

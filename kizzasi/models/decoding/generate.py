@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.decoding.beams import search_beams
+from kizzasi.models.decoding.decoder import disown, own
 from kizzasi.models.decoding.draft import Guesser, speculate
 from kizzasi.models.decoding.reading import (
     as_mask,
@@ -21,7 +22,6 @@ from kizzasi.models.decoding.reading import (
 )
 from kizzasi.models.decoding.sampling import Draws, Process, Sampling, Seen, integer, require
 from kizzasi.models.decoding.transcript import Decoded, Run, Stopping, Transcript
-from kizzasi.models.state import map_state
 
 if TYPE_CHECKING:
     from kizzasi.models.model import ModelOutput, SequenceModel
@@ -195,7 +195,7 @@ def outcome(rows: Tensor, out: Decoded, state: ModelState | None, flat: bool) ->
     inference mode cannot be trained on."""
     with torch.inference_mode(False):
         ids = torch.cat([rows.clone(), out.ids.to(rows.device).clone()], dim=1)
-        state = None if state is None else map_state(Tensor.clone, state)
+        state = None if state is None else disown(state)
         p = None if out.logprobs is None else out.logprobs.clone()
     if flat:
         return Generated(ids[0], state, None if p is None else p[0])
@@ -205,7 +205,8 @@ def outcome(rows: Tensor, out: Decoded, state: ModelState | None, flat: bool) ->
 def _sample(run: Run) -> Decoded:
     """Draw tokens, one step of the model for each, until all rows have finished."""
     transcript, sampling = Transcript(run), run.sampling
-    logits, state, seen = run.logits, run.state, run.seen
+    private = run.step == run.model.step  # a compiled step, say, takes states as they are
+    logits, seen, state = run.logits, run.seen, own(run.state) if private else run.state
     while True:
         ids, sound = sampling.pick(sampling.logits(logits, seen), run.draws)
         ids = transcript.add(ids, sound, logits)
