@@ -17,6 +17,7 @@ from kizzasi.cli.generate import Text  # noqa: E402
 from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import load  # noqa: E402
 from kizzasi.models.checkpoints.gguf_blocks import TYPES, dequantize  # noqa: E402
+from kizzasi.models.checkpoints.gguf_file import open_gguf  # noqa: E402
 from kizzasi.models.checkpoints.quantized import LevelTensor, QuantizedHead, QuantizedLinear  # noqa: E402
 from kizzasi.models.checkpoints.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
 
@@ -59,7 +60,7 @@ def theirs_to_gguf(name):
     return f"blk.{index}.{LAYER[part]}.{leaf}"
 
 
-def write(path, model, kind=Kind.F32, extra=(), metadata=()):
+def write(path, model, kind=Kind.F32, extra=(), metadata=(), pre="smollm"):
     """The model as llama.cpp's converter writes it; matrices of the given type."""
     config, arch = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -74,7 +75,7 @@ def write(path, model, kind=Kind.F32, extra=(), metadata=()):
     writer.add_rope_freq_base(1e4)
     byte_tokens = [chr(c) for c in byte_alphabet()]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     merges = ["t h", "th e", "Ġ the"]
     tokens = ["<|end|>", *byte_tokens, *(m.replace(" ", "") for m in merges)]
     tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
@@ -367,6 +368,38 @@ def test_tokenizer_of_the_file(file):
     assert tokenizer.encode("<|end|>") == [tokenizer.eos] == [0]
     assert tokenizer.decode([0, *the]) == " the"
     assert len(tokenizer.encode("12")) == 2
+
+
+WORDS = ("I'VE 12345 cats,\r\n  and  naïve 漢字!", "don't (stop) a\u0301 42", "\t x  \n\n y  ")
+
+
+def test_qwens_tokenizer_is_that_of_transformers(tmp_path):
+    model = tiny("Qwen2")
+    path = write(tmp_path / "a.gguf", model, metadata=[], pre="qwen2")
+    ours = load_tokenizer(path, 288)
+    metadata = open_gguf(path).metadata
+    tokens, merges = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
+    theirs = transformers.Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        unk_token="<|end|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+    )
+    for text in WORDS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_llama3s_tokenizer_takes_three_digits_at_once_and_keeps_whole_words(tmp_path):
+    path = write(tmp_path / "a.gguf", tiny(), pre="llama-bpe")
+    ours = load_tokenizer(path, 288)
+    pieces = ours.inner.pre_tokenizer.pre_tokenize_str("I'VE 12345 cats,\r\n  and")
+    words = [piece.replace("Ġ", " ").replace("č", "\r").replace("Ċ", "\n") for piece, _ in pieces]
+    assert words == ["I", "'VE", " ", "123", "45", " cats", ",\r\n", " ", " and"]
+    for text in WORDS:
+        assert ours.decode(ours.encode(text)) == text
+    inner = ours.inner.model
+    assert inner.ignore_merges
 
 
 def test_tokenizer_refusals(file, tmp_path):

@@ -21,7 +21,13 @@ from kizzasi.models.checkpoints.storage import read_json
 
 TOKENIZER = "tokenizer.json"
 KEY = "tokenizer.ggml."
-SINGLE_DIGITS = {"smollm": True, "gpt-2": False}  # by the name of what splits text before merging
+# What splits text before merging, by its name in GGUF. "{digits}" is how many make one piece.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{digits}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}
+SPLITS = ("smollm", "gpt-2", *DIGITS)
 SPECIAL = (3, 4)  # token types: control, and user-defined
 
 
@@ -104,10 +110,10 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
     """
     own = {key.removeprefix(KEY): v for key, v in metadata.items() if key.startswith(KEY)}
     model, split = own.get("model"), own.get("pre", "gpt-2")
-    if model != "gpt2" or split not in SINGLE_DIGITS:
+    if model != "gpt2" or split not in SPLITS:
         raise CheckpointError(
             f"{where}: a tokenizer {model!r:.40} that splits text like {split!r:.40} is not "
-            f"supported; only gpt2 with {', '.join(SINGLE_DIGITS)}"
+            f"supported; only gpt2 with {', '.join(SPLITS)}"
         )
     tokens, merges = own.get("tokens"), own.get("merges")
     types = own.get("token_type")
@@ -119,10 +125,12 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
     if any(len(pair) != 2 or not known >= {*pair, "".join(pair)} for pair in pairs):
         raise CheckpointError(f"{where}: {KEY}merges: one is not of two known tokens; damaged")
     package = _package()
-    inner = package.Tokenizer(package.models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
-    byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [package.pre_tokenizers.Digits(individual_digits=True)] * SINGLE_DIGITS[split]
-    inner.pre_tokenizer = package.pre_tokenizers.Sequence([*digits, byte_level])
+    whole = split == "llama-bpe"  # there, a piece that is a token stays whole
+    table = {token: i for i, token in enumerate(tokens)}
+    inner = package.Tokenizer(package.models.BPE(table, pairs, ignore_merges=whole))
+    inner.pre_tokenizer = _splitter(package, split)
+    if split == "qwen2":
+        inner.normalizer = package.normalizers.NFC()
     inner.decoder = package.decoders.ByteLevel()
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in SPECIAL:
@@ -130,6 +138,17 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
             inner.add_special_tokens([added]) if kind == 3 else inner.add_tokens([added])
     bos = own.get("bos_token_id") if own.get("add_bos_token") else None
     return PackagedTokenizer(inner, own.get("eos_token_id"), bos)
+
+
+def _splitter(package: Any, split: str) -> Any:
+    """Text to pieces in GPT-2's stand-ins of bytes."""
+    parts = package.pre_tokenizers
+    if split in DIGITS:
+        pattern = package.Regex(WORDS.replace("{digits}", DIGITS[split]))
+        first, own = [parts.Split(pattern, behavior="isolated")], False
+    else:
+        first, own = [parts.Digits(individual_digits=True)] * (split == "smollm"), True
+    return parts.Sequence([*first, parts.ByteLevel(add_prefix_space=False, use_regex=own)])
 
 
 def _eos(path: Path) -> Any:
