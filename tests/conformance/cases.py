@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import kizzasi.eml  # noqa: F401 (registers eml_attention)
-from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.mixer import ChannelSpec, MixerSpec
+from kizzasi.testing.mixer import Exam
 
 D_MODEL, VOCAB, LAYERS = 16, 23, 2
 
@@ -207,15 +208,15 @@ devices = pytest.mark.parametrize(
 )
 
 
+def exam_of(name: str, device: str = "cpu") -> Exam:
+    """The exam of a part; channels are examined without a hybrid."""
+    return Exam(model_spec(name), model_spec(name, hybrid=name in MIXERS), device)
+
+
 def make(name: str, *, device: str = "cpu", dtype=torch.float64, hybrid=False, **kwargs):
     """A model whose every parameter is perturbed, so that nothing hides behind a zero or a one."""
-    model = build_model(model_spec(name, hybrid=hybrid), seed=1, dtype=torch.float64, **kwargs)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p.add_(0.1 * noise.to(p.dtype))
-    return model.to(device=device, dtype=dtype)
+    spec = model_spec(name, hybrid=hybrid)
+    return Exam(spec, spec, device).make(dtype=dtype, **kwargs)
 
 
 def tokens(batch: int, length: int, seed: int = 0, device: str = "cpu"):
