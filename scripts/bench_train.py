@@ -140,8 +140,8 @@ def check(kind: str, args: argparse.Namespace) -> None:
     import torch
 
     from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref
-    from kizzasi.models.ops.scan import selective_scan, selective_scan_ref
-    from kizzasi.models.ops.wkv import wkv7, wkv7_ref
+    from kizzasi.models.ops.selective_scan import selective_scan, selective_scan_ref
+    from kizzasi.models.ops.wkv7 import wkv7, wkv7_ref
 
     generator = torch.Generator().manual_seed(args.seed)
 

@@ -9,11 +9,11 @@ from kizzasi.models.ops import (
     delta,
     linear_attention,
     mlstm,
-    scan,
+    selective_scan,
     slstm,
     ssd,
-    wkv,
     wkv4,
+    wkv7,
 )
 
 
@@ -131,7 +131,7 @@ def cell_inputs():
 LINEAR = linear_attention.linear_attention, linear_attention.linear_attention_ref
 OPS = {
     "conv": (conv.causal_conv1d, conv.causal_conv1d_ref, short_conv, 3),
-    "scan": (scan.selective_scan, scan.selective_scan_ref, selective, 6),
+    "scan": (selective_scan.selective_scan, selective_scan.selective_scan_ref, selective, 6),
     "linear_attention": (*LINEAR, lambda: linear((2, 9, 2, 3), False), 5),
     "linear_attention-head-bonus": (*LINEAR, lambda: linear((2, 9, 2, 1), True), 5),
     "linear_attention-fixed-bonus": (*LINEAR, lambda: linear((1, 1, 2, 3), True), 5),
@@ -139,8 +139,8 @@ OPS = {
     "trapezoid": (trapezoid(ssd.trapezoid), trapezoid(ssd.trapezoid_ref), two_ends, 6),
     "delta-head": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(1), 5),
     "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
-    "wkv7": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(1), 6),
-    "wkv7-strong": (wkv.wkv7, wkv.wkv7_ref, lambda: rewritten(60), 6),
+    "wkv7": (wkv7.wkv7, wkv7.wkv7_ref, lambda: rewritten(1), 6),
+    "wkv7-strong": (wkv7.wkv7, wkv7.wkv7_ref, lambda: rewritten(60), 6),
     "decay_scan": (decay_scan.decay_scan, decay_scan.decay_scan_ref, leaking, 2),
     "mlstm": (normalised(mlstm.mlstm), normalised(mlstm.mlstm_ref), gated_matrix, 5),
     "slstm": (cells, cells, cell_inputs, 2),

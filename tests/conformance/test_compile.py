@@ -15,7 +15,8 @@ from cases import CAUSAL, CHANNELS, MIXERS, make, tokens
 from tolerance import assert_close
 
 from kizzasi.models.export import StepModule
-from kizzasi.models.ops import devices, scan
+from kizzasi.models.ops import devices
+from kizzasi.models.ops import selective_scan as scan
 
 # The compiler itself makes a Function and looks at .grad while it traces.
 pytestmark = [

@@ -14,7 +14,7 @@ from kizzasi.models.ops.delta import (
     delta_rule_step,
     l2_normalise,
 )
-from kizzasi.models.ops.wkv import wkv7
+from kizzasi.models.ops.wkv7 import wkv7
 
 NAMES = ("q", "k", "v", "g", "beta", "s0")
 widths_of_g = pytest.mark.parametrize("per_channel", [False, True])

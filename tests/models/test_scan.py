@@ -7,7 +7,8 @@ import torch
 from tolerance import assert_close
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import conv, devices, scan, scan_blocks
+from kizzasi.models.ops import conv, devices, scan_blocks
+from kizzasi.models.ops import selective_scan as scan
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 100)
 SCAN_NAMES = ("u", "dt", "A", "B", "C", "D", "h0")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref
-from kizzasi.models.ops.scan import selective_scan, selective_scan_ref
+from kizzasi.models.ops.selective_scan import selective_scan, selective_scan_ref
 
 pytestmark = pytest.mark.weights
 PACKAGE = importlib.util.find_spec("typeseg")

@@ -39,7 +39,7 @@ from kizzasi.models.mixer import (
 from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
-from kizzasi.models.ops.wkv import WKV7, wkv7_flops, wkv7_step
+from kizzasi.models.ops.wkv7 import WKV7, wkv7_flops, wkv7_step
 from kizzasi.models.strict import register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b

@@ -13,8 +13,8 @@ Three published layers are this one recurrence: DeltaNet (g = 0), gated DeltaNet
 Kimi delta attention (one a channel). It fades first and removes second. The two commute for one g a
 head, since that scales the whole memory; for one a channel they do not.
 
-`ops/wkv.py` can express all three (a = -k exp(g), b = beta k), but only with d_k = d_v and, in
-float32, g > -2.5: it divides by decays. Here g may be as low as -inf, and no exponent is positive.
+`ops/wkv7.py` can express all three (a = -k exp(g), b = beta k), but only with d_k = d_v. Here g may
+be as low as -inf, and no exponent is positive.
 
 Sources: DeltaNet, Yang et al. 2024, arXiv:2406.06484. Gated DeltaNet, Yang et al. 2024,
 arXiv:2412.06464, section 3. Kimi delta attention, Kimi Team 2025, arXiv:2510.26692, section 3.

@@ -1,6 +1,6 @@
 """The selective scan on a CPU, block by block, with its adjoint written out.
 
-Symbols as in ops/scan.py. What it costs per state (one of b t d n), on one AVX-512 core: the fast
+Symbols as in ops/selective_scan.py. What it costs per state (one of b t d n), on one AVX-512 core: the fast
 path is 5 torch calls over a block forward and 15 backward. A call over a block that sits in the L2
 cache takes 0.06 (products) to 0.2 ns (exp, multiply-add): 0.7 ns forward and 2.0 ns backward is the
 floor of plain torch. Measured: 1.5 and 4.3 ns, the rest being cache misses, page faults and 1.3 us

@@ -1,6 +1,6 @@
 """RWKV-7's recurrence in chunks without a quotient: for decays of any strength, on any device.
 
-Symbols as in ops/wkv.py. Plain torch operations, differentiable as often as need be.
+Symbols as in ops/wkv7.py. Plain torch operations, differentiable as often as need be.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import ShapeError
-from kizzasi.models.ops import wkv
-from kizzasi.models.ops.wkv import wkv7, wkv7_flops, wkv7_ref, wkv7_step
+from kizzasi.models.ops import wkv7 as ops
+from kizzasi.models.ops.wkv7 import wkv7, wkv7_flops, wkv7_ref, wkv7_step
 
 NAMES = ("r", "w", "k", "v", "a", "b", "s0")
 STRONGEST = -0.6065306597  # -exp(-0.5), the fastest decay of RWKV-7
@@ -170,7 +170,7 @@ def test_a_decay_of_zero_is_a_decay():
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_form_without_quotients_is_the_loop(length, packed, monkeypatch):
     """The path of CUDA, of compiled graphs and of torch.func."""
-    monkeypatch.setattr(wkv, "_divides", lambda w: False)
+    monkeypatch.setattr(ops, "_divides", lambda w: False)
     compare(inputs(length), document_starts(length) if packed else None)
 
 
