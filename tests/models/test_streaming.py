@@ -9,6 +9,7 @@ from kizzasi.errors import GenerateError, ShapeError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, SignalPredictor, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
+from kizzasi.models.heads import Regression
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 
@@ -110,6 +111,12 @@ def test_what_cannot_be_forecast_is_said():
         model.norm.weight.fill_(torch.nan)
     with pytest.raises(GenerateError, match="row 0: a predicted frame is NaN"):
         model.forecast(frames, 2)
+
+
+def test_a_model_whose_first_head_is_another_is_not_fed_with_it():
+    spec = ModelSpec(16, (BlockSpec(MambaSpec()),), Signal(3, 3), heads=(Regression(n_out=3),))
+    with pytest.raises(SpecError, match="forecast needs the stem's own head"):
+        build_model(spec).forecast(torch.zeros(1, 4, 3), 2)
 
 
 def test_signal_training_lowers_the_squared_error():

@@ -192,7 +192,7 @@ class Batcher:
                 return
         kept = [i for i, row in enumerate(self._rows) if row.request.ticket != ticket]
         require(len(kept) < len(self._rows), "ticket", f"of a request in work, not {ticket}")
-        with torch.inference_mode():
+        with torch.no_grad():
             self._keep(kept)
 
     @property

@@ -74,9 +74,8 @@ def own(state: Any) -> Any:
 
 
 def disown(state: Any) -> Any:
-    """A copy of an owned state that is a value again, and can be trained on."""
-    with torch.inference_mode(False):
-        return _recast(map_state(Tensor.clone, state), AttentionState)
+    """A copy of an owned state that is a value again."""
+    return _recast(map_state(Tensor.clone, state), AttentionState)
 
 
 def _recast(tree: Any, kind: type[AttentionState]) -> Any:
@@ -121,14 +120,14 @@ class Decoder:
         with evaluating(self.model):
             logits, state = read(self.model, inputs, mask, self._state)
             self._state = own(state)
-        return logits.clone()
+        return logits
 
     def step(self, inputs: Tensor) -> Tensor:
         """Read one token (b,), or frame (b, n_in), of each row. Returns (b, v) logits after it."""
         with evaluating(self.model):
             state = self._begun(len(inputs))
             logits, self._state, *_ = self.model.step(inputs, state)
-        return logits.clone()
+        return logits
 
     def fork(self) -> ModelState:
         """The state as a value: a copy that later steps leave alone, for another decoder, a beam,
@@ -141,7 +140,7 @@ class Decoder:
         """Go on with these rows, repeated or reordered at will."""
         if self._state is None:
             raise GenerateError("gather: no token was read yet; call read or step first")
-        with torch.inference_mode():
+        with torch.no_grad():
             self._state = own(self._state.gather(rows))
 
     def _begun(self, batch: int) -> ModelState:

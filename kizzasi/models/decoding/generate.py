@@ -191,12 +191,9 @@ def generate(  # pyright: ignore[reportInconsistentOverload]
 
 
 def outcome(rows: Tensor, out: Decoded, state: ModelState | None, flat: bool) -> Generated:
-    """Prompts (b, t) and what was decoded, as the caller gets it: copies, for what was computed in
-    inference mode cannot be trained on."""
-    with torch.inference_mode(False):
-        ids = torch.cat([rows.clone(), out.ids.to(rows.device).clone()], dim=1)
-        state = None if state is None else disown(state)
-        p = None if out.logprobs is None else out.logprobs.clone()
+    """Prompts (b, t) and what was decoded, as the caller gets it."""
+    ids, p = torch.cat([rows, out.ids.to(rows.device)], dim=1), out.logprobs
+    state = None if state is None else disown(state)
     if flat:
         return Generated(ids[0], state, None if p is None else p[0])
     return Generated(ids, state, p)

@@ -36,11 +36,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_model(model: SequenceModel, wish: str) -> None:
     """Raise SpecError unless the model is causal and reads its own head, GenerateError unless
     its inputs are tokens."""
+    check_feeds_on(model, wish)
+    vocabulary(model)
+
+
+def check_feeds_on(model: SequenceModel, wish: str) -> None:
+    """Raise SpecError unless the model is causal and its first outputs are its stem's own."""
     model.require_causal(wish)
     heads = model.spec.heads
     if heads and not isinstance(heads[0], Own):
         raise SpecError(f"heads[0]: {wish} needs the stem's own head there; put Own() first")
-    vocabulary(model)
 
 
 def vocabulary(model: SequenceModel) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import GenerateError, ShapeError, SpecError
-from kizzasi.models.decoding.reading import as_mask, evaluating, read
+from kizzasi.models.decoding.reading import as_mask, check_feeds_on, evaluating, read
 from kizzasi.models.decoding.sampling import integer, require
 from kizzasi.models.stems import Signal
 
@@ -43,7 +43,7 @@ def forecast(
         ShapeError: frames or mask do not fit.
         SpecError: the model is not causal.
     """
-    model.require_causal("forecast")
+    check_feeds_on(model, "forecast")
     check_feedback(model)
     require(integer(n) and n >= 1, "n", f"an integer from 1 on, not {n!r}")
     rows, flat = as_frames(frames)
@@ -51,7 +51,6 @@ def forecast(
     with evaluating(model):
         first, after = read(model, rows, mask, state)
         new = roll(model, first, after, n)
-    new = new.clone()  # made in inference mode, it could not be trained on
     return new[0] if flat else new
 
 
@@ -120,8 +119,8 @@ class SignalPredictor:
         """(b, n_in) to (b, n_out), or (n_in,) to (n_out,) for a single signal. No gradients."""
         with evaluating(self.model):
             out = self.model.step(frame[None] if frame.ndim == 1 else frame, self.state)
-        self.state, self._last = out.state, out.logits
-        return self._last.clone()[0] if frame.ndim == 1 else self._last.clone()
+        self.state, self._last = out.state, out.logits.clone()
+        return out.logits[0] if frame.ndim == 1 else out.logits
 
     def read(self, frames: Tensor) -> Tensor:
         """Many frames at once, (b, t, n_in) to (b, t, n_out) or (t, n_in) to (t, n_out): as `step`
@@ -129,8 +128,8 @@ class SignalPredictor:
         rows, flat = as_frames(frames)
         with evaluating(self.model):
             out = self.model(rows, self.state)
-        self.state, self._last = out.state, out.logits[:, -1]
-        return out.logits.clone()[0] if flat else out.logits.clone()
+        self.state, self._last = out.state, out.logits[:, -1].clone()
+        return out.logits[0] if flat else out.logits
 
     def forecast(self, n: int) -> Tensor:
         """The next n frames, (b, n, n_out), by reading each prediction as the next frame. The
@@ -143,8 +142,7 @@ class SignalPredictor:
         if self._last is None:
             raise GenerateError("forecast: no frame was read yet; call step or read first")
         with evaluating(self.model):
-            made = roll(self.model, self._last, self.state, n)
-        return made.clone()
+            return roll(self.model, self._last, self.state, n)
 
     def reset(self) -> None:
         """Forget every frame seen so far."""
