@@ -275,7 +275,10 @@ class ListedExperts(nn.ModuleList):
 
         def call(rows: Tensor) -> Tensor:
             if isinstance(expert, Mixer):
-                some = rows if len(rows) else rows.new_zeros(1, rows.shape[1])  # for its gradients
+                inner = (part for part in expert.modules() if isinstance(part, Mixer))
+                some = rows
+                if not len(rows) and any(part.ops for part in inner):  # no recurrence takes none
+                    some = rows.new_zeros(1, rows.shape[1])
                 return expert(some[:, None]).y[: len(rows), 0]
             out = expert(rows)
             if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:

@@ -28,9 +28,9 @@ Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; medi
 scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32:
 
     n, d, h, e, k            sorted  grouped  masked  transformers' eager loop
-    2048, 256, 128, 64, 4     1.6     1.8      2.3     5.9
-    2048, 256, 512, 8, 2      1.1     1.1      1.1     1.2
-    256, 256, 256, 16, 2      1.9     2.0      2.6     5.1
+    2048, 256, 128, 64, 4     1.5     1.7      3.1     5.6
+    2048, 256, 512, 8, 2      1.05    1.2      1.1     1.2
+    256, 256, 256, 16, 2      2.0     2.0      2.6     5.0
 
 Symbols: n tokens, m jobs, e experts, d width, h hidden.
 """
