@@ -96,7 +96,8 @@ def test_search_prints_its_table(capsys, tmp_path, data):
     command = ["search", "--data", data, "--out", tmp_path / "run", "--workers", 1]
     command += ["--params", 100_000, "--band", 0.4, "--candidates", 4, "--best", 1, "--random", 1]
     command += ["--outside", 0, "--rungs", 256, 512, "--tokens", 512, "--seq-len", 32]
-    command += ["--batch-size", 4]
+    command += ["--batch-size", 4, "--space", "families", "--searcher", "proxy"]
+    command += ["--scheduler", "halving"]
     text = output(capsys, *command)
     assert "bits/byte" in text
     assert "report.html" in text

@@ -57,7 +57,7 @@ def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> Non
     parser.add_argument(
         "--space",
         default=default.space,
-        help='"families" (default), "tiny", "hybrid", "mamba_rwkv", "moe", or a YAML file',
+        help='"hybrid" (default), "families", "tiny", "mamba_rwkv", "moe", or a YAML file',
     )
     parser.add_argument(
         "--searcher",
@@ -104,6 +104,20 @@ def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> Non
 
 
 def _add_bounds(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+    parser.add_argument(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default=default.optimizer,
+        help=f"of every training ({default.optimizer})",
+    )
+    parser.add_argument(
+        "--lrs",
+        nargs="+",
+        type=float,
+        metavar="LR",
+        default=list(default.lrs),
+        help=f"learning rates of the sweeps ({' '.join(f'{lr:g}' for lr in default.lrs)})",
+    )
     _add_numbers(parser, default, ("--params", "n_params", "parameter budget"))
     parser.add_argument(
         "--band", type=float, default=default.band, help=f"width of the band ({default.band})"
@@ -122,7 +136,6 @@ def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None
     _add_numbers(
         parser,
         default,
-        ("--candidates", "n_pool", "candidates that the proxy scores, or a searcher proposes"),
         ("--best", "n_best", "trained: the best by proxy"),
         ("--random", "n_random", "trained: a random control group"),
         ("--outside", "n_outside", "trained briefly: from outside the parameter band"),
@@ -135,6 +148,13 @@ def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None
         ("--batch-size", "batch_size", "windows a step"),
         ("--score-windows", "score_windows", "held-out windows that a score uses"),
         ("--eta", "eta", "one in eta goes on, to eta times the tokens"),
+    )
+    parser.add_argument(
+        "--candidates",
+        dest="n_pool",
+        type=int,
+        metavar="N",
+        help="candidates that a searcher proposes (12), or that the proxy scores (200)",
     )
     parser.add_argument(
         "--rungs",

@@ -51,7 +51,7 @@ from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Task
 
 # What version 0.1 did where its journals say nothing.
-OF_OLD: dict[str, Any] = {"test_fraction": 0.0}
+OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from kizzasi.train.distributed import Ranks
 from kizzasi.train.frames import Frames
 from kizzasi.train.labels import Labels
 from kizzasi.train.leak import find_leak
+from kizzasi.train.muon import Muon
 from kizzasi.train.open import open_task
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
@@ -20,6 +21,7 @@ __all__ = [
     "Frames",
     "Labels",
     "Metric",
+    "Muon",
     "Ranks",
     "Recipe",
     "Scores",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from kizzasi.errors import SpecError
 
@@ -20,11 +21,13 @@ class Recipe:
         horizon: tokens at which the schedule ends.
         seq_len: length of a training window in tokens.
         batch_size: windows per step.
-        lr: peak learning rate of AdamW, passed to `model.parameter_groups`.
+        lr: peak learning rate, passed to `parameter_groups`.
         warmup: share of the horizon spent on the linear warm-up; then a cosine down to min_lr * lr.
         min_lr: learning rate at the horizon, as a share of the peak.
         weight_decay: for parameters that decay.
         clip: largest gradient norm.
+        optimizer: "adamw", or "muon": matrices made orthogonal, AdamW for all other parameters.
+        matrix_lr: peak learning rate of Muon's matrices; None means lr.
         score_windows: held-out windows that a score uses, evenly spread; None means all of them.
     """
 
@@ -37,6 +40,8 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     score_windows: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    matrix_lr: float | None = None
 
     @property
     def tokens_per_step(self) -> int:

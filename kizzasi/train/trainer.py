@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models import SequenceModel
+from kizzasi.models import SequenceModel, parameter_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
+from kizzasi.train.muon import Muon
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
 from kizzasi.train.task import Batch, Scores, Shape, Split, Task
@@ -61,9 +62,16 @@ class Training:
         self.device = next(model.parameters()).device
         self.shared_model = ranks.share(model)
         self.task = task.to(self.device)
-        groups = model.parameter_groups(recipe.lr, recipe.weight_decay)
+        groups = parameter_groups(
+            model,
+            recipe.lr,
+            recipe.weight_decay,
+            optimizer=recipe.optimizer,
+            matrix_lr=recipe.matrix_lr,
+        )
         self.peaks = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        kinds = {"adamw": torch.optim.AdamW, "muon": Muon}
+        self.optimizer = kinds[recipe.optimizer](groups, betas=(0.9, 0.95))
         self.step = 0
         self.curve: list[tuple[int, float]] = []
         self.losses: list[Tensor] = []  # since the curve's last point

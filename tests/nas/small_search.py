@@ -29,6 +29,10 @@ def write_text(folder: Path) -> str:
 def config(data: str) -> SearchConfig:
     return SearchConfig(
         data=data,
+        space="families",
+        searcher="proxy",
+        scheduler="halving",
+        final_seeds=1,
         n_params=22_000,
         band=0.4,
         n_pool=6,

@@ -28,7 +28,9 @@ SPACE = ArchSearchSpace(
     dropout_options=(0.0,),
 )
 CONFIG = SearchConfig(
+    space="families",
     searcher="random",
+    scheduler="halving",
     n_params=16_000,
     band=0.5,
     n_pool=3,

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from kizzasi.errors import CheckpointError, DataError, SpecError
-from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model
+from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, parameter_groups
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.mixer import MixerOut
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.nas.evaluators.evaluator import Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.train.bytes import ByteText, baselines, load_corpus
+from kizzasi.train.byte_baselines import baselines
+from kizzasi.train.bytes import ByteText, load_corpus
 from kizzasi.train.leak import find_leak
+from kizzasi.train.muon import Muon
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.trainer import Training
+from kizzasi.train.windows import batches
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +81,10 @@ def test_training_beats_the_unigram_on_held_out_bytes(corpus):
     assert measured.per_second == pytest.approx(65_536 / measured.seconds)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout):
-    evaluate, spec = MicroTrain(corpus, RECIPE), small(dropout=dropout)
+@pytest.mark.parametrize(("dropout", "optimizer"), [(0.0, "adamw"), (0.1, "adamw"), (0.0, "muon")])
+def test_rungs_continue_to_the_last_digit(corpus, tmp_path, dropout, optimizer):
+    evaluate = MicroTrain(corpus, replace(RECIPE, optimizer=optimizer))
+    spec = small(dropout=dropout)
     whole = trained(evaluate, spec, 16_384, seed=1)
     path = tmp_path / "trial.pt"
     torch.rand(7)  # the caller's own random stream plays no part
@@ -210,3 +214,113 @@ def test_honest_models_pass_the_gate():
     assert find_leak(model) is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert find_leak(build_model(small(stem=Signal(2, 3)))) is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("clip", [1e-2, 1e9])
+def test_a_training_is_the_recipe_to_the_letter(corpus, optimizer, clip):
+    """Three steps by hand: batches, schedule, clipping, decay, betas."""
+    recipe = replace(RECIPE, optimizer=optimizer, clip=clip, lr=3e-3, weight_decay=0.3)
+    training = Training(build_model(small(), seed=2), corpus, recipe, data_seed=9)
+    training.run(3 * recipe.tokens_per_step)
+    model = build_model(small(), seed=2).train()
+    groups = parameter_groups(model, recipe.lr, 0.3, optimizer=optimizer)
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[optimizer]
+    by_hand = kind(groups, betas=(0.9, 0.95))
+    stream = batches(corpus.train, 64, 8, 9)
+    for step in range(3):
+        for group in by_hand.param_groups:
+            group["lr"] = recipe.lr * recipe.factor(step)
+        inputs, targets = next(stream)
+        by_hand.zero_grad()
+        model(inputs).loss(targets).backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad.mul_(min(1.0, clip / (norm.item() + 1e-6)))
+        by_hand.step()
+    for mine, theirs in zip(model.parameters(), training.model.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_muon_learns_and_its_matrices_may_have_a_rate_of_their_own(corpus):
+    def scored(**changes):
+        recipe = replace(RECIPE, horizon=8_192, **changes)
+        return trained(MicroTrain(corpus, recipe), small(), 8_192, 0).score
+
+    assert scored(optimizer="muon") < 6.0
+    assert scored(optimizer="muon", matrix_lr=1e-4) != scored(optimizer="muon")
+    with pytest.raises(SpecError, match="matrix_lr: only Muon"):
+        scored(matrix_lr=1e-4)
+
+
+def edge_leak(start: int):
+    """Attention that sees the next input from a position on: a leak that begins late."""
+
+    class Late(Attention):
+        def forward(self, x, state=None, **call):
+            out = super().forward(x, state, **call)
+            ahead = 1e-3 * x.roll(-1, dims=1)
+            ahead[:, :start] = 0
+            return MixerOut(out.y + ahead, out.state)
+
+    @dataclass(frozen=True)
+    class LateSpec(AttentionSpec):
+        kind: ClassVar[str] = "late"
+
+        def build(self, layer):
+            return Late(self, layer)
+
+    return LateSpec
+
+
+@pytest.mark.parametrize(
+    ("start", "seq_len", "window"), [(64, 0, None), (100, 128, None), (140, 0, 80)]
+)
+def test_a_leak_that_begins_late_is_found(start, seq_len, window):
+    """Beyond the chunk of a scan, within the training length, beyond two windows."""
+    spec = small(blocks=(BlockSpec(edge_leak(start)(n_heads=2, window=window)),))
+    assert "leaks the future" in (find_leak(build_model(spec), seq_len) or "")
+
+
+def test_a_leak_in_training_mode_alone_is_found():
+    class Trained(Attention):
+        def forward(self, x, state=None, **call):
+            out = super().forward(x, state, **call)
+            ahead = 1e-3 * x.roll(-1, dims=1) if self.training else 0
+            return MixerOut(out.y + ahead, out.state)
+
+    @dataclass(frozen=True)
+    class TrainedSpec(AttentionSpec):
+        kind: ClassVar[str] = "trained"
+
+        def build(self, layer):
+            return Trained(self, layer)
+
+    spec = small(blocks=(BlockSpec(TrainedSpec(n_heads=2)),), dropout=0.1)
+    assert "leaks the future" in (find_leak(build_model(spec)) or "")
+
+
+def block_summary(size: int):
+    """The summary of a whole block is added inside that block."""
+
+    def model(x):
+        n = -(-x.shape[1] // size) * size - x.shape[1]
+        blocks = torch.nn.functional.pad(x, (0, 0, 0, n)).unflatten(1, (-1, size))
+        return x + blocks.mean(2, keepdim=True).expand_as(blocks).flatten(1, 2)[:, : x.shape[1]]
+
+    return model
+
+
+def circular_filter(x):
+    """A spectral filter without padding: the end of the sequence reaches its beginning."""
+    taps = torch.zeros(x.shape[1], dtype=x.dtype)
+    taps[:4] = 0.25
+    spectrum = torch.fft.rfft(x, dim=1) * torch.fft.rfft(taps)[:, None]
+    return torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
+
+
+@pytest.mark.parametrize("fault", [block_summary(64), block_summary(16), circular_filter])
+def test_leaks_that_fooled_people_are_caught(fault):
+    inputs = torch.randn(2, 129, 3, generator=torch.Generator().manual_seed(0)).double()
+    assert "leaks the future" in (find_leak(fault, inputs=inputs) or "")
+    assert find_leak(lambda x: x.cumsum(1), inputs=inputs) is None

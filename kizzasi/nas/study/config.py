@@ -13,6 +13,7 @@ from kizzasi.nas.schedulers.schedule import geometric_budgets
 
 SearcherName = Literal["proxy", "random", "regularized", "evolution", "local", "nsga2", "tpe"]
 SchedulerName = Literal["halving", "hyperband", "asha", "stopping", "pasha", "pdh"]
+Optimizer = Literal["muon", "adamw"]
 ANALYTIC, INHERIT = "analytic", "inherit"
 SCREENS = (ANALYTIC, *PROXIES, *PROBES, INHERIT)  # from cheap to dear
 ONE_AFTER_ANOTHER = ("hyperband", "asha", "stopping", "pasha", "pdh")  # may end at any time
@@ -37,7 +38,8 @@ class SearchConfig(Strict):
             `bounds_len` tokens; latency and memory are measured once, on the device of the search,
             and then read from the journal.
         bounds_len: see there.
-        n_pool: candidates that the proxy scores, or that another searcher proposes at most.
+        n_pool: candidates that the proxy scores (200), or that another searcher proposes at most
+            (12).
         n_best, n_random: trained from the pool: the best by proxy, and a random control group.
         n_outside: trained on the first rung only, from outside the band, to see what the proxy is
             worth over all sizes.
@@ -56,6 +58,7 @@ class SearchConfig(Strict):
         keep: share of the candidates that "halving" passes on.
         search_tokens: no training starts beyond this budget; None ends with n_pool. Learning-rate
             sweeps and final trainings come on top.
+        optimizer: of every training, "muon" or "adamw"; see `Recipe`.
         lrs: learning rates of the sweep.
         n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
             with the same main mixer.
@@ -71,9 +74,9 @@ class SearchConfig(Strict):
 
     data: str | None = None
     test_fraction: float = 0.1
-    space: str = "families"
-    searcher: SearcherName = "proxy"
-    scheduler: SchedulerName = "halving"
+    space: str = "hybrid"
+    searcher: SearcherName = "regularized"
+    scheduler: SchedulerName = "asha"
     n_params: int = 200_000
     band: float = 0.1
     max_state_bytes: int | None = None
@@ -81,7 +84,7 @@ class SearchConfig(Strict):
     max_latency_ms: float | None = None
     max_memory_bytes: int | None = None
     bounds_len: int = 1024
-    n_pool: int = 200
+    n_pool: int | None = None
     n_best: int = 4
     n_random: int = 12
     n_outside: int = 2
@@ -89,19 +92,20 @@ class SearchConfig(Strict):
     screens: tuple[str, ...] = ()
     screen_width: int = 4
     screen_tokens: int = 8_192
-    population: int = 24
-    sample: int = 6
+    population: int = 6
+    sample: int = 3
     mutation: float = 0.1
-    side_by_side: int = 8
-    rungs: tuple[int, ...] = (32_768, 98_304)
+    side_by_side: int = 4
+    rungs: tuple[int, ...] = (16_384, 49_152)
     eta: int = 3
     keep: float = 0.34
     search_tokens: int | None = None
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    n_sweep: int = 3
+    optimizer: Optimizer = "muon"
+    lrs: tuple[float, ...] = (8e-3, 1.6e-2)
+    n_sweep: int = 1
     n_finalists: int = 1
-    final_tokens: int = 262_144
-    final_seeds: int = 1
+    final_tokens: int = 131_072
+    final_seeds: int = 3
     slope_seeds: int = 0
     seq_len: int = 128
     batch_size: int = 4
@@ -116,15 +120,21 @@ class SearchConfig(Strict):
         return geometric_budgets(self.rungs[0], self.rungs[-1], self.eta)
 
     @property
+    def pool(self) -> int:
+        """n_pool, or what the searcher usually has: 200 to score by proxy, 12 to train."""
+        usual = 200 if self.searcher == "proxy" else 12
+        return usual if self.n_pool is None else self.n_pool
+
+    @property
     def n_candidates(self) -> int:
         """The most candidates that a searcher may propose."""
         if self.search_tokens is None:
-            return self.n_pool
+            return self.pool
         return self.search_tokens // self.rungs[0] + 1
 
     def check(self) -> None:
         """Raises SpecError naming the value and the rule."""
-        counts = ("n_params", "n_pool", "n_best", "final_tokens", "final_seeds", "seq_len")
+        counts = ("n_params", "pool", "n_best", "final_tokens", "final_seeds", "seq_len")
         more = ("batch_size", "bounds_len", "population", "sample", "side_by_side", "n_sweep")
         last = ("n_finalists", "score_windows", "screen_width", "screen_tokens")
         self.require_positive("", *counts, *more, *last)
@@ -142,7 +152,8 @@ class SearchConfig(Strict):
         ):
             if not ok:
                 raise SpecError(rule)
-        for name, known in (("searcher", SearcherName), ("scheduler", SchedulerName)):
+        named = (("searcher", SearcherName), ("scheduler", SchedulerName), ("optimizer", Optimizer))
+        for name, known in named:
             value = getattr(self, name)
             require(
                 value in get_args(known), name, f"{value!r} {unknown_name(value, get_args(known))}"

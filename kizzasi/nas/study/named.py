@@ -58,6 +58,7 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         score_windows=config.score_windows,
+        optimizer=config.optimizer,
     )
     baselines = usual(config, space, task.stem)
     seed = derive_seed(config.seed, "candidates")
@@ -134,7 +135,7 @@ def searcher_of(config: SearchConfig, seed: int) -> Searcher | ProxyPool:
     limit, size, mutation = config.n_candidates, config.population, config.mutation
     searchers: dict[str, Callable[[], Searcher | ProxyPool]] = {
         "proxy": lambda: ProxyPool(
-            config.n_pool, config.n_best, config.n_random, config.n_outside, seed
+            config.pool, config.n_best, config.n_random, config.n_outside, seed
         ),
         "random": lambda: Samples(limit, config.side_by_side, seed),
         "regularized": lambda: RegularizedEvolution(
