@@ -1,13 +1,13 @@
 """The selective scan on a CPU, block by block, with its adjoint written out.
 
-Symbols as in ops/selective_scan.py. What it costs per state (one of b t d n), on one AVX-512 core: the fast
-path is 5 torch calls over a block forward and 15 backward. A call over a block that sits in the L2
-cache takes 0.06 (products) to 0.2 ns (exp, multiply-add): 0.7 ns forward and 2.0 ns backward is the
-floor of plain torch. Measured: 1.5 and 4.3 ns, the rest being cache misses, page faults and 1.3 us
-per call; two cores give 1.2 and 3.0, as the recurrence itself is too short a call to be shared.
-Other layouts were slower: n innermost takes 1.06 instead of 0.82 ns for a block forward and twice
-the time for sums over n; scanning chunks in parallel and then adding what they carry takes 2.7
-instead of 0.85 ns for the recurrence, because it passes over all states again.
+Symbols as in ops/selective_scan.py. What it costs per state (one of b t d n), on one AVX-512 core:
+the fast path is 5 torch calls over a block forward and 15 backward. A call over a block that sits
+in the L2 cache takes 0.06 (products) to 0.2 ns (exp, multiply-add): 0.7 ns forward and 2.0 ns
+backward is the floor of plain torch. Measured: 1.5 and 4.3 ns, the rest being cache misses, page
+faults and 1.3 us per call; two cores give 1.2 and 3.0, as the recurrence itself is too short a call
+to be shared. Other layouts were slower: n innermost takes 1.06 instead of 0.82 ns for a block
+forward and twice the time for sums over n; scanning chunks in parallel and then adding what they
+carry takes 2.7 instead of 0.85 ns for the recurrence, because it passes over all states again.
 """
 
 from __future__ import annotations
