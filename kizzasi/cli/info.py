@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise SpecError(f"--seq-len {args.seq_len}: must be at least 1")
     spec = read_spec(args.spec)
     rows = []
-    for i, block in enumerate(spec.blocks):
+    for i, block in enumerate(spec.settled()):
         for part in (block.mixer, block.channel):
             if part is not None:
                 rows.append((f"{i} {part.kind}", part.cost(spec.layer_context(i), args.seq_len, 1)))

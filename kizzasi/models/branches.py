@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, add_losses
+from kizzasi.models.strict import join
 
 
 class BranchesOut(NamedTuple):
@@ -26,9 +27,7 @@ class Branches(nn.ModuleList):
     side the first offers v_first, and the second takes it."""
 
     def __init__(self, specs: Sequence[MixerSpec], layer: LayerContext) -> None:
-        super().__init__(
-            spec.build(place) for spec, place in zip(specs, layer.place(specs), strict=True)
-        )
+        super().__init__(spec.build(layer) for spec in specs)
 
     def forward(self, x: Tensor, state: tuple[Any, ...] | None, call: Call) -> BranchesOut:
         """Either form of all; arguments as in `Mixer.forward`."""
@@ -58,6 +57,19 @@ class Branches(nn.ModuleList):
         return list(self)  # pyright: ignore[reportReturnType]
 
 
-def kinds_with(kind: str, mixers: Sequence[MixerSpec]) -> frozenset[str]:
-    """`MixerSpec.kinds` of a composite whose mixers share tensors with other layers."""
-    return frozenset({kind}).union(*(mixer.kinds for mixer in mixers))
+def settle_all(
+    mixers: Sequence[MixerSpec], offered: bool, path: str
+) -> tuple[tuple[MixerSpec, ...], bool]:
+    """`MixerSpec.settle` of mixers that run in this order and share tensors with other layers."""
+    settled: list[MixerSpec] = []
+    for i, mixer in enumerate(mixers):
+        mixer, offered = mixer.settle(offered, join(path, f"mixers[{i}]"))
+        settled.append(mixer)
+    return tuple(settled), offered
+
+
+def settle_alone(mixers: Sequence[MixerSpec], path: str) -> tuple[MixerSpec, ...]:
+    """`MixerSpec.settle` of mixers that share nothing with others."""
+    return tuple(
+        mixer.settle(False, join(path, f"mixers[{i}]"))[0] for i, mixer in enumerate(mixers)
+    )

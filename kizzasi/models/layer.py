@@ -47,7 +47,8 @@ class Layer(nn.Module, metaclass=Ready):
         self.spec, self.d_model, self.n_layers = spec, d_model, n_layers
         text = f"{d_model} {spec.canonical_json()}"
         self._digest = hashlib.sha256(text.encode()).hexdigest()
-        self.mixer = spec.build(LayerContext(d_model, index, n_layers))
+        part = spec.settle(offered=False)[0] if isinstance(spec, MixerSpec) else spec
+        self.mixer = part.build(LayerContext(d_model, index, n_layers))
 
     @classmethod
     def admit(

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -43,17 +43,6 @@ class LayerContext:
     d_model: int
     index: int = 0  # 0-based depth
     n_layers: int = 1
-    first_of_kind: bool = True  # no mixer of this kind ran before
-    earlier: frozenset[str] = frozenset()  # kinds of the mixers that ran before
-
-    def place(self, mixers: Sequence[MixerSpec]) -> list[LayerContext]:
-        """Where each of several mixers stands that take this place and run in this order."""
-        places, earlier = [], self.earlier
-        for mixer in mixers:
-            first = mixer.kind not in earlier
-            places.append(replace(self, first_of_kind=first, earlier=earlier))
-            earlier |= mixer.kinds
-        return places
 
 
 class ParamRule(NamedTuple):
@@ -235,10 +224,17 @@ class MixerSpec(_Part):
     registry: ClassVar[dict[str, type]] = {}
     elsewhere: ClassVar[Mapping[str, str]] = {"eml_attention": "kizzasi.eml"}
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        """Its kind, and those of the mixers inside it that share tensors with other layers."""
-        return frozenset({self.kind})
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        """What the layers before decide, written out: `ModelSpec.settled` asks every mixer in turn.
+
+        Args:
+            offered: whether a layer before has offered its value to later ones (RWKV-7).
+            path: of this spec, for errors.
+
+        Returns:
+            The spec without open choices, and whether a value is offered from here on.
+        """
+        return self, offered
 
 
 class ChannelSpec(_Part):

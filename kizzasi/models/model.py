@@ -106,7 +106,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
         self.blocks = nn.ModuleList(
             Block(block, spec.layer_context(i), spec.norm_eps, spec.dropout)
-            for i, block in enumerate(spec.blocks)
+            for i, block in enumerate(spec.settled())
         )
         self.norm = Norm(spec.norm, spec.d_model, spec.norm_eps)
         made = {head.name: head.build(spec.d_model) for head in spec.heads}

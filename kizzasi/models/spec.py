@@ -156,8 +156,18 @@ class ModelSpec(Strict):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def layer_context(self, index: int) -> LayerContext:
-        mixers = [block.mixer for block in self.blocks[: index + 1]]
-        return LayerContext(self.d_model, index, len(self.blocks)).place(mixers)[-1]
+        return LayerContext(self.d_model, index, len(self.blocks))
+
+    def settled(self) -> tuple[BlockSpec, ...]:
+        """The blocks with everything written out that the layers before decide.
+
+        Raises SpecError if a layer takes what no layer before offers.
+        """
+        blocks, offered = [], False
+        for i, block in enumerate(self.blocks):
+            mixer, offered = block.mixer.settle(offered, f"blocks[{i}].mixer")
+            blocks.append(replace(block, mixer=mixer))
+        return tuple(blocks)
 
     def check(self) -> None:
         """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
@@ -171,6 +181,7 @@ class ModelSpec(Strict):
         self._check_heads()
         for i, block in enumerate(self.blocks):
             block.check(self.d_model, f"blocks[{i}]")
+        self.settled()
 
     @property
     def own_head(self) -> bool:
@@ -197,7 +208,7 @@ class ModelSpec(Strict):
         if self.embed_norm:
             total += norm(self.norm, self.d_model)
         total += Cost(state_bytes=2 * 8 * batch)  # position and segment, int64
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.settled()):
             layer = self.layer_context(i)
             for part in (block.mixer, block.channel):
                 if part is not None:

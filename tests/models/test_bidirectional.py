@@ -21,7 +21,7 @@ mixers = pytest.mark.parametrize("mixer", [MAMBA, HEADS, RWKV7], ids=lambda m: m
 
 
 def build(spec, d=8):
-    layer = spec.build(LayerContext(d, index=1, n_layers=2, first_of_kind=False))
+    layer = spec.build(LayerContext(d, index=1, n_layers=2))
     generator = torch.Generator().manual_seed(0)
     layer.reset_parameters(2, generator)
     layer = layer.double()

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.call import Call
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
 from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers import AttentionSpec, ParallelSpec, SequenceRoutedSpec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
 
 REVERSE = (
@@ -24,9 +26,10 @@ REVERSE = (
 )
 SPEC = RWKV7Spec(head_dim=4, decay_rank=3, a_rank=2, v_rank=3, gate_rank=5)
 FIRST = LayerContext(12, index=0, n_layers=3)
-LATER = LayerContext(12, index=2, n_layers=3, first_of_kind=False)
+LATER = LayerContext(12, index=2, n_layers=3)
 CHANNEL = RWKVChannelSpec(hidden=20)
-PARTS = {"first": (SPEC, FIRST), "later": (SPEC, LATER), "channel": (CHANNEL, LATER)}
+TAKES = replace(SPEC, value_residual=True)
+PARTS = {"first": (SPEC, FIRST), "later": (TAKES, LATER), "channel": (CHANNEL, LATER)}
 every_part = pytest.mark.parametrize("part", list(PARTS))
 
 
@@ -154,8 +157,11 @@ def test_only_linear_layers_decay_and_w0_learns_twice_as_fast():
 def test_the_ramps_of_the_initialisation():
     """Against the formulas written per channel, in the middle of a model of 5 layers."""
     d, n, index, n_layers = 16, 8, 2, 5
-    layer = LayerContext(d, index, n_layers, first_of_kind=False)
-    mixer, channel = RWKV7Spec(head_dim=n).build(layer), RWKVChannelSpec().build(layer)
+    layer = LayerContext(d, index, n_layers)
+    mixer, channel = (
+        RWKV7Spec(head_dim=n, value_residual=True).build(layer),
+        RWKVChannelSpec().build(layer),
+    )
     for module in (mixer, channel):
         module.reset_parameters(n_layers, torch.Generator().manual_seed(0))
     depth, left = index / (n_layers - 1), 1 - index / n_layers
@@ -330,3 +336,53 @@ def test_a_trained_model_reverses_every_published_number():
     assert totals.tolist() == [396_500, 396_500]
     longest = rows[-10:, :122]
     assert model.generate(longest[:, :61], 61, temperature=0).equal(longest)
+
+
+def model_of(*mixers):
+    return ModelSpec(16, tuple(BlockSpec(mixer) for mixer in mixers), Tokens(7))
+
+
+def takes(model):
+    return [block.mixer.spec.value_residual for block in model.blocks]
+
+
+def test_the_value_residual_is_a_field_that_the_place_fills_in():
+    plain, other = RWKV7Spec(head_dim=8), AttentionSpec(n_heads=2)
+    assert takes(build_model(model_of(plain, plain, plain))) == [False, True, True]
+    explicit = model_of(
+        replace(plain, value_residual=False), other, replace(plain, value_residual=False)
+    )
+    model = build_model(explicit)
+    assert [hasattr(block.mixer, "v0") for block in model.blocks] == [False] * 3
+    assert sum(p.numel() for p in model.parameters()) == explicit.cost(1).params
+    x = torch.arange(6)[None] % 7
+    out, state = model(x), model(x[:, :5]).state
+    assert_close(model.step(x[:, 5], state).logits, out.logits[:, -1])
+    with pytest.raises(SpecError, match=r"blocks\[1\].mixer.value_residual: no RWKV-7 before it"):
+        model_of(other, replace(plain, value_residual=True)).check()
+
+
+def test_a_spec_without_the_field_keeps_its_digest_and_its_meaning():
+    plain = RWKV7Spec(head_dim=8)
+    old = model_of(plain, plain)
+    assert "value_residual" not in old.canonical_json()
+    assert ModelSpec.from_dict(old.to_dict()) == old
+    written = model_of(*(replace(plain, value_residual=v) for v in (False, True)))
+    assert written.digest != old.digest
+    a, b = build_model(old, seed=3), build_model(written, seed=3)
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert torch.equal(
+        a(torch.zeros(1, 4, dtype=torch.long)).logits, b(torch.zeros(1, 4, dtype=torch.long)).logits
+    )
+
+
+def test_composites_pass_the_place_on_or_keep_it_to_themselves():
+    plain = RWKV7Spec(head_dim=8)
+    side_by_side, encoder = ParallelSpec((plain, plain)), SequenceRoutedSpec((plain, plain), 2)
+    blocks = model_of(side_by_side, encoder, plain).settled()
+    assert [m.value_residual for m in blocks[0].mixer.mixers] == [False, True]
+    assert [m.value_residual for m in blocks[1].mixer.mixers] == [False, False]
+    assert blocks[2].mixer.value_residual
+    assert not model_of(encoder, plain).settled()[1].mixer.value_residual
+    alone = side_by_side.layer(16)
+    assert [hasattr(m, "v0") for m in alone.mixer.mixers] == [False, True]

@@ -60,19 +60,18 @@ class BidirectionalSpec(MixerSpec):
         return Bidirectional(self, layer)
 
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
-        d, one = layer.d_model, self.mixer.cost(alone(layer), seq_len, batch)
+        d, one = layer.d_model, self.mixer.cost(layer, seq_len, batch)
         copies = 1 if self.tied else 2
         total = Cost(copies * one.params, copies * one.active_params, 2 * one.flops)
         return total + linear(batch * seq_len, 2 * d, d) if self.combine == "concat" else total
 
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        mixer, _ = self.mixer.settle(False, join(path, "mixer"))
+        return replace(self, mixer=mixer), offered
+
     @property
     def causal(self) -> bool:
         return False
-
-
-def alone(layer: LayerContext) -> LayerContext:
-    """The same place in a model where no mixer ran before."""
-    return replace(layer, first_of_kind=True, earlier=frozenset())
 
 
 def reversal(starts: Tensor) -> Tensor:
@@ -90,10 +89,10 @@ class Bidirectional(Mixer):
 
     def __init__(self, spec: BidirectionalSpec, layer: LayerContext) -> None:
         super().__init__()
-        d, place = layer.d_model, alone(layer)
+        d = layer.d_model
         self.spec = spec
-        self.forwards = spec.mixer.build(place)
-        self.backwards = None if spec.tied else spec.mixer.build(place)
+        self.forwards = spec.mixer.build(layer)
+        self.backwards = None if spec.tied else spec.mixer.build(layer)
         self.out_proj = nn.Linear(2 * d, d, bias=False) if spec.combine == "concat" else None
 
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:

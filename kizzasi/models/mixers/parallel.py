@@ -11,14 +11,14 @@ Differs: the mixers are whole, each with its own projections, and outputs are no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.branches import Branches, BranchesOut, kinds_with
+from kizzasi.models.branches import Branches, BranchesOut, settle_all
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
@@ -57,8 +57,8 @@ class ParallelSpec(MixerSpec):
             total += dense(n)
         elif self.combine == "concat":
             total += linear(batch * seq_len, n * d, d)
-        for mixer, place in zip(self.mixers, layer.place(self.mixers), strict=True):
-            total += mixer.cost(place, seq_len, batch)
+        for mixer in self.mixers:
+            total += mixer.cost(layer, seq_len, batch)
         return total
 
     @property
@@ -69,9 +69,9 @@ class ParallelSpec(MixerSpec):
     def causal(self) -> bool:
         return all(mixer.causal for mixer in self.mixers)
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        return kinds_with(self.kind, self.mixers)
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        mixers, offered = settle_all(self.mixers, offered, path)
+        return replace(self, mixers=mixers), offered
 
 
 class Parallel(Mixer):

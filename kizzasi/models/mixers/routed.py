@@ -16,14 +16,14 @@ gradient at k = 1: Fedus et al. 2021, arXiv:2101.03961, section 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.branches import Branches, BranchesOut, kinds_with
+from kizzasi.models.branches import Branches, BranchesOut, settle_all
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.gating import balance_loss, check_gate, choose
@@ -71,8 +71,8 @@ class RoutedSpec(MixerSpec):
         exact where all experts are equal channels."""
         tokens, n, k = batch * seq_len, len(self.experts), self.top_k
         total = linear(tokens, layer.d_model, n)
-        for mixer, place in zip(self.mixers, layer.place(self.mixers), strict=True):
-            total += mixer.cost(place, seq_len, batch)
+        for mixer in self.mixers:
+            total += mixer.cost(layer, seq_len, batch)
         each = [channel.cost(layer, 1, 1) for channel in self.channels]
         return total + Cost(
             sum(one.params for one in each),
@@ -97,9 +97,9 @@ class RoutedSpec(MixerSpec):
     def causal(self) -> bool:
         return all(mixer.causal for mixer in self.mixers)
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        return kinds_with(self.kind, self.mixers)
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        mixers, offered = settle_all(self.mixers, offered, path)
+        return replace(self, mixers=mixers), offered
 
 
 class Routed(Mixer):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv7 import WKV7, wkv7_flops, wkv7_step
-from kizzasi.models.strict import register, require
+from kizzasi.models.strict import added, join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b
 MAX_DECAY = math.exp(-0.5)  # a memory fades by at most exp(-MAX_DECAY) per token
@@ -56,6 +56,8 @@ class RWKV7Spec(MixerSpec):
         decay_rank, a_rank, v_rank, gate_rank: inner widths of the low-rank maps. None means
             RWKV-LM's rule: 2.5, 2.5, 1.7 and 5 times sqrt(d_model), to the nearest multiple of 32,
             at least 32.
+        value_residual: mix the value of the model's first RWKV-7 into this one's. None means
+            RWKV-LM's rule: every RWKV-7 but the first does.
     """
 
     kind: ClassVar[str] = "rwkv7"
@@ -64,6 +66,7 @@ class RWKV7Spec(MixerSpec):
     a_rank: int | None = None
     v_rank: int | None = None
     gate_rank: int | None = None
+    value_residual: bool | None = added(None)
 
     def check(self, d_model: int, path: str) -> None:
         n, where = self.head_dim, f"{path}.head_dim"
@@ -89,13 +92,19 @@ class RWKV7Spec(MixerSpec):
             for name, (given, factor) in rules.items()
         }
 
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        takes = offered if self.value_residual is None else self.value_residual
+        rule = "no RWKV-7 before it offers a value to mix in; leave it out, or set it to false"
+        require(offered or not takes, join(path, "value_residual"), rule)
+        return replace(self, value_residual=takes), True
+
     def build(self, layer: LayerContext) -> Mixer:
         return RWKV7(self, layer)
 
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
         d, n, tokens = layer.d_model, self.head_dim, batch * seq_len
         ranks = self.ranks(d)
-        if layer.first_of_kind:
+        if not self.value_residual:
             del ranks["v"]
         total = dense(
             params=(13 + ("v" in ranks)) * d,
@@ -119,8 +128,8 @@ class RWKV7State(NamedTuple):
 class RWKV7(Mixer):
     """y = W_output (gate (HeadNorm(wkv7(...)) + bonus)).
 
-    The first RWKV-7 layer of a model has no v0, v1, v2: it offers its value as shared["v_first"],
-    which every later one mixes into its own.
+    The first RWKV-7 layer of a model offers its value as shared["v_first"]. Those with a value
+    residual have v0, v1, v2, and mix it into their own.
     """
 
     ops = (WKV7,)
@@ -143,7 +152,7 @@ class RWKV7(Mixer):
         self.x_v, self.x_a, self.x_g = free(d), free(d), free(d)
         self.w0, self.w1, self.w2 = free(d), free(d, ranks["w"]), free(ranks["w"], d)
         self.a0, self.a1, self.a2 = free(d), free(d, ranks["a"]), free(ranks["a"], d)
-        if not layer.first_of_kind:
+        if spec.value_residual:
             self.v0, self.v1, self.v2 = free(d), free(d, ranks["v"]), free(ranks["v"], d)
         self.g1, self.g2 = free(d, ranks["g"]), free(ranks["g"], d)
         self.k_k, self.k_a, self.r_k = free(d), free(d), free(d // n, n)
@@ -184,9 +193,9 @@ class RWKV7(Mixer):
         x_v = torch.addcmul(x, delta, self.x_v)
         v = full_precision(self.value(x_v))
         offer = {}
-        if self.layer.first_of_kind:
+        if "v_first" not in shared:
             offer["v_first"] = v
-        else:
+        if self.spec.value_residual:
             share = full_precision(self.v0 + x_v @ self.v1 @ self.v2).sigmoid()
             v = torch.lerp(v, shared["v_first"], share)
         x_w = torch.addcmul(x, delta, self.x_w)
@@ -229,7 +238,7 @@ class RWKV7(Mixer):
         self.w0.copy_(-5.5 + 6.0 * (ramp + 0.5) ** (1.0 + depth**0.3) + 2.5 * zigzag)
         self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * ramp)
         low_rank = [(self.w1, self.w2), (self.a1, self.a2), (self.g1, self.g2)]
-        if not self.layer.first_of_kind:
+        if self.spec.value_residual:
             self.v0.copy_(0.73 - 0.4 * ramp)
             low_rank.append((self.v1, self.v2))
         for enter, leave in low_rank:

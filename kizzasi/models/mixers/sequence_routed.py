@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
-from kizzasi.models.branches import Branches
+from kizzasi.models.branches import Branches, settle_alone
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.gating import balance_loss, check_gate, choose
@@ -83,11 +83,11 @@ class SequenceRoutedSpec(MixerSpec):
         """See `Cost`. flops and active_params suppose perfect balance and one document per row:
         exact if top_k is n, or if the mixers are equal and their work grows with the rows alone.
         state_bytes counts all mixers; a cache of tokens stays empty where no row chose it."""
-        n, k, place = len(self.mixers), self.top_k, alone(layer)
+        n, k = len(self.mixers), self.top_k
         total, fixed = Cost(), 0
         for mixer in self.mixers:
-            total += mixer.cost(place, seq_len, batch)
-            fixed += mixer.cost(place, seq_len, 0).flops  # a mixer's own, such as of a filter
+            total += mixer.cost(layer, seq_len, batch)
+            fixed += mixer.cost(layer, seq_len, 0).flops  # a mixer's own, such as of a filter
         working = min(n, batch * k)
         experts = Cost(
             total.params,
@@ -97,14 +97,12 @@ class SequenceRoutedSpec(MixerSpec):
         )
         return experts + linear(batch, layer.d_model, n)
 
+    def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
+        return replace(self, mixers=settle_alone(self.mixers, path)), offered
+
     @property
     def causal(self) -> bool:
         return self.summary == "first" and all(mixer.causal for mixer in self.mixers)
-
-
-def alone(layer: LayerContext) -> LayerContext:
-    """The same place in a model where no mixer ran before."""
-    return replace(layer, first_of_kind=True, earlier=frozenset())
 
 
 def firsts(x: Tensor, starts: Tensor) -> Tensor:
@@ -169,8 +167,7 @@ class SequenceRouted(Mixer):
         super().__init__()
         self.spec = spec
         self.gate = WideLinear(layer.d_model, len(spec.mixers), bias=False)
-        self.mixers = Branches((), layer)
-        self.mixers.extend(mixer.build(alone(layer)) for mixer in spec.mixers)
+        self.mixers = Branches(spec.mixers, layer)
 
     def parallel(
         self, x: Tensor, state: SequenceRoutedState | tuple[()] | None, call: Call

@@ -63,7 +63,7 @@ def _param_counts(spec: dict[str, Any]) -> list[list[int | None]]:
             for part in (block.mixer, block.channel)
             if part is not None
         ]
-        for i, block in enumerate(model.blocks)
+        for i, block in enumerate(model.settled())
     ]
 
 
