@@ -279,3 +279,25 @@ def test_ten_thousand_appends_cost_little_beside_the_disk(path, monkeypatch):
     start = time.perf_counter()
     assert len(read_events(path)) == 10_000
     assert time.perf_counter() - start < 5
+
+
+def test_a_journal_of_version_0_1_is_read_as_one_of_today(path):
+    """It knew bits per byte, one setting, and text."""
+    old = [
+        {"event": "study", "config": {}, "corpus": {"name": "text"}, "baselines": {}},
+        {"event": "lr", "family": "mamba", "scores": {"0.004": 2.5, "0.008": None}, "lr": 0.004},
+        {"event": "trial", "id": "a-1", "lr": 0.004, "bits_per_byte": 2.5},
+        {"event": "trial", "id": "b-1", "lr": 0.008, "bits_per_byte": float("nan")},
+    ]
+    with Journal(path) as journal:
+        for event in old:
+            journal.append(event)
+    study, settings, trial, lost = read_events(path)
+    assert (study["data"], study["metric"]) == ({"name": "text"}, {"name": "bits/byte"})
+    assert settings["event"] == "settings"
+    assert settings["scores"] == {"lr 0.004": 2.5, "lr 0.008": None}
+    assert settings["settings"] == trial["settings"] == {"lr": 0.004}
+    assert trial["score"] == 2.5
+    assert (lost["score"], lost["non_finite"]["score"]) == (None, "nan")
+    with Journal(path) as journal:
+        assert journal.events == [study, settings, trial, lost]
