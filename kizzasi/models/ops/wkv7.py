@@ -214,7 +214,8 @@ class _WKV7(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor, ds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors  # asked for once: checkpointing hands them out once
+        inputs, saved = kept[:8], kept[8:]
         if autodiff.too_narrow(dy, ds):
             return autodiff.gradients(wkv7_wide, inputs, (dy, ds))
         (decay, queries, keys, scores, solver, values, memory), starts = saved, inputs[-1]
