@@ -156,6 +156,12 @@ def layout(call: Call, state: AttentionState, window: int | None = None) -> Layo
     return call.once(key, lambda: _lay_out(call, state, key))
 
 
+def now(call: Call, state: AttentionState, window: int | None = None) -> tuple[Tensor, str]:
+    """(b or 1, 1) position of a step's token, and the name by which it was counted."""
+    key = _key("now", state, window)
+    return call.once(key, lambda: state.next_position()[:, None]), key
+
+
 def visible(
     call: Call, state: AttentionState, window: int | None = None, causal: bool = True
 ) -> Tensor | None:

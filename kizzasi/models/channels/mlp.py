@@ -78,3 +78,6 @@ class MLP(Mixer):
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         activation = ACTIVATIONS[self.spec.activation]
         return MixerOut(self.down_proj(activation(self.up_proj(x))), ())
+
+    def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
+        return self.parallel(x, state, call)

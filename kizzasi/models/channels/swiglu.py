@@ -81,3 +81,6 @@ class SwiGLU(Mixer):
 
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
         return MixerOut(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), ())
+
+    def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
+        return self.parallel(x, state, call)

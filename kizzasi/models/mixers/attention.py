@@ -23,7 +23,7 @@ from kizzasi.errors import ShapeError
 from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
+from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout, now, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION, alibi_slopes
@@ -209,7 +209,7 @@ class Attention(Mixer):
             raise ShapeError(f"state: {NO_STATE}")
         before = state or self._empty(x.shape[0], 0, x.device, x.dtype)
         sight = layout(call, before, window)
-        q, k, v, gate = self._project(x, sight, call)
+        q, k, v, gate = self._project(x, sight.position, sight.counted, call)
         k, v = append(before.k, k), append(before.v, v)
         seen = visible(call, before, window, causal)
         y = self._attend(q, k, v, seen, sight.position, lambda: sight.key_position)
@@ -218,11 +218,11 @@ class Attention(Mixer):
     def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise ShapeError(f"step: {NO_STATE}")
-        sight = layout(call, state, self.spec.window)
-        q, k, v, gate = self._project(x[:, None], sight, call)
-        now = sight.position.expand(len(x), -1)
-        after = state.add(k, v, now, self.spec.window)
-        y = self._attend(q, after.k, after.v, after.alive, now, after.positions)
+        position, counted = now(call, state, self.spec.window)
+        q, k, v, gate = self._project(x[:, None], position, counted, call)
+        position = position.expand(len(x), -1)
+        after = state.add(k, v, position, self.spec.window)
+        y = self._attend(q, after.k, after.v, after.alive, position, after.positions)
         return MixerOut(self._leave(y, gate)[:, 0], after)
 
     def _empty(
@@ -232,7 +232,7 @@ class Attention(Mixer):
         return empty_cache(batch, self.spec.kv_heads, slots, widths, device, dtype)
 
     def _project(
-        self, x: Tensor, sight: Layout, call: Call
+        self, x: Tensor, position: Tensor, counted: str, call: Call
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values (b, heads, t, head_dim), normalised, clipped and rotated; and
         gates (b, t, d_q).
@@ -253,7 +253,7 @@ class Attention(Mixer):
             q = q * (self.spec.scale * self.head_dim**0.5)
         if self.spec.position != "rope":
             return q, k, v, gate
-        cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
+        cos, sin = self.rotary.tables(call, counted, position, state_dtype(x.dtype))
         return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
     def _attend(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, Layout, append, empty_cache, layout, visible
+from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout, now, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import ATTENTION
@@ -152,7 +152,7 @@ class MLA(Mixer):
         spec = self.spec
         before = self.init_state(len(x), x.device, x.dtype) if state is None else state
         sight = layout(call, before)
-        q_nope, q_rope, k_rope, latent = self._project(x, sight, call)
+        q_nope, q_rope, k_rope, latent = self._project(x, sight.position, sight.counted, call)
         k_rope, latent = append(before.k, k_rope), append(before.v, latent)
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (spec.n_heads, -1)).transpose(1, 2)
         k_nope, v = heads.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
@@ -166,9 +166,9 @@ class MLA(Mixer):
     def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
         if hooked(self.kv_b_proj):
             return super().recurrent(x, state, call)
-        spec, sight = self.spec, layout(call, state)
-        q_nope, q_rope, k_rope, latent = self._project(x[:, None], sight, call)
-        after = state.add(k_rope, latent, sight.position.expand(len(x), -1))
+        spec, (position, counted) = self.spec, now(call, state)
+        q_nope, q_rope, k_rope, latent = self._project(x[:, None], position, counted, call)
+        after = state.add(k_rope, latent, position.expand(len(x), -1))
         up = self._up(x).unflatten(0, (spec.n_heads, -1))
         up_k, up_v = up.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=1)
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, up_k)
@@ -189,7 +189,7 @@ class MLA(Mixer):
         return self.kv_b_proj(torch.eye(self.spec.kv_lora_rank, device=x.device, dtype=x.dtype)).mT
 
     def _project(
-        self, x: Tensor, sight: Layout, call: Call
+        self, x: Tensor, position: Tensor, counted: str, call: Call
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_N and q_R (b, n_heads, t, width), r and c (b, 1, t, width)."""
         spec = self.spec
@@ -201,7 +201,7 @@ class MLA(Mixer):
         q_nope, q_rope = q.split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         kept = self.kv_a_proj_with_mqa(x)[:, None]
         latent, k_rope = kept.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        cos, sin = self.rotary.tables(call, sight.counted, sight.position, state_dtype(x.dtype))
+        cos, sin = self.rotary.tables(call, counted, position, state_dtype(x.dtype))
         q_rope, k_rope = (rotate(split_pairs(part), cos, sin) for part in (q_rope, k_rope))
         return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent)
 
