@@ -2,7 +2,6 @@
 
 import torch
 from cases import MIXERS, VOCAB, causal_parts, make, tokens
-from test_exam import assert_same_state
 from tolerance import assert_close
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.decoder import SPARE, Decoder
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.state import join_states, map_state
+from kizzasi.testing.mixer import assert_same_state
 
 
 @causal_parts
