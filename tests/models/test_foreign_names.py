@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import mixtures, names
+from kizzasi.models.checkpoints import experts, names
 from kizzasi.models.checkpoints.names import Rule, apply, renamed
 
 OURS = [
@@ -40,7 +40,7 @@ FORMS = {
     "vectors": (names.CONCATENATED, [(3,), (2,), (1,)], [(6,)]),
     "fused": (names.CONCATENATED_TRANSPOSED, [(3, 4), (2, 4)], [(4, 5)]),
     "stacked": (names.STACKED, [(3, 4), (3, 4)], [(2, 3, 4)]),
-    "pairs": (mixtures.STACKED_PAIRS, [(3, 4)] * 4, [(2, 6, 4)]),
+    "pairs": (experts.PAIRS, [(2, 6, 4)], [(3, 4)] * 4),
     "reshaped": (names.reshaped(1, 1, -1), [(5,), (3,)], [(1, 1, 5), (1, 1, 3)]),
 }
 

@@ -60,7 +60,9 @@ def events_of(folder: Path, kind: str) -> list[dict]:
 def test_a_hybrid_search_leaves_a_winner_and_an_honest_result(finished):
     (result,) = events_of(finished, "result")
     candidates = {e["id"]: e for e in events_of(finished, "candidate")}
-    assert load(finished / "best").spec.to_dict() == candidates[result["winner"]]["spec"]
+    means = {f["candidate"]: f["mean"] for f in result["finalists"]}
+    assert result["best"] == min(means, key=means.__getitem__)
+    assert load(finished / "best").spec.to_dict() == candidates[result["best"]]["spec"]
     assert list((finished / "trials").iterdir()) == []
     assert {e["group"] for e in candidates.values()} == {"preset", "random", "searched"}
     assert len(result["finalists"]) == 3  # two searched ones and a preset
