@@ -166,3 +166,43 @@ def test_library_code_has_no_side_effects(module):
     tree = tree_of(modules()[module])
     used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.Name))}
     assert not used & banned, f"{module} uses {used & banned}"
+
+
+# One architecture, one file: what may be imported within these rooms.
+SIBLINGS = {
+    "kizzasi.models.mixers": set(),
+    "kizzasi.models.channels": {"kizzasi.models.channels.moe_routers"},  # a part of moe's
+}
+
+
+@pytest.mark.parametrize("room", SIBLINGS)
+def test_siblings_do_not_know_each_other(room):
+    inside = [name for name in modules() if name.startswith(f"{room}.")]
+    assert len(inside) > 3
+    for module in inside:
+        others = {name for name in imports(modules()[module]) if name.startswith(f"{room}.")}
+        assert others <= SIBLINGS[room], f"{module} imports {others}"
+
+
+def at_import(body: list[ast.stmt]) -> set[str]:
+    """The kizzasi modules that these statements load when a file is imported; no types only."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            found |= at_import(node.body)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= modules().keys() & names or {node.module or ""}
+    return found & modules().keys()
+
+
+def test_no_two_modules_need_each_other():
+    needs = {name: at_import(tree_of(path).body) for name, path in modules().items()}
+    while True:  # take away what needs nothing that is left; a circle stays
+        free = {name for name, wanted in needs.items() if not wanted & needs.keys()}
+        if not free:
+            break
+        needs = {name: wanted for name, wanted in needs.items() if name not in free}
+    assert not needs, f"these import each other, or what does: {sorted(needs)}"
