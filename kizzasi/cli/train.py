@@ -1,4 +1,4 @@
-"""Train a spec from scratch, or a checkpoint further, on any bytes.
+"""Train a spec from scratch, or a checkpoint further, on text, token ids, signals or labels.
 
 example:
   kizzasi train my_model.yaml --data ~/notes --steps 2000 --out runs/notes
@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from kizzasi.cli.common import check_device, is_spec_file, read_spec
-from kizzasi.errors import SpecError, StudyError
+from kizzasi.errors import DataError, SpecError, StudyError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint to go on from")
-    parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
+    parser.add_argument(
+        "--data",
+        help='text (a file, a folder or "stdlib"), ids (.npy, .bin), frames (.csv, .npy, .wav) '
+        "or labelled sequences (.npz); default: text that is built in",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
     budget.add_argument("--tokens", type=int, help="the budget in tokens instead of steps")
@@ -42,8 +46,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from kizzasi.cli.torchrun import join, leave, restarted
     from kizzasi.models import build_model, load
-    from kizzasi.train.bytes import load_corpus
+    from kizzasi.models.checkpoints import companions_of, save
+    from kizzasi.train.bytes import ByteText
     from kizzasi.train.leak import find_leak
+    from kizzasi.train.open import open_task
     from kizzasi.train.recipe import Recipe
     from kizzasi.train.trainer import Training
 
@@ -54,11 +60,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     tokens = args.steps * args.seq_len * args.batch_size if args.tokens is None else args.tokens
     recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
     recipe.check()
-    task = load_corpus(args.data)
+    task, like = open_task(args.data), None
     if is_spec_file(args.spec):
         model = build_model(read_spec(args.spec), seed=args.seed, device=device)
     else:
-        model = load(args.spec, device=device)
+        like = args.spec
+        if isinstance(task, ByteText) and companions_of(Path(like)).files:
+            raise DataError(
+                f"{like}: it reads the ids of its tokenizer, and the data are bytes; give ids made "
+                "with that tokenizer (--data ids.npy or ids.bin)"
+            )
+        model = load(like, device=device)
     if leak := find_leak(model):
         raise StudyError(f"{args.spec}: {leak}")
     training = Training(model, task, recipe, args.seed, ranks)
@@ -88,7 +100,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score, beside = training.score(), task.baselines()
     whole = ranks.whole(model)
     leave(ranks)
-    whole.eval().save_pretrained(folder, overwrite=True)
+    save(whole.eval(), folder, overwrite=True, like=like)
     state.unlink(missing_ok=True)
     result = {
         "folder": str(folder),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,3 +152,19 @@ def test_odd_companions_are_refused(tmp_path, folders):
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"generation": [1]}))
     with pytest.raises(CheckpointError, match=r"generation: .* is no object"):
         companions_of(tmp_path / "ours")
+
+
+def test_training_further_takes_ids_of_the_tokenizer_and_refuses_bytes(folders, tmp_path, capsys):
+    """Bytes as ids of a tokenizer would ruin the model without a word."""
+    folder = next(iter(folders.values()))
+    text = tmp_path / "text.txt"
+    text.write_text("words and words, " * 200)
+    out = tmp_path / "out"
+    command = ["train", str(folder), "--steps", "1", "--seq-len", "8", "--batch-size", "1"]
+    assert main([*command, "--data", str(text), "--out", str(out)]) == 2
+    assert "ids of its tokenizer" in capsys.readouterr().err
+    assert not out.exists()
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(4000, dtype=np.uint16) % 64)
+    assert main([*command, "--data", str(ids), "--out", str(out)]) == 0
+    assert "tokenizer.json" in companions_of(out).files
