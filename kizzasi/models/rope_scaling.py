@@ -18,7 +18,7 @@ from kizzasi.models.ops.rope import (
     yarn_attention_factor,
     yarn_frequencies,
 )
-from kizzasi.models.strict import Strict, join, require
+from kizzasi.models.strict import Strict, added, join, require
 
 READ_BY = {
     "original_context": ("yarn", "llama3", "longrope"),
@@ -44,6 +44,7 @@ class RopeScaling(Strict):
             is divided by factor; from the second on, it is kept.
         divisors: of every frequency, n_rotated / 2 numbers (longrope). The published code changes
             from one list to another with the length of the input; here a model has one.
+        truncate: whether the ends of yarn's blend are rounded to whole pairs (gpt-oss: not).
     """
 
     method: Literal["linear", "ntk", "yarn", "llama3", "longrope"]
@@ -55,12 +56,15 @@ class RopeScaling(Strict):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     divisors: tuple[float, ...] = ()
+    truncate: bool = added(True)
 
     def check(self, n_rotated: int, path: str) -> None:
         """Raise SpecError for a rule that the fields break with n_rotated entries per head."""
         require(self.factor >= 1, join(path, "factor"), f"{self.factor} is below 1; give 1 or more")
         if self.method == "ntk":
             require(n_rotated > 2, path, "ntk cannot stretch 2 rotated entries; use linear")
+        rule = f"{self.method} does not read it; leave it out"
+        require(self.truncate or self.method == "yarn", join(path, "truncate"), rule)
         for name, readers in READ_BY.items():
             ok = self.method in readers or not getattr(self, name)
             require(ok, join(path, name), f"{self.method} does not read it; leave it out")
@@ -100,7 +104,8 @@ class RopeScaling(Strict):
         if self.method == "llama3":
             turns = self.low_freq_factor, self.high_freq_factor
             return llama3_frequencies(plain, self.factor, context, *turns)
-        return yarn_frequencies(plain, theta, self.factor, context, self.beta_fast, self.beta_slow)
+        turns = self.beta_fast, self.beta_slow, self.truncate
+        return yarn_frequencies(plain, theta, self.factor, context, *turns)
 
     @property
     def scale(self) -> float:

@@ -27,6 +27,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "scaled": {"n_heads": 2, "scale": 0.7},
         "alibi-window": {"n_heads": 2, "window": 5, "position": "alibi"},
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
+        "sinks": {"n_heads": 2, "sinks": True, "qk_norm": "head", "qk_norm_kind": "layer"},
         "encoder": {"n_heads": 4, "n_kv_heads": 2, "causal": False},
         "full-norm-clip": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": "full", "clip_qkv": 0.5},
         "gate": {"n_heads": 2, "gate": True, "qk_norm": True, "qk_norm_kind": "rms_plus_one"},

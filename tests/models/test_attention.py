@@ -34,6 +34,8 @@ SPECS = {
     "yarn": AttentionSpec(2, rope_scaling=RopeScaling("yarn", 4.0, 16)),
     "window-1": AttentionSpec(2, window=1),
     "full-norm-clip": AttentionSpec(4, 2, qk_norm="full", qk_norm_kind="layer", clip_qkv=0.5),
+    "sinks": AttentionSpec(4, 2, sinks=True, qk_norm="head", qk_norm_kind="layer_unbiased"),
+    "sinks-window": AttentionSpec(2, sinks=True, window=5, position="alibi"),
     "gate": AttentionSpec(4, 2, head_dim=6, gate=True, qk_norm=True, qk_norm_kind="rms_plus_one"),
 }
 ENCODERS = {
@@ -111,6 +113,50 @@ def test_fused_equals_reference(length, window, packed, bias, softcap):
         results.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize(
+    ("window", "bias", "softcap", "causal"),
+    [(None, False, None, True), (5, False, None, True), (3, True, None, True)]
+    + [(None, True, 1.5, True), (None, False, None, False)],
+)
+def test_sinks_take_their_share(length, window, bias, softcap, causal):
+    """Fused equals reference; the shares of keys and sink add up to one."""
+    visible = visible_to(length, window, True) if window else None
+    added = torch.rand(4, 1, length, dtype=torch.float64) if bias else None
+    results, wanted = [], torch.randn(2, 4, length, 4, dtype=torch.float64)
+    for attend in (attention, attention_ref):
+        q, k, v = heads(4, length, 1), heads(2, length, 2), heads(2, length, 3)
+        sinks = torch.tensor([-1.0, 0.0, 0.7, 3.0], dtype=torch.float64, requires_grad=True)
+        how = {"visible": visible, "bias": added, "softcap": softcap, "causal": causal}
+        y = attend(q, k, v, sinks=sinks, scale=0.8, **how)
+        results.append((y, *torch.autograd.grad((y * wanted).sum(), (q, k, v, sinks))))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+    q, k, one = heads(4, length, 1), heads(2, length, 2), torch.ones(2, 2, length, 4).double()
+    share = attention(q, k, one, sinks=sinks.detach(), **how)[..., 0]
+    assert (share < 1).all()
+    nobody = attention(q, k, one, sinks=torch.full((4,), -50.0, dtype=torch.float64), **how)
+    assert_close(nobody, torch.ones_like(nobody))
+    if length == 1 and not bias:  # by hand: e^z / (e^z + e^sink)
+        z = (q * k.repeat_interleave(2, 1)).sum(-1) / 2
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        assert_close(share, (z - sinks.detach()[:, None]).sigmoid())
+
+
+def test_a_scale_of_its_own_for_every_head():
+    spec = AttentionSpec(2, position="none", qk_norm="head", qk_norm_kind="layer_unbiased")
+    mixer, x = build(spec), signal(1, 5)
+    plain = build(AttentionSpec(2, position="none", qk_norm=True, qk_norm_kind="layer_unbiased"))
+    plain.load_state_dict({**mixer.state_dict(), **plain.state_dict()}, strict=False)
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(plain, part).load_state_dict(getattr(mixer, part).state_dict())
+    assert mixer.q_norm.weight.shape == (16,)
+    assert_close(mixer(x).y, plain(x).y)
+    with torch.no_grad():
+        mixer.q_norm.weight[8:] *= 3
+    assert not torch.allclose(mixer(x).y, plain(x).y)
 
 
 def test_documents_and_positions():
@@ -347,6 +393,11 @@ def test_unequal_widths_of_heads_and_model():
         (AttentionSpec(4, window=0), r"m.window: 0 is not positive; give at least 1"),
         (AttentionSpec(4, softcap=-1.0), r"m.softcap: -1.0 is not positive"),
         (AttentionSpec(4, clip_qkv=0.0), r"m.clip_qkv: 0.0 is not positive"),
+        (AttentionSpec(2, qk_norm="head"), r"m.qk_norm: .*give one of \('layer', 'layer_unb"),
+        (
+            AttentionSpec(2, rope_scaling=RopeScaling("ntk", 2.0, truncate=False)),
+            r"m.rope_scaling.truncate: ntk does not read it",
+        ),
         (AttentionSpec(2, rope_dims=3), r"m.rope_dims: 3 of 8 entries .* give an even number"),
         (AttentionSpec(2, rope_dims=10), r"m.rope_dims: 10 of 8 entries"),
         (AttentionSpec(2, head_dim=5), r"m.rope_dims: 5 of 5 entries .* another head_dim"),

@@ -77,6 +77,19 @@ def test_low_precision_is_rotated_in_float32():
     assert torch.equal(rotate(x, *tables), rotate(x.float(), *tables).bfloat16())
 
 
+def test_the_ends_of_yarns_blend_may_stand_between_pairs():
+    """gpt-oss: the ramp from pair 8.09 to 17.40 of 32, by hand."""
+    theta, context, n = 150000.0, 4096, 64
+    scaling = RopeScaling("yarn", 32.0, context, truncate=False)
+    got = scaling.frequencies(n, theta, device=CPU, dtype=torch.float64)
+    plain = rope_frequencies(n, theta, device=CPU, dtype=torch.float64)
+    low, high = (32 * math.log(context / (2 * math.pi * r), theta) for r in (32, 1))
+    ramp = ((torch.arange(32).double() - low) / (high - low)).clamp(0, 1)
+    assert_close(got, plain * (1 - ramp) + plain / 32 * ramp)
+    rounded = RopeScaling("yarn", 32.0, context).frequencies(n, theta, device=CPU, dtype=got.dtype)
+    assert not torch.allclose(got, rounded)
+
+
 def test_ntk_stretches_the_slowest_pair_by_the_factor():
     n, theta, factor = 16, 10000.0, 4.0
     plain = rope_frequencies(n, theta, device=CPU, dtype=torch.float64)

@@ -6,7 +6,8 @@
 
 Source: Vaswani et al. 2017, arXiv:1706.03762. Window: Beltagy et al. 2020, arXiv:2004.05150.
 QK-norm: Henry et al. 2020, arXiv:2010.04245, in the form of Qwen3, arXiv:2505.09388, or of OLMoE,
-arXiv:2409.02060. Gate: Qiu et al. 2025, arXiv:2505.06708, as in Qwen3-Next.
+arXiv:2409.02060. Gate: Qiu et al. 2025, arXiv:2505.06708, as in Qwen3-Next. Sinks: gpt-oss,
+arXiv:2508.10925.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout, now, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
-from kizzasi.models.norm import Norm, NormKind
+from kizzasi.models.norm import HeadNorm, Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION, alibi_slopes
+from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.strict import added, join, register, require
@@ -52,7 +54,8 @@ class AttentionSpec(MixerSpec):
         rope_dims: entries of a head that are rotated; None means all.
         rope_scaling: extension of the context beyond that of training.
         qk_norm: normalise queries and keys before the rotation: True, every head by itself;
-            "full", all heads of a token together.
+            "head", the same with a scale of its own for every head (Cohere's Command R+); "full",
+            all heads of a token together.
         qk_norm_eps: its epsilon.
         qk_norm_kind: its kind.
         clip_qkv: bound on the size of every entry of queries, keys and values, after the norm.
@@ -61,6 +64,8 @@ class AttentionSpec(MixerSpec):
             as wide: for every head its queries, then its gates.
         qkv_bias, out_bias: biases of q_proj, k_proj, v_proj, and of o_proj.
         scale: factor of the scores q . k; None means head_dim^-0.5.
+        sinks: a learned score for each head beside those of its keys, which every query sees and
+            whose value is zero, so that a head may attend to nothing (gpt-oss).
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -74,7 +79,7 @@ class AttentionSpec(MixerSpec):
     rope_theta: float = 10000.0
     rope_dims: int | None = None
     rope_scaling: RopeScaling | None = None
-    qk_norm: Literal[False, True, "full"] = False
+    qk_norm: Literal[False, True, "full", "head"] = False
     qk_norm_eps: float = 1e-6
     softcap: float | None = None
     qkv_bias: bool = False
@@ -84,6 +89,7 @@ class AttentionSpec(MixerSpec):
     gate: bool = False
     causal: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
     scale: float | None = added(None)
+    sinks: bool = added(False)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
@@ -101,6 +107,10 @@ class AttentionSpec(MixerSpec):
             join(path, "n_kv_heads"),
             f"{self.kv_heads} does not divide n_heads {self.n_heads}; give a divisor",
         )
+        layers = ("layer", "layer_unbiased")
+        rule = f'"head" scales layer norms alone; give one of {layers} as qk_norm_kind'
+        fits = self.qk_norm != "head" or self.qk_norm_kind in layers
+        require(fits, join(path, "qk_norm"), rule)
         if self.position == "rope":
             self._check_rope(self.width(d_model), path)
         else:
@@ -130,13 +140,24 @@ class AttentionSpec(MixerSpec):
         slots = seq_len if self.window is None else self.window
         places = 0 if self.window is None else slots  # int64; see AttentionState
         cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal else 0
-        scores = dense(0, flops=2 * (2 * n * seq_len * d_q), state_bytes=cache)  # masked ones too
+        scores = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
         q = linear(n, d, d_q * (1 + self.gate), bias=self.qkv_bias)
         k = v = linear(n, d, d_kv, bias=self.qkv_bias)
         total = q + k + v + scores + linear(n, d_q, d, bias=self.out_bias)
-        for width in self.norm_widths(d) or ():
-            total += norm(self.qk_norm_kind, width)
+        for heads in (self.n_heads, self.kv_heads) if self.qk_norm else ():
+            total += norm(self.qk_norm_kind, head_dim * (1 if self.qk_norm is True else heads))
+        if self.sinks:
+            total += dense(self.n_heads)
         return total
+
+    def _score_flops(self, seq_len: int, batch: int, head_dim: int) -> int:
+        """Of both products with the scores, masked ones too."""
+        queries, keys = seq_len, seq_len
+        if self.sinks and self.softcap is None:  # see `ops.attention`: one more key, one more entry
+            masked = self.window is not None and self.window < seq_len
+            queries += self.causal and not masked and seq_len > 1
+            keys, head_dim = keys + 1, head_dim + 1
+        return 2 * (2 * batch * self.n_heads * queries * keys * head_dim)
 
     @property
     def context_window(self) -> float:
@@ -150,13 +171,6 @@ class AttentionSpec(MixerSpec):
         """Entries of one head."""
         return d_model // self.n_heads if self.head_dim is None else self.head_dim
 
-    def norm_widths(self, d_model: int) -> tuple[int, int] | None:
-        """Entries that are normalised together, of queries and of keys."""
-        if not self.qk_norm:
-            return None
-        head_dim, full = self.width(d_model), self.qk_norm == "full"
-        return (head_dim * self.n_heads, head_dim * self.kv_heads) if full else (head_dim, head_dim)
-
 
 class Attention(Mixer):
     """Multi-head attention of an `AttentionSpec`.
@@ -166,6 +180,7 @@ class Attention(Mixer):
     """
 
     ops = (ATTENTION,)
+    float32_parameters = ("sinks",)
 
     def __init__(self, spec: AttentionSpec, layer: LayerContext) -> None:
         super().__init__()
@@ -177,10 +192,15 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(d_q, d, bias=spec.out_bias)
-        self.q_norm, self.k_norm = (
-            None if width is None else Norm(spec.qk_norm_kind, width, spec.qk_norm_eps)
-            for width in spec.norm_widths(d) or (None, None)
-        )
+        self.q_norm, self.k_norm = self._norm(spec.n_heads), self._norm(spec.kv_heads)
+        self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
+
+    def _norm(self, n_heads: int) -> Norm | HeadNorm | None:
+        spec, width = self.spec, self.head_dim
+        if spec.qk_norm == "head":
+            return HeadNorm(n_heads * width, spec.qk_norm_eps, spec.qk_norm_kind == "layer")
+        width = width * n_heads if spec.qk_norm == "full" else width
+        return Norm(spec.qk_norm_kind, width, spec.qk_norm_eps) if spec.qk_norm else None
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj):
@@ -189,6 +209,8 @@ class Attention(Mixer):
         for part in (self.q_norm, self.k_norm):
             if part is not None:
                 part.reset_parameters()
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
         if not self.spec.gate:
@@ -242,8 +264,9 @@ class Attention(Mixer):
             q, gate = q.unflatten(-1, (self.spec.n_heads, -1)).chunk(2, dim=-1)
             q, gate = q.flatten(-2), gate.flatten(-2)
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.d)))
-            k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.d)))
+            full = self.spec.qk_norm == "full"
+            q, k = (part if full else part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.reshape(heads).transpose(1, 2) for part in (q, k, v))
         if self.spec.clip_qkv is not None:
@@ -274,7 +297,9 @@ class Attention(Mixer):
             bias = -slopes[:, None, None] * distance
         attend = ATTENTION.pick(self.engine, q.device)
         causal = self.spec.causal
-        return attend(q, k, v, visible=visible, bias=bias, softcap=self.spec.softcap, causal=causal)
+        sinks = None if self.sinks is None else full_precision(self.sinks)
+        how = {"bias": bias, "softcap": self.spec.softcap, "causal": causal, "sinks": sinks}
+        return attend(q, k, v, visible=visible, **how)
 
     def _leave(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """Heads (b, heads, t, head_dim) to (b, t, d)."""

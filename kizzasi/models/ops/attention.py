@@ -9,6 +9,7 @@
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1. Grouped queries: Ainslie et al. 2023,
 arXiv:2305.13245. ALiBi: Press et al. 2021, arXiv:2108.12409. Soft cap: Gemma 2, arXiv:2408.00118.
+Sinks: gpt-oss, arXiv:2508.10925.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def attention_ref(
     causal: bool = True,
     scale: float | None = None,
     finite: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend by the formula, with the scores written out.
 
         z = scale q k^T;    z = c tanh(z / c) if softcap c;    y = softmax(z + bias) v
+
+    A sink is one more score in the softmax, whose key has the value zero.
 
     This is the definition; `attention` must agree with it. O(t s) memory.
 
@@ -56,16 +60,17 @@ def attention_ref(
         causal: the last query sees every key, each one before it one key less; False: all see all.
         scale: of the scores; None means 1 / sqrt(d).
         finite: the caller knows that the keys and values that nobody sees are finite.
+        sinks: (h,), a score for each head that every query sees.
 
     Returns:
         (b, h, t, width of v) in q's dtype. The softmax is taken in at least float32.
     """
     if visible is not None and not finite:
-        run = partial(_formula, bias=bias, softcap=softcap, scale=scale)
+        run = partial(_formula, bias=bias, softcap=softcap, scale=scale, sinks=sinks)
         return shielded(run, q, k, v, visible)
     if visible is None and causal:
         visible = _earlier(q, k)
-    return _formula(q, k, v, visible, bias=bias, softcap=softcap, scale=scale)
+    return _formula(q, k, v, visible, bias=bias, softcap=softcap, scale=scale, sinks=sinks)
 
 
 def _formula(
@@ -77,6 +82,7 @@ def _formula(
     bias: Tensor | None,
     softcap: float | None,
     scale: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     k, v = _expand(q, k), _expand(q, v)
     scores = full_precision(q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -86,7 +92,11 @@ def _formula(
         scores = scores + bias
     if visible is not None:
         scores = torch.where(visible, scores, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    if sinks is None:
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, sink], -1).softmax(dim=-1)
+    return weights[..., :-1].to(v.dtype) @ v
 
 
 def attention(
@@ -100,6 +110,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     finite: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attention_ref` by torch's fused kernels, except for capped scores, which they lack."""
     if softcap is not None:
@@ -113,13 +124,14 @@ def attention(
             causal=causal,
             scale=scale,
             finite=finite,
+            sinks=sinks,
         )
     if visible is not None and not finite:
-        return shielded(partial(_fused, bias=bias, scale=scale), q, k, v, visible)
+        return shielded(partial(_fused, bias=bias, scale=scale, sinks=sinks), q, k, v, visible)
     causal = causal and visible is None and q.shape[2] > 1
     if causal and (bias is not None or q.shape[2] != k.shape[2]):  # what the kernels cannot say
         visible, causal = _earlier(q, k), False
-    return _fused(q, k, v, visible, bias=bias, scale=scale, causal=causal)
+    return _fused(q, k, v, visible, bias=bias, scale=scale, causal=causal, sinks=sinks)
 
 
 def _fused(
@@ -131,7 +143,11 @@ def _fused(
     bias: Tensor | None,
     scale: float | None,
     causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
+    if sinks is not None:
+        by = q.shape[-1] ** -0.5 if scale is None else scale
+        return _beside_sinks(q, k, v, visible, bias, by, causal, sinks)
     mask = visible
     if bias is not None:
         mask = bias.to(q.dtype)
@@ -142,6 +158,34 @@ def _fused(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _beside_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    sinks: Tensor,
+) -> Tensor:
+    """A first key whose score with every query is the sink, by one more entry of each head, and
+    whose value is zero. Kernels take a score for no key, and masks only where they must: to see
+    the sink without one, the queries of a causal call have a first one too, which is dropped."""
+    sink = (sinks / scale).to(q.dtype)[:, None, None].expand(*q.shape[:-1], 1)
+    q, k, v = torch.cat([q, sink], -1), F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+    first = k.new_zeros(k.shape[2], k.shape[3])
+    first[0, -1] = 1
+    k = k + first
+    if causal:
+        q = F.pad(q, (0, 0, 1, 0))
+    if visible is not None:
+        visible = F.pad(visible, (1, 0), value=True)
+    if bias is not None:
+        bias = F.pad(bias, (1, 0))
+    y = _fused(q, k, v, visible, bias=bias, scale=scale, causal=causal)
+    return y[:, :, causal:, :-1]
 
 
 def _expands(q: Tensor, mask: Tensor | None) -> bool:

@@ -41,13 +41,14 @@ def yarn_frequencies(
     original_context: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> Tensor:
     """Slow pairs are stretched by `factor`, fast pairs kept, and the ones between are blended.
 
         f'[i] = f[i] ((1 - r[i]) + r[i] / factor),    r = ramp from 0 to 1
 
     The ramp begins at the pair that turns beta_fast times within original_context tokens and ends
-    at the pair that turns beta_slow times; both ends are rounded outwards to whole pairs.
+    at the pair that turns beta_slow times; `truncate` rounds both ends outwards to whole pairs.
 
     Args:
         frequencies: (n_rotated / 2,) from `rope_frequencies` with the same theta.
@@ -65,8 +66,10 @@ def yarn_frequencies(
     def pair_turning(times: float) -> float:
         return n_pairs * math.log(original_context / (2 * math.pi * times)) / math.log(theta)
 
-    low = max(math.floor(pair_turning(beta_fast)), 0)
-    high = min(math.ceil(pair_turning(beta_slow)), 2 * n_pairs - 1)
+    low, high = pair_turning(beta_fast), pair_turning(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * n_pairs - 1)
     pair = torch.arange(n_pairs, device=frequencies.device, dtype=frequencies.dtype)
     ramp = ((pair - low) / (high - low or 1e-3)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / factor * ramp
