@@ -13,6 +13,7 @@ from kizzasi.models.groups import lora_targets, parameter_groups, parameter_role
 from kizzasi.models.layer import Layer
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel
+from kizzasi.models.mup import mup_groups, mup_spec
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
@@ -58,6 +59,8 @@ __all__ = [
     "load_state",
     "lora_targets",
     "mixers",
+    "mup_groups",
+    "mup_spec",
     "parameter_groups",
     "parameter_roles",
     "pattern",

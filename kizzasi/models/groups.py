@@ -30,11 +30,13 @@ NORMS = (Norm, HeadNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 class Treatment(NamedTuple):
-    """rule: of the optimiser. rows: of the parts of a fused matrix, () if it is one."""
+    """rule: of the optimiser. rows: of the parts of a fused matrix, () if it is one. fan_in: the
+    dimension that is summed over, None for what multiplies each channel by itself."""
 
     role: Role
     rule: ParamRule
     rows: tuple[int, ...] = ()
+    fan_in: int | None = None
 
 
 def parameter_groups(
@@ -64,7 +66,7 @@ def parameter_groups(
         raise SpecError("matrix_lr: only Muon treats matrices apart; set optimizer='muon'")
     groups: dict[tuple[ParamRule, tuple[int, ...] | None], list[nn.Parameter]] = {}
     parameters = dict(module.named_parameters())
-    for name, (role, rule, rows) in _treatments(module).items():
+    for name, (role, rule, rows, _) in treatments(module).items():
         apart = rows if optimizer == "muon" and role == "matrix" else None
         groups.setdefault((rule, apart), []).append(parameters[name])
     made = []
@@ -81,7 +83,7 @@ def parameter_groups(
 
 def parameter_roles(module: nn.Module) -> dict[str, Role]:
     """What every parameter is, by its name in `module`; see the table above."""
-    return {name: treatment.role for name, treatment in _treatments(module).items()}
+    return {name: treatment.role for name, treatment in treatments(module).items()}
 
 
 def lora_targets(module: nn.Module) -> tuple[list[str], float]:
@@ -96,14 +98,16 @@ def lora_targets(module: nn.Module) -> tuple[list[str], float]:
     return names, sum(layers[name].weight.numel() for name in names) / max(1, total)
 
 
-def _treatments(module: nn.Module) -> dict[str, Treatment]:
+def treatments(module: nn.Module) -> dict[str, Treatment]:
     """Every parameter once, under the first of its names, in the order of `named_parameters`."""
     found: dict[int, Treatment] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             role = _role(part, name)
             decays = parameter.ndim >= 2 and role != "gain"
-            found.setdefault(id(parameter), Treatment(role, ParamRule(decay=decays)))
+            fan_in = -1 if role == "matrix" else None
+            plain = Treatment(role, ParamRule(decay=decays), fan_in=fan_in)
+            found.setdefault(id(parameter), plain)
     for part in module.modules():  # those of outer modules first: inner ones have the last word
         if isinstance(part, (Stem, Head)):
             for name, parameter in part.named_parameters():
@@ -115,9 +119,12 @@ def _treatments(module: nn.Module) -> dict[str, Treatment]:
             for name, parameter in part.named_parameters():
                 plain, name = found[id(parameter)], original_name(name)
                 if name in part.matrices:
-                    plain = plain._replace(role="matrix")
-                rule = part.param_rules.get(name, plain.rule)
-                found[id(parameter)] = plain._replace(rule=rule, rows=fused.get(name, plain.rows))
+                    plain = plain._replace(role="matrix", fan_in=-1)
+                found[id(parameter)] = plain._replace(
+                    rule=part.param_rules.get(name, plain.rule),
+                    rows=fused.get(name, plain.rows),
+                    fan_in=part.fan_in.get(name, plain.fan_in),
+                )
     return {name: found[id(parameter)] for name, parameter in module.named_parameters()}
 
 

@@ -89,6 +89,8 @@ class Mixer(KeepFloat32, metaclass=Ready):
         param_rules: optimiser rules for parameters of this module by name; for one without, see
             `kizzasi.models.groups`.
         matrices: names of matrices (..., rows, columns) that are no Linear layer's weight.
+        fan_in: of parameters by name, the dimension that is summed over, where that is not the last
+            of a matrix; see `kizzasi.models.mup`.
         ops: the tables of the ops whose engine it can choose; plain layers have none.
 
     Attributes:
@@ -97,6 +99,7 @@ class Mixer(KeepFloat32, metaclass=Ready):
 
     param_rules: ClassVar[Mapping[str, ParamRule]] = {}
     matrices: ClassVar[tuple[str, ...]] = ()
+    fan_in: ClassVar[Mapping[str, int]] = {}
     ops: ClassVar[tuple[Engines[Any], ...]] = ()
     engine: str = "auto"
 

@@ -307,6 +307,7 @@ class MoE(Mixer):
     """
 
     matrices = ("experts.gate_up_proj", "experts.down_proj")
+    fan_in = {"gate.weight": -1}  # noqa: RUF012 (read-only by contract)
 
     def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()

@@ -108,6 +108,7 @@ class RWKV6(Mixer):
     ops = (LINEAR_ATTENTION,)
     float32_parameters = ("time_decay", "time_faaaa")
     matrices = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
+    fan_in = dict.fromkeys(matrices, -2)
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "time_decay": ParamRule(decay=False, lr_scale=2.0),
         **dict.fromkeys(

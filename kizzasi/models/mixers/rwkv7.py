@@ -135,6 +135,7 @@ class RWKV7(Mixer):
     ops = (WKV7,)
     float32_parameters = ("w0", "a0", "k_k", "k_a", "r_k")
     matrices = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
+    fan_in = dict.fromkeys(matrices, -2)
     param_rules = {  # noqa: RUF012 (read-only by contract)
         "w0": ParamRule(decay=False, lr_scale=2.0),
         **dict.fromkeys(("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "r_k"), NO_DECAY),

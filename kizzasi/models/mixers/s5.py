@@ -90,6 +90,7 @@ class S5(Mixer):
 
     ops = (DIAGONAL_SCAN,)
     float32_parameters = ("log_dt", "log_A_real", "A_imag", "B", "C", "D")
+    fan_in = {"B": 1}  # noqa: RUF012 (read-only by contract)
     param_rules: ClassVar[Mapping[str, ParamRule]] = dict.fromkeys(
         ("log_dt", "log_A_real", "A_imag", "B"), ParamRule(decay=False, lr_max=1e-3)
     )

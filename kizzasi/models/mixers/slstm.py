@@ -83,6 +83,7 @@ class SLSTM(Mixer):
 
     ops = (CAUSAL_CONV1D,)
     float32_parameters = ("R",)
+    fan_in = {"R": -2}  # noqa: RUF012 (read-only by contract)
     param_rules = {"R": NO_DECAY}  # noqa: RUF012 (read-only by contract)
 
     def __init__(self, spec: SLSTMSpec, layer: LayerContext) -> None:
