@@ -12,22 +12,26 @@ import torch
 from kizzasi.errors import CheckpointError
 from kizzasi.models.checkpoints import (
     bamba,
+    cohere,
     deepseek,
     foreign,
     gguf,
     gpt2,
     gpt_neox,
     jamba,
+    lfm2,
     llama,
     mamba_hf,
     mixtures,
     native,
     phi3,
     qwen3_next,
+    recurrent_gemma,
     rwkv_hf,
     rwkv_pth,
     sandwich,
     state_spaces,
+    xlstm,
 )
 from kizzasi.models.checkpoints.companions import Companions, companions_of
 from kizzasi.models.model import SequenceModel
@@ -38,6 +42,7 @@ from kizzasi.models.strict import unknown_name
 __all__ = [
     "Companions",
     "bamba",
+    "cohere",
     "companions_of",
     "deepseek",
     "foreign",
@@ -46,6 +51,7 @@ __all__ = [
     "gpt2",
     "gpt_neox",
     "jamba",
+    "lfm2",
     "llama",
     "load",
     "mamba_hf",
@@ -53,12 +59,14 @@ __all__ = [
     "native",
     "phi3",
     "qwen3_next",
+    "recurrent_gemma",
     "rwkv_hf",
     "rwkv_pth",
     "sandwich",
     "save",
     "spec_of",
     "state_spaces",
+    "xlstm",
 ]
 
 

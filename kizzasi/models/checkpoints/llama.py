@@ -13,9 +13,9 @@ form since transformers 5; they are written in the older form, which every versi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from kizzasi.errors import SpecError
 from kizzasi.models.channels.mlp import MLPSpec
@@ -30,6 +30,7 @@ from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens
 
+T = TypeVar("T")
 LAYER = "model.layers.#."
 TRUNK = {
     "stem.embedding.@": "model.embed_tokens.@",
@@ -48,6 +49,9 @@ GATED = {
 }
 ROTARY_BUFFERS = (LAYER + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
+EPS = "rms_norm_eps"
+FULL, LOCAL = "full_attention", "sliding_attention"
+SLIDES = {FULL: False, LOCAL: True}
 # Our name of a field of RopeScaling, and theirs, by rope_type.
 STRETCH = {"factor": "factor", "original_context": "original_max_position_embeddings"}
 SCALINGS = {
@@ -57,14 +61,33 @@ SCALINGS = {
 }
 
 
-def trunk(config: Config, blocks: Sequence[BlockSpec], eps: float = 1e-6) -> ModelSpec:
-    """The model around its blocks; eps is what silence of the config means."""
+class Positions(NamedTuple):
+    """Base, scaling, and the part of every head that turns."""
+
+    theta: float
+    scaling: RopeScaling | None
+    part: float
+
+
+def trunk(
+    config: Config,
+    blocks: Sequence[BlockSpec],
+    eps: float = 1e-6,
+    *,
+    key: str = EPS,
+    tied: bool = False,
+) -> ModelSpec:
+    """The model around its blocks, the final norm of their kind.
+
+    eps, tied are what silence of the config means, and `key` is its name of eps.
+    """
     return ModelSpec(
         d_model=config.get("hidden_size", int),
         blocks=tuple(blocks),
         stem=Tokens(config.get("vocab_size", int)),
-        norm_eps=config.get("rms_norm_eps", float, eps),
-        tie_head=config.get("tie_word_embeddings", bool, False),
+        norm=blocks[0].norm,
+        norm_eps=config.get(key, float, eps),
+        tie_head=config.get("tie_word_embeddings", bool, tied),
     )
 
 
@@ -74,12 +97,14 @@ def attention(
     head_dim: int | None = None,
     theta: float = 1e4,
     rotated: float | None = None,
+    rope: Positions | None = None,
 ) -> AttentionSpec:
     """Heads and rotary positions; the arguments are what silence of the config means.
 
     `rotated` is the part of every head that turns; None: the whole of it, in this family always.
+    `rope` is what was read of the positions already.
     """
-    theta, scaling, part = _rope(config, theta, rotated)
+    theta, scaling, part = rope or _rope(config, theta, rotated)
     n_heads = config.get("num_attention_heads", int)
     head_dim = config.get("head_dim", int, head_dim, null=None)
     width = head_dim or config.get("hidden_size", int) // max(1, n_heads)
@@ -98,9 +123,11 @@ def normalised(
     config: Config,
     qk_norm: Literal[True, "full"] = True,
     eps: float = 1e-6,
+    *,
+    key: str = EPS,
 ) -> AttentionSpec:
     """Queries and keys normalised with the model's epsilon, and biases if attention_bias."""
-    bias, eps = config.get("attention_bias", bool, False), config.get("rms_norm_eps", float, eps)
+    bias, eps = config.get("attention_bias", bool, False), config.get(key, float, eps)
     return replace(mixer, qk_norm=qk_norm, qk_norm_eps=eps, qkv_bias=bias, out_bias=bias)
 
 
@@ -121,20 +148,37 @@ def used_window(config: Config) -> int | None:
     return window if config.get("use_sliding_window", bool, False) else None
 
 
+def layer_kinds(
+    config: Config, n_layers: int, usual: Sequence[str], table: Mapping[str, T]
+) -> list[T]:
+    """What the table makes of every layer's `layer_types`; `usual` is what silence means."""
+    kinds = config.get("layer_types", tuple[str, ...], tuple(usual))
+    if len(kinds) != n_layers:
+        config.refuse("layer_types", f"{len(kinds)} of them for {n_layers} layers")
+    if not set(kinds) <= table.keys():
+        rule = f"are not {n_layers} of {list(table)}; others are not supported"
+        config.refuse("layer_types", f"{list(kinds)!r:.80} {rule}")
+    return [table[kind] for kind in kinds]
+
+
 def upper_windows(config: Config, n_layers: int) -> list[int | None]:
     """The window of every layer of qwen2 and qwen3: `layer_types` decides, or a first layer."""
     window, first = used_window(config), config.get("max_window_layers", int, 28)
     n_full = n_layers if window is None else min(first, n_layers)
-    usual = ("full_attention",) * n_full + ("sliding_attention",) * (n_layers - n_full)
-    kinds = config.get("layer_types", tuple[str, ...], usual)
-    if len(kinds) != n_layers:
-        config.refuse("layer_types", f"{len(kinds)} of them for {n_layers} layers")
-    odd = set(kinds) - {"sliding_attention", "full_attention"}
-    if odd:
-        config.refuse("layer_types", f"{sorted(odd)} are not supported")
-    if window is None and "sliding_attention" in kinds:
-        config.refuse("use_sliding_window", "no window, but layer_types has sliding_attention")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    slides = layer_kinds(
+        config, n_layers, (FULL,) * n_full + (LOCAL,) * (n_layers - n_full), SLIDES
+    )
+    if window is None and any(slides):
+        config.refuse("use_sliding_window", f"no window, but layer_types has {LOCAL}")
+    return [window if slide else None for slide in slides]
+
+
+def window_keys(spec: ModelSpec) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of a model in which some layers attend to a window."""
+    windows = [getattr(block.mixer, "window", None) for block in spec.blocks]
+    used = [window for window in windows if window is not None]
+    kinds = [FULL if window is None else LOCAL for window in windows]
+    return {"sliding_window": used[0] if used else None, "layer_types": kinds}
 
 
 def first(spec: ModelSpec) -> AttentionSpec:
@@ -177,14 +221,12 @@ def heads(spec: ModelSpec) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **_rope_keys(mixer),
+        **rope_keys(mixer),
     }
 
 
-def _rope(
-    config: Config, theta: float, rotated: float | None
-) -> tuple[float, RopeScaling | None, float]:
-    """Base, scaling, and the part of every head that turns."""
+def _rope(config: Config, theta: float, rotated: float | None) -> Positions:
+    """Those of a config that says them once for all layers."""
     theta, part = config.get("rope_theta", float, theta), rotated or 1.0
     if rotated is not None:
         part = config.get("partial_rotary_factor", float, part)
@@ -192,12 +234,23 @@ def _rope(
     old, new = config.within("rope_scaling"), config.within("rope_parameters")
     if old is not None and new is not None:
         config.refuse("rope_scaling", "given, and rope_parameters too; remove one")
-    keys = old or new
+    return positions(old or new, theta, part, context, partly=rotated is not None)
+
+
+def positions(
+    keys: Config | None,
+    theta: float,
+    part: float = 1.0,
+    context: int | None = None,
+    *,
+    partly: bool = False,
+) -> Positions:
+    """What the keys of `rope_parameters` say; the numbers are what their silence means."""
     if keys is None:
-        return theta, None, part
+        return Positions(theta, None, part)
     theta = keys.get("rope_theta", float, theta)
     kind = keys.get("rope_type", str, keys.get("type", str, "default"))
-    if rotated is None:
+    if not partly:
         keys.only("partial_rotary_factor", 1.0)
     part = keys.get("partial_rotary_factor", float, part)
     if kind not in (*SCALINGS, "default"):
@@ -208,13 +261,13 @@ def _rope(
     keys.only("truncate", True)
     keys.finish()
     if kind == "default":
-        return theta, None, part
+        return Positions(theta, None, part)
     given = {name: value for name, value in fields.items() if value is not None}
     scaling = RopeScaling.from_dict({"method": kind, **given}, f"{keys.prefix}rope_type")
-    return theta, scaling, part
+    return Positions(theta, scaling, part)
 
 
-def _rope_keys(mixer: AttentionSpec) -> dict[str, Any]:
+def rope_keys(mixer: AttentionSpec) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`; what they cannot say does not survive the reading back."""
     scaling = mixer.rope_scaling
     if scaling is None or scaling.method not in SCALINGS:
@@ -298,11 +351,8 @@ def _qwen3_keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _windowed_keys(spec: ModelSpec) -> dict[str, Any]:
-    windows = [getattr(block.mixer, "window", None) for block in spec.blocks]
-    used = [window for window in windows if window is not None]
-    kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
-    keys = {"sliding_window": used[0] if used else None, "use_sliding_window": bool(used)}
-    return {**heads(spec), **keys, "layer_types": kinds}
+    keys = window_keys(spec)
+    return {**heads(spec), **keys, "use_sliding_window": keys["sliding_window"] is not None}
 
 
 def dialect(

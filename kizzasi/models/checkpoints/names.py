@@ -62,6 +62,18 @@ def reshaped(*shape: int) -> Form:
     )
 
 
+def interleaved(width: int) -> Form:
+    """Rows of heads of this width: theirs turn pairs (2i, 2i + 1), ours (i, i + width / 2)."""
+
+    def exchange(tensors: list[Tensor], *pair: int) -> list[Tensor]:
+        return [t.unflatten(0, (-1, *pair)).transpose(1, 2).flatten(0, 2) for t in tensors]
+
+    return Form(
+        lambda ours: exchange(ours, 2, width // 2),
+        lambda theirs, shapes: exchange(theirs, width // 2, 2),
+    )
+
+
 class Rule(NamedTuple):
     """Some of our tensors, and those of theirs that hold the same numbers. See the module."""
 

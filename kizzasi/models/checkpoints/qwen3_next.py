@@ -82,7 +82,7 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
         BlockSpec(heads if attend else delta, sparse if mix else dense, norm="rms_plus_one")
         for attend, mix in zip(attends, mixed, strict=True)
     ]
-    return llama.trunk(config, blocks).replace(norm="rms_plus_one")
+    return llama.trunk(config, blocks)
 
 
 def _attends(config: Config, n_layers: int) -> list[bool]:
@@ -93,10 +93,7 @@ def _attends(config: Config, n_layers: int) -> list[bool]:
     usual = tuple(
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
     )
-    kinds = config.get("layer_types", tuple[str, ...], usual)
-    if len(kinds) != n_layers or not set(kinds) <= KINDS.keys():
-        config.refuse("layer_types", f"{list(kinds)!r:.80} are not {n_layers} of {list(KINDS)}")
-    return [KINDS[kind] for kind in kinds]
+    return llama.layer_kinds(config, n_layers, usual, KINDS)
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Relatives of Llama whose layers have norms in other places, or scales: olmo2, gemma2, granite.
+"""Relatives of Llama whose layers have norms in other places, or scales: olmo2, gemma, granite.
 
 | family | what it has beside Llama's |
 |---|---|
 | olmo2 | norms after each branch instead of before; queries and keys normalised as a whole |
 | gemma2 | norms before and after, whose weights count from 1; scaled embeddings; caps of scores |
 |   | and of logits; GELU gates; windows in every other layer; scores scaled by a number |
+| gemma3_text | as gemma2, without caps; normalised queries and keys; windows in five layers of |
+|   | six, with positions of their own |
 | granite | factors of embeddings, branches, scores and logits |
 """
 
@@ -20,20 +22,28 @@ from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.foreign import Rules
 from kizzasi.models.checkpoints.llama import (
+    FULL,
     GATED,
     LAYER,
+    LOCAL,
+    SLIDES,
     TRUNK,
     attention,
     depth,
     dialect,
     first,
     heads,
+    layer_kinds,
     normalised,
+    positions,
+    rope_keys,
     swiglu,
     trunk,
+    window_keys,
 )
 from kizzasi.models.checkpoints.names import renamed
 from kizzasi.models.checkpoints.stored import Shapes
+from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
 PRE = {"blocks.#.mixer_norm.@", "blocks.#.channel_norm.@"}
@@ -65,58 +75,88 @@ def _olmo2_keys(spec: ModelSpec) -> dict[str, Any]:
     return {**heads(spec), "attention_bias": first(spec).qkv_bias}
 
 
-def _gemma2(config: Config, shapes: Shapes) -> ModelSpec:
-    n_layers = depth(config, shapes)
-    window = config.get("sliding_window", int, 4096, null=None)
-    usual = ("sliding_attention", "full_attention") * (n_layers // 2 + 1)
-    kinds = config.get("layer_types", tuple[str, ...], usual[:n_layers])
-    odd = set(kinds) - {"sliding_attention", "full_attention"}
-    if odd or len(kinds) != n_layers:
-        config.refuse("layer_types", f"{list(kinds)} do not fit {n_layers} layers")
+def _gemma(
+    config: Config, mixers: Sequence[AttentionSpec], cap: float | None, **scores: Any
+) -> ModelSpec:
+    """What Gemma 2 and 3 share; `cap` is what silence about that of the logits means."""
     bias = config.get("attention_bias", bool, False)
-    mixer = replace(
-        attention(config, n_kv_heads=4, head_dim=256),
-        scale=config.get("query_pre_attn_scalar", float, 256.0) ** -0.5,
-        softcap=config.get("attn_logit_softcapping", float, 50.0, null=None),
-        qkv_bias=bias,
-        out_bias=bias,
-    )
     config.only("hidden_activation", "gelu_pytorch_tanh")
     config.skip("hidden_act")  # older files say gelu there; hidden_activation decides
     config.only("use_bidirectional_attention", False)
     channel = SwiGLUSpec(config.get("intermediate_size", int), activation="gelu_tanh")
-    blocks = [
-        BlockSpec(
-            replace(mixer, window=window if kind == "sliding_attention" else None),
-            channel,
-            "rms_plus_one",
-            norm_at="both",
-        )
-        for kind in kinds
-    ]
-    tied = config.get("tie_word_embeddings", bool, True)
-    spec = trunk(config, blocks).replace(norm="rms_plus_one", tie_head=tied)
-    cap = config.get("final_logit_softcapping", float, 30.0, null=None)
+    scale = config.get("query_pre_attn_scalar", float, 256.0) ** -0.5
+    mixers = [replace(m, scale=scale, qkv_bias=bias, out_bias=bias, **scores) for m in mixers]
+    blocks = [BlockSpec(m, channel, "rms_plus_one", norm_at="both") for m in mixers]
+    cap = config.get("final_logit_softcapping", float, cap, null=None)
+    spec = trunk(config, blocks, tied=True)
     return spec.replace(embed_scale=math.sqrt(spec.d_model), logit_cap=cap)
 
 
-def _gemma2_keys(spec: ModelSpec) -> dict[str, Any]:
-    mixer, windows = first(spec), [getattr(b.mixer, "window", None) for b in spec.blocks]
-    used = [window for window in windows if window is not None]
-    channel = spec.blocks[0].channel
+def _gemma2(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers = depth(config, shapes)
+    window = config.get("sliding_window", int, 4096, null=None)
+    slides = layer_kinds(config, n_layers, [(LOCAL, FULL)[i % 2] for i in range(n_layers)], SLIDES)
+    mixer = attention(config, n_kv_heads=4, head_dim=256)
+    mixers = [replace(mixer, window=window if slide else None) for slide in slides]
+    softcap = config.get("attn_logit_softcapping", float, 50.0, null=None)
+    return _gemma(config, mixers, 30.0, softcap=softcap)
+
+
+def _gemma3(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers, every = depth(config, shapes), config.get("sliding_window_pattern", int, 6)
+    every = config.get("_sliding_window_pattern", int, every)
+    window = config.get("sliding_window", int, 4096, null=None)
+    usual = [LOCAL if (i + 1) % max(1, every) else FULL for i in range(n_layers)]
+    slides = layer_kinds(config, n_layers, usual, SLIDES)
+    context = config.get("max_position_embeddings", int, None)
+    ropes = {FULL: config.within("rope_scaling"), LOCAL: None}
+    nested = config.within("rope_parameters")
+    if nested is not None:
+        config.only("rope_scaling")
+        ropes = {kind: nested.within(kind) for kind in ropes}
+        nested.finish()
+    usual = config.get("rope_theta", float, 1e6), config.get("rope_local_base_freq", float, 1e4)
+    mixers = [
+        replace(
+            attention(config, 4, 256, rope=positions(keys, theta, context=context)),
+            qk_norm=True,
+            qk_norm_eps=config.get("rms_norm_eps", float, 1e-6),
+            qk_norm_kind="rms_plus_one",
+            window=window if kind == LOCAL else None,
+        )
+        for (kind, keys), theta in zip(ropes.items(), usual, strict=True)
+    ]
+    config.only("attn_logit_softcapping")  # which transformers would not read
+    return _gemma(config, [mixers[slide] for slide in slides], None)
+
+
+def _gemma3_keys(spec: ModelSpec) -> dict[str, Any]:
+    """Layers of one kind say their positions together; those of the other keep the usual ones."""
+    keys = _gemma_keys(spec)
+    del keys["rope_theta"], keys["rope_scaling"]
+    ropes: dict[str, Any] = {FULL: {"rope_theta": 1e6}, LOCAL: {"rope_theta": 1e4}}
+    for kind, block in zip(keys["layer_types"], spec.blocks, strict=True):
+        if isinstance(block.mixer, AttentionSpec):
+            said = rope_keys(block.mixer)
+            ropes[kind] = {"rope_theta": said["rope_theta"], **(said["rope_scaling"] or {})}
+    usual = {"rope_type": "default"}
+    return {**keys, "rope_parameters": {kind: usual | rope for kind, rope in ropes.items()}}
+
+
+def _gemma_keys(spec: ModelSpec) -> dict[str, Any]:
+    mixer, channel = first(spec), spec.blocks[0].channel
     if not isinstance(channel, SwiGLUSpec) or mixer.scale is None:
-        raise SpecError("Gemma 2 has gated channels and a scale of its own for scores")
+        raise SpecError("Gemma has gated channels and a scale of its own for scores")
     keys = heads(spec)
     del keys["hidden_act"]
     return {
         **keys,
+        **window_keys(spec),
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": mixer.qkv_bias,
         "query_pre_attn_scalar": _whole(mixer.scale**-2),
         "attn_logit_softcapping": mixer.softcap,
         "final_logit_softcapping": spec.logit_cap,
-        "sliding_window": used[0] if used else None,
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
     }
 
 
@@ -157,5 +197,6 @@ def _whole(x: float) -> float:
 
 
 OLMO2 = dialect("olmo2", "Olmo2ForCausalLM", _olmo2, _olmo2_keys, _layout(AFTER))
-GEMMA2 = dialect("gemma2", "Gemma2ForCausalLM", _gemma2, _gemma2_keys, _layout(BOTH))
+GEMMA2 = dialect("gemma2", "Gemma2ForCausalLM", _gemma2, _gemma_keys, _layout(BOTH))
+GEMMA3 = dialect("gemma3_text", "Gemma3ForCausalLM", _gemma3, _gemma3_keys, _layout(BOTH))
 GRANITE = dialect("granite", "GraniteForCausalLM", _granite, _granite_keys)

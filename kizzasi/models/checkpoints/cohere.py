@@ -1,0 +1,92 @@
+"""Command R and R7B (cohere, cohere2), as transformers stores them: both branches read the stream
+through one norm, and factors on the logits.
+
+Pairs of neighbours turn there. Rows of queries and keys are put in our order, in which the two
+halves of a head turn, in all layers; where nothing turns (every fourth layer of cohere2) scores do
+not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from kizzasi.errors import SpecError
+from kizzasi.models.checkpoints.config import Config
+from kizzasi.models.checkpoints.foreign import Rules
+from kizzasi.models.checkpoints.llama import (
+    FULL,
+    GATED,
+    LAYER,
+    LOCAL,
+    SLIDES,
+    TRUNK,
+    attention,
+    depth,
+    dialect,
+    first,
+    heads,
+    layer_kinds,
+    swiglu,
+    trunk,
+    window_keys,
+)
+from kizzasi.models.checkpoints.names import Rule, interleaved, renamed
+from kizzasi.models.checkpoints.stored import Shapes
+from kizzasi.models.mixers.attention import AttentionSpec
+from kizzasi.models.spec import BlockSpec, ModelSpec
+
+
+def _mixer(config: Config) -> AttentionSpec:
+    if config.get("use_qk_norm", bool, False):
+        rule = "every head has weights of its own there, and a spec one norm for all heads"
+        config.refuse("use_qk_norm", f"True is not supported: {rule}; use a model without it")
+    bias = config.get("attention_bias", bool, False)
+    return replace(attention(config, theta=5e5), qkv_bias=bias, out_bias=bias)
+
+
+def _model(config: Config, mixers: Sequence[AttentionSpec]) -> ModelSpec:
+    channel = swiglu(config)
+    blocks = [BlockSpec(m, channel, "layer_unbiased", parallel="shared") for m in mixers]
+    scale = config.get("logit_scale", float, 0.0625)
+    return trunk(config, blocks, 1e-5, key="layer_norm_eps", tied=True).replace(logit_scale=scale)
+
+
+def _cohere(config: Config, shapes: Shapes) -> ModelSpec:
+    return _model(config, [_mixer(config)] * depth(config, shapes))
+
+
+def _cohere2(config: Config, shapes: Shapes) -> ModelSpec:
+    n_layers, every = depth(config, shapes), config.get("sliding_window_pattern", int, 4)
+    usual = [LOCAL if (i + 1) % max(1, every) else FULL for i in range(n_layers)]
+    slides = layer_kinds(config, n_layers, usual, SLIDES)
+    turned = replace(_mixer(config), window=config.get("sliding_window", int, 4096))
+    plain = replace(turned, window=None, position="none", rope_theta=1e4, rope_scaling=None)
+    config.skip("cache_implementation")  # speed
+    return _model(config, [turned if slide else plain for slide in slides])
+
+
+def _keys(spec: ModelSpec) -> dict[str, Any]:
+    keys = heads(spec)
+    eps = keys.pop("rms_norm_eps")
+    more = {"layer_norm_eps": eps, "logit_scale": spec.logit_scale}
+    return {**keys, **more, "attention_bias": first(spec).qkv_bias}
+
+
+def _cohere2_keys(spec: ModelSpec) -> dict[str, Any]:
+    turned = [b for b in spec.blocks if isinstance(b.mixer, AttentionSpec) and b.mixer.window]
+    if not turned:
+        raise SpecError("no block has a window, and the format needs one where positions turn")
+    depth = {"num_hidden_layers": len(spec.blocks)}
+    return {**_keys(spec.replace(blocks=tuple(turned))), **depth, **window_keys(spec)}
+
+
+def _layouts(spec: ModelSpec) -> Sequence[Rules]:
+    form = interleaved(first(spec).width(spec.d_model))
+    pairs = [Rule(f"blocks.#.mixer.{x}_proj.@", f"{LAYER}self_attn.{x}_proj.@", form) for x in "qk"]
+    return [[*pairs, *renamed(TRUNK | GATED)]]
+
+
+COHERE = dialect("cohere", "CohereForCausalLM", _cohere, _keys, _layouts)
+COHERE2 = dialect("cohere2", "Cohere2ForCausalLM", _cohere2, _cohere2_keys, _layouts)

@@ -1,0 +1,235 @@
+"""Families of other mixers and norms against transformers: equal logits both ways, equal bytes."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_foreign_mamba import (
+    assert_round_trip,
+    difference,
+    edit,
+    hold_to_float64,
+    make_peer,
+)
+
+from kizzasi.errors import CheckpointError
+from kizzasi.models import build_model, load
+from kizzasi.models.checkpoints import save
+
+IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+TRUNK = {
+    "vocab_size": 19,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **IDS,
+}
+XLSTM = {
+    **IDS,
+    "vocab_size": 19,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "qk_dim_factor": 1.0,
+    "ffn_proj_factor": 0.55,
+    "ffn_round_up_to_multiple_of": 8,
+    "autocast_kernel_dtype": "float32",
+}
+CASES = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
+    "lfm2 biased, untied": {
+        "layer_types": ["full_attention", "conv", "conv"],
+        "conv_bias": True,
+        "conv_L_cache": 4,
+        "block_auto_adjust_ff_dim": False,
+        "tie_word_embeddings": False,
+        "norm_eps": 1e-3,
+    },
+    "recurrent_gemma": {"hidden_size": 32, "attention_window_size": 5, "lru_width": 32},
+    "recurrent_gemma attending first": {
+        "hidden_size": 32,
+        "block_types": ["attention", "recurrent"],
+        "attention_bias": True,
+        "conv1d_width": 3,
+        "logits_soft_cap": 3.0,
+    },
+    "cohere": {"logit_scale": 1.0},
+    "cohere biased, untied": {
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "logit_scale": 2.0,
+        "layer_norm_eps": 1e-3,
+    },
+    "cohere2": {"sliding_window": 5, "sliding_window_pattern": 2, "logit_scale": 1.0},
+    "gemma3_text": {"head_dim": 6, "sliding_window": 5, "sliding_window_pattern": 2},
+    "gemma3_text stretched, capped": {
+        "head_dim": 6,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        },
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 9,
+        "attention_bias": True,
+    },
+    "xlstm": XLSTM,
+    "xlstm capped": {**XLSTM, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "gate_soft_cap": 2.0},
+}
+
+
+def sizes_of(case):
+    return CASES[case] if case.startswith("xlstm") else TRUNK | CASES[case]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request, tmp_path_factory):
+    folder, kind = tmp_path_factory.mktemp("kinds") / "theirs", request.param.split()[0]
+    return make_peer(kind, sizes_of(request.param), folder), folder, kind
+
+
+def test_logits_of_prefill_and_of_cached_decoding(made):
+    peer, folder, _ = made
+    assert difference(peer, load(folder)) <= 1e-4
+
+
+EXACT = [case for case in CASES if case.split()[0] not in ("recurrent_gemma", "xlstm")]
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_logits_in_float64(case, tmp_path, monkeypatch):
+    """The two that are missing have kernels in float32."""
+    hold_to_float64(monkeypatch)
+    peer = make_peer(case.split()[0], sizes_of(case), tmp_path, torch.float64)
+    ropes = peer.config.rope_parameters
+    for name, buffer in peer.model.rotary_emb.named_buffers():  # made in float32
+        said = ropes.get(name.removesuffix("_inv_freq").removesuffix("_original"), ropes)
+        n = 2 * len(buffer)
+        exact = said["rope_theta"] ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
+        buffer.data = exact / said.get("factor", 1.0)
+    assert difference(peer, load(tmp_path)) <= 1e-9
+
+
+def test_read_and_write_gives_the_same_file_and_the_same_logits(made, tmp_path):
+    peer, folder, kind = made
+    assert_round_trip(peer, folder, tmp_path, kind)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stored")
+    for kind in ("lfm2", "recurrent_gemma", "cohere", "cohere2", "gemma3_text", "xlstm"):
+        make_peer(kind, sizes_of(kind), root / kind)
+    return root
+
+
+def test_projections_that_xlstm_fuses(stored, tmp_path):
+    """weight_mode "fused", of which this transformers makes no model."""
+    folder = shutil.copytree(stored / "xlstm", tmp_path / "fused")
+    tensors = load_file(folder / "model.safetensors")
+    joined = {
+        "mlstm_layer.qkv_opreact": [f"mlstm_layer.{x}" for x in ("q", "k", "v", "ogate_preact")],
+        "mlstm_layer.ifgate_preact": [f"mlstm_layer.{x}gate_preact" for x in "if"],
+        "ffn.proj_up_gate_z": ["ffn.proj_up_gate", "ffn.proj_up"],
+    }
+    for layer in ("backbone.blocks.0.", "backbone.blocks.1."):
+        for name, parts in joined.items():
+            for leaf in ("weight", "bias"):
+                found = [tensors.pop(f"{layer}{part}.{leaf}", None) for part in parts]
+                if found[0] is not None:
+                    tensors[f"{layer}{name}.{leaf}"] = torch.cat(found)
+    save_file(tensors, folder / "model.safetensors")
+    ids = torch.arange(12)[None]
+    model = load(edit(folder, weight_mode="fused"))
+    assert torch.equal(model(ids).logits, load(stored / "xlstm")(ids).logits)
+
+
+def test_keys_of_published_files(stored, tmp_path):
+    """As in LFM2-1.2B, recurrentgemma-2b, gemma-3-1b and xLSTM-7b."""
+    published = {
+        "lfm2": {
+            "block_auto_adjust_ff_dim": True,
+            "block_dim": 24,
+            "block_ff_dim": 32,
+            "block_use_swiglu": True,
+            "conv_dim": 24,
+            "conv_use_xavier_init": True,
+            "layer_types": None,
+            "full_attn_idxs": [1],
+            "norm_eps": 1e-5,
+            "rope_parameters": None,
+            "theta": 1e6,
+            "tie_embedding": True,
+            "use_pos_enc": True,
+        },
+        "recurrent_gemma": {
+            "final_w_init_variance_scale": 0.7,
+            "rope_parameters": None,
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+        "cohere2": {"layer_types": None, "sliding_window_pattern": 2},
+        "gemma3_text": {
+            "layer_types": None,
+            "_sliding_window_pattern": None,
+            "sliding_window_pattern": 2,
+            "rope_parameters": None,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": None,
+        },
+        "xlstm": {"hidden_size": None, "embedding_dim": 64, "num_hidden_layers": None},
+    }
+    for kind, keys in published.items():
+        folder = shutil.copytree(stored / kind, tmp_path / kind)
+        spec = load(folder).spec
+        assert load(edit(folder, **keys)).spec == spec, kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv", "mamba", "conv"]}, "layer_types: .* are not 3 of"),
+        ("lfm2", {"use_pos_enc": False}, "use_pos_enc: False is not supported"),
+        ("lfm2", {"block_multiple_of": 0}, "block_multiple_of: 0 is below 1"),
+        ("lfm2", {"conv_L_cache": 4}, "does not fit its config"),
+        ("recurrent_gemma", {"block_types": ["mamba"]}, "block_types: .* are not of"),
+        ("recurrent_gemma", {"lru_width": 10**9}, "n_heads: 4 does not|GiB|does not fit"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm: True is not supported: .* use a model"),
+        ("cohere2", {"sliding_window": -1}, "window: -1"),
+        ("gemma3_text", {"attn_logit_softcapping": 4.0}, "attn_logit_softcapping: 4.0 is not"),
+        ("gemma3_text", {"rope_parameters": {"other": {}}}, "rope_parameters.other"),
+        ("xlstm", {"use_bias": True}, "use_bias: True is not supported"),
+        ("xlstm", {"add_out_norm": False}, "add_out_norm: False"),
+        ("xlstm", {"num_blocks": 10**9}, "num_blocks: 1000000000 cannot be"),
+    ],
+)
+def test_refused_configs(kind, changes, message, stored, tmp_path):
+    folder = shutil.copytree(stored / kind, tmp_path / kind)
+    with pytest.raises(CheckpointError, match=message):
+        load(edit(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "changes", "message"),
+    [
+        ("lfm2", "mixer", {"bias": True}, r"blocks\[2\]\.mixer\.bias is False|conv_bias|no name"),
+        ("recurrent_gemma", "channel", {"activation": "silu"}, "activation is 'silu'"),
+        ("cohere", "mixer", {"qk_norm": True}, "qk_norm is True"),
+        ("gemma3_text", "mixer", {"rope_theta": 2e4}, r"rope_theta is \d+"),
+        ("xlstm", "mixer", {"norm_eps": 1e-2}, r"norm_eps is 0\.01"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(kind, part, changes, message, stored, tmp_path):
+    spec = load(stored / kind).spec
+    block = spec.blocks[0]
+    odd = replace(block, **{part: replace(getattr(block, part), **changes)})
+    model = build_model(spec.replace(blocks=(odd, *spec.blocks[1:])))
+    with pytest.raises(CheckpointError, match=f"cannot write it as {kind}: .*({message})"):
+        save(model, tmp_path / "out", kind)
