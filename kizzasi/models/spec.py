@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kizzasi.errors import SpecError
+from kizzasi.files import write_text
 from kizzasi.models.cost import Cost, norm
 from kizzasi.models.heads import HeadSpec, Own
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
@@ -142,13 +143,16 @@ class ModelSpec(Strict):
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write every field, as JSON if the name ends in .json, else as YAML."""
+        write_text(Path(path), self.to_text(Path(path).suffix))
+
+    def to_text(self, suffix: str) -> str:
+        """Every field, as JSON for ".json", else as YAML."""
         import yaml
 
-        path, data = Path(path), self.to_dict()
-        if path.suffix == ".json":
-            path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-        else:
-            path.write_text(yaml.safe_dump(data, sort_keys=False), "utf-8")
+        data = self.to_dict()
+        if suffix == ".json":
+            return json.dumps(data, indent=2) + "\n"
+        return yaml.safe_dump(data, sort_keys=False)
 
     @property
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kizzasi.errors import SpecError, StudyError
+from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, SequenceModel, load
 from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
@@ -42,16 +42,14 @@ from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
-from kizzasi.nas.study.journal import Journal
+from kizzasi.nas.study.folder import claimed
+from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Study
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Task
-
-# What version 0.1 did where its journals say nothing.
-OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,40 +296,15 @@ def run_plan(
 ) -> Found:
     """Run a plan in a folder; see `Search.run`."""
     plan.check()
-    if (folder / "journal.jsonl").exists() and not resume:
-        raise StudyError(f"{folder}: holds a run already; use --resume or another name")
     with (
         executor(plan.evaluator) as running,
-        Journal(folder / "journal.jsonl") as journal,
+        claimed(folder, resume=resume) as journal,
         tqdm(total=total, unit="tok", unit_scale=True, desc="search") as bar,
     ):
         study = Study(folder, journal, running, bar)
-        _begin(study, plan)
+        begin(study, plan)
         Run(plan, study, device).to_the_end()
         return Found(folder, write_report(folder, study.events))
-
-
-def _begin(study: Study, plan: Plan) -> None:
-    """Write down what the run is; a resumed run must be the same one."""
-    task = plan.evaluator.task if isinstance(plan.evaluator, MicroTrain) else None
-
-    def facts() -> dict[str, Any]:
-        if task is None:
-            return {"data": {}, "baselines": {}}
-        named = {"name": task.name, "digest": task.digest}
-        return {"data": {**named, **task.facts()}, "baselines": task.baselines()}
-
-    metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric("x"), k)}
-    event = study.once(
-        "study", lambda: {"config": dict(plan.described), "metric": metric, **facts()}
-    )
-    of_old = {**_json(SearchConfig().to_dict()), **OF_OLD} if "n_pool" in event["config"] else {}
-    now = {**_json(dict(plan.described)), "data digest": task and task.digest}
-    then = {**of_old, **event["config"], "data digest": event["data"].get("digest")}
-    if changed := [key for key in now if now[key] != then.get(key)]:
-        given = ", ".join(f"{k}: {then.get(k)} then, {now[k]} now" for k in changed)
-        folder = study.checkpoints.parent
-        raise StudyError(f"{folder}: cannot resume another search; {given:.300}")
 
 
 def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
@@ -354,10 +327,3 @@ def _named(evaluator: Any) -> str:
         return repr(evaluator.recipe)
     own = evaluator if isinstance(evaluator, FunctionType) else type(evaluator)
     return f"{own.__module__}.{own.__qualname__}"
-
-
-def _json(value: Any) -> Any:
-    """Plain data as the journal gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {k: _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, (list, tuple)) else value

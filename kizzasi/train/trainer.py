@@ -9,7 +9,6 @@ Glossary
 from __future__ import annotations
 
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
+from kizzasi.files import write_file
 from kizzasi.models import SequenceModel, parameter_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.muon import Muon
@@ -140,7 +140,7 @@ class Training:
             return self.task.score(self.shared_model, split, self.shape)
 
     def save(self, path: Path) -> None:
-        """Write everything that `restore` needs, in one move."""
+        """Write everything that `restore` needs, in one move. Raises OSError, as of a full disk."""
         saved = {
             "model": gather(self.model.state_dict()),
             "optimizer": gather(self.optimizer.state_dict()),
@@ -149,9 +149,7 @@ class Training:
             "losses": [self.ranks.mean(loss) for loss in self.losses],
         }
         if self.ranks.rank == 0:
-            partial = path.with_suffix(".partial")
-            torch.save(saved, partial)
-            os.replace(partial, path)
+            write_file(path, lambda file: torch.save(saved, file))
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of the same spec and recipe. Raises CheckpointError."""

@@ -11,6 +11,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from kizzasi.errors import CheckpointError, DataError, SpecError, StudyError
+from kizzasi.files import no_room
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement, Report
 
 # Faults of a trial. Every other error is the user's or ours, and ends the study.
@@ -75,11 +76,16 @@ class Executor(Protocol):
 
 def evaluate(evaluator: Evaluator, job: Job, report: Report) -> Measurement:
     """Run one job. Raises what the trial raises, but a full disk is no fault of the trial."""
+    where = job.checkpoint.parent if job.checkpoint else "checkpoint"
     try:
         found = evaluator(job, report)
     except OSError as error:
-        where = job.checkpoint.parent if job.checkpoint else "checkpoint"
-        raise StudyError(f"{where}: {error.strerror}; make room, then --resume") from error
+        reason = error.strerror or str(error)
+        raise StudyError(f"{where}: {reason}; make room, then --resume") from error
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        if not no_room(error):
+            raise
+        raise StudyError(f"{where}: no space left on the disk; make room, then --resume") from error
     if not isinstance(found, Measurement):
         return Measurement(float(found), spent=job.budget)
     if found.score is not None and not found.spent:

@@ -6,7 +6,6 @@ anything, and every text from outside is escaped.
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from kizzasi.errors import StudyError
+from kizzasi.files import write_text
 from kizzasi.nas.report.figures import Figure, figures
 from kizzasi.nas.report.sentences import findings
 from kizzasi.nas.report.svg import STYLE, short
@@ -122,18 +122,13 @@ def write_report(folder: Path, events: Iterable[Event]) -> Summary:
     summary = summarise(events)
     for name, text in (("report.md", markdown(summary)), ("report.html", html(summary))):
         path = folder / name
-        # A search and someone who watches it may write at the same moment.
-        partial = folder / f"{name}.{os.getpid()}.partial"
         try:
-            partial.write_text(text, "utf-8", errors="replace")  # names of files may be no text
-            os.replace(partial, path)
+            write_text(path, text)
         except OSError as error:
             raise StudyError(
                 f"{path}: cannot write the report: {error.strerror}; make room or make the "
                 "folder writable, then --resume; the journal is intact"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)  # also after Ctrl-C
     return summary
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kizzasi.nas.results.equal_terms import Sized, sized
+from kizzasi.nas.results.extended import current
 from kizzasi.nas.results.finals import APART, Event, Final, falling, finalists, twins
 from kizzasi.nas.results.noise import Noise, noise_of
 from kizzasi.nas.results.rank_agreement import MIN_CANDIDATES, ProxyWorth, proxy_worth
@@ -213,7 +214,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         A Summary. Candidates rank as the `result` event says, or else, while the run goes on, by
         the deepest rung that scored them and then by bits per byte.
     """
-    events = list(events)
+    events = current(events)
     entries = {e["id"]: e for e in events if e["event"] == "candidate"}
     trials = [e for e in events if e["event"] == "trial"]
     study = next((e for e in events if e["event"] == "study"), {})

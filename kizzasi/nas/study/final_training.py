@@ -18,6 +18,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
@@ -29,6 +30,7 @@ from kizzasi.nas.results.noise import noise_of
 from kizzasi.nas.results.summary import NEVER_WIN
 from kizzasi.nas.results.words import gist
 from kizzasi.nas.spaces.resize import narrowed
+from kizzasi.nas.study.folder import BEST, contents, spec_in
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Entry, Study, Trial
 
@@ -143,24 +145,45 @@ class FinalTraining:
 
     def _save(self, entry: Entry, seed: int) -> None:
         """Put the best model's weights, or what its evaluator left of it, into the folder best."""
-        study, folder = self.study, self.study.checkpoints.parent / "best"
+        study, folder = self.study, self.study.checkpoints.parent / BEST
+        told = next((e for e in reversed(study.events) if e["event"] == "saved"), None)
+        there = contents(folder)
+        if there and (told is None or told["files"] != there):
+            self._require_own(folder, entry, told)
+        over = any(e["event"] == "result" for e in study.events)  # 0.1 wrote no event "saved"
+        as_told = told and (told["candidate"], told["seed"]) == (entry.id, seed)
+        if there and (over if told is None else as_told):
+            return  # saved before the run was interrupted
         trials = self._trials(entry, FINAL, self.plan.finals.seeds)
         job = study.job(next(t for t in trials if t.seed == seed))
         path, evaluator = job.checkpoint, self.plan.evaluator
         assert path is not None, "a study keeps checkpoints"
         if not path.exists():
-            if folder.exists():
-                return  # saved before the run was interrupted
             list(study.executor.run([job], study.bar))  # its checkpoint is gone: once more
-        if isinstance(evaluator, MicroTrain):
-            training = evaluator.training(replace(job, device=self.device))
-            training.restore(path)
-            training.model.eval().save_pretrained(folder, overwrite=True)
-        elif path.is_dir():
-            shutil.copytree(path, folder, dirs_exist_ok=True)
-        else:
-            folder.mkdir(exist_ok=True)
-            entry.spec.to_file(folder / "spec.yaml")
+        try:
+            if isinstance(evaluator, MicroTrain):
+                training = evaluator.training(replace(job, device=self.device))
+                training.restore(path)
+                training.model.eval().save_pretrained(folder, overwrite=True)
+            elif path.is_dir():
+                shutil.copytree(path, folder, dirs_exist_ok=True)
+            else:
+                folder.mkdir(exist_ok=True)
+                entry.spec.to_file(folder / "spec.yaml")
+        except OSError as error:
+            raise StudyError(f"{folder}: {error.strerror}; make room, then --resume") from error
+        study.append(
+            {"event": "saved", "candidate": entry.id, "seed": seed, "files": contents(folder)}
+        )
+
+    def _require_own(self, folder: Path, entry: Entry, told: Event | None) -> None:
+        """Raise StudyError where somebody else has written into the folder best."""
+        spec = spec_in(folder) if told is None else None  # a kill between model and event
+        if told is not None or spec not in (None, entry.spec):
+            raise StudyError(
+                f"{folder}: holds a model that this search did not write; move it away, then "
+                "--resume"
+            )
 
     def _train_twins(self, entries: Sequence[Entry]) -> None:
         """Every finalist once more at about half of the parameters, on the same tokens."""

@@ -19,28 +19,32 @@ from types import TracebackType
 from typing import Any
 
 from kizzasi.errors import StudyError
+from kizzasi.files import NO_ROOM, BusyError, lock
 
 Event = dict[str, Any]
+BEGINNING = b'{"event":"'
 
 
 class Journal:
     """The one writer of an append-only file of JSON lines.
 
     When `append` returns, the event is on the disk: a crash at any moment loses no line that was
-    acknowledged, and at most leaves a torn one, which the next Journal cuts off and shows in
-    `torn`. When `append` raises, the file is as it was before. One writer at a time: the lock is
-    the kernel's, so it goes with the process, even by kill -9, and there is no lock file.
+    acknowledged, and at most leaves a torn one, which the next Journal shows in `torn` and its
+    first `append` cuts off. When `append` raises, the file is as it was before. One writer at a
+    time: the lock is the kernel's, so it goes with the process, even by kill -9, and there is no
+    lock file. A file that does not begin as a journal does is another program's and is left alone.
 
     Args:
         path: the file; it and its folder are created when missing.
 
     Attributes:
         events: what the file held when it was opened.
-        torn: bytes of a torn last line that opening removed; empty after a clean end.
+        torn: bytes of a torn last line; empty after a clean end.
 
     Raises:
-        StudyError: another process is writing the journal, a line before the last is damaged, or
-            the place cannot be written; names the path and the way out.
+        StudyError: another process is writing the journal, a line before the last is damaged, the
+            file is a link or no journal, or the place cannot be written; names the path and the
+            way out.
     """
 
     events: list[Event]
@@ -48,9 +52,14 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_symlink():
+            raise StudyError(f"{self.path}: a link; a journal is a file of the run itself")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(self.path, "a+")
+            if not self.path.exists() or self.path.is_dir() or self.path.is_file():
+                self._file = FileIO(self.path, "a+", opener=_open)
+            else:
+                raise OSError(errno.EINVAL, "not a regular file")
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         try:
@@ -62,18 +71,21 @@ class Journal:
         _open_journals.add(self)
 
     def _recover(self) -> None:
-        """Read what is there and cut off a torn line, so that the next one starts clean."""
+        """Read what is there. Nothing is cut yet: who opened it may find that it is not theirs."""
         try:
             self._file.seek(0)
             content = self._file.readall()
-            events, self._size = _parse(content, self.path)
-            self.events = [upgraded(event) for event in events]
-            self.torn = content[self._size :]
-            self._file.truncate(self._size)
-            os.fsync(self._file.fileno())
-            _sync_folder(self.path.parent)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
+        events, self._size = _parse(content, self.path)
+        self.events = [upgraded(event) for event in events]
+        self.torn = content[self._size :]
+        self._new = not events
+        if not events and not BEGINNING.startswith(self.torn[: len(BEGINNING)]):
+            raise StudyError(
+                f"{self.path}: holds {len(self.torn)} bytes that are no journal; move the file "
+                "away or choose another run folder"
+            )
 
     def append(self, event: Mapping[str, Any]) -> Event:
         """Write one event and wait until the disk has it.
@@ -97,9 +109,14 @@ class Journal:
             raise StudyError(f"{self.path}: this journal is closed; open it again to append")
         line = _encode(event)
         try:
+            if os.fstat(self._file.fileno()).st_size > self._size:
+                self._file.truncate(self._size)  # a torn line
             _write_all(self._file, line)
             os.fsync(self._file.fileno())
             self._size += len(line)
+            if self._new:
+                _sync_folder(self.path.parent)
+                self._new = False
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         finally:
@@ -107,6 +124,15 @@ class Journal:
             if os.fstat(self._file.fileno()).st_size > self._size:
                 self._file.truncate(self._size)
         return _DECODER.decode(line.decode())
+
+    def clear(self) -> None:
+        """Forget every event: what the folder will hold is another search's."""
+        try:
+            self._file.truncate(0)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self.events, self.torn, self._size, self._new = [], b"", 0, True
 
     def close(self) -> None:
         """Give up the lock."""
@@ -219,7 +245,7 @@ def _write_all(file: FileIO, line: bytes) -> None:
 def _cannot_write(path: Path, error: OSError) -> StudyError:
     remedy = (
         "free some space"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno in NO_ROOM
         else "make the folder writable or choose another"
     )
     return StudyError(
@@ -231,21 +257,11 @@ def _cannot_write(path: Path, error: OSError) -> StudyError:
 _open_journals: "weakref.WeakSet[Journal]" = weakref.WeakSet()
 
 if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: FileIO, path: Path) -> None:
-        # Windows locks keep readers out too, so lock one byte far behind any journal's end.
-        file.seek(1 << 30)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise _locked(path) from error
 
     def _sync_folder(folder: Path) -> None:
         """NTFS keeps a journal of its folders itself."""
 
 else:
-    import fcntl
 
     def _close_inherited() -> None:
         for journal in _open_journals:
@@ -255,17 +271,6 @@ else:
     # parent, the run would stay locked, so it lets go at birth.
     os.register_at_fork(after_in_child=_close_inherited)
 
-    def _lock(file: FileIO, path: Path) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _locked(path) from error
-        except OSError as error:
-            raise StudyError(
-                f"{path}: this file system cannot lock a file ({error.strerror}); "
-                "put the run on a local disk"
-            ) from error
-
     def _sync_folder(folder: Path) -> None:
         """A new file is safe only when the folder that names it is."""
         descriptor = os.open(folder, os.O_RDONLY)
@@ -273,6 +278,22 @@ else:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        lock(file.fileno())
+    except BusyError as error:
+        raise _locked(path) from error
+    except OSError as error:
+        raise StudyError(
+            f"{path}: this file system cannot lock a file ({error.strerror}); "
+            "put the run on a local disk"
+        ) from error
 
 
 def _locked(path: Path) -> StudyError:

@@ -3,7 +3,8 @@
 Events of a run, one JSON object per line of journal.jsonl:
 
 study      config, metric {name, unit, lower_is_better, root}, data {name, digest, and more},
-           baselines {name: score}
+           baselines {name: score}, versions {kizzasi, torch, python}
+extended   see `kizzasi.nas.results.extended`
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
@@ -13,6 +14,7 @@ settings   family, candidate, scores {settings: score or null}, settings; a mean
            where several share a sweep
 trial      id, candidate, rung ("0", "1", ..., "final", "test" or "narrow"), seed, settings,
            tokens, score, seconds, tokens_per_second, curve, failure, values of windows if known
+saved      candidate, seed, files {name: sha256}: the best model, as it was put into the folder best
 result     best, winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
            (candidate ids, best first), finalists [{candidate, mean, spread, trials}], noise {floor,
            seeds, freedom} or null, ties (candidate ids that noise does not tell from the winner),
@@ -32,9 +34,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.executors import Executor
+from kizzasi.nas.results.extended import current
 from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
 
@@ -98,11 +102,22 @@ class Study:
 
     def __init__(self, folder: Path, journal: Journal, executor: Executor, bar: tqdm) -> None:
         self.checkpoints = folder / "trials"
-        self.checkpoints.mkdir(exist_ok=True)
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"{self.checkpoints}: cannot be made: {error.strerror}") from error
         self.journal, self.executor, self.bar = journal, executor, bar
-        self.events: list[dict[str, Any]] = list(journal.events)
+        self.events: list[dict[str, Any]] = current(journal.events)
         self.places: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
         self.done = {e["id"]: e for e in self.events if e["event"] == "trial"}
+        self.own = {own.partition("-")[0] for own in self.done}  # trainings of this very run
+
+    def clear(self) -> None:
+        """Forget every event of a search that was refused before it trained anything."""
+        assert not self.done, "only a run without a trial is forgotten"
+        self.journal.clear()
+        self.events.clear()
+        self.places.clear()
 
     def once(self, event: str, make: Callable[[], dict[str, Any]], **match: Any) -> dict[str, Any]:
         """The event of this kind and match from the journal, or a new one, made and appended."""
@@ -139,6 +154,7 @@ class Study:
 
     def job(self, trial: Trial) -> Job:
         """What an executor is asked to run."""
+        self.own.add(trial.run_id)
         return Job(
             trial.entry.spec,
             trial.tokens,
@@ -158,16 +174,17 @@ class Study:
         return all(trial.id in self.done for trial in trials)
 
     def keep(self, trials: Sequence[Trial]) -> None:
-        """Delete all checkpoints but those of these trials."""
+        """Delete all checkpoints of this run but those of these trials; strange files stay."""
         kept = {self.checkpoint(trial) for trial in trials}
         for path in self.checkpoints.glob("*.pt"):
-            if path not in kept:
+            if path not in kept and path.stem in self.own:
                 remove(path)
 
     def forget(self, trials: Sequence[Trial]) -> None:
         """Delete checkpoints that no later rung can need."""
         for trial in trials:
-            remove(self.checkpoint(trial))
+            if trial.run_id in self.own:
+                remove(self.checkpoint(trial))
 
 
 def _trial_event(trial: Trial, measured: Measurement) -> dict[str, Any]:
@@ -190,7 +207,7 @@ def score_of(event: dict[str, Any], metric: Metric) -> float:
 
 def remove(path: Path) -> None:
     """Delete what an evaluator left: a file, a folder, or nothing."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

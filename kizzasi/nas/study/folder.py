@@ -1,0 +1,111 @@
+"""The folder of a run: made, held by one writer, and nothing in it touched that is not the run's.
+
+journal.jsonl    the run's memory; see journal.py
+trials           checkpoints, each under the id of its training
+best             the best model
+report.md, .html
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kizzasi.errors import KizzasiError, StudyError
+from kizzasi.files import clear_partial
+from kizzasi.models import ModelSpec
+from kizzasi.models.checkpoints import spec_of
+from kizzasi.nas.study.journal import Journal, read_events
+
+JOURNAL, TRIALS, BEST = "journal.jsonl", "trials", "best"
+WRITTEN = (TRIALS, BEST, "report.md", "report.html")
+
+
+@contextmanager
+def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
+    """Hold a folder for a run and open its journal. A run that is refused leaves nothing behind.
+
+    Args:
+        folder: made when missing.
+        resume: go on with the run that it holds, if there is one. A journal without a trial is of a
+            run that was refused or stopped at once, and is in nobody's way.
+
+    Raises:
+        StudyError: it holds a run already (without resume), something of another program where a
+            run would write, or a link there.
+    """
+    path = folder / JOURNAL
+    for name in (TRIALS, BEST):
+        if (folder / name).is_symlink():
+            raise StudyError(
+                f"{folder / name}: a link, and a run keeps to its own folder; remove the link or "
+                "choose another folder"
+            )
+    begun = path.exists()
+    if not begun:
+        _require_free(folder)
+    elif not resume and any(event.get("event") == "trial" for event in read_events(path)):
+        raise StudyError(f"{folder}: holds a run already; use --resume or another name")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with Journal(path) as journal:
+            if any("event" not in event for event in journal.events):
+                raise StudyError(f"{path}: no journal of a search; choose another folder")
+            for place in (folder, folder / TRIALS):
+                clear_partial(place)
+            try:
+                yield journal
+            except KizzasiError:
+                if not begun and not any(e["event"] == "trial" for e in read_events(path)):
+                    path.unlink()
+                raise
+    except KizzasiError:
+        if not path.exists():
+            _unmake(folder, made)
+        raise
+
+
+def _require_free(folder: Path) -> None:
+    """Raises StudyError where a new run would write over what is there."""
+    for name in WRITTEN:
+        place = folder / name
+        if place.is_dir() and not any(place.iterdir()):
+            continue
+        if place.exists() or place.is_symlink():
+            raise StudyError(
+                f"{place}: not of a run, since there is no {JOURNAL}; a search would write there: "
+                "move it away or choose another folder"
+            )
+
+
+def _unmake(folder: Path, made: list[Path]) -> None:
+    """Remove the folders that were made for nothing; those that hold something stay."""
+    with suppress(OSError):
+        if made:
+            (folder / TRIALS).rmdir()
+    for place in made:
+        with suppress(OSError):
+            place.rmdir()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by its path there; {} if it is not there."""
+    found = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                while piece := file.read(2**20):
+                    digest.update(piece)
+            found[str(path.relative_to(folder))] = digest.hexdigest()
+    return found
+
+
+def spec_in(folder: Path) -> ModelSpec | None:
+    """The architecture of the model in a folder; None if there is none that can be read."""
+    try:
+        return spec_of(folder)
+    except KizzasiError:
+        return None

@@ -1,0 +1,107 @@
+"""What a run is: written down when it begins, and compared when it is resumed.
+
+Digests and settings are the run's identity; paths are notes, so that a moved file or folder is the
+same search. Budgets that only grow are no other search: it goes on from what it has.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import kizzasi
+from kizzasi.errors import StudyError
+from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.results.extended import current
+from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.plan import Plan
+from kizzasi.nas.study.study import Study
+from kizzasi.train.task import Metric
+
+# What version 0.1 did where its journals say nothing.
+OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw"}
+GROWING = ("n_pool", "search_tokens", "n_finalists", "final_seeds", "slope_seeds")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: results need not be the same to the last digit with others."""
+    return {
+        "kizzasi": kizzasi.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def begin(study: Study, plan: Plan) -> None:
+    """Write down what the run is; a resumed run must be the same one, or the same with more.
+
+    Raises:
+        StudyError: the journal is another search's; names what differs.
+    """
+    event = study.once("study", lambda: _facts(plan))
+    changed = _changes(event, plan)
+    if changed and not study.done:  # nothing was trained yet, so nothing is lost
+        study.clear()
+        study.once("study", lambda: _facts(plan))
+        return
+    other = [key for key in changed if not _grown(key, *changed[key])]
+    if other:
+        given = ", ".join(f"{k}: {changed[k][0]} then, {changed[k][1]} now" for k in other)
+        folder = study.checkpoints.parent
+        raise StudyError(f"{folder}: cannot resume another search; {given:.300}")
+    then, now = event.get("versions", {}), versions()
+    if told := ", ".join(f"{k} {then[k]} then, {now[k]} now" for k in then if then[k] != now[k]):
+        study.bar.write(f"resumed with other versions: {told}")
+    if changed:
+        study.append({"event": "extended", "config": {k: v for k, (_, v) in changed.items()}})
+        study.events[:] = current(study.events)
+        study.places.clear()
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    task = plan.evaluator.task if isinstance(plan.evaluator, MicroTrain) else None
+    facts: dict[str, Any] = {"data": {}, "baselines": {}}
+    if task is not None:
+        named = {"name": task.name, "digest": task.digest}
+        facts = {"data": {**named, **task.facts()}, "baselines": task.baselines()}
+    metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric("x"), k)}
+    config = dict(plan.described)
+    return {"config": config, "metric": metric, **facts, "versions": versions()}
+
+
+def _changes(event: Mapping[str, Any], plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """What was and is otherwise, by name."""
+    task = plan.evaluator.task if isinstance(plan.evaluator, MicroTrain) else None
+    config = event["config"]
+    named = "n_pool" in config
+    of_old = {**_json(SearchConfig().to_dict()), **OF_OLD} if named else {}
+    now = {**_json(dict(plan.described)), "data digest": task and task.digest}
+    then = {**of_old, **config, "data digest": event["data"].get("digest")}
+    notes = {"data"} if named else set()
+    if named and then.get("template") == now.get("template"):
+        notes.add("space")
+    if named:  # None is the usual number
+        for each in (then, now):
+            usual = 200 if each["searcher"] == "proxy" else 12
+            each["n_pool"] = usual if each["n_pool"] is None else each["n_pool"]
+    return {
+        key: (then.get(key), now[key])
+        for key in now
+        if key not in notes and now[key] != then.get(key)
+    }
+
+
+def _grown(key: str, then: Any, now: Any) -> bool:
+    return key in GROWING and isinstance(then, int) and isinstance(now, int) and now > then
+
+
+def _json(value: Any) -> Any:
+    """Plain data as the journal gives it back: tuples are lists."""
+    if isinstance(value, (list, tuple)):
+        return [_json(v) for v in value]
+    if isinstance(value, dict):
+        return {key: _json(v) for key, v in value.items()}
+    return value
