@@ -68,6 +68,7 @@ NAS_ROOMS = (
     "results",
     "study",
     "report",
+    "pipelines",
 )
 # eml sees the contract of a mixer, not the models made of them.
 MIXER_CONTRACT = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from kizzasi.cli.common import import_own
 from kizzasi.errors import KizzasiError
 
-VERBS = ("search", "report", "export", "train", "generate", "info", "validate", "convert")
+VERBS = ("search", "report", "export", "train", "generate", "info", "validate", "schema", "convert")
 USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 SEED = "of everything random (default 0; generate takes a new one each time)"
 

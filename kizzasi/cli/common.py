@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,15 @@ def is_spec_file(source: str) -> bool:
     return Path(source).suffix in SPEC_FILES and not Path(source).is_dir()
 
 
+def is_pipeline_file(source: str) -> bool:
+    """Whether this names a YAML file with a pipeline in it, which has a key `arch`."""
+    from kizzasi.nas.pipelines import is_pipeline, load
+
+    with suppress(SpecError):  # whoever reads it says what is wrong
+        return Path(source).suffix in (".yaml", ".yml") and is_pipeline(load(source))
+    return False
+
+
 def checkpoint_of(source: str) -> str:
     """Where the weights are: a checkpoint itself, or best/ in a search's folder, which is said.
 
@@ -73,12 +83,16 @@ def check_device(name: str) -> None:
 
 
 def read_spec(source: str) -> ModelSpec:
-    """The spec in a .yaml or .json file, or of a checkpoint folder or file."""
+    """The spec in a .yaml or .json file, of a pipeline, or of a checkpoint folder or file."""
     from kizzasi.models import ModelSpec
     from kizzasi.models.checkpoints import spec_of
 
     if not is_spec_file(source):
         return spec_of(source)
+    if is_pipeline_file(source):
+        from kizzasi.nas.pipelines import Pipeline
+
+        return Pipeline.from_file(source).spec
     spec = ModelSpec.from_file(source)
     spec.check()
     return spec

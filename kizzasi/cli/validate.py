@@ -1,23 +1,86 @@
-"""Check a model spec and say what is wrong with it.
+"""Check model specs and pipelines, and say what is wrong with them.
+
+A pipeline is a YAML file in EvoForge's words. What does not fit is named with its place, the rule
+and the remedy; --repair writes the nearest file that fits, and says what it changed.
 
 example:
   kizzasi validate my_model.yaml
+  kizzasi validate pipelines/*.yaml --repair fitting
+  kizzasi validate free_transformer.yaml --repair small.yaml --scale 0.1
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from kizzasi.cli.common import read_spec
+from kizzasi.cli.common import is_pipeline_file, read_spec
+from kizzasi.errors import SpecError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint folder")
+    parser.add_argument(
+        "specs", nargs="+", metavar="FILE", help="a .yaml or .json file, or a checkpoint folder"
+    )
+    parser.add_argument(
+        "--repair", metavar="OUT", help="write what fits there: a file, or a folder for several"
+    )
+    parser.add_argument(
+        "--scale", type=float, help="shrink a pipeline's widths and vocabulary to this share"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    spec = read_spec(args.spec)
+    found, errors = [], []
+    for source in args.specs:
+        try:
+            found.append(_one(source, args))
+        except SpecError as error:
+            errors.append(str(error))
+    if errors:
+        fits = f"\n{len(found)} of {len(args.specs)} fit" if len(args.specs) > 1 else ""
+        raise SpecError("\n".join(errors) + fits)
+    text = "\n".join(text for _, text in found)
+    if len(found) == 1:
+        return found[0][0], text
+    return {"files": {name: one for name, (one, _) in zip(args.specs, found, strict=True)}}, text
+
+
+def _one(source: str, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    changes: list[str] = []
+    if args.repair is None and args.scale is None:
+        spec = read_spec(source)
+    else:
+        spec, changes = _changed(source, args)
     params = spec.cost(1).params
-    text = f"{args.spec}: valid; {len(spec.blocks)} blocks, {params:,} parameters, {spec.digest}"
-    return {"valid": True, "digest": spec.digest, "params": params}, text
+    text = f"{source}: valid; {len(spec.blocks)} blocks, {params:,} parameters, {spec.digest}"
+    result = {"valid": True, "digest": spec.digest, "params": params, "changes": changes}
+    return result, "\n  ".join([text, *changes])
+
+
+def _changed(source: str, args: argparse.Namespace) -> tuple[Any, list[str]]:
+    from kizzasi.nas.pipelines import Pipeline, load, repaired, scaled, to_yaml
+
+    if not is_pipeline_file(source):
+        raise SpecError(f"{source}: --repair and --scale are for pipelines (arch: ...), not specs")
+    data, changes = load(source), []
+    try:
+        if args.repair is not None:
+            data, changes = repaired(data)
+        if args.scale is not None:
+            data, smaller = scaled(data, args.scale)
+            changes = changes + smaller
+    except SpecError as error:
+        raise SpecError(
+            "\n".join(f"{source}: {line}" for line in str(error).split("\n"))
+        ) from error
+    pipeline = Pipeline.from_data(data)
+    if args.repair is not None:
+        out = Path(args.repair)
+        if len(args.specs) > 1:
+            out.mkdir(parents=True, exist_ok=True)
+            out = out / Path(source).name
+        out.write_text(to_yaml(data), "utf-8")
+        changes = [*changes, f"written to {out}"]
+    return pipeline.spec, changes

@@ -20,6 +20,7 @@ import types
 import typing
 from abc import ABCMeta
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
 from kizzasi.errors import SpecError
@@ -184,8 +185,13 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]
-        return coerce(value, inner, path)
+        *first, last = [a for a in args if a is not type(None)]
+        for hint in first:
+            with suppress(SpecError):
+                return coerce(value, hint, path)
+        return coerce(value, last, path)
+    if hint is Any:
+        return value
     if origin is Literal:
         if value not in args:
             near = difflib.get_close_matches(str(value), map(str, args), n=1)
@@ -198,6 +204,9 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         right = isinstance(value, (list, tuple))
         require(right, path, f"expected a list, got {value!r:.80}{remedy}")
         return tuple(coerce(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        require(isinstance(value, Mapping), path, f"expected a mapping, got {value!r:.80}")
+        return {str(k): coerce(v, args[1], join(path, str(k))) for k, v in value.items()}
     if isinstance(hint, type) and issubclass(hint, Strict):
         return _spec(value, hint, path)
     return _scalar(value, hint, path)
@@ -235,6 +244,9 @@ def plain(value: Any, hint: Any, path: str, *, brief: bool = False) -> Any:
     if isinstance(value, Strict):
         return value._data(brief=brief)
     if isinstance(value, (list, tuple)):
-        (item, *_) = typing.get_args(hint)
+        (item, *_) = typing.get_args(hint) or (Any,)
         return [plain(v, item, f"{path}[{i}]", brief=brief) for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        (_, inner) = typing.get_args(hint) or (str, Any)
+        return {k: plain(v, inner, join(path, k), brief=brief) for k, v in value.items()}
     return coerce(value, hint, path)

@@ -1,0 +1,22 @@
+"""Pipelines: EvoForge's language for architectures as a spelling of `ModelSpec`."""
+
+from kizzasi.nas.pipelines.json_schema import json_schema
+from kizzasi.nas.pipelines.misfits import Misfit
+from kizzasi.nas.pipelines.pipeline import Pipeline, examined, repaired
+from kizzasi.nas.pipelines.printing import to_pipeline
+from kizzasi.nas.pipelines.reading import is_pipeline, load
+from kizzasi.nas.pipelines.scaling import scaled
+from kizzasi.nas.pipelines.writing import to_yaml
+
+__all__ = [
+    "Misfit",
+    "Pipeline",
+    "examined",
+    "is_pipeline",
+    "json_schema",
+    "load",
+    "repaired",
+    "scaled",
+    "to_pipeline",
+    "to_yaml",
+]

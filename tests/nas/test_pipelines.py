@@ -1,0 +1,265 @@
+"""Pipelines: what is read, refused, repaired, scaled and printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kizzasi.cli import main
+from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, presets
+from kizzasi.models.channels import MLPSpec, MoESpec, SwiGLUSpec
+from kizzasi.models.mixers import (
+    AttentionSpec,
+    MambaSpec,
+    ParallelSpec,
+    RetentionSpec,
+    RoutedSpec,
+    RWKV7Spec,
+)
+from kizzasi.nas.pipelines import Pipeline, examined, json_schema, repaired, scaled, to_pipeline
+from kizzasi.nas.pipelines.misfits import changed, found_at
+
+SMALL = {
+    "arch": {
+        "d_model": 16,
+        "n_layers": 2,
+        "norm": "RMSNorm",
+        "mix_unit": {"kind": "single", "mixer": {"kind": "Attention", "heads": 4, "groups": 2}},
+        "ffn": {"kind": "dense", "mult": 2.0, "act": "swiglu"},
+        "pos": {"kind": "rope", "rope": {"theta": 5000, "dims": 2}},
+    },
+    "train": {"ctx_len": 32, "lr": 3e-3, "vocab_size": 50},
+}
+
+
+def test_a_pipeline_is_a_spelling_of_a_spec():
+    pipeline = Pipeline.from_data(SMALL)
+    block = BlockSpec(
+        AttentionSpec(n_heads=4, n_kv_heads=2, rope_theta=5000.0, rope_dims=2),
+        SwiGLUSpec(hidden=32),
+    )
+    assert pipeline.spec == ModelSpec(16, (block,) * 2, Tokens(50))
+    assert pipeline.recipe == {"lr": 3e-3, "seq_len": 32}
+    again = yaml.safe_load(pipeline.to_yaml())
+    assert again == SMALL
+    assert Pipeline.from_data(again) == pipeline
+
+
+MIXED = ModelSpec(
+    32,
+    (
+        BlockSpec(MambaSpec(d_state=8)),
+        BlockSpec(
+            RoutedSpec((AttentionSpec(n_heads=2, window=8), RetentionSpec(n_heads=2)), top_k=2),
+            MoESpec(n_experts=4, top_k=2, hidden=16),
+        ),
+        BlockSpec(MambaSpec(d_state=8)),
+        BlockSpec(RWKV7Spec(head_dim=8), MLPSpec(activation="relu2"), norm="layer_unbiased"),
+        BlockSpec(
+            ParallelSpec((AttentionSpec(n_heads=2), MambaSpec(dt_rank=3)), combine="concat"),
+            SwiGLUSpec(hidden=40, activation="gelu"),
+            norm_at="both",
+            residual_scale=0.5,
+        ),
+    ),
+    Tokens(64, 128),
+    norm="rms_plus_one",
+    logit_cap=30.0,
+)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MIXED,
+        *(presets.at_size(family, 100_000, vocab_size=256) for family in presets.SMALL),
+        presets.gpt2_124m(),
+        presets.jamba_52b(),
+        presets.qwen3_next_80b(),
+    ],
+    ids=lambda spec: spec.digest[:6],
+)
+def test_every_spec_prints_as_a_pipeline_and_back(spec):
+    pipeline = to_pipeline(spec)
+    assert pipeline.spec == spec
+    assert Pipeline.from_data(yaml.safe_load(pipeline.to_yaml())).spec.digest == spec.digest
+
+
+def test_printing_uses_the_words_where_they_reach():
+    text = to_pipeline(MIXED).to_yaml()
+    assert "kind: SSM, d_state: 8" in text
+    assert "kind: route" in text
+    assert "kind: Attention, heads: 2, groups: 2" not in text
+    assert text.count("kind: custom") == 1  # the layer whose norm has no word
+
+
+def wrong(path, value):
+    return changed(SMALL, path, value)
+
+
+REFUSED = [  # path, value, what is said, and what the repair leaves there; - for no repair
+    ("arch.d_modle", 16, "arch.d_modle: unknown; did you mean d_model?", None),
+    ("arch.pos.rope.dims", 128, "128 of the 4 entries of a head cannot be rotated", None),
+    ("arch.mix_unit.mixer.heads", 5, "5 heads of d_model 16 have not a whole width", 4),
+    ("arch.mix_unit.mixer.groups", 3, "3 groups do not divide 4 heads", 2),
+    ("arch.mix_unit.mixer.d_state", 4, "d_state: Attention does not read it", None),
+    ("arch.mix_unit.merge", "Add", "one mixer has nothing to merge", None),
+    ("arch.mix_unit.mixer.kind", "Atention", "did you mean Attention?", "-"),
+    (
+        "arch.mix_unit.mixer.stencil",
+        {"kind": "local"},
+        "stencil.window: 'local' needs it",
+        {"kind": "local", "window": 32},
+    ),
+    ("arch.kv_policy", {"cache": "none"}, "every model steps from a state", {"cache": "full"}),
+    ("arch.n_layers", 0, "arch.n_layers: 0 is below 1; give 1", 1),
+    ("arch.ffn.act", "swigle", "'swigle' is not one of", "-"),
+    ("arch.ffn.experts", 4, "'dense' has no experts", None),
+    ("arch.residual", {"kind": "dual"}, "leaves no norm, or says none", None),
+    ("arch.model", {"blocks": []}, "arch.model.blocks: unknown", {}),
+    ("train.dtype", "fp16", "train.dtype: fp16: the device decides", None),
+    ("train.betas", [0.9, 0.999], "the trainer's are [0.9, 0.95]", None),
+    (
+        "train.budget",
+        {"tokens_per_step": 40},
+        "40 tokens are no whole number of windows of 32",
+        {"tokens_per_step": 32},
+    ),
+    ("train.budget", {"flops_per_step": 1e3}, "flops forward and backward, more than", None),
+    ("budget", {"params_target": 1e6}, "are not within a tenth of 1,000,000", None),
+    ("budget", {"flops_target": "match:baseline"}, "names no number", {}),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said", "left"), REFUSED)
+def test_what_does_not_fit_is_named_and_repaired(path, value, said, left):
+    data = wrong(path, value)
+    with pytest.raises(SpecError) as refusal:
+        Pipeline.from_data(data)
+    assert said in str(refusal.value)
+    assert path.partition(".")[0] in str(refusal.value)
+    if left == "-":
+        with pytest.raises(SpecError):
+            repaired(data)
+        return
+    fitting, changes = repaired(data)
+    assert changes
+    Pipeline.from_data(fitting)
+    if left is not None:
+        assert found_at(fitting, path) == left
+
+
+def test_a_module_of_a_pipeline_is_a_run_of_layers():
+    data = {
+        "arch": {
+            "d_model": 16,
+            "norm": "LayerNorm",
+            "pos": {"kind": "alibi"},
+            "modules": {
+                "tokens": {"kind": "embedding", "params": {"vocab_size": 50}},
+                "low": {
+                    "kind": "transformer",
+                    "n_layers": 2,
+                    "mix_unit": {"kind": "single", "mixer": {"kind": "SSM", "d_state": 4}},
+                    "pos": {"kind": "none"},
+                },
+                "high": {
+                    "kind": "transformer",
+                    "n_layers": 1,
+                    "norm": "ScaleNorm",
+                    "mix_unit": {"kind": "single", "mixer": {"kind": "Attention", "heads": 2}},
+                },
+                "out": {"kind": "readout", "output_dim": 50},
+            },
+            "pipeline": [
+                {"name": "tokens"},
+                {"name": "low"},
+                {"name": "high", "inputs": ["low"]},
+                {"name": "again", "module": "low"},
+                {"name": "out", "kind": "readout"},
+            ],
+        },
+        "train": {"ctx_len": 32, "vocab_size": 50},
+    }
+    spec = Pipeline.from_data(data).spec
+    assert [(b.mixer.kind, b.norm) for b in spec.blocks] == [
+        ("mamba", "layer"),
+        ("mamba", "layer"),
+        ("attention", "scale"),
+        ("mamba", "layer"),
+        ("mamba", "layer"),
+    ]
+    assert spec.blocks[2].mixer.position == "alibi"
+    for path, value, said in (
+        ("arch.n_layers", 3, "arch.n_layers: the modules of the pipeline say it"),
+        ("arch.pipeline[2].inputs", ["tokens"], "reads the stream that 'low' leaves"),
+        ("arch.pipeline[1].mode", "train", "another model when decoding"),
+        ("arch.modules.low.d_model", 32, "32, but the stream is 16 wide"),
+        ("arch.modules.out.output_dim", 60, "60, but train.vocab_size is 50"),
+        ("arch.modules.low.budget", {"flops_per_token": 10.0}, "flops, more than 10"),
+        ("arch.modules.more", {"kind": "embedding"}, "no stage names it"),
+    ):
+        broken = changed(data, path, value)
+        _, found = examined(broken)
+        assert any(said in str(misfit) for misfit in found), (said, found)
+        Pipeline.from_data(repaired(broken)[0])
+
+
+def test_scaling_keeps_the_kinds():
+    twin, changes = scaled(changed(SMALL, "arch.d_model", 160), 0.1)
+    pipeline = Pipeline.from_data(twin)
+    assert "arch.d_model: 16, was 160" in changes
+    assert pipeline.spec.d_model == 16
+    assert [b.mixer.kind for b in pipeline.spec.blocks] == ["attention"] * 2
+    with pytest.raises(SpecError, match="outside"):
+        scaled(SMALL, 2.0)
+
+
+EVOFORGE = Path(__file__).parents[3] / "shared" / "data" / "evoforge_configs"
+FILES = sorted(EVOFORGE.glob("*.yaml"))
+
+
+@pytest.mark.skipif(not FILES, reason="EvoForge's own files are not here")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_evoforge_files_are_read_as_they_are(path):
+    data = yaml.safe_load(path.read_text())
+    _, found = examined(data)
+    assert all(misfit.path and misfit.rule and misfit.changes for misfit in found)
+    assert any("fp16" in str(misfit) for misfit in found)  # all of them ask for it
+    fitting, changes = repaired(data)
+    assert 0 < len(changes) < 30
+    twin, _ = scaled(fitting, 0.06)
+    model = build_model(Pipeline.from_data(twin).spec, device="meta")
+    assert model.n_params < 2e6
+
+
+def test_the_schema_knows_what_the_reader_reads():
+    schema = json_schema()
+    mixer = schema["$defs"]["Mixer"]["anyOf"][0]
+    assert mixer["additionalProperties"] is False
+    assert mixer["properties"]["heads"]["minimum"] == 1
+    assert mixer["properties"]["kind"]["enum"][0] == "Attention"
+    assert "groups" in mixer["properties"]
+    assert schema["$defs"]["Document"]["required"] == ["arch", "train"]
+    assert "MambaSpec" in schema["$defs"]
+
+
+def test_programs(capsys, tmp_path):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(yaml.safe_dump(SMALL))
+    bad.write_text(yaml.safe_dump(wrong("train.dtype", "fp16")).replace("0.003", "3e-3"))
+    assert main(["validate", str(good)]) == 0
+    assert Pipeline.from_data(SMALL).spec.digest in capsys.readouterr().out
+    assert main(["validate", str(good), str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert f"{bad}: train.dtype: fp16" in error
+    assert "1 of 2 fit" in error
+    out = tmp_path / "fitting.yaml"
+    assert main(["validate", str(bad), "--repair", str(out), "--scale", "0.5"]) == 0
+    assert "train.dtype: 'fp16' left out" in capsys.readouterr().out
+    assert Pipeline.from_file(out).spec.d_model == 8
+    assert main(["info", str(good), "--json"]) == 0
+    assert main(["schema"]) == 0
+    assert "$defs" in json.loads(capsys.readouterr().out.split("\n", 1)[1])
