@@ -11,6 +11,7 @@ from typing import Any
 
 from kizzasi.cli.common import columns, read_spec
 from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise SpecError(f"--seq-len {args.seq_len}: must be at least 1")
     spec = read_spec(args.spec)
     rows = []
-    for i, block in enumerate(spec.settled()):
-        for part in (block.mixer, block.channel):
-            if part is not None:
-                rows.append((f"{i} {part.kind}", part.cost(spec.layer_context(i), args.seq_len, 1)))
+    for i, layer in enumerate(spec.settled()):
+        plain = isinstance(layer, BlockSpec)
+        for part in [part for _, part in layer.parts()] if plain else [layer]:
+            rows.append((f"{i} {part.kind}", part.cost(spec.layer_context(i), args.seq_len, 1)))
     total = spec.cost(args.seq_len)
     rows.append(("total", total))
     table = [["layer", "params", "active", "flops/token", "state bytes"]]

@@ -1,6 +1,6 @@
 """Sequence models: specs in, `nn.Module`s out."""
 
-from kizzasi.models import channels, mixers, presets
+from kizzasi.models import channels, layers, mixers, presets
 from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
 from kizzasi.models.cost import Cost
@@ -11,10 +11,11 @@ from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.decoding.streaming import SignalPredictor
 from kizzasi.models.groups import lora_targets, parameter_groups, parameter_roles
 from kizzasi.models.layer import Layer
+from kizzasi.models.layers import BlockSpec, LayerSpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.model import ModelOutput, SequenceModel
 from kizzasi.models.mup import mup_groups, mup_spec
-from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
+from kizzasi.models.spec import ModelSpec, pattern
 from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
 from kizzasi.models.strict import register
@@ -30,6 +31,11 @@ def list_channels() -> list[str]:
     return ChannelSpec.known()
 
 
+def list_layers() -> list[str]:
+    """The kinds of layer that a spec may name; one without a kind is a "block"."""
+    return LayerSpec.known()
+
+
 __all__ = [
     "Batcher",
     "BlockSpec",
@@ -39,6 +45,7 @@ __all__ = [
     "Generated",
     "Layer",
     "LayerContext",
+    "LayerSpec",
     "Mixer",
     "MixerOut",
     "MixerSpec",
@@ -53,7 +60,9 @@ __all__ = [
     "build_model",
     "channels",
     "join_states",
+    "layers",
     "list_channels",
+    "list_layers",
     "list_mixers",
     "load",
     "load_state",

@@ -10,27 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.adaptive import after_step
-from kizzasi.models.block import Block, add_losses
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.generate import generate
 from kizzasi.models.decoding.streaming import forecast
 from kizzasi.models.groups import parameter_groups
 from kizzasi.models.heads import Own, refuse_pooled
 from kizzasi.models.init import Ready
+from kizzasi.models.layers.stack import Stack
 from kizzasi.models.loss import IGNORED, mean_loss, mean_loss_in_chunks
-from kizzasi.models.mixer import Mixer, MixerOut
+from kizzasi.models.mixer import Mixer
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.spec import ModelSpec
-from kizzasi.models.state import (
-    BlockState,
-    ModelState,
-    require_own,
-)
+from kizzasi.models.state import ModelState, require_own
 from kizzasi.models.strict import unknown_name
 from kizzasi.models.through import through
 
@@ -104,10 +99,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         self.spec, self._causal, self._digest = spec, spec.causal, spec.digest
         self.stem = spec.stem.build(spec.d_model, spec.tie_head, spec.own_head)
         self.embed_norm = Norm(spec.norm, spec.d_model, spec.norm_eps) if spec.embed_norm else None
-        self.blocks = nn.ModuleList(
-            Block(block, spec.layer_context(i), spec.norm_eps, spec.dropout)
-            for i, block in enumerate(spec.settled())
-        )
+        self.blocks = Stack.of(spec.settled(), spec.context, spec.norm_eps, spec.dropout)
         self.norm = Norm(spec.norm, spec.d_model, spec.norm_eps)
         made = {head.name: head.build(spec.d_model) for head in spec.heads}
         self.heads = nn.ModuleDict({n: head for n, head in made.items() if head is not None})
@@ -265,21 +257,14 @@ class SequenceModel(nn.Module, metaclass=Ready):
         *,
         embedded: bool,
         n_blocks: int | None,
-    ) -> tuple[Tensor, tuple[BlockState, ...], Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, tuple[Any, ...], Mapping[str, Tensor]]:
         """The residual stream after all blocks, their states, and their losses."""
         if before is not None or call.shape[1] > (self.stem.max_positions or call.shape[1]):
             self._check_positions(position)
         x = self._embed(inputs, position, embedded)
-        aux: Mapping[str, Tensor] = {}
-        states: list[BlockState] = []
-        memories = [None] * len(self.blocks) if before is None else before
         recompute = self.recompute and not call.step and torch.is_grad_enabled()
-        for block, memory in list(zip(self.blocks, memories, strict=True))[:n_blocks]:
-            run = partial(_recomputed, block) if recompute else block
-            out = run(x, memory, call=call)
-            x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
-            states.append(out.state)
-        return x, tuple(states), aux
+        out = self.blocks(x, before, call, n_layers=n_blocks, recompute=recompute)
+        return out.x, out.state, out.aux
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before any input, on the model's device and in its dtype."""
@@ -287,7 +272,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         return self._state(batch_size, weight.device, weight.dtype)
 
     def _state(self, batch: int, device: torch.device, dtype: torch.dtype | None) -> ModelState:
-        blocks = tuple(block.init_state(batch, device, dtype) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+        blocks = self.blocks.init_state(batch, device, dtype)
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         return ModelState(blocks, zeros, zeros, self._digest)
 
@@ -302,8 +287,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         for norm in (self.embed_norm, self.norm):
             if norm is not None:
                 norm.reset_parameters()
-        for block in self.blocks:
-            block.reset_parameters(len(self.blocks), generator)  # pyright: ignore[reportCallIssue]
+        self.blocks.reset_parameters(self.spec.depth, generator)
         for head in self.heads.values():
             head.reset_parameters(generator)  # pyright: ignore[reportCallIssue]
 
@@ -394,13 +378,3 @@ class SequenceModel(nn.Module, metaclass=Ready):
                 f"inputs: a document has {int(position.max()) + 1} tokens and the stem "
                 f"max_positions {known}; give shorter documents"
             )
-
-
-def _recomputed(block: nn.Module, x: Tensor, memory: BlockState | None, call: Call) -> MixerOut:
-    """A block that backward runs again. In a graph it makes for itself what all layers have in
-    common, for a graph's checkpoint may write to nothing outside."""
-
-    def run(x: Tensor, memory: BlockState | None) -> MixerOut:
-        return block(x, memory, call=call.forgetful() if torch.compiler.is_compiling() else call)
-
-    return checkpoint(run, x, memory, use_reentrant=False)  # pyright: ignore[reportReturnType]

@@ -245,7 +245,7 @@ def upcycle(
     Source: Komatsuzaki et al. 2022, arXiv:2212.05055; Nakamura et al. 2025, arXiv:2502.19261.
     Differs: dropped values are drawn one by one, from a normal law of the tensor's deviation.
     """
-    blocks = list(dense.spec.blocks)
+    blocks = list(dense.spec.plain_blocks)
     chosen = range(len(blocks)) if layers is None else layers
     for i in chosen:
         channel = blocks[i].channel
@@ -262,7 +262,7 @@ def upcycle(
     model.load_state_dict({name: old[name] for name in kept}, strict=False)
     with torch.no_grad():
         for i, block in enumerate(model.blocks):
-            if blocks[i] != dense.spec.blocks[i]:
+            if blocks[i] != dense.spec.plain_blocks[i]:
                 channel = dense.blocks[i].get_submodule("channel")
                 _copy(channel, block.get_submodule("channel.experts"), noise, reinit, generator)
     return model.to(parameter.device).train(dense.training)

@@ -1,7 +1,8 @@
 """`ModelSpec`: an architecture as data. Genotype, config file, cache key and checkpoint header.
 
-A hybrid is one `BlockSpec` per layer; `pattern` tiles a few of them over the depth. A spec holds no
-device, dtype, engine, optimiser or schedule. Equal specs have equal digests in every process.
+A hybrid is one layer spec per layer, mostly `BlockSpec`s; `pattern` tiles a few of them over the
+depth. A spec holds no device, dtype, engine, optimiser or schedule. Equal specs have equal digests
+in every process.
 """
 
 from __future__ import annotations
@@ -12,66 +13,27 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.files import write_text
 from kizzasi.models.cost import Cost, norm
 from kizzasi.models.heads import HeadSpec, Own
+from kizzasi.models.layers.block import BlockSpec
+from kizzasi.models.layers.layer import (
+    LayerSpec,
+    check_stack,
+    cost_of,
+    depth_of,
+    settle_stack,
+    window_of,
+)
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
 from kizzasi.models.norm import NormKind
 from kizzasi.models.stems import StemSpec
-from kizzasi.models.strict import Strict, added, coerce, join, require
+from kizzasi.models.strict import Strict, added, coerce, require
 
 MAX_FILE_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class BlockSpec(Strict):
-    """One residual layer: x += mixer(norm(x)), then x += channel(norm(x)) if there is a channel.
-
-    Args:
-        mixer, channel: what the two branches do; a layer may do without a channel.
-        norm: kind of the layer's norms.
-        norm_at: "pre" norms what a branch reads, "post" what it adds (OLMo 2), "both" do both
-            (Gemma 2 and 3's sandwich).
-        parallel: the channel reads what the mixer reads, x += mixer(norm(x)) + channel(norm(x)),
-            through a norm of its own ("separate", GPT-NeoX) or through the mixer's ("shared",
-            Cohere, Phi); None means one after the other.
-        residual_scale: factor of what a branch adds (Granite's residual_multiplier).
-        stream_scale: factor of x where a branch is added to it (DeepNet's alpha; Wang et al. 2022,
-            arXiv:2203.00555).
-    """
-
-    mixer: MixerSpec
-    channel: ChannelSpec | None = None
-    norm: NormKind = "rms"
-    norm_at: Literal["pre", "post", "both"] = added("pre")
-    parallel: Literal["shared", "separate"] | None = added(None)
-    residual_scale: float = added(1.0)
-    stream_scale: float = added(1.0)
-
-    def check(self, d_model: int, path: str) -> None:
-        """Raise SpecError for every rule that the parts break at this width."""
-        for name, family in (("mixer", MixerSpec), ("channel", ChannelSpec)):
-            part, where = getattr(self, name), join(path, name)
-            if part is None:
-                continue
-            rule = f"{part.kind!r} is a {'channel' if family is MixerSpec else 'sequence'} mixer"
-            require(isinstance(part, family), where, f"{rule}; exchange the block's two")
-            part.check(d_model, where)
-        if self.parallel is not None:
-            path_ = join(path, "parallel")
-            require(self.channel is not None, path_, "there is no channel beside the mixer")
-            lone = self.parallel == "shared" and self.norm_at == "post"
-            require(not lone, path_, "no norm to share where norms come after; give 'separate'")
-
-    @property
-    def n_norms(self) -> int:
-        """How many norms of width d_model the layer has."""
-        branches = 1 if self.channel is None else 2
-        before = branches - (self.parallel == "shared")
-        return before * (self.norm_at != "post") + branches * (self.norm_at != "pre")
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,7 @@ class ModelSpec(Strict):
 
     Args:
         d_model: width of the residual stream.
-        blocks: one BlockSpec per layer, first to last.
+        blocks: the layers, first to last: BlockSpecs, or other topologies of `layers`.
         stem: `Tokens(vocab_size, max_positions)` or `Signal(n_in, n_out)`.
         norm: kind of the final norm, and of `embed_norm`.
         norm_eps: epsilon of every norm outside the mixers.
@@ -96,7 +58,7 @@ class ModelSpec(Strict):
     """
 
     d_model: int
-    blocks: tuple[BlockSpec, ...]
+    blocks: tuple[LayerSpec, ...]
     stem: StemSpec
     norm: NormKind = "rms"
     norm_eps: float = 1e-5
@@ -159,32 +121,45 @@ class ModelSpec(Strict):
         """sha256 of the canonical JSON, in hex."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
-    def layer_context(self, index: int) -> LayerContext:
-        return LayerContext(self.d_model, index, len(self.blocks))
+    @property
+    def depth(self) -> int:
+        """Residual layers that an input passes through, those of a loop as often as it runs."""
+        return depth_of(self.blocks)
 
-    def settled(self) -> tuple[BlockSpec, ...]:
-        """The blocks with everything written out that the layers before decide.
+    @property
+    def context(self) -> LayerContext:
+        """Where the first layer stands."""
+        return LayerContext(self.d_model, 0, self.depth)
+
+    def layer_context(self, index: int) -> LayerContext:
+        """Where a layer stands."""
+        return LayerContext(self.d_model, depth_of(self.blocks[:index]), self.depth)
+
+    @property
+    def plain_blocks(self) -> tuple[BlockSpec, ...]:
+        """The layers, for those who know blocks alone. Raises SpecError if there are others."""
+        for i, layer in enumerate(self.blocks):
+            rule = f"{layer.kind!r} is no plain block, and nothing else can be read or written here"
+            require(isinstance(layer, BlockSpec), f"blocks[{i}]", rule)
+        return self.blocks  # pyright: ignore[reportReturnType]
+
+    def settled(self) -> tuple[LayerSpec, ...]:
+        """The layers with everything written out that those before decide.
 
         Raises SpecError if a layer takes what no layer before offers.
         """
-        blocks, offered = [], False
-        for i, block in enumerate(self.blocks):
-            mixer, offered = block.mixer.settle(offered, f"blocks[{i}].mixer")
-            blocks.append(replace(block, mixer=mixer))
-        return tuple(blocks)
+        return settle_stack(self.blocks, False, "blocks")[0]
 
     def check(self) -> None:
         """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
         self.to_dict()  # types, also of specs made in Python
         self.require_positive("", "d_model", "norm_eps")
-        require(len(self.blocks) > 0, "blocks", "empty; give at least one block")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         rule = f"{self.logit_cap} is not positive; give a bound such as 30, or None"
         require(self.logit_cap is None or self.logit_cap > 0, "logit_cap", rule)
         self.stem.check("stem", self.tie_head)
         self._check_heads()
-        for i, block in enumerate(self.blocks):
-            block.check(self.d_model, f"blocks[{i}]")
+        check_stack(self.blocks, self.d_model, "blocks")
         self.settled()
 
     @property
@@ -212,31 +187,22 @@ class ModelSpec(Strict):
         if self.embed_norm:
             total += norm(self.norm, self.d_model)
         total += Cost(state_bytes=2 * 8 * batch)  # position and segment, int64
-        for i, block in enumerate(self.settled()):
-            layer = self.layer_context(i)
-            for part in (block.mixer, block.channel):
-                if part is not None:
-                    total += part.cost(layer, seq_len, batch)
-            for _ in range(block.n_norms):
-                total += norm(block.norm, self.d_model)
-        return total
+        return total + cost_of(self.settled(), self.context, seq_len, batch)
 
     @property
     def context_window(self) -> float:
         """How many inputs up to and including the present one an output can depend on."""
-        return 1 + sum(part.context_window - 1 for _, part in self.parts())
+        return window_of(self.blocks)
 
     @property
     def causal(self) -> bool:
         """False if an output depends on later inputs; see `MixerSpec.causal`."""
-        return all(part.causal for _, part in self.parts())
+        return all(layer.causal for layer in self.blocks)
 
     def parts(self) -> Iterator[tuple[str, MixerSpec | ChannelSpec]]:
-        """Every mixer and channel with its path, for example "blocks[3].mixer"."""
-        for i, block in enumerate(self.blocks):
-            yield f"blocks[{i}].mixer", block.mixer
-            if block.channel is not None:
-                yield f"blocks[{i}].channel", block.channel
+        """Every mixer and channel at any depth with its path, for example "blocks[3].mixer"."""
+        for i, layer in enumerate(self.blocks):
+            yield from layer.parts(f"blocks[{i}]")
 
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed."""
@@ -244,14 +210,14 @@ class ModelSpec(Strict):
 
 
 def pattern(
-    letters: str, *, n_layers: int | None = None, **blocks: BlockSpec
-) -> tuple[BlockSpec, ...]:
+    letters: str, *, n_layers: int | None = None, **blocks: LayerSpec
+) -> tuple[LayerSpec, ...]:
     """Tile letters over the depth: pattern("mma", m=BlockSpec(...), a=BlockSpec(...), n_layers=12).
 
     Args:
         letters: one letter per layer, repeated from the start until n_layers are filled.
         n_layers: depth; None means len(letters).
-        blocks: a BlockSpec for every letter.
+        blocks: a layer for every letter.
 
     Raises:
         SpecError: no letters, a letter without a block, or a block whose letter does not occur.
@@ -272,7 +238,7 @@ def _tile(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     letters = data["letters"]
     require(isinstance(letters, Mapping), "blocks.letters", "expected a mapping of blocks")
     path = "blocks.letters"
-    specs = {str(k): BlockSpec.from_dict(v, f"{path}.{k}") for k, v in letters.items()}
+    specs = {str(k): LayerSpec.from_dict(v, f"{path}.{k}") for k, v in letters.items()}
     text = coerce(data["pattern"], str, "blocks.pattern")
     n_layers = coerce(data["n_layers"], int, "blocks.n_layers")
     return [block.to_dict() for block in pattern(text, n_layers=n_layers, **specs)]

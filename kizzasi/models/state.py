@@ -95,14 +95,14 @@ class BlockState(NamedTuple):
 class ModelState(NamedTuple):
     """What a model remembers of the tokens so far.
 
-    blocks    one BlockState per layer.
+    blocks    one state per layer: a BlockState of a plain block; others nest such.
     position  (b,) int64, place of each row's next token in its open document: 0 until a real token
               is seen, and never again after that.
     segment   (b,) int64, the last segment id seen; 0 if none was given.
     model     digest of the spec whose models take this state.
     """
 
-    blocks: tuple[BlockState, ...]
+    blocks: tuple[Any, ...]
     position: Tensor
     segment: Tensor
     model: str = ""

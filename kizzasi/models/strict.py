@@ -139,11 +139,13 @@ class Registered(Strict):
     """A family of specs told apart by "kind"; each abstract family keeps its own registry.
 
     elsewhere    kind -> the module that registers it, imported when the kind is first named
+    plain_kind   what data without the key "kind" mean; None: the key is required
     """
 
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type]]
     elsewhere: ClassVar[Mapping[str, str]] = {}
+    plain_kind: ClassVar[str | None] = None
 
     @classmethod
     def known(cls) -> list[str]:
@@ -159,8 +161,8 @@ class Registered(Strict):
             return super().from_dict(given, path)  # pyright: ignore[reportReturnType]
         require(isinstance(data, Mapping), path, f"expected a mapping, got {data!r:.80}")
         registry, known = cls.registry, cls.known()  # pyright: ignore[reportAttributeAccessIssue]
-        require("kind" in data, join(path, "kind"), f"missing; choose from {known}")
-        kind = data["kind"]
+        kind = data.get("kind", cls.plain_kind)  # pyright: ignore[reportAttributeAccessIssue]
+        require(kind is not None, join(path, "kind"), f"missing; choose from {known}")
         if kind not in known:
             raise SpecError(f"{join(path, 'kind')}: {kind!r} {unknown_name(kind, known)}")
         if kind not in registry:
@@ -216,12 +218,18 @@ def _spec(value: Any, hint: type[Strict], path: str) -> Any:
     """A spec as it is, or one read from plain data."""
     if not isinstance(value, Strict):
         return hint.from_dict(value, path)
-    # A part of another family is refused by `check`, which knows where in a model it stands.
-    if isinstance(value, hint) or (isinstance(value, Registered) and "registry" in vars(hint)):
+    if isinstance(value, hint):
         return value
-    wrong, wanted = type(value).__name__, hint.__name__
-    parts = [t for h in field_types(hint).values() for t in (h, *typing.get_args(h))]
+    member: type[Strict] | None = hint
+    if issubclass(hint, Registered) and "registry" in vars(hint):
+        member = hint.registry.get(hint.plain_kind or "")
+    hints = field_types(member).values() if member else ()
+    parts = [t for h in hints for t in (h, *typing.get_args(h))]
     wraps = any(isinstance(t, type) and isinstance(value, t) for t in parts)
+    # A part of another family is refused by `check`, which knows where in a model it stands.
+    if member is not hint and isinstance(value, Registered) and not wraps:
+        return value
+    wrong, wanted = type(value).__name__, (member or hint).__name__
     remedy = f"; wrap it: {wanted}({wrong}(..))" if wraps else ""
     raise SpecError(f"{path}: expected a {wanted}, got a {wrong}{remedy}")
 

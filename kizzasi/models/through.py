@@ -20,7 +20,6 @@ from kizzasi.models.mixer import add_losses
 from kizzasi.models.ops.devices import answers, eager
 from kizzasi.models.ops.documents import from_there_on
 from kizzasi.models.state import (
-    BlockState,
     ModelState,
     canonical_segments,
     join_states,
@@ -46,7 +45,7 @@ class Features(NamedTuple):
 
 Body = Callable[
     [Tensor, Tensor, Sequence[Any] | None, Call],
-    tuple[Tensor, tuple[BlockState, ...], Mapping[str, Tensor]],
+    tuple[Tensor, tuple[Any, ...], Mapping[str, Tensor]],
 ]
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerContext, ModelSpec, SequenceModel, Tokens, build_model
-from kizzasi.models.block import Block
 from kizzasi.models.init import Ready
+from kizzasi.models.layers.block import Block
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import Mamba, MambaSpec

@@ -9,8 +9,8 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
-from kizzasi.models.block import Block
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
+from kizzasi.models.layers.block import Block
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.norm import Norm

@@ -74,8 +74,8 @@ def _mamba(config: Config, d_model: int) -> Mamba2Spec:
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     mamba, heads = only_mixer(spec, Mamba2Spec), only_mixer(spec, AttentionSpec)
-    n_heads, channel = mamba.n_heads(spec.d_model), spec.blocks[0].channel
-    attends = [i for i, b in enumerate(spec.blocks) if isinstance(b.mixer, AttentionSpec)]
+    n_heads, channel = mamba.n_heads(spec.d_model), spec.plain_blocks[0].channel
+    attends = [i for i, b in enumerate(spec.plain_blocks) if isinstance(b.mixer, AttentionSpec)]
     return {
         "architectures": ["BambaForCausalLM"],
         "model_type": "bamba",

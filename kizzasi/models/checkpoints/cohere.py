@@ -75,7 +75,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _cohere2_keys(spec: ModelSpec) -> dict[str, Any]:
-    turned = [b for b in spec.blocks if isinstance(b.mixer, AttentionSpec) and b.mixer.window]
+    turned = [b for b in spec.plain_blocks if isinstance(b.mixer, AttentionSpec) and b.mixer.window]
     if not turned:
         raise SpecError("no block has a window, and the format needs one where positions turn")
     depth = {"num_hidden_layers": len(spec.blocks)}

@@ -150,10 +150,10 @@ def _mixture(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec:
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
-    mixer, mixture = spec.blocks[0].mixer, mixtures_of(spec)[0]
+    mixer, mixture = spec.plain_blocks[0].mixer, mixtures_of(spec)[0]
     if not isinstance(mixer, MLASpec) or not isinstance(mixture.router, TopK):
         raise SpecError("blocks[0].mixer: the format knows mla, and mixtures of the router top_k")
-    dense = [isinstance(block.channel, SwiGLUSpec) for block in spec.blocks]
+    dense = [isinstance(block.channel, SwiGLUSpec) for block in spec.plain_blocks]
     hidden = mixture.hidden or 1
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -205,7 +205,7 @@ def _rope_keys(mixer: MLASpec) -> dict[str, Any]:
 def canonical(spec: ModelSpec) -> ModelSpec:
     """Llama's; how fast biases move is not said."""
     spec, blocks = llama.canonical(spec), []
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         channel = block.channel
         if isinstance(channel, MoESpec) and isinstance(channel.router, TopK):
             router = channel.router

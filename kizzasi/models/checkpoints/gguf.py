@@ -226,7 +226,7 @@ def _stretched(spec: ModelSpec, divisors: list[float]) -> ModelSpec:
     """Every frequency divided by its own number; queries and keys keep their size."""
     scaling = RopeScaling("longrope", 1.0, 2, attention_factor=1.0, divisors=tuple(divisors))
     blocks = []
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         assert isinstance(block.mixer, AttentionSpec), "of the Llama family"
         blocks.append(replace(block, mixer=replace(block.mixer, rope_scaling=scaling)))
     return spec.replace(blocks=tuple(blocks))

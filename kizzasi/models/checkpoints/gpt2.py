@@ -59,7 +59,7 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
-    mixer, channel, stem = first(spec), spec.blocks[0].channel, vocabulary(spec)
+    mixer, channel, stem = first(spec), spec.plain_blocks[0].channel, vocabulary(spec)
     if not isinstance(channel, MLPSpec) or stem.max_positions is None:
         raise SpecError("GPT-2 has MLP channels and learned positions, Tokens(max_positions)")
     theirs = {ours: key for key, ours in reversed(ACTIVATIONS.items())}

@@ -80,7 +80,7 @@ def _rotation(config: Config) -> tuple[float, float]:
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
-    mixer, block = first(spec), spec.blocks[0]
+    mixer, block = first(spec), spec.plain_blocks[0]
     if not isinstance(block.channel, MLPSpec) or mixer.kv_heads != mixer.n_heads:
         raise SpecError("GPT-NeoX has MLP channels, and as many key heads as query heads")
     head = mixer.width(spec.d_model)

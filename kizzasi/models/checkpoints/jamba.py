@@ -48,7 +48,7 @@ def _layouts(spec: ModelSpec) -> list[Rules]:
 def attention_keys(spec: ModelSpec) -> dict[str, Any]:
     """What `llama.heads` says, of a model in which only some layers attend."""
     only_mixer(spec, AttentionSpec)
-    attends = tuple(b for b in spec.blocks if isinstance(b.mixer, AttentionSpec))
+    attends = tuple(b for b in spec.plain_blocks if isinstance(b.mixer, AttentionSpec))
     return {
         **llama.heads(spec.replace(blocks=attends)),
         "num_hidden_layers": len(spec.blocks),
@@ -126,7 +126,7 @@ def _mixture(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec | None:
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     mamba = only_mixer(spec, MambaSpec)
-    sparse = [isinstance(block.channel, MoESpec) for block in spec.blocks]
+    sparse = [isinstance(block.channel, MoESpec) for block in spec.plain_blocks]
     keys = {**attention_keys(spec), "num_experts": 1}
     if any(sparse):
         keys |= mixtures.mixture_keys(spec)
@@ -138,7 +138,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
         **keys,
-        **_period_keys("attn", [isinstance(b.mixer, AttentionSpec) for b in spec.blocks]),
+        **_period_keys("attn", [isinstance(b.mixer, AttentionSpec) for b in spec.plain_blocks]),
         **_period_keys("expert", sparse),
         "mamba_d_state": mamba.d_state,
         "mamba_d_conv": mamba.d_conv,

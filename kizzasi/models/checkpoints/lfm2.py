@@ -75,7 +75,7 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     keys, conv = attention_keys(spec), only_mixer(spec, ShortConvSpec)
     eps, _ = keys.pop("rms_norm_eps"), keys.pop("hidden_act")
-    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.blocks]
+    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.plain_blocks]
     return {
         **keys,
         EPS: eps,

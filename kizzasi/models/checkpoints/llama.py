@@ -175,7 +175,7 @@ def upper_windows(config: Config, n_layers: int) -> list[int | None]:
 
 def window_keys(spec: ModelSpec) -> dict[str, Any]:
     """`sliding_window` and `layer_types` of a model in which some layers attend to a window."""
-    windows = [getattr(block.mixer, "window", None) for block in spec.blocks]
+    windows = [getattr(block.mixer, "window", None) for block in spec.plain_blocks]
     used = [window for window in windows if window is not None]
     kinds = [FULL if window is None else LOCAL for window in windows]
     return {"sliding_window": used[0] if used else None, "layer_types": kinds}
@@ -183,7 +183,7 @@ def window_keys(spec: ModelSpec) -> dict[str, Any]:
 
 def first(spec: ModelSpec) -> AttentionSpec:
     """The first layer's attention; `write` finds out whether the other layers agree with it."""
-    mixer = spec.blocks[0].mixer
+    mixer = spec.plain_blocks[0].mixer
     if not isinstance(mixer, AttentionSpec):
         raise SpecError(f"blocks[0].mixer: {mixer.kind}, and the format knows attention only")
     return mixer
@@ -199,7 +199,9 @@ def vocabulary(spec: ModelSpec) -> Tokens:
 def width(spec: ModelSpec) -> int:
     """Of the first dense channel; 1 if there is none."""
     widths = [
-        b.channel.width(spec.d_model) for b in spec.blocks if isinstance(b.channel, SwiGLUSpec)
+        b.channel.width(spec.d_model)
+        for b in spec.plain_blocks
+        if isinstance(b.channel, SwiGLUSpec)
     ]
     return widths[0] if widths else 1
 
@@ -283,7 +285,7 @@ def rope_keys(mixer: AttentionSpec) -> dict[str, Any]:
 def canonical(spec: ModelSpec) -> ModelSpec:
     """Every width written out, and no weight of a training loss but the balance loss's."""
     blocks: list[BlockSpec] = []
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         mixer, channel = block.mixer, block.channel
         if isinstance(mixer, AttentionSpec):
             mixer = replace(mixer, n_kv_heads=mixer.kv_heads, head_dim=mixer.width(spec.d_model))
@@ -315,7 +317,7 @@ def _llama(config: Config, shapes: Shapes) -> ModelSpec:
 
 
 def _llama_keys(spec: ModelSpec) -> dict[str, Any]:
-    block = spec.blocks[0]
+    block = spec.plain_blocks[0]
     bias = isinstance(block.channel, SwiGLUSpec) and block.channel.bias
     return {**heads(spec), "attention_bias": first(spec).qkv_bias, "mlp_bias": bias}
 

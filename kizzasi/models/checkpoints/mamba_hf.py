@@ -84,7 +84,7 @@ def step_limit_key(mixer: Mamba2Spec) -> list[float | None]:
 
 def only_mixer(spec: ModelSpec, kind: type[M]) -> M:
     """The first mixer of a kind; `write` finds out whether the others agree with it."""
-    found = [block.mixer for block in spec.blocks if isinstance(block.mixer, kind)]
+    found = [block.mixer for block in spec.plain_blocks if isinstance(block.mixer, kind)]
     if not found:
         raise SpecError(f"no block has the mixer {kind.kind!r}, and the format needs one")
     return found[0]
@@ -93,14 +93,14 @@ def only_mixer(spec: ModelSpec, kind: type[M]) -> M:
 def canonical(spec: ModelSpec) -> ModelSpec:
     """Llama's, and Mamba's widths written out; what has no effect is as by default."""
     spec = llama.canonical(spec)
-    blocks = (replace(b, mixer=_plain_mixer(b.mixer, spec.d_model)) for b in spec.blocks)
+    blocks = (replace(b, mixer=_plain_mixer(b.mixer, spec.d_model)) for b in spec.plain_blocks)
     return spec.replace(blocks=tuple(blocks))
 
 
 def without_steps(spec: ModelSpec) -> ModelSpec:
     """`canonical`, for formats that say nothing of fresh weights."""
     spec, blocks = canonical(spec), []
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         mixer = block.mixer
         if isinstance(mixer, (MambaSpec, Mamba2Spec)):
             mixer = replace(mixer, **{name: getattr(MambaSpec(), name) for name in STEPS})

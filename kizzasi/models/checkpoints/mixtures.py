@@ -49,7 +49,7 @@ def one_by_one(spec: ModelSpec, layer: str, names: Mapping[Any, str] | None = No
         names: of an expert's matrices; None means as in `PARTS`.
     """
     rules: list[Rule] = []
-    for i, block in enumerate(spec.blocks):
+    for i, block in enumerate(spec.plain_blocks):
         if isinstance(block.channel, MoESpec):
             ours, theirs = f"blocks.{i}.channel.experts", layer.replace("#", str(i))
             gate, up, down = (
@@ -113,7 +113,7 @@ def read_mixture(
 
 
 def mixtures_of(spec: ModelSpec) -> list[MoESpec]:
-    found = [b.channel for b in spec.blocks if isinstance(b.channel, MoESpec)]
+    found = [b.channel for b in spec.plain_blocks if isinstance(b.channel, MoESpec)]
     if not found:
         raise SpecError("no block has a mixture of experts; use another format")
     return found
@@ -171,7 +171,7 @@ def mixed_layers(config: Config, n_layers: int) -> list[bool]:
 
 def sparse_keys(spec: ModelSpec) -> dict[str, Any]:
     """What qwen3_moe and qwen3_next say of experts."""
-    mixture, blocks = mixtures_of(spec)[0], enumerate(spec.blocks)
+    mixture, blocks = mixtures_of(spec)[0], enumerate(spec.plain_blocks)
     return {
         **mixture_keys(spec),
         "moe_intermediate_size": expert_width(spec),

@@ -100,7 +100,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
     delta, heads = only_mixer(spec, GatedDeltaSpec), only_mixer(spec, AttentionSpec)
     d_k, d_v = delta.widths(spec.d_model)
     mixture, width = mixtures.mixtures_of(spec)[0], heads.width(spec.d_model)
-    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.blocks]
+    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.plain_blocks]
     if not mixture.shared_gate:
         raise SpecError("shared_gate: the format needs a gated shared expert")
     return {
@@ -122,7 +122,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
 
 def _canonical(spec: ModelSpec) -> ModelSpec:
     spec, blocks = plain(spec), []
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         mixer = block.mixer
         if isinstance(mixer, GatedDeltaSpec):
             d_k, d_v = mixer.widths(spec.d_model)

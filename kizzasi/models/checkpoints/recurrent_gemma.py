@@ -74,7 +74,7 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     keys, heads = attention_keys(spec), only_mixer(spec, AttentionSpec)
     memory, width = only_mixer(spec, RGLRUSpec), heads.width(spec.d_model)
-    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.blocks]
+    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.plain_blocks]
     del keys["head_dim"], keys["hidden_act"]
     return {
         **keys,

@@ -122,10 +122,12 @@ def canonical(spec: ModelSpec) -> ModelSpec:
     v_rank, gets that of the second."""
     blocks = []
     v_ranks = [
-        b.mixer.ranks(spec.d_model)["v"] for b in spec.blocks if isinstance(b.mixer, RWKV7Spec)
+        b.mixer.ranks(spec.d_model)["v"]
+        for b in spec.plain_blocks
+        if isinstance(b.mixer, RWKV7Spec)
     ]
     v_ranks = [*(v_ranks[1:2] or [None]), *v_ranks[1:]]
-    for block in spec.blocks:
+    for block in spec.plain_blocks:
         mixer, channel = block.mixer, block.channel
         if isinstance(mixer, RWKV4Spec):
             mixer = replace(mixer, d_inner=mixer.width(spec.d_model))
@@ -150,7 +152,7 @@ def same_blocks(spec: ModelSpec, mixer: type[M], version: int) -> tuple[M, RWKVC
     """
     wanted = f"{mixer.kind} with rwkv_channel of version {version}"
     found = []
-    for i, block in enumerate(canonical(spec).blocks):
+    for i, block in enumerate(canonical(spec).plain_blocks):
         if not isinstance(block.mixer, mixer) or not isinstance(block.channel, RWKVChannelSpec):
             parts = [part.kind for part in (block.mixer, block.channel) if part is not None]
             raise CheckpointError(f"blocks[{i}] is {' with '.join(parts)}; give {wanted}")
@@ -196,9 +198,9 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
 
 def _layouts(spec: ModelSpec) -> Sequence[Rules]:
     by_kind = {version.mixer.kind: version for version in VERSIONS.values()}
-    version = by_kind.get(spec.blocks[0].mixer.kind)
+    version = by_kind.get(spec.plain_blocks[0].mixer.kind)
     if version is None:
-        kind = spec.blocks[0].mixer.kind
+        kind = spec.plain_blocks[0].mixer.kind
         raise CheckpointError(f"blocks[0].mixer is {kind}; the format knows {', '.join(by_kind)}")
     same_blocks(spec, version.mixer, version.channel)
     rules = [Rule(f"blocks.#.mixer.{name}", f"blocks.#.att.{name}", FLAT) for name in version.flat]

@@ -135,7 +135,7 @@ def _gemma3_keys(spec: ModelSpec) -> dict[str, Any]:
     keys = _gemma_keys(spec)
     del keys["rope_theta"], keys["rope_scaling"]
     ropes: dict[str, Any] = {FULL: {"rope_theta": 1e6}, LOCAL: {"rope_theta": 1e4}}
-    for kind, block in zip(keys["layer_types"], spec.blocks, strict=True):
+    for kind, block in zip(keys["layer_types"], spec.plain_blocks, strict=True):
         if isinstance(block.mixer, AttentionSpec):
             said = rope_keys(block.mixer)
             ropes[kind] = {"rope_theta": said["rope_theta"], **(said["rope_scaling"] or {})}
@@ -144,7 +144,7 @@ def _gemma3_keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _gemma_keys(spec: ModelSpec) -> dict[str, Any]:
-    mixer, channel = first(spec), spec.blocks[0].channel
+    mixer, channel = first(spec), spec.plain_blocks[0].channel
     if not isinstance(channel, SwiGLUSpec) or mixer.scale is None:
         raise SpecError("Gemma has gated channels and a scale of its own for scores")
     keys = heads(spec)
@@ -178,7 +178,7 @@ def _granite(config: Config, shapes: Shapes) -> ModelSpec:
 
 
 def _granite_keys(spec: ModelSpec) -> dict[str, Any]:
-    block, mixer = spec.blocks[0], first(spec)
+    block, mixer = spec.plain_blocks[0], first(spec)
     bias = isinstance(block.channel, SwiGLUSpec) and block.channel.bias
     return {
         **heads(spec),

@@ -197,8 +197,8 @@ def _attention(config: Config) -> AttentionSpec:
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
-    attends = [i for i, b in enumerate(spec.blocks) if isinstance(b.mixer, AttentionSpec)]
-    channel = spec.blocks[0].channel
+    attends = [i for i, b in enumerate(spec.plain_blocks) if isinstance(b.mixer, AttentionSpec)]
+    channel = spec.plain_blocks[0].channel
     return {
         "d_model": spec.d_model,
         "d_intermediate": channel.width(spec.d_model) if isinstance(channel, SwiGLUSpec) else 0,
@@ -216,7 +216,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _mamba_keys(spec: ModelSpec) -> dict[str, Any]:
-    kinds = {type(block.mixer) for block in spec.blocks}
+    kinds = {type(block.mixer) for block in spec.plain_blocks}
     mixer = only_mixer(spec, next((k for k in (Mamba2Spec, Mamba3Spec) if k in kinds), MambaSpec))
     keys = {key: getattr(mixer, ours) for ours, key in STEPS.items()}
     if isinstance(mixer, Mamba3Spec):

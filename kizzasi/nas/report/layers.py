@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ModelSpec
+from kizzasi.models import BlockSpec, LayerSpec, ModelSpec
 from kizzasi.nas.report.svg import short
 
 # Fields that set a part's width or reach, in the order they are named.
@@ -24,6 +24,7 @@ DETAILS = (
     "max_len",
     "version",
 )
+INSIDE = ("mixers", "body")  # fields that hold several parts, or layers
 
 
 def layer_rows(spec: dict[str, Any]) -> list[list[str]]:
@@ -48,6 +49,9 @@ def layer_rows(spec: dict[str, Any]) -> list[list[str]]:
 
 
 def _parts(block: dict[str, Any]) -> list[dict[str, Any]]:
+    """The branches of a plain block; another layer is one box."""
+    if "kind" in block:
+        return [block]
     return [part for part in (block["mixer"], block["channel"]) if part is not None]
 
 
@@ -58,13 +62,13 @@ def _param_counts(spec: dict[str, Any]) -> list[list[int | None]]:
     except SpecError:
         return [[None for _ in _parts(block)] for block in spec["blocks"]]
     return [
-        [
-            part.cost(model.layer_context(i), 1, 1).params
-            for part in (block.mixer, block.channel)
-            if part is not None
-        ]
-        for i, block in enumerate(model.settled())
+        [part.cost(model.layer_context(i), 1, 1).params for part in _costed(layer)]
+        for i, layer in enumerate(model.settled())
     ]
+
+
+def _costed(layer: LayerSpec) -> list[Any]:
+    return [part for _, part in layer.parts()] if isinstance(layer, BlockSpec) else [layer]
 
 
 def _box(part: dict[str, Any], d_model: int, params: int | None) -> str:
@@ -78,7 +82,10 @@ def _box(part: dict[str, Any], d_model: int, params: int | None) -> str:
 
 def _kind(part: dict[str, Any]) -> str:
     """The kind, and of a composite what it is made of."""
-    inner = part.get("mixers") or ([part["mixer"]] if "mixer" in part else [])
+    if "kind" not in part:
+        return "+".join(map(_kind, _parts(part)))
+    inner = [one for key in INSIDE for one in part.get(key, [])]
+    inner = inner or ([part["mixer"]] if "mixer" in part else [])
     return f"{part['kind']} of {' and '.join(map(_kind, inner))}" if inner else part["kind"]
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from kizzasi.models import ModelSpec
+from kizzasi.models import MixerSpec, ModelSpec
 from kizzasi.nas.spaces.families import ArchCandidate
 from kizzasi.nas.spaces.model_space import Candidate, name_of
 from kizzasi.nas.spaces.stem import Stem, with_stem
@@ -69,5 +69,5 @@ def describe(candidate: Any, stem: Stem | None) -> Description:
 def main_mixer(spec: ModelSpec) -> str:
     """The family of a model whose layers differ: "mostly" the mixer that most of them have, and of
     equals the one that comes first. Its members share a learning rate."""
-    kinds = Counter(block.mixer.kind for block in spec.blocks)
+    kinds = Counter(part.kind for _, part in spec.parts() if isinstance(part, MixerSpec))
     return f"mostly {kinds.most_common(1)[0][0]}"

@@ -5,7 +5,7 @@ gene, path of a gene: see `kizzasi.nas.spaces.template.parse`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ModelSpec, Signal, Tokens
+from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.strict import coerce, require
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.stem import with_stem
@@ -25,13 +25,19 @@ from kizzasi.nas.spaces.template.parse import parse, plain
 
 def name_of(spec: ModelSpec) -> str:
     """Width and layers, equal ones together."""
-    layers = [
-        block.mixer.kind + (f"+{block.channel.kind}" if block.channel else "")
-        for block in spec.blocks
-    ]
-    runs = [(kind, len(list(run))) for kind, run in groupby(layers)]
-    text = " ".join(f"{n}x{kind}" if n > 1 else kind for kind, n in runs)
-    return f"d{spec.d_model} {text}"
+    return f"d{spec.d_model} {_names(spec.blocks)}"
+
+
+def _names(layers: Iterable[LayerSpec]) -> str:
+    runs = [(name, len(list(run))) for name, run in groupby(map(_name, layers))]
+    return " ".join(f"{n}x{name}" if n > 1 else name for name, n in runs)
+
+
+def _name(layer: LayerSpec) -> str:
+    if isinstance(layer, BlockSpec):
+        return layer.mixer.kind + (f"+{layer.channel.kind}" if layer.channel else "")
+    inside = [_names(v) if isinstance(v, tuple) else v.kind for _, v in layer.inside()]
+    return f"{layer.kind}({' '.join(inside)})" if inside else layer.kind
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ChannelSpec, MixerSpec, ModelSpec
+from kizzasi.models import ChannelSpec, LayerSpec, MixerSpec, ModelSpec
 from kizzasi.models.strict import field_types, require
 
 Part = MixerSpec | ChannelSpec
@@ -61,17 +61,25 @@ Narrow = Callable[[Part, int, int], tuple[float, Any]]
 
 def _at_width(spec: ModelSpec, d_model: int, narrow: Narrow) -> tuple[float, ModelSpec]:
     """How far heads are bent at most, and the model. Raises SpecError where a part does not fit."""
-    blocks, most = [], 0.0
-    for block in spec.blocks:
-        bent, mixer = narrow(block.mixer, spec.d_model, d_model)
-        other, channel = 0.0, None
-        if block.channel is not None:
-            other, channel = narrow(block.channel, spec.d_model, d_model)
-        blocks.append(replace(block, mixer=mixer, channel=channel))
-        most = max(most, bent, other)
-    twin = spec.replace(d_model=d_model, blocks=tuple(blocks))
+    most, blocks = _stack(spec.blocks, lambda part: narrow(part, spec.d_model, d_model))
+    twin = spec.replace(d_model=d_model, blocks=blocks)
     twin.check()
     return most, twin
+
+
+def _stack(
+    layers: tuple[LayerSpec, ...], narrow: Callable[[Part], tuple[float, Any]]
+) -> tuple[float, tuple[LayerSpec, ...]]:
+    """The layers with every part at the other width, at any depth."""
+    twins, most = [], 0.0
+    for layer in layers:
+        own: dict[str, Any] = {}
+        for name, value in layer.inside():
+            stack = isinstance(value, tuple)
+            bent, own[name] = _stack(value, narrow) if stack else narrow(value)
+            most = max(most, bent)
+        twins.append(replace(layer, **own))  # pyright: ignore[reportArgumentType]
+    return most, tuple(twins)
 
 
 def _narrow(part: Part, d: int, d_new: int) -> tuple[float, Part]:

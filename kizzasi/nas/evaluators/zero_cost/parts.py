@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from kizzasi.errors import ShapeError
 from kizzasi.models import Mixer, SequenceModel
 from kizzasi.models.init import residual_scale
+from kizzasi.models.layers.layer import LayerModule
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.train.task import IGNORE
 
@@ -68,7 +69,7 @@ def subject(model: SequenceModel, batch: Batch, least_rows: int = 1) -> Subject:
     with torch.no_grad():
         for parameter in own.parameters():
             if parameter.requires_grad and parameter.ndim == 2 and not parameter.any():
-                scale = residual_scale(len(own.blocks)) / math.sqrt(max(parameter.shape))
+                scale = residual_scale(own.spec.depth) / math.sqrt(max(parameter.shape))
                 noise = torch.empty(parameter.shape, dtype=torch.float64)
                 parameter.copy_(noise.uniform_(-scale, scale, generator=generator))
     return Subject(own, inputs, targets)
@@ -100,10 +101,11 @@ def connections(model: nn.Module) -> dict[str, nn.Parameter]:
 def branches(model: SequenceModel) -> dict[str, Mixer]:
     """The branches by name, in the order in which they run."""
     return {
-        f"blocks.{i}.{name}": part
-        for i, block in enumerate(model.blocks)
-        for name, part in block.named_children()
-        if isinstance(part, Mixer)
+        f"{path}.{name}": part
+        for path, layer in model.blocks.named_modules(prefix="blocks")
+        if isinstance(layer, LayerModule)
+        for name, part in layer.named_children()
+        if isinstance(part, Mixer) and not isinstance(part, LayerModule)
     }
 
 

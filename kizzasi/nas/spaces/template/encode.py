@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kizzasi.models import BlockSpec, ModelSpec
+from kizzasi.models import BlockSpec, LayerSpec, ModelSpec
 from kizzasi.models.strict import join
 from kizzasi.nas.spaces.template.nodes import (
     Block,
@@ -20,7 +20,7 @@ from kizzasi.nas.spaces.template.nodes import (
 )
 
 Genes = dict[str, int]
-Blocks = Sequence[BlockSpec]
+Blocks = Sequence[LayerSpec]
 
 
 def genes_of(root: Node, spec: ModelSpec, path: str = "") -> Iterator[Genes]:
@@ -59,7 +59,7 @@ def _prefixes(node: Node, blocks: Blocks, path: str, d_model: int) -> Iterator[t
             links = [(node.letters[c], f"{path}.{c}") for c in text]
             for genes, n in _chain(links, blocks, d_model):
                 yield {**own, **genes}, n
-    elif isinstance(node, Block) and blocks:
+    elif isinstance(node, Block) and blocks and isinstance(blocks[0], BlockSpec):
         for genes in _block(node, blocks[0], path, d_model):
             yield genes, 1
 

@@ -1,0 +1,6 @@
+"""What a layer of a model can be. One topology, one file; see `layer.py` for what each defines."""
+
+from kizzasi.models.layers.block import BlockSpec
+from kizzasi.models.layers.layer import LayerSpec
+
+__all__ = ["BlockSpec", "LayerSpec"]

@@ -1,0 +1,193 @@
+"""The contract of a layer: what stands in `ModelSpec.blocks`, and what a new topology defines.
+
+A layer maps the residual stream (b, t, d) to the residual stream. A topology is one file beside
+this one with a spec, a state and a module, and one import line in `__init__.py`:
+
+1. `@register @dataclass(frozen=True) class LoopSpec(LayerSpec)` with `kind: ClassVar[str]`. Layers
+   inside are fields of type `tuple[LayerSpec, ...]`, called stacks; mixers and channels inside are
+   fields of type MixerSpec or ChannelSpec. What is declared so is found by `parts`, `check`,
+   `settle`, `causal`, the leak gate, the searches and the exams without another line.
+   It defines
+       build(context, eps, dropout)   its module; the norms' eps and the model's dropout go inside
+       cost(context, seq_len, batch)  all of it, norms too: parameters once, flops as often as run
+   and, where the defaults of the base do not say it,
+       check(d_model, path)      its own rules; `super().check` asks what is inside
+       settle(offered, path)     if what is inside shares tensors with other layers otherwise than
+                                 in the order of the fields (RWKV-7's value residual)
+       depth                     residual layers that an input passes through: for initialisations
+       context_window, causal    see `MixerSpec`; `window_of` gives the window of a stack
+2. A state: a NamedTuple of tensors with the batch first, tuples and NamedTuples of such, () for
+   nothing. Before any token floats are zero. Integers start at 0, or at -1 for dead slots, and
+   padding leaves them there.
+3. `class Loop(LayerModule)`: `parallel(x, state, call)` serves x (b, t, d) and, unless `recurrent`
+   is defined too, in a step x (b, d); what is inside follows `call.step` by itself. Stacks are
+   `Stack.of(specs, context, eps, dropout)`, which run by `self.body(x, states, call)`. It defines
+   `init_state` and, for parameters of its own, `reset_parameters` (and `param_rules`, `matrices`,
+   `float32_parameters`; see `Mixer`). Documents and padding are the call's: `call.starts`,
+   `call.real`; a call of another length is another `Call`.
+
+`kizzasi.testing.check_layer(spec)` is the exam.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from kizzasi.errors import SpecError
+from kizzasi.models.call import Call
+from kizzasi.models.cost import Cost
+from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
+from kizzasi.models.strict import Registered, join, require
+
+Part = MixerSpec | ChannelSpec
+Self = TypeVar("Self", bound="LayerSpec")
+
+
+class LayerSpec(Registered):
+    """Base of layer specs: frozen dataclasses registered under `kind`. Without a kind it is a
+    plain `BlockSpec`."""
+
+    registry: ClassVar[dict[str, type]] = {}
+    plain_kind: ClassVar[str | None] = "block"
+
+    @abstractmethod
+    def build(self, context: LayerContext, eps: float, dropout: float) -> LayerModule:
+        """The module of this spec at a place in a model.
+
+        Args:
+            context: where it stands.
+            eps: epsilon of its norms.
+            dropout: probability, on each residual branch, in training.
+        """
+
+    @abstractmethod
+    def cost(self, context: LayerContext, seq_len: int, batch: int) -> Cost:
+        """What it costs over (batch, seq_len) tokens, its norms included; see `Cost`."""
+
+    def check(self, d_model: int, path: str) -> None:
+        """Raise SpecError for every rule that the fields break at this width."""
+        for name, value in self.inside():
+            if isinstance(value, tuple):
+                check_stack(value, d_model, join(path, name))
+            else:
+                value.check(d_model, join(path, name))
+
+    def settle(self: Self, offered: bool, path: str = "") -> tuple[Self, bool]:
+        """What the layers before decide, written out; see `MixerSpec.settle`."""
+        settled: dict[str, Any] = {}
+        for name, value in self.inside():
+            if isinstance(value, tuple):
+                settled[name], offered = settle_stack(value, offered, join(path, name))
+            elif isinstance(value, MixerSpec):
+                settled[name], offered = value.settle(offered, join(path, name))
+        return replace(self, **settled), offered  # pyright: ignore[reportArgumentType]
+
+    def inside(self) -> Iterator[tuple[str, tuple[LayerSpec, ...] | Part]]:
+        """The fields that are stacks, mixers or channels, by name, in their order."""
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            stack = isinstance(value, tuple) and any(isinstance(v, LayerSpec) for v in value)
+            if stack or isinstance(value, (MixerSpec, ChannelSpec)):
+                yield field.name, value
+
+    def parts(self, path: str = "") -> Iterator[tuple[str, Part]]:
+        """Every mixer and channel at any depth with its path, for example "body[1].mixer"."""
+        for name, value in self.inside():
+            if isinstance(value, tuple):
+                for i, layer in enumerate(value):
+                    yield from layer.parts(f"{join(path, name)}[{i}]")
+            else:
+                yield join(path, name), value
+
+    @property
+    def depth(self) -> int:
+        """How many residual layers an input passes through in it, one after the other."""
+        return 1
+
+    @property
+    def context_window(self) -> float:
+        """How many inputs up to and including the present one an output can depend on."""
+        return math.inf
+
+    @property
+    def causal(self) -> bool:
+        """False if an output depends on later inputs; see `MixerSpec.causal`."""
+        return all(part.causal for _, part in self.parts())
+
+
+class LayerModule(Mixer):
+    """Base of layers: a mixer of the residual stream, with its norms and residual inside."""
+
+    @classmethod
+    def admit(cls, spec: LayerSpec, layer: LayerContext, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Raise SpecError unless the spec fits the place."""
+        if not isinstance(layer, LayerContext):
+            raise SpecError(f"context: expected a LayerContext(d_model), got {layer!r:.80}")
+        spec.check(layer.d_model, "")
+
+    def start(self, spec: LayerSpec, layer: LayerContext, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.reset_parameters(layer.n_layers)
+
+    def recurrent(self, x: Tensor, state: Any, call: Call) -> MixerOut:
+        """One token, x (b, d). Here: `parallel`, whose layers inside follow the call's form."""
+        return self.parallel(x, state, call)
+
+    @abstractmethod
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state before any token; dtype is the activations'."""
+
+
+def places(layers: tuple[LayerSpec, ...], context: LayerContext) -> Iterator[LayerContext]:
+    """Where each layer of a stack stands, the stack being at `context`."""
+    index = context.index
+    for layer in layers:
+        yield replace(context, index=index)
+        index += layer.depth
+
+
+def depth_of(layers: tuple[LayerSpec, ...]) -> int:
+    """Residual layers that an input passes through in a stack."""
+    return sum(layer.depth for layer in layers)
+
+
+def check_stack(layers: tuple[LayerSpec, ...], d_model: int, path: str) -> None:
+    """Raise SpecError for every rule that a stack of layers breaks at this width."""
+    require(len(layers) > 0, path, "empty; give at least one block")
+    for i, layer in enumerate(layers):
+        where = f"{path}[{i}]"
+        require(isinstance(layer, LayerSpec), where, f"expected a layer, got {layer!r:.80}")
+        layer.check(d_model, where)
+
+
+def settle_stack(
+    layers: tuple[LayerSpec, ...], offered: bool, path: str
+) -> tuple[tuple[LayerSpec, ...], bool]:
+    """`LayerSpec.settle` of layers that run in this order."""
+    settled: list[LayerSpec] = []
+    for i, layer in enumerate(layers):
+        layer, offered = layer.settle(offered, f"{path}[{i}]")
+        settled.append(layer)
+    return tuple(settled), offered
+
+
+def cost_of(layers: tuple[LayerSpec, ...], context: LayerContext, seq_len: int, batch: int) -> Cost:
+    """What a stack costs that runs once."""
+    total = Cost()
+    for layer, place in zip(layers, places(layers, context), strict=True):
+        total += layer.cost(place, seq_len, batch)
+    return total
+
+
+def window_of(layers: tuple[LayerSpec, ...], times: int = 1) -> float:
+    """How many inputs up to and including the present one the output of a stack can depend on,
+    if it runs so many times."""
+    return 1 + times * sum(layer.context_window - 1 for layer in layers)

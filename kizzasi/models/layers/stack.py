@@ -1,0 +1,89 @@
+"""Layers that run one after the other: those of a model, and those inside a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kizzasi.models.call import Call
+from kizzasi.models.layers.layer import LayerModule, LayerSpec, places
+from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
+
+
+class StackOut(NamedTuple):
+    """The stream after the last layer, a state per layer; the rest as in `MixerOut`."""
+
+    x: Tensor
+    state: tuple[Any, ...]
+    aux: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+
+
+class Stack(nn.ModuleList):
+    """The modules of layers, in order; what one offers (`MixerOut.shared`) the later ones see."""
+
+    @classmethod
+    def of(
+        cls, layers: tuple[LayerSpec, ...], context: LayerContext, eps: float, dropout: float
+    ) -> Stack:
+        """The modules of these specs; arguments as for `LayerSpec.build`."""
+        at = zip(layers, places(layers, context), strict=True)
+        return cls(layer.build(place, eps, dropout) for layer, place in at)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Sequence[Any] | None,
+        call: Call,
+        *,
+        n_layers: int | None = None,
+        recompute: bool = False,
+    ) -> StackOut:
+        """Either form.
+
+        Args:
+            x: (b, t, d), or (b, d) in a step.
+            state: of every layer; None starts afresh.
+            n_layers: run the first so many alone; None means all.
+            recompute: keep only the input of every layer, which backward runs again.
+        """
+        states: list[Any] = []
+        aux: Mapping[str, Tensor] = {}
+        offered: Mapping[str, Tensor] = {}
+        before = (None,) * len(self) if state is None else state
+        for layer, memory in list(zip(self.layers, before, strict=True))[:n_layers]:
+            run = partial(_recomputed, layer) if recompute else layer
+            out: MixerOut = run(x, memory, call=call)
+            x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
+            states.append(out.state)
+            if out.shared:
+                offered = {**offered, **out.shared}
+        return StackOut(x, tuple(states), aux, offered)
+
+    def init_state(
+        self, batch: int, device: torch.device | None, dtype: torch.dtype | None
+    ) -> tuple[Any, ...]:
+        return tuple(layer.init_state(batch, device, dtype) for layer in self.layers)
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None) -> None:
+        for layer in self.layers:
+            layer.reset_parameters(n_layers, generator)
+
+    @property
+    def layers(self) -> list[LayerModule]:
+        return list(self)  # pyright: ignore[reportReturnType]
+
+
+def _recomputed(layer: nn.Module, x: Tensor, memory: Any, call: Call) -> MixerOut:
+    """A layer that backward runs again. In a graph it makes for itself what all layers have in
+    common, for a graph's checkpoint may write to nothing outside."""
+
+    def run(x: Tensor, memory: Any) -> MixerOut:
+        return layer(x, memory, call=call.forgetful() if torch.compiler.is_compiling() else call)
+
+    return checkpoint(run, x, memory, use_reentrant=False)  # pyright: ignore[reportReturnType]
