@@ -6,7 +6,8 @@ from tolerance import assert_close
 from torch import Tensor
 
 from kizzasi.models.decoding.batcher import Batcher
-from kizzasi.models.decoding.decoder import SPARE, Decoder
+from kizzasi.models.decoding.decoder import Decoder
+from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.state import join_states, map_state
 from kizzasi.testing.mixer import assert_same_state

@@ -8,7 +8,8 @@ import torch
 from kizzasi.errors import GenerateError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
-from kizzasi.models.decoding.decoder import SPARE, Decoder, OwnCache
+from kizzasi.models.decoding.decoder import Decoder
+from kizzasi.models.decoding.own_cache import SPARE, OwnCache
 from kizzasi.models.kv_cache import AttentionState
 from kizzasi.models.mixers.attention import AttentionSpec
 
@@ -30,7 +31,7 @@ def test_the_store_is_made_once_and_grows_by_doubling(model):
     stores = []
     for token in x[:, 3:].unbind(1):
         decoder.step(token)
-        stores.append(decoder._state.blocks[0].mixer.store.k)
+        stores.append(decoder._line.blocks[0].mixer.store.k)
     places = [store.data_ptr() for store in stores]
     changes = sum(a != b for a, b in pairwise(places))
     assert changes == (0 if model.spec.blocks[0].mixer.window else 1)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import GenerateError
-from kizzasi.models.decoding.decoder import own
 from kizzasi.models.decoding.generate import Generated, outcome, state_after
+from kizzasi.models.decoding.own_cache import own
 from kizzasi.models.decoding.reading import as_rows, check_model, evaluating, read, vocabulary
 from kizzasi.models.decoding.sampling import Draws, Sampling, Seen, integer, require
 from kizzasi.models.decoding.transcript import Run, Stopping, Transcript

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.decoding.beams import search_beams
-from kizzasi.models.decoding.decoder import disown, own
 from kizzasi.models.decoding.draft import Guesser, speculate
+from kizzasi.models.decoding.inplace import CalledLine, begin
+from kizzasi.models.decoding.own_cache import disown
 from kizzasi.models.decoding.reading import (
     as_mask,
     as_rows,
@@ -184,7 +185,7 @@ def generate(  # pyright: ignore[reportInconsistentOverload]
         elif draft is not None:
             out = speculate(run, Guesser.begin(draft, model, rows, mask), n_drafted)
         else:
-            out = _sample(run)
+            out = _sample(run, return_state)
         after = state_after(run, out) if return_state else None
     made = outcome(rows, out, after, flat)
     return made if return_state or return_logprobs else made.ids
@@ -199,23 +200,30 @@ def outcome(rows: Tensor, out: Decoded, state: ModelState | None, flat: bool) ->
     return Generated(ids, state, p)
 
 
-def _sample(run: Run) -> Decoded:
+def _sample(run: Run, with_state: bool) -> Decoded:
     """Draw tokens, one step of the model for each, until all rows have finished."""
-    transcript, sampling = Transcript(run), run.sampling
-    private = run.step == run.model.step  # a compiled step, say, takes states as they are
-    logits, seen, state = run.logits, run.seen, own(run.state) if private else run.state
+    transcript, sampling, seen, logits = Transcript(run), run.sampling, run.seen, run.logits
+    given = run.step != run.model.step  # a compiled step, say, takes states as they are
+    line = CalledLine(run.step, run.state) if given else begin(run.model, run.state)
     while True:
         ids, sound = sampling.pick(sampling.logits(logits, seen), run.draws)
         ids = transcript.add(ids, sound, logits)
+        line = line if line.holds() else begin(run.model, line.value())  # who listens may hook
         if transcript.finished:
-            return transcript.decoded(state)
+            out = transcript.decoded()
+            if with_state and min(out.lengths) == len(transcript.ids):
+                line.step(ids)
+                out = out._replace(after=line.value())
+            return out
         seen = seen.add(ids)
-        logits, state, *_ = run.step(ids, state)
+        logits = line.step(ids)
 
 
 def state_after(run: Run, out: Decoded) -> ModelState:
     """The state after every row's own last token."""
     n = out.ids.shape[1]
+    if out.after is not None:
+        return out.after
     if out.state is not None and min(out.lengths) == n:
         return run.step(out.ids[:, -1], out.state).state
     pieces = [ids[:length] for ids, length in zip(out.ids, out.lengths, strict=True)]

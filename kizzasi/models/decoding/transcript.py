@@ -88,13 +88,14 @@ class Run(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """New ids (b, n), how many of them are each row's own, log p (b, n) if asked for, and a state
-    that has read all but the last, if there is one."""
+    """New ids (b, n), how many of them are each row's own, log p (b, n) if asked for, and where
+    there is one, a state that has read all but the last, or one `after` all."""
 
     ids: Tensor
     lengths: list[int]
     logprobs: Tensor | None = None
     state: ModelState | None = None
+    after: ModelState | None = None
 
 
 class Transcript:

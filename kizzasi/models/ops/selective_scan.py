@@ -132,6 +132,15 @@ def selective_scan_step(
     return torch.addcmul(y, u_, D).to(u.dtype), h
 
 
+def selective_scan_step_(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor
+) -> Tensor:
+    """`selective_scan_step` of inputs of one dtype, with the new state written into h."""
+    decay = (dt.unsqueeze(-1) * A).exp_()
+    h.mul_(decay).addcmul_((dt * u).unsqueeze(-1), B.unsqueeze(1))
+    return torch.bmm(h, C.unsqueeze(-1)).squeeze(-1).addcmul_(u, D)
+
+
 def selective_scan_chunked(
     u: Tensor,
     dt: Tensor,

@@ -150,6 +150,15 @@ def ssd_step(
     return (state * C.unsqueeze(-2)).sum(-1), state
 
 
+def ssd_step_(state: Tensor, x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`ssd_step` of inputs of one dtype, with the new state written into `state`."""
+    (b, h, p), (g, n) = x.shape, B.shape[1:]
+    state.mul_(log_decay.exp().view(b, h, 1, 1))
+    groups = state.view(b, g, h // g * p, n)  # the heads of a group read and write alike
+    groups.addcmul_(x.reshape(b, g, -1, 1), B.unsqueeze(-2))
+    return (groups @ C.unsqueeze(-1)).view(b, h, p)
+
+
 def ssd_flops(batch: int, seq_len: int, heads: int, groups: int, p: int, n: int) -> int:
     """Work of the matrix products of `ssd`; a multiply-add counts 2."""
     c = min(CHUNK_SIZE, seq_len)

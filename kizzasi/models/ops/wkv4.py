@@ -148,6 +148,40 @@ def wkv4_step(
     return _read(state, u + k, v), _write(state, w, k, v)
 
 
+class WKV4Sums:
+    """`wkv4_step` of inputs of one dtype, again and again, with sums that are written into.
+
+    Reading and writing go through the same exponentials, so both are computed at once: the first of
+    two rows is what is read, the second what is written.
+
+    Args:
+        state: what is continued, and left as it is.
+        w, u: as for `wkv4_ref`.
+    """
+
+    def __init__(self, state: WKV4State, w: Tensor, u: Tensor) -> None:
+        self.sums = torch.stack([state.num, state.den])
+        self.top = _log_unit(state)
+        self.decay = torch.stack([torch.zeros_like(w), w]).unsqueeze(1)
+        self.bonus = torch.stack([u, torch.zeros_like(u)]).unsqueeze(1)
+        self.written = torch.ones_like(self.sums)
+
+    def step_(self, k: Tensor, v: Tensor) -> Tensor:
+        """k and v (b, d) to y (b, d)."""
+        held, present = self.top + self.decay, k + self.bonus
+        unit = torch.maximum(held, present)
+        held, present = held.sub_(unit).exp_(), present.sub_(unit).exp_()
+        self.top = unit[1]
+        self.written[0] = v
+        num, den = torch.addcmul(held[0] * self.sums, present[0], self.written).unbind()
+        self.sums.mul_(held[1]).addcmul_(present[1], self.written)
+        return num.div_(den)
+
+    def value(self) -> WKV4State:
+        num, den = (x.clone() for x in self.sums)
+        return WKV4State(num, den, torch.where(den == 0, 0.0, self.top))
+
+
 def _read(state: WKV4State, log_weight: Tensor, v: Tensor) -> Tensor:
     """The average of what is held and of v."""
     return _average(state.num, state.den, _log_unit(state), log_weight, v)

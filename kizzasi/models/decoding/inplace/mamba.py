@@ -1,0 +1,119 @@
+"""Mamba and Mamba-2 with windows and memories written in place.
+
+b rows · c channels · k filter length · i d_inner · n d_state · h heads · p head_dim · g groups
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.models.call import Call
+from kizzasi.models.causal_conv import CausalConv
+from kizzasi.models.decoding.inplace.base import About, Steps, direct
+from kizzasi.models.mixers.mamba import Mamba, MambaState
+from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
+from kizzasi.models.ops.selective_scan import selective_scan_step_
+from kizzasi.models.ops.ssd import ssd_step_
+
+LENGTH = 64  # tokens that a tape holds before its end is copied to its start
+
+
+class ConvSteps:
+    """A short convolution whose last inputs lie one behind the other on a tape (LENGTH, b, c)."""
+
+    def __init__(self, conv: CausalConv, state: Tensor) -> None:
+        self.k = conv.weight.shape[2]
+        self.taps, self.bias = conv.weight[:, 0].t().contiguous().unsqueeze(1), conv.bias
+        b, c = state.shape[:2]
+        self.tape = state.new_empty(LENGTH + self.k, b, c)
+        self.tape[: self.k - 1] = state.permute(2, 0, 1)
+        self.end = self.k - 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (b, c) to silu(conv(x))."""
+        if self.end == len(self.tape):
+            self.tape[: self.k - 1] = self.tape[self.end - self.k + 1 :].clone()
+            self.end = self.k - 1
+        self.tape[self.end] = x
+        self.end = end = self.end + 1
+        y = (self.tape[end - self.k : end] * self.taps).sum(0)
+        return F.silu(y if self.bias is None else y.add_(self.bias), inplace=True)
+
+    def value(self) -> Tensor:
+        return self.tape[self.end - self.k + 1 : self.end].permute(1, 2, 0).contiguous()
+
+
+class MambaSteps(Steps):
+    """`Mamba.recurrent`."""
+
+    def __init__(self, mixer: Mamba, conv: CausalConv, state: MambaState) -> None:
+        self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
+        self.enter, self.select = direct(mixer.in_proj), direct(mixer.x_proj)
+        self.leave, self.widen = direct(mixer.out_proj), mixer.dt_proj
+        self.A, self.D = -mixer.A_log.exp(), mixer.D
+        self.parts = mixer.rank, mixer.spec.d_state, mixer.spec.d_state
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        u, z = self.enter(x).chunk(2, -1)
+        u = self.conv(u)
+        dt, B, C = self.select(u).split(self.parts, -1)
+        mixer = self.mixer
+        if mixer.spec.inner_norm is not None:
+            dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
+        dt = F.softplus(F.linear(dt, self.widen.weight, self.widen.bias))
+        y = selective_scan_step_(u, dt, self.A, B, C, self.D, self.h)
+        return self.leave(y.mul_(F.silu(z)))
+
+    def value(self) -> MambaState:
+        return MambaState(self.conv.value(), self.h.clone())
+
+
+class Mamba2Steps(Steps):
+    """`Mamba2.recurrent`."""
+
+    def __init__(self, mixer: Mamba2, conv: CausalConv, state: Mamba2State) -> None:
+        self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
+        self.enter, self.leave = direct(mixer.in_proj), direct(mixer.out_proj)
+        spec = mixer.spec
+        self.A, self.D, self.bias = -mixer.A_log.exp(), mixer.D.unsqueeze(-1), mixer.dt_bias
+        self.heads, self.groups = (mixer.n_heads, spec.head_dim), (2 * spec.n_groups, spec.d_state)
+        self.parts = mixer.d_inner, mixer.d_xBC, mixer.n_heads
+        self.split = mixer.d_inner, mixer.d_xBC - mixer.d_inner
+        low, high = spec.dt_limit
+        free = low in (None, 0.0) and high in (None, float("inf"))  # dt is positive
+        self.limit = None if free else (low, high)
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        b = len(x)
+        z, xBC, dt = self.enter(x).split(self.parts, -1)
+        u, BC = self.conv(xBC).split(self.split, -1)
+        dt = F.softplus(dt + self.bias)
+        dt = dt if self.limit is None else dt.clamp_(*self.limit)
+        u = u.view(b, *self.heads)
+        B, C = BC.view(b, *self.groups).chunk(2, 1)
+        y = ssd_step_(self.h, u * dt.unsqueeze(-1), self.A * dt, B, C)
+        y = y.addcmul_(u, self.D).view(b, -1)
+        norm = self.mixer.norm
+        return self.leave(y.mul_(F.silu(z)) if norm is None else norm.forward(y, z))
+
+    def value(self) -> Mamba2State:
+        return Mamba2State(self.conv.value(), self.h.clone())
+
+
+def mamba_steps(mixer: Mamba, state: MambaState, about: About) -> Steps | None:
+    conv = _known(mixer.conv1d, state, about)
+    return None if conv is None else MambaSteps(mixer, conv, state)
+
+
+def mamba2_steps(mixer: Mamba2, state: Mamba2State, about: About) -> Steps | None:
+    conv = _known(mixer.conv1d, state, about)
+    return None if conv is None else Mamba2Steps(mixer, conv, state)
+
+
+def _known(conv: Any, state: MambaState | Mamba2State, about: About) -> CausalConv | None:
+    """The convolution, unless something stands in its place or the state is of another dtype."""
+    fits = type(conv) is CausalConv and {part.dtype for part in state} == {about.dtype}
+    return conv if fits else None

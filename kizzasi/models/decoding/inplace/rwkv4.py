@@ -1,0 +1,75 @@
+"""RWKV-4's mixer, and the channels of all RWKV, with the token before and the sums in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.models.call import Call
+from kizzasi.models.channels.rwkv_channel import SHARES, RWKVChannel, RWKVChannelState
+from kizzasi.models.decoding.inplace.base import About, Steps, direct
+from kizzasi.models.mixers.rwkv4 import RWKV4, RWKV4State
+from kizzasi.models.ops.wkv4 import WKV4Sums
+
+
+class Mixed:
+    """Shares of each token and of the one before it, start + (end - start) share."""
+
+    def __init__(self, shares: Sequence[Tensor], last: Tensor, from_before: bool) -> None:
+        self.shares = torch.stack([share.detach() for share in shares]).unsqueeze(1)
+        self.last, self.from_before = last.clone(), from_before
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        before, self.last = self.last, x
+        start, end = (before, x) if self.from_before else (x, before)
+        return torch.addcmul(start, end - start, self.shares).unbind()
+
+
+class RWKV4Steps(Steps):
+    """`RWKV4.recurrent`."""
+
+    def __init__(self, mixer: RWKV4, state: RWKV4State) -> None:
+        shares = [mixer.time_mix_r, mixer.time_mix_k, mixer.time_mix_v]
+        self.mix = Mixed(shares, state.shift, True)
+        self.sums = WKV4Sums(state.wkv, -mixer.time_decay.exp(), mixer.time_first)
+        self.r, self.k = direct(mixer.receptance), direct(mixer.key)
+        self.v, self.leave = direct(mixer.value), direct(mixer.output)
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        r, k, v = self.mix(x)
+        y = self.sums.step_(self.k(k), self.v(v))
+        return self.leave(y.mul_(self.r(r).sigmoid_()))
+
+    def value(self) -> RWKV4State:
+        return RWKV4State(self.mix.last.clone(), self.sums.value())
+
+
+class RWKVChannelSteps(Steps):
+    """`RWKVChannel.recurrent`."""
+
+    def __init__(self, channel: RWKVChannel, state: RWKVChannelState) -> None:
+        version = channel.spec.version
+        shares = [channel.get_parameter(name) for name in SHARES[version]]
+        self.mix = Mixed(shares, state.shift, version == 4)
+        self.k, self.v = direct(channel.key), direct(channel.value)
+        self.r = None if channel.receptance is None else direct(channel.receptance)
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        k, *r = self.mix(x)
+        y = self.v(F.relu(self.k(k), inplace=True).square_())
+        return y if self.r is None else y.mul_(self.r(r[0]).sigmoid_())
+
+    def value(self) -> RWKVChannelState:
+        return RWKVChannelState(self.mix.last.clone())
+
+
+def rwkv4_steps(mixer: RWKV4, state: RWKV4State, about: About) -> Steps | None:
+    fits = {part.dtype for part in (state.shift, *state.wkv)} == {about.dtype}
+    return RWKV4Steps(mixer, state) if fits else None
+
+
+def rwkv_channel_steps(channel: RWKVChannel, state: RWKVChannelState, about: About) -> Steps | None:
+    return RWKVChannelSteps(channel, state) if state.shift.dtype == about.dtype else None

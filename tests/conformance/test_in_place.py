@@ -1,0 +1,139 @@
+"""Steps in place, for every causal mixer and channel: what one row of tokens decodes to, and that
+whatever comes to act in the model acts there too."""
+
+import pytest
+import torch
+from cases import VOCAB, causal_parts, make, tokens
+from tolerance import assert_close
+from torch import nn
+
+from kizzasi.models import BlockSpec, Decoder, ModelSpec, Tokens, build_model
+from kizzasi.models.channels import MLPSpec, RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.decoding.inplace.base import Called
+from kizzasi.models.decoding.inplace.line import CalledLine, InPlaceLine
+from kizzasi.models.mixers import AttentionSpec, Mamba2Spec, MambaSpec, RWKV4Spec
+from kizzasi.testing.mixer import assert_same_state
+
+
+def follow(decoder, model, x, state):
+    """Both along x (b, t), to the state after it."""
+    for token in x.unbind(1):
+        logits, state, *_ = model.step(token, state)
+        assert_close(decoder.step(token), logits)
+    return state
+
+
+@causal_parts
+@torch.no_grad()
+def test_one_row_decodes_in_place_as_a_value_does(name):
+    model, x = make(name), tokens(1, 16)
+    begun = model(x[:, :3]).state
+    decoder = Decoder(model, begun)
+    state = follow(decoder, model, x[:, 3:], begun)
+    assert isinstance(decoder._line, InPlaceLine)
+    assert_same_state(decoder.fork(), state)
+    assert torch.equal(decoder.fork().position, state.position)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        follow(decoder, model, x[:, :1], state)
+
+
+def several(*blocks, **fields):
+    spec = ModelSpec(16, blocks, Tokens(VOCAB), **fields)
+    model = build_model(spec, seed=2, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():  # norms that do something, outputs that are not zero
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+LAYERS = {
+    "sandwich": BlockSpec(
+        AttentionSpec(2), SwiGLUSpec(), "rms_plus_one", norm_at="both", residual_scale=0.7
+    ),
+    "parallel": BlockSpec(
+        AttentionSpec(4, n_kv_heads=2, window=3), MLPSpec(), "layer", parallel="shared"
+    ),
+    "separate": BlockSpec(
+        Mamba2Spec(d_state=4, head_dim=8), MLPSpec(), "scale", parallel="separate"
+    ),
+    "bare": BlockSpec(MambaSpec(d_state=3), norm="layer_unbiased", stream_scale=1.3),
+    "rwkv": BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=4), norm_at="post"),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_every_kind_of_layer_has_steps_of_its_own(rows):
+    model = several(*LAYERS.values(), embed_norm=True, tie_head=True, logit_cap=3.0)
+    x = tokens(rows, 9)
+    begun = model(x[:, :2]).state
+    decoder = Decoder(model, begun)
+    state = follow(decoder, model, x[:, 2:], begun)
+    assert_same_state(decoder.fork(), state)
+    for block in decoder._line.blocks:
+        assert not isinstance(block, Called)
+        assert not isinstance(block.mixer, Called)
+        assert not isinstance(block.channel, Called)
+
+
+@torch.no_grad()
+def test_what_comes_to_act_in_a_model_acts_in_place_too():
+    model, x = several(*LAYERS.values()), tokens(1, 12)
+    state = model(x[:, :2]).state
+    decoder = Decoder(model, state)
+    state = follow(decoder, model, x[:, 2:4], state)
+    shift = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    before = model.step(x[:, 4], state).logits
+    for part in (model.blocks[0].mixer.o_proj, model.blocks[2].channel, model.norm, model):
+        seen = []
+        hook = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        follow(Decoder(model, state), model, x[:, 4:5], state)
+        follow(decoder, model, x[:, 4:5], state)  # which began without it
+        assert len(seen) >= 4
+        hook.remove()
+        decoder = Decoder(model, state)
+    model.blocks[0].mixer.o_proj = nn.Sequential(model.blocks[0].mixer.o_proj, Shift(shift))
+    assert (model.step(x[:, 4], state).logits - before).abs().max() > 1e-3
+    follow(Decoder(model, state), model, x[:, 4:], state)
+    assert torch.equal(
+        model.generate(x, 6, temperature=0),
+        model.generate(x, 6, temperature=0, step=lambda *given: model.step(*given)),
+    )
+
+
+class Shift(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x + self.by
+
+
+@torch.no_grad()
+def test_rules_and_listeners_may_write_and_hook():
+    """Logits are no inference tensors, and a hook that a listener registers acts from then on."""
+    model, x, seen = several(LAYERS["bare"]), tokens(1, 4), []
+
+    def forbid(ids, logits):
+        logits[:, 3].fill_(-torch.inf)
+        return logits
+
+    def listen(ids):
+        if not seen:
+            model.blocks[0].mixer.register_forward_hook(lambda *_: seen.append(0))
+            seen.append(1)
+
+    out = model.generate(x, 6, temperature=0, process=forbid, on_token=listen)
+    assert 3 not in out[0, 4:].tolist()
+    assert len(seen) == 1 + 5
+
+
+@torch.no_grad()
+def test_rounded_models_and_autocast_take_the_modules_way():
+    model, x = several(LAYERS["sandwich"]), tokens(1, 4)
+    decoder = Decoder(model, model(x).state)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder.step(x[:, 0])
+        assert isinstance(decoder._line, CalledLine)
+    assert isinstance(Decoder(model.bfloat16(), model(x).state)._line, CalledLine)
