@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kizzasi.models.block import Block
 from kizzasi.models.call import Call
 from kizzasi.models.channels.mlp import MLP
 from kizzasi.models.channels.moe import MoE
@@ -32,12 +31,13 @@ from kizzasi.models.decoding.inplace.channels import mlp_steps, moe_steps, swigl
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
 from kizzasi.models.decoding.own_cache import disown, own
+from kizzasi.models.layers.block import Block, BlockSpec
+from kizzasi.models.layers.layer import LayerSpec
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.mixers.attention import Attention
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
 from kizzasi.models.mixers.rwkv4 import RWKV4
-from kizzasi.models.spec import BlockSpec
 from kizzasi.models.state import BlockState, ModelState
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class InPlaceLine(Line):
         self.model, self.device = model, state.position.device
         self.rows = len(state.position)
         about = About(self.rows, dtype, {})
-        blocks = zip(model.blocks, model.spec.blocks, state.blocks, strict=True)
+        blocks = zip(model.blocks.layers, model.spec.blocks, state.blocks, strict=True)
         self.blocks = [_block_steps(*parts, about) for parts in blocks]
         self.norm = normed(model.norm, about.rows) or model.norm
         self.position, self.segment = state.position.clone(), state.segment
@@ -146,7 +146,7 @@ class BlockSteps(Steps):
                 block.channel_post_norm,
             )
         )
-        self.parallel = block.parallel
+        self.beside = block.beside
         self.scales = block.residual_scale, block.stream_scale
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -155,12 +155,12 @@ class BlockSteps(Steps):
         y = self._leave(self.mixer(read, call), leave)
         if self.channel is None:
             return self._add(x, y)
-        if self.parallel is None:
+        if self.beside is None:
             x = self._add(x, y)
-        if self.parallel != "shared":
+        if self.beside != "shared":
             read = x if enter_channel is None else enter_channel(x)
         z = self._leave(self.channel(read, call), leave_channel)
-        return self._add(x, z if self.parallel is None else y + z)
+        return self._add(x, z if self.beside is None else y + z)
 
     def value(self) -> BlockState:
         return BlockState(self.mixer.value(), () if self.channel is None else self.channel.value())
@@ -183,6 +183,7 @@ def begin(model: SequenceModel, state: ModelState) -> Line:
         not model.spec.heads
         and not torch.is_autocast_enabled(state.position.device.type)
         and alone(model)
+        and alone(model.blocks)
         and all(undisturbed(part) for part in around)
     )
     if dtype is None or not plain:
@@ -190,7 +191,9 @@ def begin(model: SequenceModel, state: ModelState) -> Line:
     return InPlaceLine(model, state, dtype)
 
 
-def _block_steps(block: nn.Module, spec: BlockSpec, state: BlockState, about: About) -> Steps:
+def _block_steps(block: nn.Module, spec: LayerSpec, state: BlockState, about: About) -> Steps:
+    if not isinstance(block, Block) or not isinstance(spec, BlockSpec):
+        return Called(block, state)
     read = BlockSpec(spec.mixer, spec.channel, **{name: getattr(spec, name) for name in READ})
     if type(block) is not Block or spec != read or not undisturbed(block):
         return Called(block, state)
