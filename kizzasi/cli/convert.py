@@ -1,11 +1,12 @@
-"""Rewrite a checkpoint in another format: ours, or one that transformers reads.
+"""Rewrite a checkpoint in another format: ours, one that transformers reads, or GGUF.
 
 The input's format is found out. What the other format cannot express is an error, not a loss. The
 tokenizer, special ids, the longest document and settings of generation go along.
 
 example:
   kizzasi convert downloads/smollm2 runs/smollm2
-  kizzasi convert runs/smollm2 exports/smollm2 --format llama
+  kizzasi convert runs/smollm2 exports/smollm2 --to llama
+  kizzasi convert runs/smollm2 exports/smollm2.gguf --to gguf --type Q8_0
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ from kizzasi.errors import CheckpointError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="a checkpoint folder, or a single file of weights")
-    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("output", help="the folder to write, or a file that ends in .gguf")
     parser.add_argument(
+        "--to",
         "--format",
+        dest="format",
         default="kizzasi",
-        help="kizzasi (default), or of transformers: llama, qwen3, mamba2, ... "
+        help="kizzasi (default), gguf, or of transformers: llama, qwen3, mamba2, ... "
         "(a wrong one lists all)",
+    )
+    parser.add_argument(
+        "--type",
+        default="F32",
+        choices=("F32", "F16", "Q8_0"),
+        help="of matrices in GGUF (default F32)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the model in the output folder"
@@ -49,6 +58,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
         like=args.input,
+        gguf_type=args.type,
     )
     spec, params = model.spec, model.n_params
     result = {

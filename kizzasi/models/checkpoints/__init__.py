@@ -16,6 +16,8 @@ from kizzasi.models.checkpoints import (
     deepseek,
     foreign,
     gguf,
+    gguf_vocabulary,
+    gguf_writer,
     gpt2,
     gpt_neox,
     jamba,
@@ -117,7 +119,7 @@ def spec_of(path: str | os.PathLike[str]) -> ModelSpec:
     kind = _kind(path)
     if kind is native:
         return native.read_spec(path / native.CONFIG)
-    return (gguf if kind is gguf else foreign).recognise(path)[1]
+    return gguf.recognise(path).spec if kind is gguf else foreign.recognise(path)[1]
 
 
 def _kind(path: Path) -> ModuleType:
@@ -140,20 +142,22 @@ def save(
     max_shard_size: int | str = native.SHARD_BYTES,
     overwrite: bool = False,
     like: str | os.PathLike[str] | None = None,
+    gguf_type: gguf_writer.Kind = "F32",
 ) -> None:
-    """Write a checkpoint folder, and read it back before it gets its name.
+    """Write a checkpoint folder or a GGUF file, and read it back before it gets its name.
 
     What a format cannot express is refused, but for the weights of losses that only training reads
     (a router's z-loss): those it has no key for are left out.
 
     Args:
         model: of any spec, if the format is our own; else of a spec that the format can express.
-        folder: made if need be.
-        format: "kizzasi", or one of `formats()`, such as "llama".
+        folder: made if need be; for GGUF a file that ends in .gguf.
+        format: "kizzasi", or one of `formats()`, such as "llama"; or "gguf".
         max_shard_size: bytes of a file of weights, or "500MB"; a larger model is cut in shards.
         overwrite: replace the model that the folder holds.
         like: a checkpoint whose tokenizer, special ids, longest document and settings of generation
-            go along: the one that this model came from.
+            go along, as far as the format has a place for them: the one that this model came from.
+        gguf_type: of matrices in GGUF; see `kizzasi.models.checkpoints.gguf.write`.
 
     Raises:
         CheckpointError: an unknown format, one that cannot express the model, a model that could
@@ -162,14 +166,19 @@ def save(
     """
     options: Any = {"max_shard_size": max_shard_size, "overwrite": overwrite}
     along = Companions() if like is None else companions_of(Path(like))
-    if format == native.NAME:
+    if format == gguf.NAME:
+        vocab_size = llama.vocabulary(model.spec).vocab_size
+        more = gguf_vocabulary.to_gguf(along.files, along.generation, vocab_size)
+        gguf.write(model, folder, gguf_type, more=more, overwrite=overwrite)
+    elif format == native.NAME:
         native.save(model, folder, entries=along.entries(), files=along.files, **options)
     elif format in foreign.FAMILIES:
         files = {**along.files, **along.generation_config()}
         ids = {key: value for key, value in along.generation.items() if key != "config"}
         foreign.write(model, folder, foreign.FAMILIES[format], ids=ids, files=files, **options)
     else:
-        raise CheckpointError(f"format: {format!r} {unknown_name(format, formats())}")
+        known = [*formats(), gguf.NAME]
+        raise CheckpointError(f"format: {format!r} {unknown_name(format, known)}")
 
 
 def formats() -> list[str]:

@@ -22,7 +22,7 @@ from kizzasi.models.checkpoints.gguf import is_gguf
 from kizzasi.models.checkpoints.gguf_file import open_gguf
 from kizzasi.models.checkpoints.native import CONFIG, NAME, to_json
 from kizzasi.models.checkpoints.storage import read_json
-from kizzasi.models.checkpoints.tokenizer import KEY, from_gguf
+from kizzasi.models.checkpoints.tokenizer import KEY, ends_of, from_gguf
 
 GENERATION = "generation_config.json"
 FILES = (
@@ -89,19 +89,21 @@ def _bytes(path: Path) -> bytes:
 
 def _of_gguf(path: Path) -> Companions:
     metadata = open_gguf(path).metadata
-    keys = {f"{key}_token_id": f"{KEY}{key}_token_id" for key in ("bos", "eos")}
+    keys = {"bos_token_id": f"{KEY}bos_token_id"}
     keys["pad_token_id"] = f"{KEY}padding_token_id"
     keys[POSITIONS] = f"{metadata.get('general.architecture')}.context_length"
     generation = {ours: metadata[key] for ours, key in keys.items() if key in metadata}
+    ends = ends_of(metadata)
+    generation |= {} if ends is None else {"eos_token_id": ends}
     tokens = metadata.get(f"{KEY}tokens")
     if tokens is None:
         return Companions({}, generation)
     tokenizer = from_gguf(metadata, str(path))
-    named = {
-        f"{key}_token": tokens[generation[f"{key}_token_id"]]
-        for key in ("bos", "eos", "pad")
-        if 0 <= generation.get(f"{key}_token_id", -1) < len(tokens)
-    }
+    named: dict[str, str] = {}
+    for key in ("bos", "eos", "pad"):
+        i = generation.get(f"{key}_token_id", -1)
+        i = i[0] if isinstance(i, list) else i
+        named |= {f"{key}_token": tokens[i]} if 0 <= i < len(tokens) else {}
     template = metadata.get("tokenizer.chat_template")
     more = {} if template is None else {"chat_template": template}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **more}

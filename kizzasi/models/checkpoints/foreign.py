@@ -165,16 +165,7 @@ def write(
             one could not be loaded again, or the folder is unwritable.
     """
     folder = Path(folder)
-    try:
-        data = {} if family.config is None else family.config(model.spec)
-        tensors = _tensors(model, family, folder)
-        told = read_spec(family, data, shapes_of(tensors), CONFIG)
-        given = family.canonical(model.spec)
-    except (SpecError, CheckpointError) as error:
-        raise CheckpointError(f"{folder}: cannot write it as {family.name}: {error}") from error
-    if given != told:
-        reason = _difference(given.to_dict(), told.to_dict())
-        raise CheckpointError(f"{folder}: cannot write it as {family.name}: {reason}")
+    data, tensors, given = expressed(model, family, folder)
     there = [CONFIG, family.file, *(p.name for p in earlier_weights(folder))]
     folder_with_no_model(folder, there, overwrite)
     config = None if family.config is None else _with_ids(family, data, ids or {}, given, tensors)
@@ -192,6 +183,30 @@ def write(
         write_files(makers | plain_files(folder, more), check, stale)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error}") from error
+
+
+def expressed(
+    model: SequenceModel, family: Family, where: object, spec: ModelSpec | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], ModelSpec]:
+    """What the config says of a model, its tensors by their names there, and its canonical spec.
+
+    spec: the model's, or as much of it as the config has to say.
+
+    Raises:
+        CheckpointError: the format cannot express it; the message names the field.
+    """
+    spec = model.spec if spec is None else spec
+    try:
+        data = {} if family.config is None else family.config(spec)
+        tensors = _tensors(model, family, where)
+        told = read_spec(family, data, shapes_of(tensors), CONFIG)
+        given = family.canonical(spec)
+    except (SpecError, CheckpointError) as error:
+        raise CheckpointError(f"{where}: cannot write it as {family.name}: {error}") from error
+    if given != told:
+        reason = _difference(given.to_dict(), told.to_dict())
+        raise CheckpointError(f"{where}: cannot write it as {family.name}: {reason}")
+    return data, tensors, given
 
 
 def _with_ids(
@@ -213,7 +228,7 @@ def _with_ids(
     return dict(sorted(config.items()))
 
 
-def _tensors(model: SequenceModel, family: Family, folder: Path) -> dict[str, Tensor]:
+def _tensors(model: SequenceModel, family: Family, folder: object) -> dict[str, Tensor]:
     """Under the names of the family's first layout."""
     usual = next(model.stem.parameters()).dtype
     state = {name: _lossless(t, usual) for name, t in taken(model, folder).items()}
@@ -252,9 +267,13 @@ def _whole_names(family: Family, storage: Storage) -> Storage:
     }
 
 
-def read_spec(family: Family, data: Mapping[str, Any], shapes: Shapes, where: object) -> ModelSpec:
-    """What a config in the words of the family says. Raises CheckpointError."""
-    config = Config(data, str(where))
+def read_spec(
+    family: Family, data: Mapping[str, Any], shapes: Shapes, where: object, prefix: str = ""
+) -> ModelSpec:
+    """What a config in the words of the family says; `prefix` is of its keys in messages.
+
+    Raises CheckpointError."""
+    config = Config(data, str(where), prefix)
     try:
         spec = family.spec(config, shapes)
         config.finish()

@@ -1,14 +1,13 @@
-"""Llama, its dialects, Mamba and Mamba-2 as llama.cpp stores them: one GGUF file, often quantized.
+"""Models as llama.cpp stores them: one GGUF file, often quantized.
 
-The metadata are put in the words of transformers' config.json, the tensors under its names, and
-the rest is the family's (llama.py). Two things are undone: llama.cpp turns pairs of neighbours and
-has the rows of Llama's queries and keys in that order, and Llama 3's stretched positions are stored
-as the number that divides each frequency.
+A `Family` per `general.architecture` says what the metadata mean and how tensors are named there
+(gguf_llama.py, gguf_ssm.py, gguf_rwkv.py); it is used both ways. Llama 3's stretched positions are
+no metadata: they are stored as a tensor of the numbers that divide each frequency.
 """
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,95 +16,76 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import foreign, gguf_ssm
-from kizzasi.models.checkpoints.config import Config
+from kizzasi.models.checkpoints import foreign
+from kizzasi.models.checkpoints.foreign import Family
 from kizzasi.models.checkpoints.gguf_blocks import dequantize
-from kizzasi.models.checkpoints.gguf_file import GGUF, MAGIC, GGUFTensor, open_gguf
-from kizzasi.models.checkpoints.llama import LLAMA, QWEN2, QWEN3
-from kizzasi.models.checkpoints.names import apply
+from kizzasi.models.checkpoints.gguf_file import MAGIC, GGUFTensor, open_gguf
+from kizzasi.models.checkpoints.gguf_llama import LIKE_LLAMA
+from kizzasi.models.checkpoints.gguf_rwkv import RWKV, doubled, padded
+from kizzasi.models.checkpoints.gguf_ssm import STATE_SPACES
+from kizzasi.models.checkpoints.gguf_writer import Kind, write_gguf
+from kizzasi.models.checkpoints.names import Link, apply
 from kizzasi.models.checkpoints.quantized import GROUP, LevelTensor, quantize
-from kizzasi.models.checkpoints.stored import Stored
+from kizzasi.models.checkpoints.stored import Storage, Stored
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import ModelSpec
 
-# general.architecture: the family, and whether the rows of queries and keys are in pairs
-STATE_SPACES = tuple(gguf_ssm.PARTS)
-ARCHITECTURES = {"llama": (LLAMA, True), "qwen2": (QWEN2, False), "qwen3": (QWEN3, False)}
-TRUNK = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_output": "self_attn.o_proj",
-    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
-    **{f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
-    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-}
+NAME, SUFFIX = "gguf", ".gguf"
+ARCHITECTURES: dict[str, Family] = {**LIKE_LLAMA, **STATE_SPACES, **RWKV}
 DIVISORS = "rope_freqs.weight"
+MANY = 2**16
 PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
+# What is tried for the mixer of a model's first layer, the plainest last.
+CANDIDATES = {"attention": ("qwen3", "qwen2", "llama"), "rwkv7": ("rwkv7",)}
+CANDIDATES |= {"mamba": ("mamba",), "mamba2": ("mamba2",)}
 
 
-class Matrix(NamedTuple):
-    """A tensor of the file, whose rows are in pairs for so many heads; 0: in order."""
+class Found(NamedTuple):
+    """What is in a file: how it is named, what it makes, its tensors, its metadata."""
 
-    tensor: GGUFTensor
-    heads: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    def read(self) -> Tensor:
-        """Its values; quantized ones in float32."""
-        values = torch.from_numpy(dequantize(self.tensor.kind, self.tensor.data))
-        dtype = PLAIN.get(self.tensor.kind.name, torch.float32)
-        return self._in_order(values.view(self.tensor.shape)).to(dtype)
-
-    def levels(self) -> LevelTensor | None:
-        """Its integers, if scales are shared by 32 inputs."""
-        unpack = self.tensor.kind.unpack
-        with np.errstate(all="ignore"):
-            blocks = self.tensor.data.view(self.tensor.kind.layout)
-            found = None if unpack is None else unpack(blocks)
-        if found is None or found.level.shape[-1] != GROUP:
-            return None
-        minimum = None if found.minimum is None else self._by_rows(found.minimum)
-        return LevelTensor(self._by_rows(found.level), self._by_rows(found.scale), minimum)
-
-    def _by_rows(self, groups: NDArray) -> Tensor:
-        """(blocks, groups, size) to (n, groups of a row, size), copied: the file is read-only."""
-        rows = torch.from_numpy(np.array(groups))
-        return self._in_order(rows.view(self.tensor.shape[0], -1, groups.shape[-1]))
-
-    def _in_order(self, rows: Tensor) -> Tensor:
-        if not self.heads:
-            return rows
-        return rows[torch.arange(len(rows)).view(self.heads, -1, 2).mT.flatten()]
-
-
-class Shaped(NamedTuple):
-    """A tensor of a state space's file under its name there, and the shape it gets."""
-
-    tensor: GGUFTensor
-    name: str
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        return gguf_ssm.value_of(self.name, Matrix(self.tensor).read(), self.shape)
-
-    def levels(self) -> LevelTensor | None:
-        return Matrix(self.tensor).levels() if len(self.shape) == 2 else None
+    family: Family
+    spec: ModelSpec
+    storage: Storage
+    tensors: Mapping[str, GGUFTensor]
 
 
 def is_gguf(path: Path) -> bool:
     """Whether a file starts like one. Raises OSError."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+def recognise(path: Path) -> Found:
+    """The architecture of a file, and the spec that it says. Reads no weights."""
+    file = open_gguf(path)
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{path}: architecture {name!r:.60} is not supported; only {known}")
+    family, tensors, prefix = ARCHITECTURES[name], dict(file.tensors), f"{name}."
+    divisors = tensors.pop(DIVISORS, None) if name in LIKE_LLAMA else None
+    own = {
+        key.removeprefix(prefix): _plain(value)
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    spec = foreign.read_spec(family, own, shapes, path, prefix)
+    if divisors is not None:
+        spec = _stretched(spec, _values(divisors).flatten().tolist())
+    factor = {key: doubled(key, file.metadata) if name == "rwkv6" else 1.0 for key in tensors}
+    storage = {
+        key: Stored(t.shape, PLAIN.get(t.kind.name, torch.float32), _reader(t, factor[key]))
+        for key, t in tensors.items()
+    }
+    return Found(family, spec, storage, tensors)
 
 
 def read(
@@ -117,114 +97,144 @@ def read(
     quantized: bool = False,
 ) -> SequenceModel:
     """See `kizzasi.models.load`."""
-    family, spec, matrices = recognise(path)
-    storage = {
-        key: Stored(m.shape, PLAIN.get(m.tensor.kind.name, torch.float32), m.read)
-        for key, m in matrices.items()
-    }
+    family, spec, storage, tensors = recognise(path)
     model = foreign.build(path, family, spec, storage, device=device, dtype=dtype, engine=engine)
     if quantized:
-        links = apply(family.layouts(spec)[0], list(model.state_dict()))
-        ours = {link.theirs[0]: link.ours[0] for link in links}
-        found = {ours[key]: m.levels() for key, m in matrices.items()}
-        quantize(model, {key: levels for key, levels in found.items() if levels is not None})
+        found: dict[str, LevelTensor] = {}
+        for name, link in _matrices(model, family).items():
+            levels = _levels(tensors[link.theirs[0]], link) if link.theirs[0] in tensors else None
+            if levels is not None:
+                found[name] = levels
+        quantize(model, found)
     return model
 
 
-def recognise(path: Path) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix | Shaped]]:
-    """The family whose names the tensors have, and the architecture. Reads no weights."""
-    file = open_gguf(path)
-    name = file.metadata.get("general.architecture")
-    if name in STATE_SPACES:
-        return _state_space(str(name), file, path)
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join([*ARCHITECTURES, *STATE_SPACES])
-        raise CheckpointError(f"{path}: architecture {name!r:.60} is not supported; only {known}")
-    (family, paired), tensors = ARCHITECTURES[name], dict(file.tensors)
-    divisors = tensors.pop(DIVISORS, None)
-    config = _config(name, file.metadata, tensors, str(path))
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    matrices: dict[str, Matrix | Shaped] = {}
-    for key, tensor in tensors.items():
-        pairs = re.fullmatch(r"blk\.\d+\.attn_([qk])\.\w+", key) if paired else None
-        matrices[_their_name(key)] = Matrix(tensor, heads[pairs[1]] if pairs else 0)
-    shapes = {key: m.tensor.shape for key, m in matrices.items()}
-    spec = foreign.read_spec(family, config, shapes, path)
+def write(
+    model: SequenceModel,
+    path: str | os.PathLike[str],
+    kind: Kind,
+    *,
+    more: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a file that llama.cpp reads, and read it back before it gets its name.
+
+    Args:
+        path: ends in .gguf.
+        kind: of matrices. Q8_0 shares a scale among 32 inputs; a matrix whose rows are no multiple
+            of that becomes F16. What is no matrix is written in float32.
+        more: further metadata, such as the tokenizer's.
+        overwrite: replace a file.
+
+    Raises:
+        CheckpointError: no architecture of `CANDIDATES` expresses the model, or as in `save`.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        rule = f"a GGUF model is one file; give a name that ends in {SUFFIX}"
+        raise CheckpointError(f"{path}: {rule}")
+    if path.exists() and not overwrite:
+        rule = "give another name, or overwrite=True (convert: --overwrite)"
+        raise CheckpointError(f"{path}: is there already; {rule}")
+    spec, divisors = _unstretched(model.spec)
+    family, data, tensors = _expressed(model, spec, path)
+    matrices = {link.theirs[0] for link in _matrices(model, family).values()}
+    if family.name in RWKV:
+        tensors = padded(tensors)
     if divisors is not None:
-        spec = _stretched(spec, Matrix(divisors).read().flatten().tolist())
-    return family, spec, matrices
+        tensors = {**tensors, DIVISORS: divisors}
+    metadata: dict[str, Any] = {"general.architecture": family.name}
+    metadata |= {f"{family.name}.{key}": value for key, value in data.items()}
+    context = f"{family.name}.context_length"
+    extra = {context if key == "context_length" else key: v for key, v in (more or {}).items()}
+    metadata |= {context: 2048 if family.name in LIKE_LLAMA else 2**20, **extra}
+    write_gguf(path, metadata, tensors, kind, matrices)
 
 
-def _state_space(
-    name: str, file: GGUF, path: Path
-) -> tuple[foreign.Family, ModelSpec, dict[str, Matrix | Shaped]]:
-    """Mamba and Mamba-2."""
-    family = foreign.FAMILIES[name]
-    config = gguf_ssm.config_of(name, file.metadata, file.tensors, str(path))
-    found: dict[str, Matrix | Shaped] = {}
-    for key, tensor in file.tensors.items():
-        shape = gguf_ssm.shape_of(name, key, tensor.shape)
-        found[gguf_ssm.their_name(name, key)] = Shaped(tensor, key, shape)
-    shapes = {key: matrix.shape for key, matrix in found.items()}
-    return family, foreign.read_spec(family, config, shapes, path), found
+def _expressed(
+    model: SequenceModel, spec: ModelSpec, path: Path
+) -> tuple[Family, dict[str, Any], dict[str, Tensor]]:
+    """The first architecture that can express a model, and what is written then."""
+    mixer, refusals = spec.plain_blocks[0].mixer.kind, list[str]()
+    if mixer not in CANDIDATES:
+        rule = f"blocks[0].mixer is {mixer}, and the format knows {', '.join(CANDIDATES)}"
+        raise CheckpointError(f"{path}: cannot write it as gguf: {rule}")
+    for name in CANDIDATES[mixer]:
+        family = ARCHITECTURES[name]
+        try:
+            data, tensors, _ = foreign.expressed(model, family, path, spec)
+        except CheckpointError as error:
+            refusals.append(str(error).removeprefix(f"{path}: "))
+            continue
+        return family, data, tensors
+    raise CheckpointError(f"{path}: {'; '.join(refusals)}")
 
 
-def _config(
-    name: str, metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], where: str
-) -> dict[str, Any]:
-    """The metadata in the words of config.json."""
-    prefix = f"{name}."
-    own = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-    keys = Config(own, where, prefix)
-    if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"{where}: no token_embd.weight in it; a part of a model, or damaged")
-    vocab_size, d_model = tensors["token_embd.weight"].shape[0], keys.get("embedding_length", int)
-    n_heads = keys.get("attention.head_count", int)
-    head_dim = keys.get("attention.key_length", int, d_model // max(n_heads, 1))
-    keys.only("attention.value_length", head_dim)
-    keys.only("rope.dimension_count", head_dim)
-    keys.only("vocab_size", vocab_size)
-    keys.only("expert_count", 0)
-    keys.only("expert_used_count", 0)
-    keys.skip("context_length", "rope.scaling.finetuned")
-    config = {
-        "model_type": name,
-        "vocab_size": vocab_size,
-        "hidden_size": d_model,
-        "head_dim": head_dim,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": keys.get("attention.head_count_kv", int, n_heads),
-        "num_hidden_layers": keys.get("block_count", int),
-        "intermediate_size": keys.get("feed_forward_length", int),
-        "rms_norm_eps": keys.get("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": keys.get("rope.freq_base", float, 1e4),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    if name == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    kind = keys.get("rope.scaling.type", str, "none")
-    if kind == "linear":
-        factor = keys.get("rope.scaling.factor", float)
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    elif kind != "none":
-        keys.refuse("rope.scaling.type", f"{kind!r:.40} is not supported; only none and linear are")
-    keys.finish(harmless=())
-    return config
+def _matrices(model: SequenceModel, family: Family) -> dict[str, Link]:
+    """Where weights of linear layers and embeddings are stored, by their names here."""
+    links = apply(family.layouts(model.spec)[0], list(model.state_dict()))
+    alone = {link.ours[0]: link for link in links if len(link.ours) == len(link.theirs) == 1}
+    plain = (nn.Linear, nn.Embedding)
+    modules = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, plain)}
+    found = [name for name, m in modules.items() if not isinstance(m, KeepFloat32)]
+    return {name: alone[name] for name in found if name in alone}
 
 
-def _their_name(name: str) -> str:
-    """transformers' name of a tensor; one that it has not keeps its own, to be refused."""
-    match = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    table = LAYER if match is not None and match[1] else TRUNK
-    if match is None or match[3] not in table:
-        return name
-    start = f"model.layers.{match[2]}." if match[1] else ""
-    return f"{start}{table[match[3]]}.{match[4]}"
+def _plain(value: Any) -> Any:
+    """A short array of numbers, such as one for each layer, as a list."""
+    return value.tolist() if isinstance(value, np.ndarray) and len(value) < MANY else value
+
+
+def _values(tensor: GGUFTensor) -> Tensor:
+    """Its values; quantized ones in float32."""
+    values = torch.from_numpy(dequantize(tensor.kind, tensor.data)).view(tensor.shape)
+    return values.to(PLAIN.get(tensor.kind.name, torch.float32))
+
+
+def _reader(tensor: GGUFTensor, factor: float) -> Any:
+    return lambda: _values(tensor) if factor == 1 else _values(tensor) * factor
+
+
+def _levels(tensor: GGUFTensor, link: Link) -> LevelTensor | None:
+    """Integers of a stored matrix with its rows in our order, if scales are shared by 32 inputs."""
+    unpack = tensor.kind.unpack
+    with np.errstate(all="ignore"):
+        found = None if unpack is None else unpack(tensor.data.view(tensor.kind.layout))
+    if found is None or found.level.shape[-1] != GROUP or len(tensor.shape) != 2:
+        return None
+
+    def rows(groups: NDArray) -> Tensor:
+        """(blocks, groups, size) to (n, groups of a row, size), copied: the file is read-only."""
+        flat = torch.from_numpy(np.array(groups)).view(tensor.shape[0], -1, groups.shape[-1])
+        return link.form.read([flat], [flat.shape])[0].contiguous()
+
+    minimum = None if found.minimum is None else rows(found.minimum)
+    return LevelTensor(rows(found.level), rows(found.scale), minimum)
 
 
 def _stretched(spec: ModelSpec, divisors: list[float]) -> ModelSpec:
     """Every frequency divided by its own number; queries and keys keep their size."""
     scaling = RopeScaling("longrope", 1.0, 2, attention_factor=1.0, divisors=tuple(divisors))
+    return _with_scaling(spec, scaling)
+
+
+def _unstretched(spec: ModelSpec) -> tuple[ModelSpec, Tensor | None]:
+    """A spec without what its layers' frequencies are divided by, and these numbers, where they
+    are alike in all layers and metadata cannot say them."""
+    mixers = [block.mixer for block in spec.plain_blocks]
+    found = {m.rope_scaling for m in mixers if isinstance(m, AttentionSpec)}
+    if len(found) != 1 or not isinstance(mixers[0], AttentionSpec):
+        return spec, None
+    scaling, mixer = found.pop(), mixers[0]
+    if scaling is None or scaling.method in ("linear", "yarn") or scaling.scale != 1:
+        return spec, None
+    n, like = mixer.width(spec.d_model), {"device": torch.device("cpu"), "dtype": torch.float64}
+    plain = RopeScaling("linear", 1.0).frequencies(n, mixer.rope_theta, **like)
+    divisors = plain / scaling.frequencies(n, mixer.rope_theta, **like)
+    return _with_scaling(spec, None), divisors.float()
+
+
+def _with_scaling(spec: ModelSpec, scaling: RopeScaling | None) -> ModelSpec:
     blocks = []
     for block in spec.plain_blocks:
         assert isinstance(block.mixer, AttentionSpec), "of the Llama family"

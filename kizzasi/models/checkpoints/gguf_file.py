@@ -136,7 +136,9 @@ class _Reader:
 
     def _value(self, code: int, key: str) -> Any:
         if code in NUMBERS:
-            return self._number(NUMBERS[code], key)
+            value = self._number(NUMBERS[code], key)
+            # The shortest decimal of a float32, so that 1e-5 is read as it was meant.
+            return float(str(np.float32(value))) if NUMBERS[code] == np.float32 else value
         if code == STRING:
             return self._string(key)
         if code != ARRAY:

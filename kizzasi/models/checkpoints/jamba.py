@@ -65,7 +65,7 @@ def _repeated(config: Config, name: str, period: int, offset: int, n_layers: int
     return [i % period == offset for i in range(n_layers)]
 
 
-def _period_keys(name: str, layers: Iterable[bool]) -> dict[str, int]:
+def period_keys(name: str, layers: Iterable[bool]) -> dict[str, int]:
     """A period and an offset; `write` finds out whether the layers are periodic."""
     places = [i for i, here in enumerate(layers) if here]
     n_layers = len(list(layers))
@@ -138,8 +138,8 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
         **keys,
-        **_period_keys("attn", [isinstance(b.mixer, AttentionSpec) for b in spec.plain_blocks]),
-        **_period_keys("expert", sparse),
+        **period_keys("attn", [isinstance(b.mixer, AttentionSpec) for b in spec.plain_blocks]),
+        **period_keys("expert", sparse),
         "mamba_d_state": mamba.d_state,
         "mamba_d_conv": mamba.d_conv,
         "mamba_expand": round(mamba.expand),

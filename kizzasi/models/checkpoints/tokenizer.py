@@ -28,6 +28,7 @@ WORDS = (
 )
 DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}
 SPLITS = ("smollm", "gpt-2", *DIGITS)
+NO_TOKENIZER = "none"  # what a file says of itself that has none
 SPECIAL = (3, 4)  # token types: control, and user-defined
 
 
@@ -88,7 +89,10 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             missing, or there is none and the ids cannot be bytes.
     """
     if path.is_file() and is_gguf(path):
-        return from_gguf(open_gguf(path).metadata, str(path))
+        metadata = open_gguf(path).metadata
+        if metadata.get(f"{KEY}model") != NO_TOKENIZER or vocab_size > 2 * 256:
+            return from_gguf(metadata, str(path))
+        return ByteTokenizer(vocab_size)
     if (path / TOKENIZER).is_file():
         eos = _eos(path)
         known = isinstance(eos, int) or (
@@ -124,11 +128,11 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
     known = set(tokens)
     if any(len(pair) != 2 or not known >= {*pair, "".join(pair)} for pair in pairs):
         raise CheckpointError(f"{where}: {KEY}merges: one is not of two known tokens; damaged")
-    package = _package()
+    package = tokenizers_package()
     whole = split == "llama-bpe"  # there, a piece that is a token stays whole
     table = {token: i for i, token in enumerate(tokens)}
     inner = package.Tokenizer(package.models.BPE(table, pairs, ignore_merges=whole))
-    inner.pre_tokenizer = _splitter(package, split)
+    inner.pre_tokenizer = splitter(package, split)
     if split == "qwen2":
         inner.normalizer = package.normalizers.NFC()
     inner.decoder = package.decoders.ByteLevel()
@@ -137,11 +141,18 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
             added = package.AddedToken(token, special=bool(kind == 3), normalized=False)
             inner.add_special_tokens([added]) if kind == 3 else inner.add_tokens([added])
     bos = own.get("bos_token_id") if own.get("add_bos_token") else None
-    return PackagedTokenizer(inner, own.get("eos_token_id"), bos)
+    return PackagedTokenizer(inner, ends_of(metadata), bos)
 
 
-def _splitter(package: Any, split: str) -> Any:
-    """Text to pieces in GPT-2's stand-ins of bytes."""
+def ends_of(metadata: Mapping[str, Any]) -> int | list[int] | None:
+    """What ends a text, of a GGUF file: of a document and of a turn, if they differ."""
+    found = [metadata.get(f"{KEY}{name}_token_id") for name in ("eos", "eot")]
+    ends = [i for i in dict.fromkeys(found) if i is not None]
+    return ends if len(ends) > 1 else next(iter(ends), None)
+
+
+def splitter(package: Any, split: str) -> Any:
+    """Text to pieces in GPT-2's stand-ins of bytes; the split is one of `SPLITS`."""
     parts = package.pre_tokenizers
     if split in DIGITS:
         pattern = package.Regex(WORDS.replace("{digits}", DIGITS[split]))
@@ -162,7 +173,7 @@ def _eos(path: Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    package = _package()
+    package = tokenizers_package()
     try:
         return package.Tokenizer.from_str(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -171,7 +182,8 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
 
 
-def _package() -> Any:
+def tokenizers_package() -> Any:
+    """The package tokenizers. Raises CheckpointError if it is missing."""
     if importlib.util.find_spec("tokenizers") is None:
         raise CheckpointError(
             "the checkpoint's tokenizer needs the package tokenizers; pip install tokenizers"
