@@ -9,7 +9,7 @@ position  place within the document, from 0
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Call:
 
     Attributes:
         shared: what earlier layers have offered to later ones (RWKV-7's v_first).
+        lent: of layers of the same stack that later ones name, by what and which: ("memory", 3) is
+            the stream after layer 3, ("kv", 3) what its mixer lent (`MixerOut.lent`).
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Call:
         self.shape, self.device, self.step = shape, device, step
         self.segments = segments
         self.shared: Mapping[str, Tensor] = {}
+        self.lent: Mapping[tuple[str, int], Any] = {}
         self._made: dict[Hashable, object] = {}
 
     @classmethod
@@ -90,6 +93,12 @@ class Call:
         """The same call for later layers, to which `shared` is offered too."""
         return self._with({**self.shared, **shared}) if shared else self
 
+    def lending(self, lent: Mapping[tuple[str, int], Any]) -> Call:
+        """The same call for later layers of a stack, to which this is lent and nothing else."""
+        call = self._with(self.shared)
+        call.lent = lent
+        return call
+
     def alone(self) -> Call:
         """The same call for a layer that takes nothing from others."""
         return self._with({}) if self.shared else self
@@ -102,7 +111,7 @@ class Call:
 
     def _with(self, shared: Mapping[str, Tensor]) -> Call:
         call = Call(self.shape, self.device, segments=self.segments, step=self.step)
-        call.shared, call._made = shared, self._made
+        call.shared, call.lent, call._made = shared, self.lent, self._made
         return call
 
     def rows(self, index: Tensor) -> Call:

@@ -59,6 +59,9 @@ class Layer(nn.Module, metaclass=Ready):
         if not 0 <= index < n_layers:
             raise SpecError(f"index: {index} is outside the {n_layers} layers; count from 0")
         spec.check(d_model, spec.kind)
+        reads = dict(spec.sources) if isinstance(spec, MixerSpec) else {}
+        if reads:
+            raise SpecError(f"{spec.kind}: reads other layers, {reads}; it stands in a model only")
 
     def start(self, *_: Any, **__: Any) -> None:
         self.reset_parameters()

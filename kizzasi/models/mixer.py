@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -43,6 +43,7 @@ class LayerContext:
     d_model: int
     index: int = 0  # 0-based depth
     n_layers: int = 1
+    lends: bool = False  # whether a later layer reads this one's keys and values
 
 
 class ParamRule(NamedTuple):
@@ -63,12 +64,14 @@ class MixerOut(NamedTuple):
     state   the state after the last token.
     aux     scalar losses by name, already weighted; {} for almost all mixers.
     shared  tensors offered to later layers of the same call (RWKV-7's v_first); {} for almost all.
+    lent    keys and values, of a mixer whose LayerContext.lends, for the later layers that name it.
     """
 
     y: Tensor
     state: Any
     aux: Mapping[str, Tensor] = {}  # read-only
     shared: Mapping[str, Tensor] = {}
+    lent: Any = None
 
 
 def add_losses(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -238,6 +241,17 @@ class MixerSpec(_Part):
             The spec without open choices, and whether a value is offered from here on.
         """
         return self, offered
+
+    @property
+    def sources(self) -> Mapping[str, int]:
+        """The earlier layers of its stack that it reads: the index by "kv" (their keys and values,
+        `Call.lent`) or "memory" (the stream after them)."""
+        return {}
+
+    def lends(self, d_model: int) -> Hashable:
+        """What the keys and values look like that it can lend, for readers to compare with their
+        own; None if there are none."""
+        return None
 
 
 class ChannelSpec(_Part):

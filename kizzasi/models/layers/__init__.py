@@ -2,5 +2,6 @@
 
 from kizzasi.models.layers.block import BlockSpec
 from kizzasi.models.layers.layer import LayerSpec
+from kizzasi.models.layers.shared import SharedSpec
 
-__all__ = ["BlockSpec", "LayerSpec"]
+__all__ = ["BlockSpec", "LayerSpec", "SharedSpec"]

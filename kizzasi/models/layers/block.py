@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -80,6 +81,13 @@ class BlockSpec(LayerSpec):
         return total
 
     @property
+    def sources(self) -> Mapping[str, int]:
+        return self.mixer.sources
+
+    def lends(self, d_model: int) -> Hashable:
+        return self.mixer.lends(d_model)
+
+    @property
     def context_window(self) -> float:
         channel = 1 if self.channel is None else self.channel.context_window
         return self.mixer.context_window + channel - 1
@@ -100,7 +108,7 @@ class Block(LayerModule):
         self, spec: BlockSpec, layer: LayerContext, eps: float = 1e-5, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.dropout, self.beside = dropout, spec.parallel
+        self.dropout, self.beside, self.sources = dropout, spec.parallel, spec.sources
         self.residual_scale, self.stream_scale = spec.residual_scale, spec.stream_scale
         before, after = spec.norm_at != "post", spec.norm_at != "pre"
 
@@ -133,7 +141,7 @@ class Block(LayerModule):
         out = self.mixer(read, before.mixer, call=call)
         y = self._leave(out.y, self.mixer_post_norm)
         if self.channel is None:
-            return MixerOut(self._add(x, y), BlockState(out.state, ()), out.aux, out.shared)
+            return out._replace(y=self._add(x, y), state=BlockState(out.state, ()))
         if self.beside is None:
             x = self._add(x, y)
         if self.beside != "shared":
@@ -142,7 +150,7 @@ class Block(LayerModule):
         z = self._leave(wide.y, self.channel_post_norm)
         x = self._add(x, z if self.beside is None else y + z)
         state = BlockState(out.state, wide.state)
-        return MixerOut(x, state, add_losses(out.aux, wide.aux), out.shared)
+        return out._replace(y=x, state=state, aux=add_losses(out.aux, wide.aux))
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

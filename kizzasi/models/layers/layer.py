@@ -33,8 +33,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -107,6 +107,20 @@ class LayerSpec(Registered):
                 yield join(path, name), value
 
     @property
+    def sources(self) -> Mapping[str, int]:
+        """The earlier layers of its stack that it reads; see `MixerSpec.sources`."""
+        return {}
+
+    def lends(self, d_model: int) -> Hashable:
+        """What the keys and values look like that it can lend; see `MixerSpec.lends`."""
+        return None
+
+    @property
+    def shares(self) -> int | None:
+        """The earlier layer of its stack whose module runs in its place; None for its own."""
+        return None
+
+    @property
     def depth(self) -> int:
         """How many residual layers an input passes through in it, one after the other."""
         return 1
@@ -123,7 +137,14 @@ class LayerSpec(Registered):
 
 
 class LayerModule(Mixer):
-    """Base of layers: a mixer of the residual stream, with its norms and residual inside."""
+    """Base of layers: a mixer of the residual stream, with its norms and residual inside.
+
+    Attributes:
+        sources, shares: of its spec.
+    """
+
+    sources: Mapping[str, int] = {}  # read-only
+    shares: int | None = None
 
     @classmethod
     def admit(cls, spec: LayerSpec, layer: LayerContext, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -146,31 +167,67 @@ class LayerModule(Mixer):
         """The state before any token; dtype is the activations'."""
 
 
-def places(layers: tuple[LayerSpec, ...], context: LayerContext) -> Iterator[LayerContext]:
+Layers = tuple[LayerSpec, ...]
+
+
+def places(layers: Layers, context: LayerContext) -> Iterator[LayerContext]:
     """Where each layer of a stack stands, the stack being at `context`."""
-    index = context.index
-    for layer in layers:
-        yield replace(context, index=index)
+    index, lenders = context.index, {i for layer in layers for i in layer.sources.values()}
+    for i, layer in enumerate(_run(layers)):
+        yield replace(context, index=index, lends=i in lenders)
         index += layer.depth
 
 
-def depth_of(layers: tuple[LayerSpec, ...]) -> int:
+def depth_of(layers: Layers) -> int:
     """Residual layers that an input passes through in a stack."""
-    return sum(layer.depth for layer in layers)
+    return sum(layer.depth for layer in _run(layers))
 
 
-def check_stack(layers: tuple[LayerSpec, ...], d_model: int, path: str) -> None:
+def check_stack(layers: Layers, d_model: int, path: str) -> None:
     """Raise SpecError for every rule that a stack of layers breaks at this width."""
     require(len(layers) > 0, path, "empty; give at least one block")
     for i, layer in enumerate(layers):
         where = f"{path}[{i}]"
         require(isinstance(layer, LayerSpec), where, f"expected a layer, got {layer!r:.80}")
         layer.check(d_model, where)
+        if layer.shares is not None:
+            earlier = 0 <= layer.shares < i and layers[layer.shares].shares is None
+            rule = f"{layer.shares} is no earlier layer with weights of its own"
+            require(earlier, join(where, "layer"), f"{rule}; give an index below {i}")
+        for what, source in layer.sources.items():
+            _check_source(layers, d_model, path, i, what, source)
+        for name, part in layer.parts(where):
+            for mixer in _mixers(part):
+                outside = mixer.sources.items() - (layer.sources.items() if mixer is part else ())
+                rule = f"{dict(outside)} names other layers, which a part of a part cannot read"
+                require(not outside, name, rule)
 
 
-def settle_stack(
-    layers: tuple[LayerSpec, ...], offered: bool, path: str
-) -> tuple[tuple[LayerSpec, ...], bool]:
+def _check_source(layers: Layers, d_model: int, path: str, i: int, what: str, source: int) -> None:
+    where = f"{path}[{i}].mixer.{what}_from"
+    rule = f"{source} is no earlier layer of these; give an index from 0 to {i - 1}"
+    require(0 <= source < i, where, rule)
+    if what == "kv":
+        own, given = layers[i].lends(d_model), layers[source].lends(d_model)
+        rule = f"{path}[{source}] has no keys and values of its own; name a layer that makes them"
+        require(given is not None and "kv" not in layers[source].sources, where, rule)
+        rule = f"{path}[{source}] has keys and values of {given}, and this layer reads {own}"
+        require(own == given, where, f"{rule}; make them equal")
+
+
+def _mixers(part: Any) -> Iterator[MixerSpec]:
+    """A part's mixers at any depth, itself included."""
+    if isinstance(part, MixerSpec):
+        yield part
+    if isinstance(part, (tuple, list)):
+        for one in part:
+            yield from _mixers(one)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _mixers(getattr(part, field.name))
+
+
+def settle_stack(layers: Layers, offered: bool, path: str) -> tuple[Layers, bool]:
     """`LayerSpec.settle` of layers that run in this order."""
     settled: list[LayerSpec] = []
     for i, layer in enumerate(layers):
@@ -179,15 +236,21 @@ def settle_stack(
     return tuple(settled), offered
 
 
-def cost_of(layers: tuple[LayerSpec, ...], context: LayerContext, seq_len: int, batch: int) -> Cost:
+def cost_of(layers: Layers, context: LayerContext, seq_len: int, batch: int) -> Cost:
     """What a stack costs that runs once."""
     total = Cost()
-    for layer, place in zip(layers, places(layers, context), strict=True):
-        total += layer.cost(place, seq_len, batch)
+    for layer, run, place in zip(layers, _run(layers), places(layers, context), strict=True):
+        cost = run.cost(place, seq_len, batch)
+        total += cost if layer.shares is None else cost._replace(params=0, active_params=0)
     return total
 
 
-def window_of(layers: tuple[LayerSpec, ...], times: int = 1) -> float:
+def window_of(layers: Layers, times: int = 1) -> float:
     """How many inputs up to and including the present one the output of a stack can depend on,
     if it runs so many times."""
-    return 1 + times * sum(layer.context_window - 1 for layer in layers)
+    return 1 + times * sum(layer.context_window - 1 for layer in _run(layers))
+
+
+def _run(layers: Layers) -> Layers:
+    """The layers whose modules run: of those that share another's weights, that other."""
+    return tuple(layer if layer.shares is None else layers[layer.shares] for layer in layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,15 @@ class StackOut(NamedTuple):
 
 
 class Stack(nn.ModuleList):
-    """The modules of layers, in order; what one offers (`MixerOut.shared`) the later ones see."""
+    """The modules of layers, in order.
+
+    What one offers (`MixerOut.shared`) all later ones see, here and after; what one lends, or puts
+    out, only the layers of this stack that name it.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
+        super().__init__(layers)
+        self.lenders = {i for layer in self.layers for i in layer.sources.values()}
 
     @classmethod
     def of(
@@ -56,11 +64,14 @@ class Stack(nn.ModuleList):
         aux: Mapping[str, Tensor] = {}
         offered: Mapping[str, Tensor] = {}
         before = (None,) * len(self) if state is None else state
-        for layer, memory in list(zip(self.layers, before, strict=True))[:n_layers]:
+        call = call.lending({}) if call.lent else call
+        for i, (layer, memory) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
             run = partial(_recomputed, layer) if recompute else layer
             out: MixerOut = run(x, memory, call=call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
             states.append(out.state)
+            if i in self.lenders:
+                call = call.lending({**call.lent, ("kv", i): out.lent, ("memory", i): x})
             if out.shared:
                 offered = {**offered, **out.shared}
         return StackOut(x, tuple(states), aux, offered)
@@ -68,7 +79,7 @@ class Stack(nn.ModuleList):
     def init_state(
         self, batch: int, device: torch.device | None, dtype: torch.dtype | None
     ) -> tuple[Any, ...]:
-        return tuple(layer.init_state(batch, device, dtype) for layer in self.layers)
+        return tuple(layer.init_state(batch, device, dtype) for layer in self.run)
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None) -> None:
         for layer in self.layers:
@@ -77,6 +88,12 @@ class Stack(nn.ModuleList):
     @property
     def layers(self) -> list[LayerModule]:
         return list(self)  # pyright: ignore[reportReturnType]
+
+    @property
+    def run(self) -> list[LayerModule]:
+        """The modules that run: of layers that share another's weights, that other."""
+        layers = self.layers
+        return [layer if layer.shares is None else layers[layer.shares] for layer in layers]
 
 
 def _recomputed(layer: nn.Module, x: Tensor, memory: Any, call: Call) -> MixerOut:
