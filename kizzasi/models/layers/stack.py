@@ -90,6 +90,11 @@ class Stack(nn.ModuleList):
         return list(self)  # pyright: ignore[reportReturnType]
 
     @property
+    def independent(self) -> bool:
+        """Whether every layer runs its own module, and names no other layer."""
+        return not self.lenders and all(layer.shares is None for layer in self.layers)
+
+    @property
     def run(self) -> list[LayerModule]:
         """The modules that run: of layers that share another's weights, that other."""
         layers = self.layers

@@ -181,6 +181,7 @@ def begin(model: SequenceModel, state: ModelState) -> Line:
     around = nn.ModuleList(part for part in model.children() if part is not model.blocks)
     plain = (
         not model.spec.heads
+        and model.blocks.independent
         and not torch.is_autocast_enabled(state.position.device.type)
         and alone(model)
         and alone(model.blocks)
