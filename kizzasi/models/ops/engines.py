@@ -8,6 +8,10 @@
 The rule (`PREFERRED`): the first of its device's list that the op has and that can be imported.
 It looks at where the inputs are, so a model that moves takes what is best there. A name that is
 asked for is taken or refused, never swapped.
+
+One thing besides: compiled C sees memory and nothing else. Where torch looks on (torch.compile and
+export, torch.func, forward mode, a dispatch mode that counts or fakes), a call of "native" takes
+the torch form, and so do its derivatives beyond the first; `observed` tells.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 
 from kizzasi.errors import SpecError
+from kizzasi.models.ops.autodiff import observed
 
 Engine = Literal["auto", "reference", "torch", "native", "triton"]
 NAMES = ("reference", "torch", "native", "triton")
@@ -50,6 +55,7 @@ class Engines(Generic[F]):
         self._ready: dict[str, F] = {"reference": reference, "torch": torch}
         given = {"native": native, "triton": triton}
         self._later = {name: where for name, where in given.items() if where is not None}
+        self._missing: dict[str, ImportError] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,19 +80,22 @@ class Engines(Generic[F]):
                 f'engine: {wanted!r} runs on {DEVICES[wanted]}, not on {device}; use "auto"'
             )
         if wanted in self._later and self._load(wanted) is None:
-            raise SpecError(f"engine: {wanted!r} of {self.op} cannot be imported here")
+            raise SpecError(
+                f"engine: {wanted!r} of {self.op} cannot be imported here: {self._missing[wanted]}"
+            )
         return wanted
 
     def pick(self, wanted: str, device: torch.device) -> F:
-        """The function that `resolve` names."""
-        name = self.resolve(wanted, device)
-        return self._ready[name]
+        """The function that `resolve` names, for a call that is made now."""
+        if observed():
+            wanted = "torch" if wanted in ("auto", "native") and "native" in self._later else wanted
+        return self._ready[self.resolve(wanted, device)]
 
     def _load(self, name: str) -> F | None:
-        if name not in self._ready:
+        if name not in self._ready and name not in self._missing:
             module, function = self._later[name].split(":")
             try:
                 self._ready[name] = getattr(import_module(module), function)
-            except ImportError:
-                return None
-        return self._ready[name]
+            except ImportError as error:
+                self._missing[name] = error
+        return self._ready.get(name)

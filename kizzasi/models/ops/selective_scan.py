@@ -31,23 +31,28 @@ def selective_scan_ref(
     D: Tensor | None = None,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run d independent diagonal state spaces whose step size, input and output maps are data.
 
         h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t],      h[-1] = h0 (zeros if None)
-        y[t] = C[t] . h[t] + D u[t]
+        y[t] = C[t] . h[t] + D u[t],      and with a gate that times silu(gate[t])
 
     This loop is the definition; `selective_scan` must agree with it.
 
     Args:
         u: (b, t, d) input, t >= 1.
-        dt: (b, t, d) step size, positive (after softplus).
+        dt: (b, t, d) step size, positive.
         A: (d, n) decay rates, negative.
         B: (b, t, n) what each state takes from the input.
         C: (b, t, n) what the output takes from each state.
         D: (d,) skip connection, none if None.
         h0: (b, d, n) state carried in from earlier tokens.
         starts: (b, t) bool, True where a document starts: the state before that token is zero.
+        gate: (b, t, d) or None.
+        softplus: dt is given before its softplus.
 
     Returns:
         y (b, t, d) in u's dtype, and the last h (b, d, n). Sums are kept in float64 if u is
@@ -59,7 +64,8 @@ def selective_scan_ref(
     Source: Gu & Dao 2023, arXiv:2312.00752, Algorithm 2 and section 3.3.
     Differs: as in the authors' code, B is discretised by Euler's rule, not zero-order hold.
     """
-    u_, dt, A, B, C, D, h = _prepare(u, dt, A, B, C, D, h0, starts)
+    u_, dt, A, B, C, D, h = _prepare(u, dt, A, B, C, D, h0, starts, gate)
+    dt = F.softplus(dt) if softplus else dt
     ys = []
     for t in range(u.shape[1]):
         if starts is not None:
@@ -67,7 +73,7 @@ def selective_scan_ref(
         decay = torch.exp(dt[:, t, :, None] * A)
         h = decay * h + (dt[:, t] * u_[:, t])[:, :, None] * B[:, t, None, :]
         ys.append((h * C[:, t, None, :]).sum(-1) + D * u_[:, t])
-    return torch.stack(ys, dim=1).to(u.dtype), h
+    return _gated(torch.stack(ys, dim=1).to(u.dtype), gate), h
 
 
 def selective_scan(
@@ -79,6 +85,9 @@ def selective_scan(
     D: Tensor | None = None,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan_ref`, fast: the same arguments, results and errors.
 
@@ -90,13 +99,18 @@ def selective_scan(
     Differs: with `starts`, a state that grew infinite out of finite numbers is not forgotten (0
     times infinity is NaN); NaN and infinities that come in stay in their document.
     """
-    u_, dt, A, B, C, D, h0 = _prepare(u, dt, A, B, C, D, h0, starts)
+    u_, dt, A, B, C, D, h0 = _prepare(u, dt, A, B, C, D, h0, starts, gate)
+    dt = F.softplus(dt) if softplus else dt
 
     def run(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
         return _run(u, dt, A, B, C, D, h0, starts)
 
     y, h = isolated(run, starts, (u_, dt, B, C), (), (h0,))
-    return y.to(u.dtype), h
+    return _gated(y.to(u.dtype), gate), h
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    return y if gate is None else y * F.silu(gate)
 
 
 def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -236,6 +250,7 @@ def _prepare(
     D: Tensor | None,
     h0: Tensor | None,
     starts: Tensor | None,
+    gate: Tensor | None,
 ) -> list[Tensor]:
     """Check shapes, fill in D and h0, and bring everything to the dtype of the sums."""
     if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
@@ -244,8 +259,8 @@ def _prepare(
     wide = torch.promote_types(u.dtype, torch.float32)
     D = u.new_zeros(d, dtype=wide) if D is None else D
     h0 = u.new_zeros(b, d, n, dtype=wide) if h0 is None else h0
-    given = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "h0": h0, "starts": starts}
-    shapes = [(b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, d, n), (b, t)]
+    given = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "h0": h0, "starts": starts, "gate": gate}
+    shapes = [(b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, d, n), (b, t), (b, t, d)]
     for (name, v), shape in zip(given.items(), shapes, strict=True):
         if v is not None and v.shape != shape:
             raise ShapeError(f"{name} is {tuple(v.shape)}; with u {(b, t, d)} expected {shape}")
@@ -368,4 +383,9 @@ def _differentiate(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor 
 _scan_node.register_autograd(_differentiate, setup_context=_save)
 
 
-SELECTIVE_SCAN = Engines("selective_scan", reference=selective_scan_ref, torch=selective_scan)
+SELECTIVE_SCAN = Engines(
+    "selective_scan",
+    reference=selective_scan_ref,
+    torch=selective_scan,
+    native="kizzasi.models.ops.native.selective_scan:selective_scan",
+)
