@@ -6,11 +6,14 @@ from kizzasi.nas.pipelines.pipeline import Pipeline, examined, repaired
 from kizzasi.nas.pipelines.printing import to_pipeline
 from kizzasi.nas.pipelines.reading import is_pipeline, load
 from kizzasi.nas.pipelines.scaling import scaled
+from kizzasi.nas.pipelines.space.space import PipelineSpace, Variant
 from kizzasi.nas.pipelines.writing import to_yaml
 
 __all__ = [
     "Misfit",
     "Pipeline",
+    "PipelineSpace",
+    "Variant",
     "examined",
     "is_pipeline",
     "json_schema",

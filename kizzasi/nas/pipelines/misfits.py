@@ -80,10 +80,8 @@ def changed(document: Any, path: str, value: Any) -> Any:
         place = place[step]
     if value is not DROP:
         place[last] = value
-    elif isinstance(place, list):
-        del place[last]
     else:
-        place.pop(last, None)
+        place.pop(*([last] if isinstance(place, list) else [last, None]))
     return document
 
 

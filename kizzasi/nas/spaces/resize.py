@@ -56,6 +56,15 @@ def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
     return min(near, key=lambda one: one[0])[-1]
 
 
+def at_width(spec: ModelSpec, d_model: int) -> ModelSpec:
+    """The same model at another width: hidden widths and heads follow, as in `narrowed`.
+
+    Raises:
+        SpecError: a part does not fit the width.
+    """
+    return _at_width(spec, d_model, _narrow)[1]
+
+
 Narrow = Callable[[Part, int, int], tuple[float, Any]]
 
 

@@ -1,0 +1,1 @@
+"""The space of pipelines: typed moves from any specs, without a template."""

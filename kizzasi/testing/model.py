@@ -1,0 +1,85 @@
+"""The exam of a whole model, made to be cheap: hundreds of random ones sit it.
+
+Every position is perturbed at once, one row of a batch for each, so that no leak hides between
+those that are tried. Everything in float64 under the one tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kizzasi.models import ModelSpec
+from kizzasi.testing.mixer import (
+    Exam,
+    packed_equals_separate,
+    splits_equal_one_call,
+    steps_equal_one_call,
+)
+from kizzasi.testing.tolerance import TOLERANCE
+
+LENGTH = 20
+SPLITS = ((1,) * 21, (2, 7, 12), (20, 1))
+
+
+def check_model(spec: ModelSpec, *, splits: Sequence[Sequence[int]] = SPLITS[1:2]) -> None:
+    """No later input moves an earlier output, in evaluation and in training; the recurrent form,
+    any split and packed documents equal one parallel call.
+
+    Args:
+        spec: causal, on tokens.
+        splits: lengths of pieces that sum to 21.
+    """
+    exam = Exam(spec, spec)
+    leak = first_leak(spec)
+    assert leak is None, leak
+    steps_equal_one_call(exam, 13)
+    for pieces in splits:
+        splits_equal_one_call(exam, pieces)
+    packed_equals_separate(exam, None)
+
+
+def first_leak(spec: ModelSpec, length: int = LENGTH) -> str | None:
+    """The first position whose change moves an output before it, and how; None if there is none."""
+    exam = Exam(spec, spec)
+    model, tokens = exam.make(), exam.tokens(1, length)
+    for mode, way in ((False, "in evaluation"), (True, "in training")):
+        model.train(mode)
+
+        def run(x: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.random.manual_seed(0)
+                return model(x).logits
+
+        twice = run(tokens.repeat(2, 1))
+        random = mode and not torch.equal(twice[0], twice[1])  # every row alone has equal chance
+        one_by_one = lambda x: torch.cat([run(row[None]) for row in x])  # noqa: E731
+        if (found := moved(one_by_one if random else run, tokens, exam.vocab_size)) is not None:
+            t, before = found
+            return f"a change of input {t} moves the output {before} {way}"
+    return None
+
+
+def moved(
+    run: Callable[[Tensor], Tensor], tokens: Tensor, vocab_size: int
+) -> tuple[int, int] | None:
+    """The first (position changed, earlier output moved) of a function of ids (b, t).
+
+    Args:
+        run: ids (b, t) to outputs (b, t, n), rows by themselves.
+        tokens: (1, t).
+    """
+    t = tokens.shape[1]
+    changed = tokens.repeat(t, 1)
+    index = torch.arange(t)
+    changed[index, index] = (changed[index, index] + 1) % vocab_size
+    whole = run(torch.cat([tokens, changed]))
+    gap = (whole[1:] - whole[:1]).abs().amax(-1)  # row i: input i was changed
+    bound = TOLERANCE[torch.float64]["atol"] + 1e-9 * whole[:1].abs().amax(-1)
+    early = (gap > bound) & (index[None] < index[:, None])
+    if not early.any():
+        return None
+    i, j = early.nonzero()[0].tolist()
+    return i, j
