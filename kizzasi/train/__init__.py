@@ -10,7 +10,7 @@ from kizzasi.train.muon import Muon
 from kizzasi.train.open import open_task
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
-from kizzasi.train.synthetic_task import SyntheticTask
+from kizzasi.train.synthetic import SyntheticTask
 from kizzasi.train.task import Batch, Metric, Scores, Shape, Task
 from kizzasi.train.token_ids import TokenIds
 from kizzasi.train.trainer import Training

@@ -22,7 +22,7 @@ from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
 from kizzasi.train.synthetic import MQAR, Examples, Parity, SelectiveCopying
-from kizzasi.train.synthetic_task import SyntheticTask
+from kizzasi.train.synthetic import SyntheticTask
 from kizzasi.train.trainer import Training
 
 N_HELD_OUT = 256  # examples that are scored

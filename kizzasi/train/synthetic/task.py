@@ -14,7 +14,7 @@ from torch import Tensor
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelOutput, Tokens
 from kizzasi.train.seeds import derive_seed
-from kizzasi.train.synthetic import Examples
+from kizzasi.train.synthetic.examples import Examples
 from kizzasi.train.task import IGNORE, Batch, Forward, Metric, Scores, Shape, Split, scored, spread
 
 RIGHT = Metric("accuracy", lower_is_better=False, of_loss=False)

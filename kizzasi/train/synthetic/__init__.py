@@ -1,0 +1,38 @@
+"""Synthetic tasks that ask a mixer one question each: can it select, recall, look up, keep count?
+
+Every task is a seeded generator of `TaskBatch`; `SyntheticTask` trains and scores on one.
+"""
+
+from kizzasi.train.synthetic.copying import Reverse, SelectiveCopying
+from kizzasi.train.synthetic.examples import Examples, TaskBatch
+from kizzasi.train.synthetic.recall import MQAR, InContextRecall, InductionHeads, Memorization
+from kizzasi.train.synthetic.task import SyntheticTask
+from kizzasi.train.synthetic.tracking import GroupProducts, ModularArithmetic, Parity
+
+TASKS: dict[str, type[Examples]] = {
+    "selective_copying": SelectiveCopying,
+    "reverse": Reverse,
+    "induction_heads": InductionHeads,
+    "mqar": MQAR,
+    "in_context_recall": InContextRecall,
+    "memorization": Memorization,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
+    "group_products": GroupProducts,
+}
+
+__all__ = [
+    "MQAR",
+    "TASKS",
+    "Examples",
+    "GroupProducts",
+    "InContextRecall",
+    "InductionHeads",
+    "Memorization",
+    "ModularArithmetic",
+    "Parity",
+    "Reverse",
+    "SelectiveCopying",
+    "SyntheticTask",
+    "TaskBatch",
+]
