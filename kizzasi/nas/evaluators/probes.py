@@ -21,8 +21,7 @@ from kizzasi.models import ModelSpec, Tokens, build_model
 from kizzasi.train.leak import find_leak
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
-from kizzasi.train.synthetic import MQAR, Examples, Parity, SelectiveCopying
-from kizzasi.train.synthetic import SyntheticTask
+from kizzasi.train.synthetic import MQAR, Examples, Parity, SelectiveCopying, SyntheticTask
 from kizzasi.train.trainer import Training
 
 N_HELD_OUT = 256  # examples that are scored
