@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.mixers import MambaSpec
+from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
 
 library = pytest.importorskip(
@@ -31,8 +32,16 @@ def scan(t, gated=True):
     return given, named, {"softplus": True}
 
 
+def conv(t, k, silu):
+    return (normal(B, t, 19), normal(19, k), normal(19), normal(B, 19, k - 1)), {}, {"silu": silu}
+
+
 # name: table, makes (inputs, inputs by name, options) for t tokens
-KERNELS = {"scan": (SELECTIVE_SCAN, scan)}
+KERNELS = {
+    "scan": (SELECTIVE_SCAN, scan),
+    "conv": (CAUSAL_CONV1D, lambda t: conv(t, 4, True)),
+    "conv-5": (CAUSAL_CONV1D, lambda t: conv(t, 5, False)),
+}
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
@@ -164,7 +173,8 @@ def test_auto_is_native_on_a_cpu_and_a_model_says_so():
     assert SELECTIVE_SCAN.resolve("auto", CPU) == "native"
     spec = ModelSpec(16, (BlockSpec(MambaSpec(d_state=4)),), Tokens(7))
     model = build_model(spec)
-    assert "engine=native" in repr(model)
+    assert "engine=native, params=" in repr(model)
+    assert build_model(spec, engine="native").blocks[0].mixer.engine == "native"
     assert "engine=torch, params=" in repr(build_model(spec, engine="torch"))
 
 

@@ -240,4 +240,9 @@ def _filter(
     return y
 
 
-CAUSAL_CONV1D = Engines("causal_conv1d", reference=causal_conv1d_ref, torch=causal_conv1d)
+CAUSAL_CONV1D = Engines(
+    "causal_conv1d",
+    reference=causal_conv1d_ref,
+    torch=causal_conv1d,
+    native="kizzasi.models.ops.native.conv:causal_conv1d",
+)

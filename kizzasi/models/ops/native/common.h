@@ -24,12 +24,12 @@ typedef REAL real;
 #if BITS == 32
 typedef uint32_t word;
 #define MANTISSA 23
-#define BIAS 127
+#define EXPONENT_BIAS 127
 #define MAGIC 12582912.0f  // 1.5 2^23: added and taken off again, it rounds to whole numbers
 #else
 typedef uint64_t word;
 #define MANTISSA 52
-#define BIAS 1023
+#define EXPONENT_BIAS 1023
 #define MAGIC 6755399441055744.0
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
@@ -99,9 +99,9 @@ INLINE vec power2(vec x) {
   __m512d y = _mm512_max_pd(_mm512_set1_pd(-1e4), (__m512d)x);
   vec r = (vec)_mm512_roundscale_pd(y, 0x08), f = (vec)y - r;
 #else
-  const real least = 1 - BIAS, most = BIAS + 1;
+  const real least = 1 - EXPONENT_BIAS, most = EXPONENT_BIAS + 1;
   bits under = (bits)(x < least), over = (bits)(x >= most);
-  vec y = choose(under, splat(least), choose(over, splat(BIAS), x));
+  vec y = choose(under, splat(least), choose(over, splat(EXPONENT_BIAS), x));
   vec s = y + MAGIC, r = s - MAGIC, f = y - r;
 #endif
 #if BITS == 32
@@ -131,7 +131,7 @@ INLINE vec power2(vec x) {
 #elif defined(__AVX512F__)
   return (vec)_mm512_scalef_pd((__m512d)p, (__m512d)r);
 #else
-  vec scale = (vec)(((bits)s + (word)BIAS) << MANTISSA);
+  vec scale = (vec)(((bits)s + (word)EXPONENT_BIAS) << MANTISSA);
   return choose(under, splat(0), choose(over, splat(INFINITY), p * scale));
 #endif
 }
