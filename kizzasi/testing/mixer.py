@@ -117,51 +117,24 @@ def check_mixer(spec: MixerSpec | ChannelSpec, *, d_model: int = 16, device: str
     questions += [float64_stays_float64]
     questions += [is_causal, state_is_a_value] if spec.causal else [reads_later_tokens]
     for question in questions:
-        _ask(question, exam)
+        ask(question, exam)
     for length in (1, 2, 7, 33) if spec.causal else ():
-        _ask(steps_equal_one_call, exam, length)
+        ask(steps_equal_one_call, exam, length)
     for length in (1, 2, 7, 33, 64, 65):
-        _ask(engines_agree, exam, length)
+        ask(engines_agree, exam, length)
     for splits in ((8, 8, 5), (1, 20), (20, 1)) if spec.causal else ():
-        _ask(splits_equal_one_call, exam, splits)
+        ask(splits_equal_one_call, exam, splits)
     for cut in (None, 6, 9) if spec.causal else (None,):
-        _ask(packed_equals_separate, exam, cut)
+        ask(packed_equals_separate, exam, cut)
     for splits in ((12,), (4, 4, 4)) if spec.causal else ((12,),):
-        _ask(padded_equals_unpadded, exam, splits)
+        ask(padded_equals_unpadded, exam, splits)
     for batch, length in ((1, 1), (2, 7), (3, 64)):
-        _ask(cost_is_measured, exam, batch, length)
+        ask(cost_is_measured, exam, batch, length)
     with tempfile.TemporaryDirectory() as folder:
-        _ask(comes_back_from_files, exam, Path(folder))
+        ask(comes_back_from_files, exam, Path(folder))
 
 
-def check_layer(spec: MixerSpec | ChannelSpec, *, d_model: int = 16) -> None:
-    """Ask `spec.layer(d_model)` what it does in anyone's network: a stream equals the whole,
-    padding may be NaN, documents are apart, seeds decide. Raises AssertionError."""
-    layer = spec.layer(d_model, seed=1, dtype=torch.float64)
-    twin = spec.layer(d_model, seed=1, dtype=torch.float64)
-    pairs = zip(layer.parameters(), twin.parameters(), strict=True)
-    assert all(torch.equal(p, q) for p, q in pairs), "layer: one seed, two initialisations"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 9, d_model, generator=generator, dtype=torch.float64)
-    y = layer(x)
-    assert_close(layer.stateful(x).y, y, msg="layer: stateful")
-    padded = torch.cat([torch.full_like(x[:, :3], torch.nan), x], 1)
-    mask = (torch.arange(12) >= 3).expand(2, -1)
-    assert_close(layer.stateful(padded, mask=mask).y[:, 3:], y, msg="layer: padding")
-    ids = torch.tensor([[4] * 5 + [6] * 4] * 2)
-    apart = torch.cat([layer(x[:, :5]), layer(x[:, 5:])], 1)
-    assert_close(layer.stateful(x, segment_ids=ids).y, apart, msg="layer: documents")
-    if not spec.causal:
-        return
-    out = layer.stateful(x[:, :4])
-    rows, state = [out.y], out.state
-    for t in range(4, 9):
-        out = layer.stateful(x[:, t], state)
-        rows, state = [*rows, out.y[:, None]], out.state
-    assert_close(torch.cat(rows, 1), y, msg="layer: a stream")
-
-
-def _ask(question: Callable[..., None], exam: Exam, *about: object) -> None:
+def ask(question: Callable[..., None], exam: Exam, *about: object) -> None:
     what = f"{question.__name__}{about or ''}"
     try:
         question(exam, *about)

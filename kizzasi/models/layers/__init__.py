@@ -2,6 +2,7 @@
 
 from kizzasi.models.layers.block import BlockSpec
 from kizzasi.models.layers.layer import LayerSpec
+from kizzasi.models.layers.loop import LoopSpec
 from kizzasi.models.layers.shared import SharedSpec
 
-__all__ = ["BlockSpec", "LayerSpec", "SharedSpec"]
+__all__ = ["BlockSpec", "LayerSpec", "LoopSpec", "SharedSpec"]

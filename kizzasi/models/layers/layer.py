@@ -35,7 +35,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
-from kizzasi.models.strict import Registered, join, require
+from kizzasi.models.strict import Registered, field_types, join, require
 
 Part = MixerSpec | ChannelSpec
 Self = TypeVar("Self", bound="LayerSpec")
@@ -91,11 +91,11 @@ class LayerSpec(Registered):
 
     def inside(self) -> Iterator[tuple[str, tuple[LayerSpec, ...] | Part]]:
         """The fields that are stacks, mixers or channels, by name, in their order."""
-        for field in fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
-            stack = isinstance(value, tuple) and any(isinstance(v, LayerSpec) for v in value)
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            stack = isinstance(value, tuple) and get_args(hint)[:1] == (LayerSpec,)
             if stack or isinstance(value, (MixerSpec, ChannelSpec)):
-                yield field.name, value
+                yield name, value
 
     def parts(self, path: str = "") -> Iterator[tuple[str, Part]]:
         """Every mixer and channel at any depth with its path, for example "body[1].mixer"."""

@@ -1,0 +1,201 @@
+"""A stack that runs several times on shared weights: recurrent depth.
+
+    e      the stream that enters, the output of the layers before (the prelude)
+    s_i    the stream after i iterates
+    r      how many iterates
+
+    s_0     = noise, or e for the adapter "identity"
+    s_{i+1} = body(adapter(s_i, e)),    i = 0 ... r - 1
+    y       = norm(s_r)
+
+    identity       s                 Dehghani et al. 2018, arXiv:1807.03819 (Universal Transformer)
+    residual       s + e
+    concat_linear  W [s, e]          Geiping et al. 2025, arXiv:2502.05171 (Huginn)
+
+The layers after it are the coda. Every iterate of every layer has a state of its own, so that the
+parallel form equals the recurrent one. Parameters exist once; work is done r times.
+
+Differs: noise is a function of seed, position and channel, where Huginn draws it anew.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kizzasi.errors import SpecError
+from kizzasi.models import init
+from kizzasi.models.call import Call
+from kizzasi.models.cost import Cost, linear, norm
+from kizzasi.models.layers.layer import LayerModule, LayerSpec, cost_of, depth_of, window_of
+from kizzasi.models.layers.stack import Stack
+from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
+from kizzasi.models.norm import Norm, NormKind
+from kizzasi.models.ops.noise import noise_of
+from kizzasi.models.strict import join, register, require
+
+
+@register
+@dataclass(frozen=True)
+class LoopSpec(LayerSpec):
+    """A body that runs n_loops times on the same weights.
+
+    Args:
+        body: the layers of one iterate.
+        n_loops: iterates; in training their mean, if they are drawn.
+        schedule: of training: "fixed", or "poisson_lognormal": 1 + Poisson(u) iterates, u lognormal
+            of mean n_loops, drawn anew for every call from torch's generator.
+        sigma: of log u.
+        max_loops: bound of what is drawn; None means none.
+        adapter: what an iterate reads of s and e; see above.
+        noise_std: of s_0 (added to e for the adapter "identity"), cut at three deviations.
+        seed: of the noise.
+        n_backprop: in training only the last so many iterates have gradients; None means all.
+        norm: kind of the norm after the last iterate; None means none.
+    """
+
+    kind: ClassVar[str] = "loop"
+    body: tuple[LayerSpec, ...]
+    n_loops: int
+    adapter: Literal["identity", "residual", "concat_linear"] = "identity"
+    schedule: Literal["fixed", "poisson_lognormal"] = "fixed"
+    sigma: float = 0.5
+    max_loops: int | None = None
+    noise_std: float = 0.0
+    seed: int = 0
+    n_backprop: int | None = None
+    norm: NormKind | None = None
+
+    def check(self, d_model: int, path: str) -> None:
+        super().check(d_model, path)
+        self.require_positive(path, "n_loops")
+        for name in ("max_loops", "n_backprop"):
+            if getattr(self, name) is not None:
+                self.require_positive(path, name)
+        for name in ("sigma", "noise_std"):
+            value = getattr(self, name)
+            require(value >= 0, join(path, name), f"{value} is negative; give 0 or more")
+        drawn = self.schedule != "fixed"
+        rule = "the number of iterates is fixed; give n_loops alone, or another schedule"
+        require(drawn or self.max_loops is None, join(path, "max_loops"), rule)
+        through = self.adapter != "identity" or self.n_backprop is None
+        rule = "the layers before would have no gradient; give an adapter that reads them again"
+        require(through, join(path, "n_backprop"), rule)
+
+    def build(self, context: LayerContext, eps: float, dropout: float) -> Loop:
+        return Loop(self, context, eps, dropout)
+
+    def cost(self, context: LayerContext, seq_len: int, batch: int) -> Cost:
+        d, n = context.d_model, self.n_loops
+        once = cost_of(self.body, context, seq_len, batch)
+        if self.adapter == "concat_linear":
+            once += linear(seq_len * batch, 2 * d, d)
+        places = 8 * batch if self.noise_std else 0
+        total = once._replace(flops=n * once.flops, state_bytes=n * once.state_bytes + places)
+        return total if self.norm is None else total + norm(self.norm, d)
+
+    @property
+    def depth(self) -> int:
+        return self.n_loops * depth_of(self.body)
+
+    @property
+    def context_window(self) -> float:
+        return window_of(self.body, self.n_loops)
+
+
+class LoopState(NamedTuple):
+    """iterates: for each a state per layer of the body. position: (b,) int64, place of the next
+    token in its document, where noise asks for it; else ()."""
+
+    iterates: tuple[tuple[Any, ...], ...]
+    position: Tensor | tuple[()]
+
+
+class Loop(LayerModule):
+    """See `LoopSpec`.
+
+    In training with drawn iterates, one that a state has not seen goes on from the last that it
+    has; what a call leaves out keeps the state of the last that ran.
+    """
+
+    def __init__(self, spec: LoopSpec, context: LayerContext, eps: float, dropout: float) -> None:
+        super().__init__()
+        d = context.d_model
+        self.spec = spec
+        self.body = Stack.of(spec.body, context, eps, dropout)
+        linear = spec.adapter == "concat_linear"
+        self.adapter = nn.Linear(2 * d, d, bias=False) if linear else None
+        self.norm = None if spec.norm is None else Norm(spec.norm, d, eps)
+
+    def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
+        self.body.reset_parameters(n_layers, generator)
+        if self.adapter is not None:
+            init.linear_(self.adapter, generator)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def parallel(self, x: Tensor, state: LoopState | None, call: Call) -> MixerOut:
+        s, position = self._start(x, state, call)
+        r, before = self._n_loops(), None if state is None else state.iterates
+        blind = 0 if self.spec.n_backprop is None or not self.training else r - self.spec.n_backprop
+        iterates: list[tuple[Any, ...]] = []
+        out = MixerOut(s, ())
+        for i in range(r):
+            memory = None if before is None else before[min(i, len(before) - 1)]
+            with torch.no_grad() if i < blind else nullcontext():
+                ran = self.body(self._adapt(out.y, x), memory, call)
+            aux = add_losses(out.aux, {name: loss / r for name, loss in ran.aux.items()})
+            out = MixerOut(ran.x, (), aux, ran.shared)
+            iterates.append(ran.state)
+        iterates += [iterates[-1]] * (self.spec.n_loops - r)
+        after = LoopState(tuple(iterates[: self.spec.n_loops]), position)
+        y = out.y if self.norm is None else self.norm(out.y)
+        return out._replace(y=y, state=after)
+
+    def init_state(
+        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> LoopState:
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        one = tuple(self.body.init_state(batch, device, dtype) for _ in range(self.spec.n_loops))
+        return LoopState(one, zeros if self.spec.noise_std else ())
+
+    def _start(
+        self, x: Tensor, state: LoopState | None, call: Call
+    ) -> tuple[Tensor, Tensor | tuple[()]]:
+        """s_0, and the position of the next token."""
+        s = x if self.spec.adapter == "identity" else torch.zeros_like(x)
+        if not self.spec.noise_std:
+            return s, ()
+        start = x.new_zeros(len(x), dtype=torch.int64)
+        if state is not None:
+            assert isinstance(state.position, Tensor), "of a loop with noise"
+            start = state.position
+        position = call.places(start)[1]
+        noise = self.spec.noise_std * noise_of(self.spec.seed, position, x.shape[-1]).to(x)
+        if call.real is not None:
+            position = position.masked_fill(~call.real, -1)
+        return s + (noise[:, 0] if call.step else noise), position[:, -1] + 1
+
+    def _n_loops(self) -> int:
+        spec = self.spec
+        if spec.schedule == "fixed" or not self.training:
+            return spec.n_loops
+        if torch.compiler.is_compiling():
+            raise SpecError(
+                "loop: a graph cannot hold a number of iterates that is drawn for every call; "
+                "compile what is inside the loop, or train with schedule 'fixed'"
+            )
+        log_mean = math.log(spec.n_loops) - spec.sigma**2 / 2
+        u = torch.empty(1).log_normal_(log_mean, spec.sigma) if spec.sigma else spec.n_loops
+        r = 1 + int(torch.poisson(torch.as_tensor(u, dtype=torch.float32).reshape(1)))
+        return r if spec.max_loops is None else min(r, spec.max_loops)
+
+    def _adapt(self, s: Tensor, e: Tensor) -> Tensor:
+        if self.adapter is not None:
+            return self.adapter(torch.cat([s, e], -1))
+        return s if self.spec.adapter == "identity" else s + e

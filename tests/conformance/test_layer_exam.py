@@ -1,0 +1,56 @@
+"""The exam that every registered layer sits, found through the registry."""
+
+import pytest
+
+from kizzasi.models import LayerSpec, list_layers
+from kizzasi.testing import check_layer
+
+D = 8
+MAMBA = {"mixer": {"kind": "mamba", "d_state": 2}}
+HEADS = {"mixer": {"kind": "attention", "n_heads": 2}, "channel": {"kind": "mlp", "hidden": 8}}
+NEAR = {"mixer": {"kind": "attention", "n_heads": 2, "window": 3}}
+CONV = {"mixer": {"kind": "short_conv"}}
+RWKV7 = {"mixer": {"kind": "rwkv7", "head_dim": 4}, "norm": "layer"}
+
+# kind -> name -> the layers of a stack that belong together
+VARIANTS: dict[str, dict[str, list[dict]]] = {
+    "block": {"post": [{**HEADS, "norm_at": "post"}]},
+    "loop": {
+        "identity": [{"kind": "loop", "body": [MAMBA, NEAR], "n_loops": 2}],
+        "huginn": [
+            {
+                "kind": "loop",
+                "body": [HEADS],
+                "n_loops": 3,
+                "adapter": "concat_linear",
+                "noise_std": 0.5,
+                "norm": "rms",
+            }
+        ],
+        "nested": [
+            RWKV7,
+            {
+                "kind": "loop",
+                "body": [RWKV7, {"kind": "loop", "body": [CONV], "n_loops": 2}],
+                "n_loops": 2,
+                "adapter": "residual",
+            },
+        ],
+    },
+    "shared": {"twice": [HEADS, MAMBA, {"kind": "shared", "layer": 0}]},
+}
+STACKS = {
+    f"{kind}-{name}": tuple(LayerSpec.from_dict(layer) for layer in layers)
+    for kind, stacks in VARIANTS.items()
+    for name, layers in stacks.items()
+}
+every_stack = pytest.mark.parametrize("name", STACKS)
+
+
+def test_every_registered_kind_is_examined():
+    assert set(VARIANTS) == set(list_layers())
+
+
+@every_stack
+def test_layers_pass(name):
+    check_layer(*STACKS[name], d_model=D)
