@@ -2,7 +2,7 @@
 
     s         slots of the cache
     slot      one remembered key and value with its position; position -1 marks a dead slot
-    window    how many positions a query sees, its own included
+    stencil   which positions a query sees, and so which of them are remembered
 
 Positions restart at 0 in every document of every row, so padding and packing leave no trace.
 """
@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
-from kizzasi.models.ops.attention import visibility
+from kizzasi.models.ops.stencil import Cut, Places, Plan, Stencil, cut_up
+
+ALL = Stencil()
 
 
 class AttentionState(NamedTuple):
     """The cache.
 
-    k, v      (b, n_kv_heads, s, width), keys after norm and rotation. Without a window one slot per
-              token; with one, a ring of `window` slots, position p in p % window.
+    k, v      (b, n_kv_heads, s, width), keys after norm and rotation. One slot per token, or a ring
+              of so many slots as a stencil remembers, position p in `Stencil.slot(p)`.
     position  (b, s) int64, place in the open document; -1: dead, of another document or empty.
               (b, 0) where slot i holds position i of every row, so that no slot is dead: the shape
               alone says that nothing need be masked.
@@ -50,21 +52,26 @@ class AttentionState(NamedTuple):
         slots = torch.arange(self.k.shape[2], device=self.k.device)
         return slots.expand(self.k.shape[0], -1)
 
+    def places(self) -> Places:
+        """Where the slots are; dead ones in document -1."""
+        position = self.positions()
+        return Places(position.clamp(-1, 0), position)
+
     def next_position(self) -> Tensor:
         """(b,) int64, position of the next token; (1,) for all rows if the slots are in order."""
         if self.in_order:
             return self.position.new_full((1,), self.k.shape[2])
         return self.position.amax(1) + 1
 
-    def add(self, k: Tensor, v: Tensor, now: Tensor, window: int | None = None) -> AttentionState:
+    def add(self, k: Tensor, v: Tensor, now: Tensor, stencil: Stencil = ALL) -> AttentionState:
         """The cache with one more token, k and v (b, n_kv_heads, 1, width), at `now` (b, 1)."""
         position = self.position
-        if window is None:
+        if stencil.slots is None:
             k, v = append(self.k, k), append(self.v, v)
             if not self.in_order:
                 position = torch.cat([position, now], dim=1)
         else:
-            slot = now % window
+            slot = stencil.slot(now)
             position = position.scatter(1, slot, now)
             index = slot[:, None, :, None]
             k = self.k.to(k.dtype).scatter(2, index.expand_as(k), k)
@@ -107,6 +114,20 @@ def empty_cache(
     return AttentionState(k, v, position)
 
 
+class Ring(NamedTuple):
+    """What a ring keeps of s + t slots, position p in slot(p): (b, slots) where it stands among
+    them, which slots are dead, and the positions."""
+
+    source: Tensor
+    dead: Tensor
+    position: Tensor
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Of (b, n_kv_heads, s + t, width). Dead slots are zero."""
+        there = self.source[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
+        return slots.gather(2, there).masked_fill(self.dead[:, None, :, None], 0.0)
+
+
 class Layout(NamedTuple):
     """Where the t tokens of a call stand, and the s slots of the cache before them.
 
@@ -114,6 +135,7 @@ class Layout(NamedTuple):
     key_document, key_position  (b, s + t) of all that they may see.
     last                        (b,) position of the last token, -1 if it is padding.
     counted                     names how the positions were counted.
+    ring                        what is kept, if not everything.
     alike                       no slot is dead and no row differs from another: the first four have
                                 one row for all.
     """
@@ -125,20 +147,28 @@ class Layout(NamedTuple):
     last: Tensor
     alike: bool
     counted: str
+    ring: Ring | None = None
 
-    def visible(self, window: int | None = None, causal: bool = True) -> Tensor | None:
+    @property
+    def query(self) -> Places:
+        return Places(self.document, self.position)
+
+    @property
+    def key(self) -> Places:
+        return Places(self.key_document, self.key_position)
+
+    def visible(self, stencil: Stencil = ALL) -> Tensor | None:
         """(b or 1, 1, t, s + t) bool; None where `attention` knows it from `causal` alone."""
         t, s = self.position.shape[1], self.key_position.shape[1]
-        if self.alike and s == t and (window is None or t <= window):
+        if self.alike and s == t and stencil.covers(t):
             return None
-        return visibility(
-            self.document, self.position, self.key_document, self.key_position, window, causal
-        )
+        return stencil.visible(self.query, self.key)
 
-    def cache(self, k: Tensor, v: Tensor, window: int | None = None) -> AttentionState:
+    def cache(self, k: Tensor, v: Tensor, stencil: Stencil = ALL) -> AttentionState:
         """What is kept of all slots and tokens, k and v (b, n_kv_heads, s + t, width)."""
-        if window is not None:
-            return _ring(k, v, self.last, self.position.shape[1], window)
+        if stencil.slots is not None:
+            assert self.ring is not None, "laid out for this stencil"
+            return AttentionState(self.ring.take(k), self.ring.take(v), self.ring.position)
         if self.alike:
             return AttentionState(k, v, self.last.new_empty(len(self.last), 0))
         alive = (self.key_document == self.document[:, -1:]) & (self.last >= 0)[:, None]
@@ -147,36 +177,67 @@ class Layout(NamedTuple):
         return AttentionState(k, v, torch.where(alive, self.key_position, -1))
 
 
-def layout(call: Call, state: AttentionState, window: int | None = None) -> Layout:
+def layout(call: Call, state: AttentionState, stencil: Stencil = ALL) -> Layout:
     """Lay out a call after a cache; the layers of one call that remember alike share the result.
 
     Padding is a document of its own: it sees itself, so that nothing is ever divided by zero.
     """
-    key = _key("layout", state, window)
-    return call.once(key, lambda: _lay_out(call, state, key))
+    key = _key("layout", state, stencil)
+    return call.once(key, lambda: _lay_out(call, state, stencil, key))
 
 
-def now(call: Call, state: AttentionState, window: int | None = None) -> tuple[Tensor, str]:
+def now(call: Call, state: AttentionState, stencil: Stencil = ALL) -> tuple[Tensor, str]:
     """(b or 1, 1) position of a step's token, and the name by which it was counted."""
-    key = _key("now", state, window)
+    key = _key("now", state, stencil)
     return call.once(key, lambda: state.next_position()[:, None]), key
 
 
-def visible(
-    call: Call, state: AttentionState, window: int | None = None, causal: bool = True
-) -> Tensor | None:
+def visible(call: Call, state: AttentionState, stencil: Stencil = ALL) -> Tensor | None:
     """`Layout.visible`, made once for all layers of a call that see alike."""
-    sight = layout(call, state, window)
-    key = _key(f"visible {causal}", state, window)
-    return call.once(key, lambda: sight.visible(window, causal))
+    sight = layout(call, state, stencil)
+    key = _key(f"visible {stencil.causal}", state, stencil)
+    return call.once(key, lambda: sight.visible(stencil))
 
 
-def _key(name: str, state: AttentionState, window: int | None) -> str:
+def seen_now(
+    call: Call, after: AttentionState, query: Places, stencil: Stencil = ALL
+) -> Tensor | None:
+    """(b, 1, 1, s) which slots of a cache its last token, at `query`, sees; None means all.
+
+    A ring of a plain window holds nothing else."""
+    if stencil.dilation == 1 and stencil.block is None:
+        return after.alive
+    key = _key("seen now", after, stencil)
+    return call.once(key, lambda: stencil.visible(query, after.places()))
+
+
+def in_time(call: Call, state: AttentionState, stencil: Stencil) -> tuple[Tensor, Places]:
+    """(b, s) the slots of a ring as `stencil_attention` wants them, and all keys so ordered."""
+
+    def make() -> tuple[Tensor, Places]:
+        sight, g = layout(call, state, stencil), stencil.n_global
+        late = state.position[:, g:].argsort(dim=1, stable=True) + g
+        order = torch.cat([torch.arange(g, device=late.device).expand(len(late), -1), late], 1)
+        n = order.shape[1]
+        ordered = (torch.cat([x[:, :n].gather(1, order), x[:, n:]], 1) for x in sight.key)
+        return order, Places(*ordered)
+
+    return call.once(_key("in time", state, stencil), make)
+
+
+def cut(call: Call, state: AttentionState, stencil: Stencil, plan: Plan, key: Places) -> Cut:
+    """`cut_up`, made once for all layers of a call that see alike."""
+    query = layout(call, state, stencil).query
+    made = _key("cut", state, stencil)
+    return call.once(made, lambda: cut_up(query, key, stencil, plan))
+
+
+def _key(name: str, state: AttentionState, stencil: Stencil) -> str:
     """What tells apart the caches of one model's layers, which have all seen the same tokens."""
-    return f"{name} after {state.k.shape[2]}, in order {state.in_order}, window {window}"
+    return f"{name} after {state.k.shape[2]}, in order {state.in_order}, {stencil}"
 
 
-def _lay_out(call: Call, state: AttentionState, counted: str) -> Layout:
+def _lay_out(call: Call, state: AttentionState, stencil: Stencil, counted: str) -> Layout:
     rows, alike = len(state.position), call.segments is None and state.in_order
     document, position = call.places(state.next_position())
     before = state.positions()[: len(position)]
@@ -185,7 +246,10 @@ def _lay_out(call: Call, state: AttentionState, counted: str) -> Layout:
     last = position[:, -1].expand(rows)
     if call.real is not None:
         last = torch.where(call.real[:, -1], last, -1)
-    return Layout(document, position, key_document, key_position, last, alike, counted)
+    s, t, ring = key_position.shape[1], position.shape[1], None
+    if stencil.slots is not None:
+        ring = _keep(last, s, t, stencil)
+    return Layout(document, position, key_document, key_position, last, alike, counted, ring)
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:
@@ -193,22 +257,23 @@ def append(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat([old.to(new.dtype), new], dim=2) if old.shape[2] else new
 
 
-def _ring(k: Tensor, v: Tensor, last: Tensor, t: int, window: int) -> AttentionState:
-    """The last `window` tokens of the open document, position p in slot p % window.
+def _keep(last: Tensor, s: int, t: int, stencil: Stencil) -> Ring:
+    """Which of s slots, the earlier ring's and then t new ones, stay in a ring.
 
     Args:
-        k, v: (b, n_kv_heads, s, width), the earlier ring if there is one, then t new slots.
         last: (b,) int64, last position of the open document; -1 if none is open.
     """
-    s = k.shape[2]
-    slot = torch.arange(window, device=k.device)
-    age = (last[:, None] - slot) % window
-    position = (last[:, None] - age).clamp(min=-1)
-    source = torch.where(age < t, s - 1 - age, slot).clamp(max=s - 1)  # new, or where it was
-    index, dead = source[:, None, :, None], (position < 0)[:, None, :, None]
-
-    def take(slots: Tensor) -> Tensor:
-        there = index.expand(-1, slots.shape[1], -1, slots.shape[3])
-        return slots.gather(2, there).masked_fill(dead, 0.0)
-
-    return AttentionState(take(k), take(v), position)
+    n_global, span = stencil.n_global, stencil.span
+    assert span is not None, "a ring"
+    slot = torch.arange(n_global + span, device=last.device)
+    age, lowest = (last[:, None] - slot) % span, 0
+    if n_global:
+        first = slot < n_global
+        age = torch.where(first, last[:, None] - slot, age)
+        lowest = (~first).long() * n_global
+    position = last[:, None] - age
+    dead = position < lowest
+    if n_global:
+        dead = dead | (age < 0)
+    source = torch.where(age < t, s - 1 - age, slot).clamp(0, s - 1)  # new, or where it was
+    return Ring(source, dead, position.masked_fill(dead, -1))

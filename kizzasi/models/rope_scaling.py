@@ -15,6 +15,7 @@ from kizzasi.models.ops.rope import (
     ntk_theta,
     rope_frequencies,
     rope_tables,
+    xpos_scales,
     yarn_attention_factor,
     yarn_frequencies,
 )
@@ -144,3 +145,15 @@ class Rotary:
 
         cos, sin = call.once(f"{self.name}, {dtype}, {counted}", make)
         return cos, sin
+
+    def fading_tables(
+        self, call: Call, counted: str, position: Tensor, dtype: torch.dtype, base: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`tables` of queries, then those of keys, for xPos with this base."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            cos, sin = self.tables(call, counted, position, dtype)
+            scale = xpos_scales(position, self.n_rotated, base, dtype)
+            return cos * scale, sin * scale, cos / scale, sin / scale
+
+        return call.once(f"{self.name}, fading by {base}, {dtype}, {counted}", make)

@@ -36,9 +36,14 @@ SPECS = {
     "full-norm-clip": AttentionSpec(4, 2, qk_norm="full", qk_norm_kind="layer", clip_qkv=0.5),
     "sinks": AttentionSpec(4, 2, sinks=True, qk_norm="head", qk_norm_kind="layer_unbiased"),
     "sinks-window": AttentionSpec(2, sinks=True, window=5, position="alibi"),
+    "dilated-global": AttentionSpec(2, window=4, dilation=2, n_global=3, position="xpos"),
+    "dilated": AttentionSpec(2, dilation=3, position="alibi"),
+    "blocks": AttentionSpec(4, 2, block=4, n_blocks=2, position="relative", sinks=True),
+    "block-global": AttentionSpec(2, block=5, n_global=2, qkv_rank=5, qkv_shared=True),
     "gate": AttentionSpec(4, 2, head_dim=6, gate=True, qk_norm=True, qk_norm_kind="rms_plus_one"),
 }
 ENCODERS = {
+    "encoder-relative": AttentionSpec(2, position="relative", causal=False, n_buckets=8),
     "encoder": AttentionSpec(4, 2, causal=False),
     "encoder-window": AttentionSpec(2, window=5, causal=False, position="none", softcap=2.0),
     "encoder-alibi": AttentionSpec(2, position="alibi", causal=False),
@@ -291,7 +296,7 @@ def test_cache_and_ring_layout():
 def test_a_cache_in_order_and_its_written_out_form_are_one(spec):
     mixer, prefix, more = build(spec), signal(2, 9), signal(2, 4, 1)
     short = mixer(prefix).state
-    assert short.in_order == (spec.window is None)
+    assert short.in_order == (spec.stencil.slots is None)
     written = short._replace(position=short.positions())
     assert_close(fold(mixer, more, short)[0], fold(mixer, more, written)[0])
     assert_close(mixer(more, short).y, mixer(more, written).y)
@@ -393,6 +398,21 @@ def test_unequal_widths_of_heads_and_model():
         (AttentionSpec(4, window=0), r"m.window: 0 is not positive; give at least 1"),
         (AttentionSpec(4, softcap=-1.0), r"m.softcap: -1.0 is not positive"),
         (AttentionSpec(4, clip_qkv=0.0), r"m.clip_qkv: 0.0 is not positive"),
+        (AttentionSpec(2, window=4, dilation=0), r"m.dilation: 0 is not positive"),
+        (AttentionSpec(2, block=0), r"m.block: 0 is not positive"),
+        (AttentionSpec(2, block=4, window=4), r"m.block: blocks take neither a window"),
+        (AttentionSpec(2, n_blocks=2), r"m.n_blocks: 2 blocks of no size; give block too"),
+        (AttentionSpec(2, n_global=2), r"m.n_global: .*give window or block too, or 0"),
+        (AttentionSpec(2, window=2, n_global=-1), r"m.n_global: -1 is negative"),
+        (AttentionSpec(2, causal=False, block=4), r"m.block: an encoder knows windows alone"),
+        (AttentionSpec(2, causal=False, position="xpos"), r"m.position: .*use rope"),
+        (AttentionSpec(2, position="xpos", xpos_base=0.0), r"m.xpos_base: 0.0 is not positive"),
+        (AttentionSpec(2, position="xpos", rope_dims=3), r"m.rope_dims: 3 of 8"),
+        (AttentionSpec(2, position="relative", rope_dims=4), r"m.position: 'relative' takes no"),
+        (AttentionSpec(2, n_buckets=7), r"m.n_buckets: 7 buckets are too few; give an even"),
+        (AttentionSpec(2, max_distance=16), r"m.max_distance: 16 is not above the 16 dist"),
+        (AttentionSpec(2, qkv_rank=0), r"m.qkv_rank: 0 is not positive"),
+        (AttentionSpec(2, qkv_shared=True), r"m.qkv_shared: .*give qkv_rank too"),
         (AttentionSpec(2, qk_norm="head"), r"m.qk_norm: .*give one of \('layer', 'layer_unb"),
         (
             AttentionSpec(2, rope_scaling=RopeScaling("ntk", 2.0, truncate=False)),
@@ -470,7 +490,7 @@ def test_an_encoder_sees_both_ways(spec, length):
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)
     mixer = build(spec)
-    if spec.position != "rope":
+    if spec.position not in ("rope", "relative"):
         assert_close(mixer(x.flip(1)).y, mixer(x).y.flip(1))
     if length > 2:
         other = torch.cat([x[:, :1], x[:, 1:2] + 1, x[:, 2:]], 1)

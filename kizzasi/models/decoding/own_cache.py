@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.kv_cache import AttentionState
+from kizzasi.models.kv_cache import ALL, AttentionState
+from kizzasi.models.ops.stencil import Stencil
 from kizzasi.models.state import map_state
 
 SPARE = 64  # slots at least that a full store grows by
@@ -28,9 +29,9 @@ class OwnCache(AttentionState):
 
     store: AttentionState | None = None
 
-    def add(self, k: Tensor, v: Tensor, now: Tensor, window: int | None = None) -> AttentionState:
+    def add(self, k: Tensor, v: Tensor, now: Tensor, stencil: Stencil = ALL) -> AttentionState:
         slots, store = self.k.shape[2], self.store
-        if window is None:
+        if stencil.slots is None:
             if store is None or store.k.shape[2] == slots or store.k.dtype != k.dtype:
                 store = self._grown(k.dtype)
             store.k[:, :, slots] = k[:, :, 0]
@@ -44,7 +45,7 @@ class OwnCache(AttentionState):
             if store is None or store.k.dtype != k.dtype:
                 own_k, own_v = (part.to(k.dtype, copy=True) for part in (self.k, self.v))
                 store = AttentionState(own_k, own_v, self.position.clone())
-            slot = now % window
+            slot = stencil.slot(now)
             index = slot[:, None, :, None]
             store.position.scatter_(1, slot, now)
             store.k.scatter_(2, index.expand_as(k), k)

@@ -15,24 +15,45 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError
 from kizzasi.models import init
+from kizzasi.models.attention.fields import (
+    ROTATED,
+    Position,
+    check_positions,
+    check_stencil,
+    stencil_of,
+)
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout, now, visible
+from kizzasi.models.kv_cache import (
+    AttentionState,
+    append,
+    cut,
+    empty_cache,
+    in_time,
+    layout,
+    now,
+    seen_now,
+    visible,
+)
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, Norm, NormKind
-from kizzasi.models.ops.attention import ATTENTION, alibi_slopes
+from kizzasi.models.ops.attention import ATTENTION
+from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
+from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Plan, Stencil, distance
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.strict import added, join, register, require
 
+BIASED = ("alibi", "relative")  # positions that add to scores
 NO_STATE = (
     "this attention is not causal: a token sees later ones, so there is nothing to continue; "
     "call forward on whole sequences, or set causal to true"
@@ -49,10 +70,20 @@ class AttentionSpec(MixerSpec):
         n_kv_heads: key and value heads, a divisor of n_heads; None means n_heads (1 is MQA).
         head_dim: width of a head; None means d_model / n_heads.
         window: positions that a query sees, its own included; None means all.
-        position: "rope" (Su et al. 2021), "alibi" (Press et al. 2021) or "none".
+        dilation: of a window: every so many positions back one is seen.
+        block: positions of a block; a query sees its own block up to itself. None: no blocks.
+        n_blocks: blocks that a query sees, its own included.
+        n_global: the first positions of a document, which all later ones see besides their window
+            or blocks.
+        position: "rope" (Su et al. 2021), "xpos" (rope that fades with the distance; Sun et al.
+            2022), "alibi" (Press et al. 2021), "relative" (T5's learned bias) or "none".
         rope_theta: base of the rotary frequencies.
         rope_dims: entries of a head that are rotated; None means all.
         rope_scaling: extension of the context beyond that of training.
+        xpos_base: positions in which xPos fades by its rate, 3.5 for the fastest pair. Queries grow
+            and keys shrink by it: a document of more than 70 bases leaves float32's range.
+        n_buckets, max_distance: of "relative": rows of its table, and the distance from which on
+            all share the last.
         qk_norm: normalise queries and keys before the rotation: True, every head by itself;
             "head", the same with a scale of its own for every head (Cohere's Command R+); "full",
             all heads of a token together.
@@ -62,6 +93,11 @@ class AttentionSpec(MixerSpec):
         softcap: bound on the scores, c tanh(z / c).
         gate: multiply the output of every head with a sigmoid of the layer's input. q_proj is twice
             as wide: for every head its queries, then its gates.
+        value_glu: multiply the values with a sigmoid of the layer's input, W_u x.
+        qkv_rank: width of a bottleneck before q_proj, k_proj and v_proj; None: none. Linformer's
+            projection (arXiv:2006.04768) goes over time, which no causal model can have; this one
+            goes over features.
+        qkv_shared: one bottleneck for all three.
         qkv_bias, out_bias: biases of q_proj, k_proj, v_proj, and of o_proj.
         scale: factor of the scores q . k; None means head_dim^-0.5.
         sinks: a learned score for each head beside those of its keys, which every query sees and
@@ -75,7 +111,7 @@ class AttentionSpec(MixerSpec):
     n_kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
-    position: Literal["rope", "alibi", "none"] = "rope"
+    position: Position = "rope"
     rope_theta: float = 10000.0
     rope_dims: int | None = None
     rope_scaling: RopeScaling | None = None
@@ -90,10 +126,28 @@ class AttentionSpec(MixerSpec):
     causal: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
     scale: float | None = added(None)
     sinks: bool = added(False)
+    dilation: int = added(1)
+    block: int | None = added(None)
+    n_blocks: int = added(1)
+    n_global: int = added(0)
+    xpos_base: float = added(512.0)
+    n_buckets: int = added(32)
+    max_distance: int = added(128)
+    qkv_rank: int | None = added(None)
+    qkv_shared: bool = added(False)
+    value_glu: bool = added(False)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
-        for name in ("n_kv_heads", "head_dim", "window", "softcap", "clip_qkv", "scale"):
+        for name in (
+            "n_kv_heads",
+            "head_dim",
+            "window",
+            "softcap",
+            "clip_qkv",
+            "scale",
+            "qkv_rank",
+        ):
             if getattr(self, name) is not None:
                 self.require_positive(path, name)
         require(
@@ -111,24 +165,10 @@ class AttentionSpec(MixerSpec):
         rule = f'"head" scales layer norms alone; give one of {layers} as qk_norm_kind'
         fits = self.qk_norm != "head" or self.qk_norm_kind in layers
         require(fits, join(path, "qk_norm"), rule)
-        if self.position == "rope":
-            self._check_rope(self.width(d_model), path)
-        else:
-            unused = self.rope_dims is None and self.rope_scaling is None
-            rule = f"{self.position!r} takes no rope_dims and no rope_scaling; leave them out"
-            require(unused, join(path, "position"), rule)
-
-    def _check_rope(self, head_dim: int, path: str) -> None:
-        require(self.rope_theta > 1, join(path, "rope_theta"), f"{self.rope_theta} is not above 1")
-        n = head_dim if self.rope_dims is None else self.rope_dims
-        require(
-            2 <= n <= head_dim and n % 2 == 0,
-            join(path, "rope_dims"),
-            f"{n} of {head_dim} entries of a head cannot be rotated in pairs; "
-            "give an even number up to the head's width, or another head_dim",
-        )
-        if self.rope_scaling is not None:
-            self.rope_scaling.check(n, join(path, "rope_scaling"))
+        rule = "there is no bottleneck to share; give qkv_rank too"
+        require(self.qkv_rank is not None or not self.qkv_shared, join(path, "qkv_shared"), rule)
+        check_positions(self, self.width(d_model), path)
+        check_stencil(self, path)
 
     def build(self, layer: LayerContext) -> Attention:
         return Attention(self, layer)
@@ -137,31 +177,46 @@ class AttentionSpec(MixerSpec):
         d, n = layer.d_model, batch * seq_len
         head_dim = self.width(d)
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
-        slots = seq_len if self.window is None else self.window
-        places = 0 if self.window is None else slots  # int64; see AttentionState
+        slots = self.stencil.slots
+        places = 0 if slots is None else slots  # int64; see AttentionState
+        slots = seq_len if slots is None else slots
         cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal else 0
-        scores = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
-        q = linear(n, d, d_q * (1 + self.gate), bias=self.qkv_bias)
-        k = v = linear(n, d, d_kv, bias=self.qkv_bias)
-        total = q + k + v + scores + linear(n, d_q, d, bias=self.out_bias)
+        total = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
+        n_in = d if self.qkv_rank is None else self.qkv_rank
+        if self.qkv_rank is not None:
+            n_down = 1 if self.qkv_shared else 3
+            total += linear(n, d, n_in * n_down)
+        if self.value_glu:
+            total += linear(n, d, d_kv, bias=self.qkv_bias)
+        q = linear(n, n_in, d_q * (1 + self.gate), bias=self.qkv_bias)
+        k = v = linear(n, n_in, d_kv, bias=self.qkv_bias)
+        total += q + k + v + linear(n, d_q, d, bias=self.out_bias)
         for heads in (self.n_heads, self.kv_heads) if self.qk_norm else ():
             total += norm(self.qk_norm_kind, head_dim * (1 if self.qk_norm is True else heads))
-        if self.sinks:
-            total += dense(self.n_heads)
-        return total
+        table = self.n_heads * self.n_buckets if self.position == "relative" else 0
+        return total + dense(table + self.n_heads * self.sinks)
 
     def _score_flops(self, seq_len: int, batch: int, head_dim: int) -> int:
         """Of both products with the scores, masked ones too."""
         queries, keys = seq_len, seq_len
+        plan = self.stencil.plan(seq_len)
+        if plan is not None:
+            queries, keys = plan.n_queries, plan.n_keys
         if self.sinks and self.softcap is None:  # see `ops.attention`: one more key, one more entry
-            masked = self.window is not None and self.window < seq_len
-            queries += self.causal and not masked and seq_len > 1
+            bare = self.causal and self.stencil.covers(seq_len) and self.position not in BIASED
+            queries += bare and seq_len > 1
             keys, head_dim = keys + 1, head_dim + 1
         return 2 * (2 * batch * self.n_heads * queries * keys * head_dim)
 
     @property
+    def stencil(self) -> Stencil:
+        """Who sees whom."""
+        return stencil_of(self)
+
+    @property
     def context_window(self) -> float:
-        return math.inf if self.window is None else self.window
+        span = self.stencil.span
+        return math.inf if span is None or self.n_global else span
 
     @property
     def kv_heads(self) -> int:
@@ -179,21 +234,28 @@ class Attention(Mixer):
     y = W_o (concat(attention(q, k, v)) * sigmoid(W_g x))
     """
 
-    ops = (ATTENTION,)
+    ops = (ATTENTION, STENCIL_ATTENTION)
     float32_parameters = ("sinks",)
 
     def __init__(self, spec: AttentionSpec, layer: LayerContext) -> None:
         super().__init__()
-        d = layer.d_model
-        self.spec, self.head_dim = spec, spec.width(d)
+        d, rank = layer.d_model, spec.qkv_rank
+        self.spec, self.head_dim, self.stencil = spec, spec.width(d), spec.stencil
         self.rotary = Rotary(spec.rope_dims or self.head_dim, spec.rope_theta, spec.rope_scaling)
         d_q, d_kv = spec.n_heads * self.head_dim, spec.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d, d_q * (1 + spec.gate), bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias)
+        n_in = d
+        if rank is not None:
+            n_in = rank
+            self.qkv_down = nn.Linear(d, rank * (1 if spec.qkv_shared else 3), bias=False)
+        self.q_proj = nn.Linear(n_in, d_q * (1 + spec.gate), bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(d_q, d, bias=spec.out_bias)
+        self.u_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias) if spec.value_glu else None
         self.q_norm, self.k_norm = self._norm(spec.n_heads), self._norm(spec.kv_heads)
         self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
+        relative = spec.position == "relative"
+        self.relative_bias = nn.Embedding(spec.n_buckets, spec.n_heads) if relative else None
 
     def _norm(self, n_heads: int) -> Norm | HeadNorm | None:
         spec, width = self.spec, self.head_dim
@@ -203,48 +265,60 @@ class Attention(Mixer):
         return Norm(spec.qk_norm_kind, width, spec.qk_norm_eps) if spec.qk_norm else None
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
-        for layer in (self.q_proj, self.k_proj, self.v_proj):
-            init.linear_(layer, generator)
-        init.linear_(self.o_proj, generator, init.residual_scale(n_layers))
-        for part in (self.q_norm, self.k_norm):
-            if part is not None:
+        for name, part in self.named_children():
+            if isinstance(part, nn.Linear):
+                last = name == "o_proj"
+                init.linear_(part, generator, init.residual_scale(n_layers) if last else 1.0)
+            elif isinstance(part, (Norm, HeadNorm)):
                 part.reset_parameters()
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
+        if self.relative_bias is not None:
+            nn.init.normal_(self.relative_bias.weight, std=0.02, generator=generator)
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
-        if not self.spec.gate:
-            return {}
-        parts = 2 * self.spec.n_heads  # the queries and the gates of every head
-        return {"q_proj.weight": (self.q_proj.out_features // parts,) * parts}
+        parts: dict[str, tuple[int, ...]] = {}
+        if self.spec.gate:
+            n = 2 * self.spec.n_heads  # the queries and the gates of every head
+            parts["q_proj.weight"] = (self.q_proj.out_features // n,) * n
+        if self.spec.qkv_rank is not None and not self.spec.qkv_shared:
+            parts["qkv_down.weight"] = (self.spec.qkv_rank,) * 3
+        return parts
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState | tuple[()]:
         if not self.spec.causal:
             return ()
-        return self._empty(batch, self.spec.window or 0, device, dtype)
+        return self._empty(batch, self.stencil.slots or 0, device, dtype)
 
     def parallel(self, x: Tensor, state: AttentionState | None, call: Call) -> MixerOut:
-        causal, window = self.spec.causal, self.spec.window
+        causal, stencil = self.spec.causal, self.stencil
         if not (causal or state is None):
             raise ShapeError(f"state: {NO_STATE}")
         before = state or self._empty(x.shape[0], 0, x.device, x.dtype)
-        sight = layout(call, before, window)
+        sight = layout(call, before, stencil)
         q, k, v, gate = self._project(x, sight.position, sight.counted, call)
-        k, v = append(before.k, k), append(before.v, v)
-        seen = visible(call, before, window, causal)
-        y = self._attend(q, k, v, seen, sight.position, lambda: sight.key_position)
-        return MixerOut(self._leave(y, gate), sight.cache(k, v, window) if causal else ())
+        n_before, apart = before.k.shape[2], call.segments is not None
+        plan = stencil.plan(x.shape[1], n_before, apart)
+        keys, values = append(before.k, k), append(before.v, v)
+        if plan is None:
+            seen = visible(call, before, stencil)
+            y = self._attend(q, keys, values, seen, sight.query, lambda: sight.key)
+        else:
+            y = self._attend_in_blocks(q, k, v, before, plan, call)
+        return MixerOut(self._leave(y, gate), sight.cache(keys, values, stencil) if causal else ())
 
     def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise ShapeError(f"step: {NO_STATE}")
-        position, counted = now(call, state, self.spec.window)
+        position, counted = now(call, state, self.stencil)
         q, k, v, gate = self._project(x[:, None], position, counted, call)
         position = position.expand(len(x), -1)
-        after = state.add(k, v, position, self.spec.window)
-        y = self._attend(q, after.k, after.v, after.alive, position, after.positions)
+        after = state.add(k, v, position, self.stencil)
+        query = Places(torch.zeros_like(position), position)
+        seen = seen_now(call, after, query, self.stencil)
+        y = self._attend(q, after.k, after.v, seen, query, after.places)
         return MixerOut(self._leave(y, gate)[:, 0], after)
 
     def _empty(
@@ -259,7 +333,13 @@ class Attention(Mixer):
         """Queries, keys and values (b, heads, t, head_dim), normalised, clipped and rotated; and
         gates (b, t, d_q).
         """
-        q, k, v, gate = self.q_proj(x), self.k_proj(x), self.v_proj(x), None
+        parts = (x, x, x)
+        if self.spec.qkv_rank is not None:
+            down = self.qkv_down(x)
+            parts = (down,) * 3 if self.spec.qkv_shared else down.chunk(3, -1)
+        q, k, v, gate = self.q_proj(parts[0]), self.k_proj(parts[1]), self.v_proj(parts[2]), None
+        if self.u_proj is not None:
+            v = v * self.u_proj(x).sigmoid()
         if self.spec.gate:
             q, gate = q.unflatten(-1, (self.spec.n_heads, -1)).chunk(2, dim=-1)
             q, gate = q.flatten(-2), gate.flatten(-2)
@@ -274,32 +354,66 @@ class Attention(Mixer):
             q, k, v = (part.clamp(-bound, bound) for part in (q, k, v))
         if self.spec.scale is not None:  # beside the usual one, which the op applies
             q = q * (self.spec.scale * self.head_dim**0.5)
-        if self.spec.position != "rope":
+        if self.spec.position not in ROTATED:
             return q, k, v, gate
-        cos, sin = self.rotary.tables(call, counted, position, state_dtype(x.dtype))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
+        about = call, counted, position, state_dtype(x.dtype)
+        if self.spec.position == "rope":
+            tables = self.rotary.tables(*about) * 2
+        else:
+            tables = self.rotary.fading_tables(*about, self.spec.xpos_base)
+        return rotate(q, *tables[:2]), rotate(k, *tables[2:]), v, gate
+
+    def _how(self, q: Tensor) -> dict[str, Any]:
+        """Keywords of both ops."""
+        sinks = None if self.sinks is None else full_precision(self.sinks)
+        return {"softcap": self.spec.softcap, "sinks": sinks, "bias": self._bias(q.dtype)}
+
+    def _bias(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """What positions add to scores, of (b, t, s) distances."""
+        spec, dtype = self.spec, state_dtype(dtype)
+        if spec.position == "alibi":
+            return partial(alibi_bias, n_heads=spec.n_heads, dtype=dtype)
+        return None if self.relative_bias is None else partial(self._relative, dtype=dtype)
+
+    def _relative(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """(b, n_heads, t, s), a row of the table for each distance."""
+        assert self.relative_bias is not None, "asked for by its own layer"
+        spec = self.spec
+        bucket = distance_bucket(distance, spec.n_buckets, spec.max_distance, spec.causal)
+        return self.relative_bias(bucket).to(dtype).movedim(-1, 1)
 
     def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        visible: Tensor | None,
-        position: Tensor,
-        key_positions: Callable[[], Tensor],
+        seen: Tensor | None,
+        query: Places,
+        key: Callable[[], Places],
     ) -> Tensor:
-        """`attention` with ALiBi's bias, which alone asks for the positions (b, s) of the keys."""
-        bias = None
-        if self.spec.position == "alibi":
-            distance = (key_positions()[:, None, None] - position[:, None, :, None]).abs()
-            dtype = state_dtype(q.dtype)
-            slopes = alibi_slopes(self.spec.n_heads, device=q.device, dtype=dtype)
-            bias = -slopes[:, None, None] * distance
+        """`attention`; a bias alone asks where the keys are."""
+        how = self._how(q)
+        if how["bias"] is not None:
+            how["bias"] = how["bias"](distance(query, key()))
         attend = ATTENTION.pick(self.engine, q.device)
-        causal = self.spec.causal
-        sinks = None if self.sinks is None else full_precision(self.sinks)
-        how = {"bias": bias, "softcap": self.spec.softcap, "causal": causal, "sinks": sinks}
-        return attend(q, k, v, visible=visible, **how)
+        return attend(q, k, v, visible=seen, causal=self.spec.causal, **how)
+
+    def _attend_in_blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, before: AttentionState, plan: Plan, call: Call
+    ) -> Tensor:
+        """`stencil_attention` to a ring and to the keys and values of a call's tokens."""
+        sight = layout(call, before, self.stencil)
+        key = sight.key
+        if before.k.shape[2]:
+            order, key = in_time(call, before, self.stencil)
+            index = order[:, None, :, None]
+            k, v = (
+                append(old.gather(2, index.expand_as(old)), new)
+                for old, new in zip(before[:2], (k, v), strict=True)
+            )
+        attend = STENCIL_ATTENTION.pick(self.engine, q.device)
+        blocks = partial(cut, call, before, self.stencil, plan, key)
+        return attend(q, k, v, sight.query, key, self.stencil, plan, cut=blocks, **self._how(q))
 
     def _leave(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """Heads (b, heads, t, head_dim) to (b, t, d)."""

@@ -7,7 +7,8 @@
 Pairs are entries (i, i + n_rotated / 2), as Llama stores its weights; the paper pairs (2i, 2i + 1),
 and so does DeepSeek: `split_pairs` takes one order to the other.
 
-Source: Su et al. 2021, arXiv:2104.09864. YaRN: Peng et al. 2023, arXiv:2309.00071.
+Source: Su et al. 2021, arXiv:2104.09864. YaRN: Peng et al. 2023, arXiv:2309.00071. xPos: Sun et al.
+2022, arXiv:2212.10554.
 """
 
 from __future__ import annotations
@@ -128,6 +129,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if n < x.shape[-1]:
         return torch.cat([rotate(x[..., :n], cos, sin), x[..., n:]], dim=-1)
     return torch.addcmul(x * cos, x.roll(n // 2, -1), sin).to(x.dtype)
+
+
+def xpos_scales(position: Tensor, n_rotated: int, base: float, dtype: torch.dtype) -> Tensor:
+    """How much a query's entries grow with its position; a key's shrink as much.
+
+        zeta[i] = (2 i / n_rotated + 0.4) / 1.4;    scale[m, i] = zeta[i] ** (m / base)
+
+    A score thus fades with the distance, slow pairs last.
+
+    Args:
+        position: (b, t).
+        base: positions in which pair i fades by zeta[i].
+
+    Returns:
+        (b, 1, t, n_rotated), of the same pairs as `rope_tables`.
+
+    Source: arXiv:2212.10554, section 2.2 and algorithm 1.
+    """
+    pair = torch.arange(n_rotated // 2, device=position.device, dtype=dtype)
+    zeta = (2 * pair / n_rotated + 0.4) / 1.4
+    return torch.cat([zeta, zeta]) ** (position[:, None, :, None] / base)
 
 
 def split_pairs(x: Tensor) -> Tensor:

@@ -139,8 +139,12 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
     """None for options that are not in `READ`, for rows at several places, and other engines."""
     spec = mixer.spec
     read = AttentionSpec(spec.n_heads, **{name: getattr(spec, name) for name in READ})
-    known = spec == read and spec.position != "alibi" and mixer.engine in ("auto", "torch")
-    if not known or not Store.fits(state, spec.window) or state.k.dtype != about.dtype:
+    known = spec == read and spec.position in ("rope", "none")
+    if (
+        not (known and mixer.engine in ("auto", "torch"))
+        or not Store.fits(state, spec.window)
+        or state.k.dtype != about.dtype
+    ):
         return None
     key = f"turns {mixer.rotary.name}"
     turns = about.shared.setdefault(key, Turns(mixer.rotary, state.k))

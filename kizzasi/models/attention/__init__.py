@@ -1,0 +1,1 @@
+"""Parts of softmax attention that its mixer is made of."""
