@@ -15,6 +15,26 @@ RWKV7 = {"mixer": {"kind": "rwkv7", "head_dim": 4}, "norm": "layer"}
 # kind -> name -> the layers of a stack that belong together
 VARIANTS: dict[str, dict[str, list[dict]]] = {
     "block": {"post": [{**HEADS, "norm_at": "post"}]},
+    "downsample": {
+        "mean": [{"kind": "downsample", "body": [HEADS, MAMBA], "factor": 2}],
+        "linear": [
+            {
+                "kind": "downsample",
+                "body": [NEAR],
+                "factor": 3,
+                "pooling": "linear",
+                "upsampling": "linear",
+            }
+        ],
+        "nested": [
+            RWKV7,
+            {
+                "kind": "downsample",
+                "body": [RWKV7, {"kind": "downsample", "body": [HEADS], "factor": 5}],
+                "factor": 2,
+            },
+        ],
+    },
     "loop": {
         "identity": [{"kind": "loop", "body": [MAMBA, NEAR], "n_loops": 2}],
         "huginn": [
