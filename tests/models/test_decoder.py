@@ -31,7 +31,7 @@ def test_the_store_is_made_once_and_grows_by_doubling(model):
     stores = []
     for token in x[:, 3:].unbind(1):
         decoder.step(token)
-        stores.append(decoder._line.blocks[0].mixer.store.k)
+        stores.append(decoder._line.blocks[0].mixer.store.slots)
     places = [store.data_ptr() for store in stores]
     changes = sum(a != b for a, b in pairwise(places))
     assert changes == (0 if model.spec.blocks[0].mixer.window else 1)

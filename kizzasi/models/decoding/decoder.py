@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import GenerateError, ShapeError
-from kizzasi.models.decoding.inplace import Line, begin
+from kizzasi.models.decoding.inplace import Line, Products, begin
 from kizzasi.models.decoding.reading import as_mask, evaluating, read
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Decoder:
     """Steps a model with a state of its own, written in place; no gradients, modes stay.
 
-    Weights are looked up when a line of tokens begins: with the first step, `read` or `gather`.
-    After training make another decoder. `generate` does all that by itself; this is for a loop of
-    one's own:
+    Weights are looked up, and up to 256 MiB of them laid out anew, when its first line of tokens
+    begins; after training make another decoder. `generate` does all that by itself; this is for a
+    loop of one's own:
 
         decoder = Decoder(model)
         logits = decoder.read(prompt)
@@ -37,7 +37,8 @@ class Decoder:
         model.require_causal("a decoder")
         self.model = model
         self._modules = list(model.modules())
-        self._line: Line | None = None if state is None else begin(model, state)
+        self._products = Products()
+        self._line: Line | None = None if state is None else self._begin(state)
 
     def read(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read many tokens (b, t), or frames (b, t, n_in), at once.
@@ -52,7 +53,7 @@ class Decoder:
         with evaluating(self.model):
             before = None if self._line is None else self._line.value()
             logits, state = read(self.model, inputs, mask, before)
-            self._line = begin(self.model, state)
+            self._line = self._begin(state)
         return logits
 
     def step(self, inputs: Tensor) -> Tensor:
@@ -77,14 +78,17 @@ class Decoder:
         if self._line is None:
             raise GenerateError("gather: no token was read yet; call read or step first")
         with torch.no_grad():
-            self._line = begin(self.model, self._line.value().gather(rows))
+            self._line = self._begin(self._line.value().gather(rows))
+
+    def _begin(self, state: ModelState) -> Line:
+        return begin(self.model, state, self._products)
 
     def _ready(self, batch: int) -> Line:
         line = self._line
         if line is None:
-            line = begin(self.model, self.model.init_state(batch))
+            line = self._begin(self.model.init_state(batch))
         elif not line.holds():
-            line = begin(self.model, line.value())
+            line = self._begin(line.value())
         elif batch != line.rows:
             raise ShapeError(f"inputs: {batch} rows, and the decoder goes on with {line.rows}")
         self._line = line

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.decoding.beams import search_beams
 from kizzasi.models.decoding.draft import Guesser, speculate
-from kizzasi.models.decoding.inplace import CalledLine, begin
+from kizzasi.models.decoding.inplace import COPIED, CalledLine, Products, begin
 from kizzasi.models.decoding.own_cache import disown
 from kizzasi.models.decoding.reading import (
     as_mask,
@@ -27,6 +27,9 @@ from kizzasi.models.decoding.transcript import Decoded, Run, Stopping, Transcrip
 if TYPE_CHECKING:
     from kizzasi.models.model import ModelOutput, SequenceModel
     from kizzasi.models.state import ModelState
+
+
+REPAYS = 32  # tokens for which it pays to lay weights out anew
 
 
 class Generated(NamedTuple):
@@ -204,11 +207,14 @@ def _sample(run: Run, with_state: bool) -> Decoded:
     """Draw tokens, one step of the model for each, until all rows have finished."""
     transcript, sampling, seen, logits = Transcript(run), run.sampling, run.seen, run.logits
     given = run.step != run.model.step  # a compiled step, say, takes states as they are
-    line = CalledLine(run.step, run.state) if given else begin(run.model, run.state)
+    products = Products(COPIED if run.max_new_tokens >= REPAYS else 0)
+    line = CalledLine(run.step, run.state) if given else begin(run.model, run.state, products)
     while True:
         ids, sound = sampling.pick(sampling.logits(logits, seen), run.draws)
         ids = transcript.add(ids, sound, logits)
-        line = line if line.holds() else begin(run.model, line.value())  # who listens may hook
+        line = (
+            line if line.holds() else begin(run.model, line.value(), products)
+        )  # who listens may hook
         if transcript.finished:
             out = transcript.decoded()
             if with_state and min(out.lengths) == len(transcript.ids):

@@ -71,7 +71,7 @@ class Sampling:
         """
         if self.temperature == 0:
             best, ids = logits.max(-1)
-            return ids, best.isfinite()
+            return ids, best.abs() < torch.inf
         return invert(self.probabilities(logits), draws.next())
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from kizzasi.errors import GenerateError
 from kizzasi.models.decoding.sampling import Draws, Sampling, Seen, integer, require
 
-UNSOUND = -1  # no id
-
 if TYPE_CHECKING:
     from kizzasi.models.model import ModelOutput, SequenceModel
     from kizzasi.models.state import ModelState
@@ -134,7 +132,7 @@ class Transcript:
             ids = ids.masked_fill(self.done, self.stopping.fill)
         self.ids.append(ids)
         if self.waits:
-            self._note(ids.masked_fill(~sound, UNSOUND).tolist())
+            self._note(ids.tolist(), sound.tolist())
         else:
             self.unsound = ~sound if self.unsound is None else self.unsound | ~sound
         if self.run.on_token is not None:
@@ -154,13 +152,13 @@ class Transcript:
         p = torch.stack(self.logprobs, 1).float() if self.logprobs else None
         return Decoded(ids, lengths, p, state)
 
-    def _note(self, ids: list[int]) -> None:
-        ended = []
+    def _note(self, ids: list[int], sound: list[bool]) -> None:
+        ended, watches = [], self.stopping.watches
         for row in self.live:
-            if ids[row] == UNSOUND:
+            if not sound[row]:
                 raise unsound(row, len(self.ids))
             self.rows[row].append(ids[row])
-            if self.stopping.watches and self.stopping.ends(self.rows[row]):
+            if watches and self.stopping.ends(self.rows[row]):
                 ended.append(row)
         if ended:
             self.live -= {*ended}

@@ -5,6 +5,7 @@ in which a hook, an adapter, sharding or the like is at work is called as a modu
 model: what acts in training acts in decoding.
 """
 
+from kizzasi.models.decoding.inplace.base import COPIED, Products
 from kizzasi.models.decoding.inplace.line import CalledLine, Line, begin
 
-__all__ = ["CalledLine", "Line", "begin"]
+__all__ = ["COPIED", "CalledLine", "Line", "Products", "begin"]

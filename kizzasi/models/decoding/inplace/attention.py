@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
-from kizzasi.models.decoding.inplace.base import About, Steps, direct, side_by_side
+from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.kv_cache import AttentionState
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
-from kizzasi.models.ops.rope import rotate
+from kizzasi.models.norm import Norm
 from kizzasi.models.rope_scaling import Rotary
 
 PLACES = 64  # whose tables are made at once
@@ -26,22 +26,22 @@ READ += ("qk_norm", "qk_norm_eps", "qk_norm_kind", "qkv_bias", "out_bias")
 
 
 class Store:
-    """Keys and values (b, h, room, width) of rows that are all at one place.
+    """Keys and values of rows that are all at one place: (b, 2 h, room, width), keys first.
 
     Without a window slot i holds position i, and the store doubles when it is full; with one it is
     a ring, position p in slot p % window.
     """
 
     def __init__(self, state: AttentionState, window: int | None) -> None:
-        self.window = window
+        self.window, self.h = window, state.k.shape[1]
         self.place = int(state.next_position()[0])
-        self.k, self.v = state.k.clone(), state.v.clone()
+        self.slots = torch.cat([state.k, state.v], 1)
         self.no_position = state.position.new_empty(len(state.k), 0)
 
     @staticmethod
     def fits(state: Any, window: int | None) -> bool:
         """Whether all rows are at one place, with nothing dead among their slots."""
-        if not isinstance(state, AttentionState):
+        if not isinstance(state, AttentionState) or state.k.shape[3] != state.v.shape[3]:
             return False
         if window is None:
             return state.in_order
@@ -49,32 +49,29 @@ class Store:
             (state.position == state.position[:1]).all()
         )
 
-    def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token, k and v (b, h, width). Returns all that it sees, (b, h, s, width)."""
-        slot, place = self.place, self.place
+    def add(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token's (b, 2 h, width). Returns keys and values that it sees, (b, h, s,
+        width)."""
+        slot, place, h = self.place, self.place, self.h
         if self.window is not None:
             slot = place % self.window
-        elif place == self.k.shape[2]:
-            spare = max(SPARE, place)
-            self.k, self.v = (F.pad(part, (0, 0, 0, spare)) for part in (self.k, self.v))
-        self.k.select(2, slot).copy_(k)
-        self.v.select(2, slot).copy_(v)
+        elif place == self.slots.shape[2]:
+            self.slots = F.pad(self.slots, (0, 0, 0, max(SPARE, place)))
+        self.slots.select(2, slot).copy_(kv)
         self.place = n = place + 1
-        if self.window is not None and n >= self.window:
-            return self.k, self.v
-        return self.k[:, :, :n], self.v[:, :, :n]
+        if self.window is not None and n > self.window:
+            n = self.window
+        return self.slots[:, :h, :n], self.slots[:, h:, :n]
 
     def value(self) -> AttentionState:
+        k, v = self.slots[:, : self.h], self.slots[:, self.h :]
         if self.window is None:
             n = self.place
-            return AttentionState(
-                self.k[:, :, :n].clone(), self.v[:, :, :n].clone(), self.no_position
-            )
+            return AttentionState(k[:, :, :n].clone(), v[:, :, :n].clone(), self.no_position)
         last = self.place - 1
-        slot = torch.arange(self.window, device=self.k.device)
+        slot = torch.arange(self.window, device=k.device)
         position = (last - (last - slot) % self.window).clamp(min=-1)
-        rows = position.expand(len(self.k), -1).clone()
-        return AttentionState(self.k.clone(), self.v.clone(), rows)
+        return AttentionState(k.clone(), v.clone(), position.expand(len(k), -1).clone())
 
 
 class Turns:
@@ -104,32 +101,41 @@ class Turns:
 class AttentionSteps(Steps):
     """`Attention.recurrent` for the options named in `READ`, and all rows at one place."""
 
-    def __init__(self, mixer: Attention, state: AttentionState, turns: Turns) -> None:
+    def __init__(
+        self,
+        mixer: Attention,
+        norms: tuple[Norm, Norm] | None,
+        state: AttentionState,
+        turns: Turns,
+        products: Products,
+    ) -> None:
         spec = mixer.spec
         self.h, self.h_kv, self.d = spec.n_heads, spec.kv_heads, mixer.head_dim
         self.store = Store(state, spec.window)
-        self.enter = side_by_side(mixer.q_proj, mixer.k_proj, mixer.v_proj)
-        self.leave = direct(mixer.o_proj)
-        self.norms = mixer.q_norm, mixer.k_norm
+        self.enter = products.of(mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        self.leave = products.of(mixer.o_proj)
+        self.norms = norms
         self.turns = turns if spec.position == "rope" else None
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         b, h, h_kv, d = len(x), self.h, self.h_kv, self.d
         heads = self.enter(x).view(b, h + 2 * h_kv, d)
-        qk, v = heads.split([h + h_kv, h_kv], 1)
-        norm_q, norm_k = self.norms
-        if norm_q is not None and norm_k is not None:
-            q, k = qk.split([h, h_kv], 1)
-            q = norm_q.forward(q.reshape(b, -1, norm_q.d)).view(b, h, d)
-            k = norm_k.forward(k.reshape(b, -1, norm_k.d)).view(b, h_kv, d)
-            qk = torch.cat([q, k], 1)
+        if self.norms is not None:
+            norm_q, norm_k = self.norms
+            q, k, v = heads.split_with_sizes([h, h_kv, h_kv], 1)
+            q = norm_q(q.reshape(b, -1, norm_q.d)).view(b, h, d)
+            k = norm_k(k.reshape(b, -1, norm_k.d)).view(b, h_kv, d)
+            heads = torch.cat([q, k, v], 1)
         if self.turns is not None:
-            qk = rotate(qk, *self.turns.at(self.store.place))
-        q, k = qk.split([h, h_kv], 1)
-        k, v = self.store.add(k, v)
+            cos, sin = self.turns.at(self.store.place)
+            n = cos.shape[-1]
+            turned = heads[:, : h + h_kv] if n == d else heads[:, : h + h_kv, :n]
+            rolled = turned.roll(n // 2, -1)
+            turned.mul_(cos).addcmul_(rolled, sin)
+        k, v = self.store.add(heads[:, h:])
         # Queries that share keys stand in for tokens: none of them is later than any key.
-        y = F.scaled_dot_product_attention(q.reshape(b, h_kv, h // h_kv, d), k, v)
-        return self.leave(y.reshape(b, h * d))
+        q = heads[:, :h].reshape(b, h_kv, h // h_kv, d)
+        return self.leave(F.scaled_dot_product_attention(q, k, v).reshape(b, h * d))
 
     def value(self) -> AttentionState:
         return self.store.value()
@@ -146,6 +152,11 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
         or state.k.dtype != about.dtype
     ):
         return None
+    q_norm, k_norm, norms = mixer.q_norm, mixer.k_norm, None
+    if q_norm is not None:
+        if not isinstance(q_norm, Norm) or not isinstance(k_norm, Norm):
+            return None
+        norms = q_norm, k_norm
     key = f"turns {mixer.rotary.name}"
     turns = about.shared.setdefault(key, Turns(mixer.rotary, state.k))
-    return AttentionSteps(mixer, state, turns)
+    return AttentionSteps(mixer, norms, state, turns, about.products)

@@ -8,7 +8,8 @@ changes is looked up, checked and laid out once, when decoding begins.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from kizzasi.models.norm import Norm
 
 Run = Callable[[Tensor], Tensor]
 WIDE = (torch.float32, torch.float64)
-SIDE_BY_SIDE = 2**20  # numbers: larger matrices wait for memory, and gain nothing by one call less
+COPIED = 2**26  # numbers at most of all weights that are laid out anew: 256 MiB in float32
 
 
 class Steps(ABC):
@@ -54,17 +55,85 @@ class Called(Steps):
         return disown(self.state)
 
 
+class Products:
+    """Products of activations with weights, as fast as they can be had.
+
+    Weights of plain Linears are copied, transposed and side by side: few rows are multiplied by
+    such a matrix in two thirds of the time, and several layers in one call. One line after another
+    may share the copies.
+
+    Args:
+        copied: how many numbers may be copied; 0 for a few tokens only, which do not repay it.
+    """
+
+    def __init__(self, copied: int = COPIED) -> None:
+        self.left = copied
+        self.weights: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, *layers: nn.Module) -> Run:
+        """x (b, d) to the outputs of all layers, joined. Anything but a plain Linear, an adapter
+        say, is called."""
+        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        biases = [layer.bias.detach() for layer in linear if layer.bias is not None]
+        if len(linear) < len(layers) or len(biases) not in (0, len(layers)):
+            return _joined(layers)
+        key = tuple(id(layer) for layer in layers)
+        if key not in self.weights:
+            size = sum(layer.weight.numel() for layer in linear)
+            if size > self.left:
+                return _joined(layers)
+            self.left -= size
+            weight = torch.cat([layer.weight.detach() for layer in linear]).t().contiguous()
+            self.weights[key] = weight, torch.cat(biases) if biases else None
+        weight, bias = self.weights[key]
+        if bias is None:
+            return lambda x: torch.mm(x, weight)
+        return lambda x: torch.addmm(bias, x, weight)
+
+    def experts(self, weights: Tensor) -> list[Run]:
+        """x (b, d) to its products with each of (n, out, d)."""
+        key = (id(weights),)
+        if key not in self.weights and weights.numel() <= self.left:
+            self.left -= weights.numel()
+            self.weights[key] = weights.detach().mT.contiguous(), None
+        if key not in self.weights:
+            return [partial(_product, weight) for weight in weights.unbind()]
+        return [partial(_transposed, weight) for weight in self.weights[key][0].unbind()]
+
+
+def _joined(layers: Sequence[nn.Module]) -> Run:
+    runs = [_direct(layer) for layer in layers]
+    return runs[0] if len(runs) == 1 else lambda x: torch.cat([run(x) for run in runs], -1)
+
+
+def _direct(layer: nn.Module) -> Run:
+    if type(layer) is not nn.Linear:
+        return layer
+    weight, bias = layer.weight, layer.bias
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _transposed(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(x, weight)
+
+
 class About(NamedTuple):
     """What the layers of one line have in common.
 
     rows    b.
     dtype   of all parameters: float32 or float64.
     shared  what one layer has made and others use, by name.
+    products  of activations with weights.
     """
 
     rows: int
     dtype: torch.dtype
     shared: dict[str, Any]
+    products: Products
 
 
 class Stateless(Steps):
@@ -107,28 +176,6 @@ def wide_dtype(module: nn.Module) -> torch.dtype | None:
     """The one dtype of all parameters, if it is float32 or float64, so that nothing is rounded."""
     dtypes = {p.dtype for p in module.parameters()}
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= {*WIDE} else None
-
-
-def direct(layer: nn.Module) -> Run:
-    """What a layer does to x (b, d). Anything but a plain Linear, an adapter say, is called."""
-    if type(layer) is not nn.Linear:
-        return layer
-    weight, bias = layer.weight, layer.bias
-    return lambda x: F.linear(x, weight, bias)
-
-
-def side_by_side(*layers: nn.Module) -> Run:
-    """x (b, d) to the outputs of several layers, joined; of plain and small ones in one product, of
-    a copy of their weights."""
-    linear = [layer for layer in layers if type(layer) is nn.Linear]
-    biases = [layer.bias for layer in linear if layer.bias is not None]
-    small = sum(layer.weight.numel() for layer in linear) <= SIDE_BY_SIDE
-    if len(linear) < len(layers) or len(biases) not in (0, len(layers)) or not small:
-        runs = [direct(layer) for layer in layers]
-        return lambda x: torch.cat([run(x) for run in runs], -1)
-    weight = torch.cat([layer.weight.detach() for layer in linear])
-    bias = torch.cat(biases) if biases else None
-    return lambda x: F.linear(x, weight, bias)
 
 
 def normed(norm: nn.Module | None, rows: int) -> Run | None:

@@ -9,19 +9,22 @@ from kizzasi.models.channels.mlp import MLP
 from kizzasi.models.channels.moe import MoE, PackedExperts
 from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.channels.swiglu import SwiGLU
-from kizzasi.models.decoding.inplace.base import About, Stateless, Steps, direct, side_by_side
+from kizzasi.models.decoding.inplace.base import About, Stateless, Steps
 from kizzasi.models.ops.activations import ACTIVATIONS
 from kizzasi.models.ops.routing import TINY
 
 
 def mlp_steps(channel: MLP, state: tuple[()], about: About) -> Steps:
-    up, down = direct(channel.up_proj), direct(channel.down_proj)
+    up, down = about.products.of(channel.up_proj), about.products.of(channel.down_proj)
     activation = ACTIVATIONS[channel.spec.activation]
     return Stateless(lambda x: down(activation(up(x))))
 
 
 def swiglu_steps(channel: SwiGLU, state: tuple[()], about: About) -> Steps:
-    enter, leave = side_by_side(channel.gate_proj, channel.up_proj), direct(channel.down_proj)
+    enter, leave = (
+        about.products.of(channel.gate_proj, channel.up_proj),
+        about.products.of(channel.down_proj),
+    )
     activation = channel.activation
 
     def run(x: Tensor) -> Tensor:
@@ -39,7 +42,8 @@ def moe_steps(channel: MoE, state: tuple[()], about: About) -> Steps | None:
         return None
     if not isinstance(experts, PackedExperts) or router.choice.n_experts != len(experts):
         return None
-    enters, leaves = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+    enters = about.products.experts(experts.gate_up_proj)
+    leaves = about.products.experts(experts.down_proj)
     top_k, normalize, scale = router.choice.top_k, router.choice.normalize, how.scale
     weight, shared, shared_gate = router.weight, channel.shared_expert, channel.shared_expert_gate
 
@@ -49,8 +53,8 @@ def moe_steps(channel: MoE, state: tuple[()], about: About) -> Steps | None:
             best = best / (best.sum(-1, keepdim=True) + TINY)
         y = None
         for i, share in zip(ids[0].tolist(), best[0].tolist(), strict=True):
-            gate, up = F.linear(x, enters[i]).chunk(2, -1)
-            part = F.linear(F.silu(gate).mul_(up), leaves[i])
+            gate, up = enters[i](x).chunk(2, -1)
+            part = leaves[i](F.silu(gate).mul_(up))
             y = part.mul_(share * scale) if y is None else y.add_(part, alpha=share * scale)
         assert y is not None, "top_k is at least 1"
         if shared is not None:

@@ -18,6 +18,7 @@ from kizzasi.models.decoding.inplace.attention import attention_steps
 from kizzasi.models.decoding.inplace.base import (
     About,
     Called,
+    Products,
     Run,
     Steps,
     alone,
@@ -97,10 +98,12 @@ class CalledLine(Line):
 class InPlaceLine(Line):
     """`SequenceModel.step` without what no token changes."""
 
-    def __init__(self, model: SequenceModel, state: ModelState, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: SequenceModel, state: ModelState, dtype: torch.dtype, products: Products
+    ) -> None:
         self.model, self.device = model, state.position.device
         self.rows = len(state.position)
-        about = About(self.rows, dtype, {})
+        about = About(self.rows, dtype, {}, products)
         blocks = zip(model.blocks.layers, model.spec.blocks, state.blocks, strict=True)
         self.blocks = [_block_steps(*parts, about) for parts in blocks]
         self.norm = normed(model.norm, about.rows) or model.norm
@@ -175,8 +178,11 @@ class BlockSteps(Steps):
         return x + y if scale == 1 else scale * x + y
 
 
-def begin(model: SequenceModel, state: ModelState) -> Line:
-    """Whatever goes on fastest from a state, which is left as it is."""
+def begin(model: SequenceModel, state: ModelState, products: Products | None = None) -> Line:
+    """Whatever goes on fastest from a state, which is left as it is.
+
+    products: what lines of the same model and weights may share.
+    """
     dtype = wide_dtype(model)
     around = nn.ModuleList(part for part in model.children() if part is not model.blocks)
     plain = (
@@ -189,7 +195,7 @@ def begin(model: SequenceModel, state: ModelState) -> Line:
     )
     if dtype is None or not plain:
         return CalledLine(model.step, own(state))
-    return InPlaceLine(model, state, dtype)
+    return InPlaceLine(model, state, dtype, products or Products())
 
 
 def _block_steps(block: nn.Module, spec: LayerSpec, state: BlockState, about: About) -> Steps:

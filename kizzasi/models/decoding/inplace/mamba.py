@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
 from kizzasi.models.causal_conv import CausalConv
-from kizzasi.models.decoding.inplace.base import About, Steps, direct
+from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.mixers.mamba import Mamba, MambaState
 from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
 from kizzasi.models.ops.selective_scan import selective_scan_step_
@@ -49,21 +50,25 @@ class ConvSteps:
 class MambaSteps(Steps):
     """`Mamba.recurrent`."""
 
-    def __init__(self, mixer: Mamba, conv: CausalConv, state: MambaState) -> None:
+    def __init__(
+        self, mixer: Mamba, conv: CausalConv, state: MambaState, products: Products
+    ) -> None:
         self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
-        self.enter, self.select = direct(mixer.in_proj), direct(mixer.x_proj)
-        self.leave, self.widen = direct(mixer.out_proj), mixer.dt_proj
+        self.enter, self.select = products.of(mixer.in_proj), products.of(mixer.x_proj)
+        self.leave = products.of(mixer.out_proj)
+        self.widen = mixer.dt_proj.weight.detach().t().contiguous()
+        self.bias = mixer.dt_proj.bias
         self.A, self.D = -mixer.A_log.exp(), mixer.D
         self.parts = mixer.rank, mixer.spec.d_state, mixer.spec.d_state
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         u, z = self.enter(x).chunk(2, -1)
         u = self.conv(u)
-        dt, B, C = self.select(u).split(self.parts, -1)
+        dt, B, C = self.select(u).split_with_sizes(self.parts, -1)
         mixer = self.mixer
         if mixer.spec.inner_norm is not None:
             dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
-        dt = F.softplus(F.linear(dt, self.widen.weight, self.widen.bias))
+        dt = F.softplus(torch.addmm(self.bias, dt, self.widen))
         y = selective_scan_step_(u, dt, self.A, B, C, self.D, self.h)
         return self.leave(y.mul_(F.silu(z)))
 
@@ -74,9 +79,11 @@ class MambaSteps(Steps):
 class Mamba2Steps(Steps):
     """`Mamba2.recurrent`."""
 
-    def __init__(self, mixer: Mamba2, conv: CausalConv, state: Mamba2State) -> None:
+    def __init__(
+        self, mixer: Mamba2, conv: CausalConv, state: Mamba2State, products: Products
+    ) -> None:
         self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
-        self.enter, self.leave = direct(mixer.in_proj), direct(mixer.out_proj)
+        self.enter, self.leave = products.of(mixer.in_proj), products.of(mixer.out_proj)
         spec = mixer.spec
         self.A, self.D, self.bias = -mixer.A_log.exp(), mixer.D.unsqueeze(-1), mixer.dt_bias
         self.heads, self.groups = (mixer.n_heads, spec.head_dim), (2 * spec.n_groups, spec.d_state)
@@ -88,8 +95,8 @@ class Mamba2Steps(Steps):
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         b = len(x)
-        z, xBC, dt = self.enter(x).split(self.parts, -1)
-        u, BC = self.conv(xBC).split(self.split, -1)
+        z, xBC, dt = self.enter(x).split_with_sizes(self.parts, -1)
+        u, BC = self.conv(xBC).split_with_sizes(self.split, -1)
         dt = F.softplus(dt + self.bias)
         dt = dt if self.limit is None else dt.clamp_(*self.limit)
         u = u.view(b, *self.heads)
@@ -105,12 +112,12 @@ class Mamba2Steps(Steps):
 
 def mamba_steps(mixer: Mamba, state: MambaState, about: About) -> Steps | None:
     conv = _known(mixer.conv1d, state, about)
-    return None if conv is None else MambaSteps(mixer, conv, state)
+    return None if conv is None else MambaSteps(mixer, conv, state, about.products)
 
 
 def mamba2_steps(mixer: Mamba2, state: Mamba2State, about: About) -> Steps | None:
     conv = _known(mixer.conv1d, state, about)
-    return None if conv is None else Mamba2Steps(mixer, conv, state)
+    return None if conv is None else Mamba2Steps(mixer, conv, state, about.products)
 
 
 def _known(conv: Any, state: MambaState | Mamba2State, about: About) -> CausalConv | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
 from kizzasi.models.channels.rwkv_channel import SHARES, RWKVChannel, RWKVChannelState
-from kizzasi.models.decoding.inplace.base import About, Steps, direct
+from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.mixers.rwkv4 import RWKV4, RWKV4State
 from kizzasi.models.ops.wkv4 import WKV4Sums
 
@@ -31,12 +30,12 @@ class Mixed:
 class RWKV4Steps(Steps):
     """`RWKV4.recurrent`."""
 
-    def __init__(self, mixer: RWKV4, state: RWKV4State) -> None:
+    def __init__(self, mixer: RWKV4, state: RWKV4State, products: Products) -> None:
         shares = [mixer.time_mix_r, mixer.time_mix_k, mixer.time_mix_v]
         self.mix = Mixed(shares, state.shift, True)
         self.sums = WKV4Sums(state.wkv, -mixer.time_decay.exp(), mixer.time_first)
-        self.r, self.k = direct(mixer.receptance), direct(mixer.key)
-        self.v, self.leave = direct(mixer.value), direct(mixer.output)
+        self.r, self.k = products.of(mixer.receptance), products.of(mixer.key)
+        self.v, self.leave = products.of(mixer.value), products.of(mixer.output)
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         r, k, v = self.mix(x)
@@ -50,16 +49,16 @@ class RWKV4Steps(Steps):
 class RWKVChannelSteps(Steps):
     """`RWKVChannel.recurrent`."""
 
-    def __init__(self, channel: RWKVChannel, state: RWKVChannelState) -> None:
+    def __init__(self, channel: RWKVChannel, state: RWKVChannelState, products: Products) -> None:
         version = channel.spec.version
         shares = [channel.get_parameter(name) for name in SHARES[version]]
         self.mix = Mixed(shares, state.shift, version == 4)
-        self.k, self.v = direct(channel.key), direct(channel.value)
-        self.r = None if channel.receptance is None else direct(channel.receptance)
+        self.k, self.v = products.of(channel.key), products.of(channel.value)
+        self.r = None if channel.receptance is None else products.of(channel.receptance)
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         k, *r = self.mix(x)
-        y = self.v(F.relu(self.k(k), inplace=True).square_())
+        y = self.v(self.k(k).relu_().square_())
         return y if self.r is None else y.mul_(self.r(r[0]).sigmoid_())
 
     def value(self) -> RWKVChannelState:
@@ -68,8 +67,12 @@ class RWKVChannelSteps(Steps):
 
 def rwkv4_steps(mixer: RWKV4, state: RWKV4State, about: About) -> Steps | None:
     fits = {part.dtype for part in (state.shift, *state.wkv)} == {about.dtype}
-    return RWKV4Steps(mixer, state) if fits else None
+    return RWKV4Steps(mixer, state, about.products) if fits else None
 
 
 def rwkv_channel_steps(channel: RWKVChannel, state: RWKVChannelState, about: About) -> Steps | None:
-    return RWKVChannelSteps(channel, state) if state.shift.dtype == about.dtype else None
+    return (
+        RWKVChannelSteps(channel, state, about.products)
+        if state.shift.dtype == about.dtype
+        else None
+    )
