@@ -162,6 +162,17 @@ CHANNEL_VARIANTS: dict[str, dict[str, dict]] = {
             "experts": [{"kind": "swiglu", "hidden": 8, "bias": True}] * 3,
             "normalize": "all",
         },
+        "gpt-oss": {
+            "n_experts": 3,
+            "experts": [
+                {
+                    **{"kind": "swiglu", "hidden": 8, "bias": True, "activation": "gelu_quick"},
+                    **{"limit": 0.5, "up_offset": 1.0},
+                }
+            ]
+            * 3,
+            "router": {"kind": "top_k", "logit_bias": True},
+        },
     },
     "rwkv_channel": {f"v{n}": {"hidden": 40, "version": n} for n in (4, 6, 7)},
 }

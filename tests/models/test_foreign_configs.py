@@ -115,7 +115,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "'longrope'"),
         ("llama", {"rope_scaling": {**YARN, "mscale": 0.7}}, r"rope_scaling\.mscale: 0\.7"),
-        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, "truncate: False"),
+        ("llama", {"rope_scaling": {**YARN, "truncate": 0}}, "truncate: expected bool"),
         ("llama", {"rope_scaling": {**YARN, "factor": "2"}}, "factor: expected float"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor: missing"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -154,6 +154,8 @@ def test_harmless_keys(edited, folders, name):
 def test_a_rotary_type_of_the_list_is_used(edited):
     scaling = load(edited("llama", rope_scaling=YARN)).spec.blocks[0].mixer.rope_scaling
     assert scaling == RopeScaling("yarn", 2.0, 16)
+    given = edited("llama", rope_scaling={**YARN, "truncate": False})
+    assert load(given).spec.blocks[0].mixer.rope_scaling == replace(scaling, truncate=False)
     short = {key: YARN[key] for key in ("rope_type", "factor")}
     given = edited("llama", rope_scaling=short, max_position_embeddings=48)
     assert load(given).spec.blocks[0].mixer.rope_scaling == RopeScaling("yarn", 2.0, 48)

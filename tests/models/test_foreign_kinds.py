@@ -65,6 +65,7 @@ CASES = {
         "logit_scale": 2.0,
         "layer_norm_eps": 1e-3,
     },
+    "cohere normed": {"use_qk_norm": True, "logit_scale": 1.0, "layer_norm_eps": 1e-3},
     "cohere2": {"sliding_window": 5, "sliding_window_pattern": 2, "logit_scale": 1.0},
     "gemma3_text": {"head_dim": 6, "sliding_window": 5, "sliding_window_pattern": 2},
     "gemma3_text stretched, capped": {
@@ -78,6 +79,15 @@ CASES = {
         "final_logit_softcapping": 3.0,
         "query_pre_attn_scalar": 9,
         "attention_bias": True,
+    },
+    "gpt_oss": {
+        **{"head_dim": 8, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"swiglu_limit": 1.0, "rms_norm_eps": 1e-3},
+    },
+    "gpt_oss without biases, stretched otherwise": {
+        **{"head_dim": 6, "num_local_experts": 3, "num_experts_per_tok": 2},
+        **{"attention_bias": False, "layer_types": ["full_attention"] * 3},
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3},
     },
     "xlstm": XLSTM,
     "xlstm capped": {**XLSTM, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "gate_soft_cap": 2.0},
@@ -99,12 +109,12 @@ def test_logits_of_prefill_and_of_cached_decoding(made):
     assert difference(peer, load(folder)) <= 1e-4
 
 
-EXACT = [case for case in CASES if case.split()[0] not in ("recurrent_gemma", "xlstm")]
+EXACT = [case for case in CASES if case.split()[0] not in ("gpt_oss", "recurrent_gemma", "xlstm")]
 
 
 @pytest.mark.parametrize("case", EXACT)
 def test_logits_in_float64(case, tmp_path, monkeypatch):
-    """The two that are missing have kernels in float32."""
+    """Those that are missing have kernels in float32, and gpt_oss a stretch made in it."""
     hold_to_float64(monkeypatch)
     peer = make_peer(case.split()[0], sizes_of(case), tmp_path, torch.float64)
     ropes = peer.config.rope_parameters
@@ -124,7 +134,7 @@ def test_read_and_write_gives_the_same_file_and_the_same_logits(made, tmp_path):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     root = tmp_path_factory.mktemp("stored")
-    for kind in ("lfm2", "recurrent_gemma", "cohere", "cohere2", "gemma3_text", "xlstm"):
+    for kind in ("lfm2", "recurrent_gemma", "cohere", "cohere2", "gemma3_text", "gpt_oss", "xlstm"):
         make_peer(kind, sizes_of(kind), root / kind)
     return root
 
@@ -201,7 +211,10 @@ def test_keys_of_published_files(stored, tmp_path):
         ("lfm2", {"conv_L_cache": 4}, "does not fit its config"),
         ("recurrent_gemma", {"block_types": ["mamba"]}, "block_types: .* are not of"),
         ("recurrent_gemma", {"lru_width": 10**9}, "n_heads: 4 does not|GiB|does not fit"),
-        ("cohere", {"use_qk_norm": True}, "use_qk_norm: True is not supported: .* use a model"),
+        ("cohere", {"use_qk_norm": True}, "missing .*q_norm"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "bfloat16 by transformers"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha: 1.5 is not supported"),
+        ("gpt_oss", {"num_local_experts": 10**9}, "num_experts: 1000000000 cannot be"),
         ("cohere2", {"sliding_window": -1}, "window: -1"),
         ("gemma3_text", {"attn_logit_softcapping": 4.0}, "attn_logit_softcapping: 4.0 is not"),
         ("gemma3_text", {"rope_parameters": {"other": {}}}, "rope_parameters.other"),
@@ -222,6 +235,7 @@ def test_refused_configs(kind, changes, message, stored, tmp_path):
         ("lfm2", "mixer", {"bias": True}, r"blocks\[2\]\.mixer\.bias is False|conv_bias|no name"),
         ("recurrent_gemma", "channel", {"activation": "silu"}, "activation is 'silu'"),
         ("cohere", "mixer", {"qk_norm": True}, "qk_norm is True"),
+        ("gpt_oss", "mixer", {"sinks": False}, "sinks is False"),
         ("gemma3_text", "mixer", {"rope_theta": 2e4}, r"rope_theta is \d+"),
         ("xlstm", "mixer", {"norm_eps": 1e-2}, r"norm_eps is 0\.01"),
     ],

@@ -177,7 +177,7 @@ class MoESpec(ChannelSpec):
         """Inner width of experts that are packed; None if they are a list of modules."""
         swiglu = ChannelSpec.registry["swiglu"]
         widths: set[int | None] = {
-            expert.width(d_model) if isinstance(expert, swiglu) and not expert.bias else None  # pyright: ignore
+            expert.width(d_model) if isinstance(expert, swiglu) and expert.plain else None  # pyright: ignore
             for expert in self.expert_specs(d_model)
         }
         return widths.pop() if len(widths) == 1 else None

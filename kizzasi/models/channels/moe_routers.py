@@ -6,6 +6,7 @@ Symbols: b batch, t time, d d_model, e experts, k = top_k choices per token.
     weight        (e, d) W_g; logits h = W_g x, in at least float32 also under autocast
     noise_weight  (e, d) W_noise
     bias          (e,) b, added to the scores when choosing, never when weighing
+    logit_bias    (e,) c, learned: logits h = W_g x + c
     planes        (d, n_bits), frozen
     table         (2^n_bits,) int64, the expert of every code
 """
@@ -27,7 +28,7 @@ from kizzasi.models.adaptive import Adaptive, Tally
 from kizzasi.models.norm import KeepFloat32, full_precision, without_autocast
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
-from kizzasi.models.strict import Registered, join, register, require
+from kizzasi.models.strict import Registered, added, join, register, require
 
 Mask: TypeAlias = Tensor | None
 
@@ -61,11 +62,12 @@ class Choice(NamedTuple):
 class Router(KeepFloat32, Adaptive):
     """The tensors of a router; its spec says which, and what becomes of them."""
 
-    float32_parameters = ("weight", "noise_weight", "bias", "planes")
+    float32_parameters = ("weight", "noise_weight", "bias", "logit_bias", "planes")
     weight: nn.Parameter
     noise_weight: nn.Parameter
     planes: nn.Parameter
     bias: Tensor | None
+    logit_bias: nn.Parameter | None
     table: Tensor
 
     def __init__(self, spec: RouterSpec, choice: Choice) -> None:
@@ -73,6 +75,7 @@ class Router(KeepFloat32, Adaptive):
         self.spec, self.choice = spec, choice
         self.tally: Tally | None = None
         self.register_buffer("bias", None)
+        self.register_parameter("logit_bias", None)
         spec.furnish(self, choice)
 
     def forward(self, x: Tensor, real: Mask = None, starts: Mask = None) -> Routing:
@@ -96,7 +99,7 @@ class Router(KeepFloat32, Adaptive):
             x = full_precision(x)
             jitter = self.choice.jitter
             x = x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter)
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.logit_bias)
 
     def rank(self, scores: Tensor) -> Tensor:
         """In training each expert is out of the running for a token with p = expert_dropout."""
@@ -132,8 +135,9 @@ class RouterSpec(Registered):
     def reset(self, router: Router, generator: torch.Generator | None) -> None:
         """Initialise them: weight ~ U(-1/sqrt(d), 1/sqrt(d)), bias 0."""
         init.uniform_(router.weight, router.choice.d_model**-0.5, generator)
-        if router.bias is not None:
-            nn.init.zeros_(router.bias)
+        for bias in (router.bias, router.logit_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     @abstractmethod
     def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
@@ -153,10 +157,11 @@ class RouterSpec(Registered):
         return seq_len * choice.top_k
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """In at least float32."""
+    bias = None if bias is None else full_precision(bias)
     with without_autocast(x):
-        return F.linear(full_precision(x), full_precision(weight))
+        return F.linear(full_precision(x), full_precision(weight), bias)
 
 
 def add_bias(router: Router, n: int) -> None:
@@ -178,6 +183,7 @@ class TopK(RouterSpec):
             optimiser step b moves by bias_rate towards the experts with too few tokens.
         n_groups, top_groups: choose within the best top_groups of n_groups groups of experts.
         group_best: how many members make a group's worth: 1 in DeepSeek-V2, 2 in V3.
+        logit_bias: add a learned number for every expert to the logits (gpt-oss).
 
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2; Wang et al. 2024, arXiv:2408.15664.
     Differs: b's steps have zero mean, so that b does not drift.
@@ -190,6 +196,7 @@ class TopK(RouterSpec):
     n_groups: int = 1
     top_groups: int = 1
     group_best: int = 1
+    logit_bias: bool = added(False)
 
     def check(self, choice: Choice, path: str) -> None:
         super().check(choice, path)
@@ -206,6 +213,11 @@ class TopK(RouterSpec):
         super().furnish(router, choice)
         if self.bias_rate:
             add_bias(router, choice.n_experts)
+        if self.logit_bias:
+            router.logit_bias = nn.Parameter(torch.empty(choice.n_experts))
+
+    def n_params(self, choice: Choice) -> int:
+        return super().n_params(choice) + self.logit_bias * choice.n_experts
 
     def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits, softmax = router.logits(x), self.score == "softmax"

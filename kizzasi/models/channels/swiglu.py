@@ -29,17 +29,27 @@ class SwiGLUSpec(ChannelSpec):
             rounded up to a multiple of 8.
         bias: of all three layers.
         activation: of the gate: "silu" (SwiGLU), "gelu" or its tanh form "gelu_tanh" (GeGLU),
-            "relu" (ReGLU), "sigmoid" (GLU).
+            "relu" (ReGLU), "sigmoid" (GLU), "gelu_quick" (gpt-oss).
+        limit: bound on gates from above and on W_up x from both sides (gpt-oss); None bounds none.
+        up_offset: what is added to W_up x (1 in gpt-oss, so that a gate alone can act).
     """
 
     kind: ClassVar[str] = "swiglu"
     hidden: int | None = None
     bias: bool = False
     activation: Activation = added("silu")
+    limit: float | None = added(None)
+    up_offset: float = added(0.0)
 
     def check(self, d_model: int, path: str) -> None:
-        if self.hidden is not None:
-            self.require_positive(path, "hidden")
+        for name in ("hidden", "limit"):
+            if getattr(self, name) is not None:
+                self.require_positive(path, name)
+
+    @property
+    def plain(self) -> bool:
+        """Without biases, silu(W_gate x) * W_up x: an expert that can be packed with others."""
+        return self == SwiGLUSpec(self.hidden)
 
     def build(self, layer: LayerContext) -> SwiGLU:
         return SwiGLU(self, layer)
@@ -59,12 +69,15 @@ class SwiGLUSpec(ChannelSpec):
 
 
 class SwiGLU(Mixer):
-    """y = W_down (activation(W_gate x) * W_up x). Its state is the empty tuple."""
+    """y = W_down (activation(min(W_gate x, limit)) * (clamp(W_up x, limit) + up_offset)).
+
+    Its state is the empty tuple.
+    """
 
     def __init__(self, spec: SwiGLUSpec, layer: LayerContext) -> None:
         super().__init__()
         d, hidden = layer.d_model, spec.width(layer.d_model)
-        self.activation = ACTIVATIONS[spec.activation]
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
         self.gate_proj = nn.Linear(d, hidden, bias=spec.bias)
         self.up_proj = nn.Linear(d, hidden, bias=spec.bias)
         self.down_proj = nn.Linear(hidden, d, bias=spec.bias)
@@ -80,7 +93,14 @@ class SwiGLU(Mixer):
         return ()
 
     def parallel(self, x: Tensor, state: tuple[()] | None, call: Call) -> MixerOut:
-        return MixerOut(self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), ())
+        return MixerOut(self.down_proj(self.mix(self.gate_proj(x), self.up_proj(x))), ())
+
+    def mix(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(..., hidden) of what the two projections made."""
+        limit, offset = self.spec.limit, self.spec.up_offset
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return self.activation(gate) * (up + offset if offset else up)
 
     def recurrent(self, x: Tensor, state: tuple[()], call: Call) -> MixerOut:
         return self.parallel(x, state, call)

@@ -32,25 +32,27 @@ from kizzasi.models.checkpoints.llama import (
     trunk,
     window_keys,
 )
-from kizzasi.models.checkpoints.names import Rule, interleaved, renamed
+from kizzasi.models.checkpoints.names import Form, Rule, interleaved, renamed
 from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
+EPS = "layer_norm_eps"
+
 
 def _mixer(config: Config) -> AttentionSpec:
-    if config.get("use_qk_norm", bool, False):
-        rule = "every head has weights of its own there, and a spec one norm for all heads"
-        config.refuse("use_qk_norm", f"True is not supported: {rule}; use a model without it")
-    bias = config.get("attention_bias", bool, False)
-    return replace(attention(config, theta=5e5), qkv_bias=bias, out_bias=bias)
+    bias, eps = config.get("attention_bias", bool, False), config.get(EPS, float, 1e-5)
+    mixer = replace(attention(config, theta=5e5), qkv_bias=bias, out_bias=bias)
+    if not config.get("use_qk_norm", bool, False):
+        return mixer
+    return replace(mixer, qk_norm="head", qk_norm_kind="layer_unbiased", qk_norm_eps=eps)
 
 
 def _model(config: Config, mixers: Sequence[AttentionSpec]) -> ModelSpec:
     channel = swiglu(config)
     blocks = [BlockSpec(m, channel, "layer_unbiased", parallel="shared") for m in mixers]
     scale = config.get("logit_scale", float, 0.0625)
-    return trunk(config, blocks, 1e-5, key="layer_norm_eps", tied=True).replace(logit_scale=scale)
+    return trunk(config, blocks, 1e-5, key=EPS, tied=True).replace(logit_scale=scale)
 
 
 def _cohere(config: Config, shapes: Shapes) -> ModelSpec:
@@ -70,8 +72,12 @@ def _cohere2(config: Config, shapes: Shapes) -> ModelSpec:
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     keys = heads(spec)
     eps = keys.pop("rms_norm_eps")
-    more = {"layer_norm_eps": eps, "logit_scale": spec.logit_scale}
+    more = {EPS: eps, "logit_scale": spec.logit_scale}
     return {**keys, **more, "attention_bias": first(spec).qkv_bias}
+
+
+def _cohere_keys(spec: ModelSpec) -> dict[str, Any]:
+    return {**_keys(spec), "use_qk_norm": bool(first(spec).qk_norm)}
 
 
 def _cohere2_keys(spec: ModelSpec) -> dict[str, Any]:
@@ -83,10 +89,19 @@ def _cohere2_keys(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _layouts(spec: ModelSpec) -> Sequence[Rules]:
-    form = interleaved(first(spec).width(spec.d_model))
-    pairs = [Rule(f"blocks.#.mixer.{x}_proj.@", f"{LAYER}self_attn.{x}_proj.@", form) for x in "qk"]
+    width = first(spec).width(spec.d_model)
+    form = interleaved(width)
+    norm = Form(  # one row for each head
+        lambda ours: [t.unflatten(0, (-1, width)) for t in form.write(ours)],
+        lambda theirs, shapes: form.read([t.flatten() for t in theirs], shapes),
+    )
+    pairs = [
+        Rule(f"blocks.#.mixer.{x}_{part}.@", f"{LAYER}self_attn.{x}_{part}.@", how)
+        for x in "qk"
+        for part, how in (("proj", form), ("norm", norm))
+    ]
     return [[*pairs, *renamed(TRUNK | GATED)]]
 
 
-COHERE = dialect("cohere", "CohereForCausalLM", _cohere, _keys, _layouts)
+COHERE = dialect("cohere", "CohereForCausalLM", _cohere, _cohere_keys, _layouts)
 COHERE2 = dialect("cohere2", "Cohere2ForCausalLM", _cohere2, _cohere2_keys, _layouts)

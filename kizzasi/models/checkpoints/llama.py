@@ -178,7 +178,7 @@ def window_keys(spec: ModelSpec) -> dict[str, Any]:
     windows = [getattr(block.mixer, "window", None) for block in spec.plain_blocks]
     used = [window for window in windows if window is not None]
     kinds = [FULL if window is None else LOCAL for window in windows]
-    return {"sliding_window": used[0] if used else None, "layer_types": kinds}
+    return {"layer_types": kinds, **({"sliding_window": used[0]} if used else {})}
 
 
 def first(spec: ModelSpec) -> AttentionSpec:
@@ -260,11 +260,12 @@ def positions(
     fields = {ours: keys.get(key, object, None) for ours, key in SCALINGS.get(kind, {}).items()}
     if "original_context" in fields and fields["original_context"] is None:
         fields["original_context"] = context
-    keys.only("truncate", True)
+    cut = keys.get("truncate", bool, True)
     keys.finish()
     if kind == "default":
         return Positions(theta, None, part)
     given = {name: value for name, value in fields.items() if value is not None}
+    given |= {} if cut else {"truncate": False}
     scaling = RopeScaling.from_dict({"method": kind, **given}, f"{keys.prefix}rope_type")
     return Positions(theta, scaling, part)
 
@@ -276,7 +277,10 @@ def rope_keys(mixer: AttentionSpec) -> dict[str, Any]:
         return {"rope_theta": mixer.rope_theta, "rope_scaling": None}
     given = {key: getattr(scaling, ours) for ours, key in SCALINGS[scaling.method].items()}
     given = {key: value for key, value in given.items() if value is not None}
-    keys = {"rope_theta": mixer.rope_theta, "rope_scaling": {"rope_type": scaling.method, **given}}
+    said: dict[str, Any] = {"rope_type": scaling.method, **given}
+    keys = {"rope_theta": mixer.rope_theta, "rope_scaling": said}
+    if not scaling.truncate:
+        said["truncate"] = False
     if scaling.original_context is not None:
         keys["max_position_embeddings"] = round(scaling.factor * scaling.original_context)
     return keys
@@ -354,7 +358,7 @@ def _qwen3_keys(spec: ModelSpec) -> dict[str, Any]:
 
 def _windowed_keys(spec: ModelSpec) -> dict[str, Any]:
     keys = window_keys(spec)
-    return {**heads(spec), **keys, "use_sliding_window": keys["sliding_window"] is not None}
+    return {**heads(spec), **keys, "use_sliding_window": "sliding_window" in keys}
 
 
 def dialect(

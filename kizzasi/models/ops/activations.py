@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "silu"]
+Activation = Literal["gelu", "gelu_quick", "gelu_tanh", "relu", "relu2", "sigmoid", "silu"]
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -22,8 +22,14 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def gelu_quick(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the sigmoid form of GELU's own paper."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_quick": gelu_quick,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": relu2,

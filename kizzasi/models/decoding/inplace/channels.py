@@ -25,11 +25,9 @@ def swiglu_steps(channel: SwiGLU, state: tuple[()], about: About) -> Steps:
         about.products.of(channel.gate_proj, channel.up_proj),
         about.products.of(channel.down_proj),
     )
-    activation = channel.activation
 
     def run(x: Tensor) -> Tensor:
-        gate, up = enter(x).chunk(2, -1)
-        return leave(activation(gate).mul_(up))
+        return leave(channel.mix(*enter(x).chunk(2, -1)))
 
     return Stateless(run)
 
