@@ -338,6 +338,7 @@ def padding_on_the_right_is_refused(exam: Exam) -> None:
 def state_is_a_value(exam: Exam) -> None:
     """Nobody writes into a state, and gradients flow into it."""
     model, x = exam.make(), exam.tokens(2, 9)
+    fixed = all(layer.fixed_work for layer in exam.spec().blocks)
     state = model(x).state.detach()
     copy = map_state(torch.clone, state)
     first = fold(model, x, state)[0]
@@ -354,6 +355,8 @@ def state_is_a_value(exam: Exam) -> None:
     for a, (leaf_name, t) in zip(
         from_forward, [(n, t) for n, t in named_leaves(again) if t.requires_grad], strict=True
     ):
+        if a is None and t.grad is None and not fixed:
+            continue  # neither of the two tokens was routed there
         assert a is not None, leaf_name
         assert t.grad is not None, leaf_name
         assert_close(
@@ -380,11 +383,15 @@ def comes_back_from_files(exam: Exam, folder: Path) -> None:
 
 
 def cost_is_measured(exam: Exam, batch: int, length: int) -> None:
-    """Parameters, flops and bytes of state are what `cost` says."""
+    """Parameters, flops and bytes of state are what `cost` says; parameters alone, where the tokens
+    decide how much is done.
+    """
     spec = exam.spec(hybrid=True)
     cost = spec.cost(length, batch)
     meta = build_model(spec, device="meta")
     assert cost.params == sum(p.numel() for p in meta.parameters())
+    if not all(layer.fixed_work for layer in spec.blocks):
+        return
     model = build_model(spec)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
         out = model(exam.tokens(batch, length))

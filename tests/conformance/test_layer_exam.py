@@ -35,6 +35,26 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
             },
         ],
     },
+    "condition": {
+        "film": [{"kind": "condition", "body": [HEADS], "groups": 2}],
+        "add-out": [{"kind": "condition", "body": [MAMBA], "op": "add", "at": "out"}],
+        "scale-ema": [
+            {"kind": "condition", "body": [NEAR], "op": "scale", "source": "ema", "at": "stream"}
+        ],
+        "lora": [{"kind": "condition", "body": [CONV], "op": "lora", "rank": 3, "source": "ema"}],
+    },
+    "depth_routed": {
+        "half": [{"kind": "depth_routed", "body": [HEADS, MAMBA]}],
+        "nested": [
+            RWKV7,
+            {
+                "kind": "depth_routed",
+                "body": [RWKV7, {"kind": "loop", "body": [NEAR], "n_loops": 2}],
+                "capacity": 0.7,
+            },
+            RWKV7,
+        ],
+    },
     "loop": {
         "identity": [{"kind": "loop", "body": [MAMBA, NEAR], "n_loops": 2}],
         "huginn": [

@@ -16,6 +16,7 @@ this one with a spec, a state and a module, and one import line in `__init__.py`
                                  in the order of the fields (RWKV-7's value residual)
        depth                     residual layers that an input passes through: for initialisations
        context_window, causal    see `MixerSpec`; `window_of` gives the window of a stack
+       fixed_work                False where the tokens decide how much is done
 2. A state: a NamedTuple of tensors with the batch first, tuples and NamedTuples of such, () for
    nothing. Before any token floats are zero. Integers start at 0, or at -1 for dead slots, and
    padding leaves them there.
@@ -134,6 +135,13 @@ class LayerSpec(Registered):
     def causal(self) -> bool:
         """False if an output depends on later inputs; see `MixerSpec.causal`."""
         return all(part.causal for _, part in self.parts())
+
+    @property
+    def fixed_work(self) -> bool:
+        """Whether flops and state follow from lengths alone, whatever the tokens are; else `cost`
+        says what they are on average."""
+        stacks = (value for _, value in self.inside() if isinstance(value, tuple))
+        return all(layer.fixed_work for stack in stacks for layer in stack)
 
 
 class LayerModule(Mixer):

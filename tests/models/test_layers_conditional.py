@@ -1,0 +1,114 @@
+"""Layers whose work the tokens decide: mixture of depths, and a stack that a summary conditions."""
+
+import pytest
+import torch
+
+from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.call import Call
+from kizzasi.models.channels import MLPSpec
+from kizzasi.models.layers import ConditionSpec, DepthRoutedSpec
+from kizzasi.models.mixer import LayerContext
+from kizzasi.models.mixers import AttentionSpec, BidirectionalSpec, MambaSpec
+from kizzasi.train.leak import find_leak
+
+D = 8
+HEADS = BlockSpec(AttentionSpec(n_heads=2), MLPSpec(hidden=8))
+
+
+def built(spec, seed=0):
+    torch.manual_seed(seed)
+    return spec.build(LayerContext(D), 1e-5, 0.0).double()
+
+
+def stream(*shape, seed=1):
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_tokens_that_are_not_routed_pass_unchanged_and_unseen():
+    layer, x = built(DepthRoutedSpec((HEADS,))), stream(2, 12)
+    y, routed = layer(x).y, layer.router(x)[..., 0] > 0
+    assert 0 < routed.sum() < routed.numel()
+    assert torch.equal(y[~routed], x[~routed])
+    assert (y[routed] != x[routed]).any(-1).all()
+    other = torch.where(routed[..., None], x, x * 1.5)  # r keeps its sign
+    assert torch.equal(layer(other).y[routed], y[routed])
+
+
+def test_a_routed_token_takes_the_body_of_routed_ones_times_its_share():
+    layer, x = built(DepthRoutedSpec((HEADS,))), stream(1, 12)
+    r = layer.router(x)[0, :, 0]
+    part = x[:, r > 0]
+    ran = layer.body(part, None, Call.of(part)).x
+    wanted = part + r[r > 0].sigmoid()[:, None] * (ran - part)
+    torch.testing.assert_close(layer(x).y[:, r > 0], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_routers_loss_draws_the_share_to_the_capacity():
+    spec = DepthRoutedSpec((HEADS,), capacity=0.25, weight=1.0)
+    layer, x = built(spec), stream(8, 64)
+    optimizer = torch.optim.Adam([layer.router.weight], lr=0.1)
+    shares = []
+    for _ in range(60):
+        out = layer(x)
+        optimizer.zero_grad()
+        out.aux["depth_routed"].backward()
+        optimizer.step()
+        shares.append(float((layer.router(x) > 0).double().mean()))
+    assert shares[0] > 0.4
+    # w . x has no bias: it can draw few tokens, not exactly a quarter of any.
+    assert shares[-1] < shares[0]
+
+
+def test_one_router_decides_in_training_as_in_evaluation_and_shows_no_future():
+    spec = ModelSpec(
+        D, (HEADS, DepthRoutedSpec((HEADS, BlockSpec(MambaSpec(d_state=2))))), Tokens(9)
+    )
+    model = build_model(spec, seed=2, dtype=torch.float64)
+    ids = torch.arange(24).view(2, 12) % 9
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    assert find_leak(model) is None
+
+
+@pytest.mark.parametrize("op", ["film", "add", "scale", "lora"])
+@pytest.mark.parametrize("at", ["in", "out", "stream"])
+def test_a_conditioned_stack_starts_as_its_body_and_then_listens(op, at):
+    spec = ConditionSpec((HEADS,), op=op, at=at, rank=2 if op == "lora" else None)
+    layer, x = built(spec), stream(2, 10)
+    plain = layer.body(x, None, Call.of(x)).x
+    torch.testing.assert_close(layer(x).y, plain, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        (layer.turn if layer.up is None else layer.up).weight.normal_()
+    torch.manual_seed(0)
+    moved = x.clone()
+    moved[:, 0] += 1  # the summary carries it to every later token, past a body that is causal
+    changed = layer(moved).y[:, 1:] - layer(x).y[:, 1:]
+    layer.norm.weight.data.zero_()  # a summary of nothing
+    deaf = layer(moved).y[:, 1:] - layer(x).y[:, 1:]
+    assert (changed - deaf).abs().amax((0, 2)).min() > 1e-6
+
+
+def test_a_mean_is_of_the_document_alone():
+    layer, x = built(ConditionSpec((HEADS,), op="add", at="stream")), stream(1, 6)
+    starts = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    c, memory, seen = layer._summary(x, None, Call.of(x, starts))
+    torch.testing.assert_close(memory, x[:, 5])
+    assert seen.tolist() == [1]
+    wanted = layer.norm(x[:, 2:5].mean(1))
+    torch.testing.assert_close(c[:, 4], wanted)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (DepthRoutedSpec((HEADS,), capacity=1.0), "capacity: 1.0 is outside"),
+        (DepthRoutedSpec((HEADS,), weight=0.0), "weight: 0.0 is not positive"),
+        (DepthRoutedSpec((BlockSpec(BidirectionalSpec(MambaSpec())),)), "later tokens"),
+        (ConditionSpec((HEADS,), op="lora"), "rank: 'lora' needs a rank"),
+        (ConditionSpec((HEADS,), rank=2), "rank: 'film' takes no rank"),
+        (ConditionSpec((HEADS,), groups=3), "groups: 3 does not divide d_model 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(spec, message):
+    with pytest.raises(SpecError, match=message):
+        spec.check(D, "")
