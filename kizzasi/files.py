@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 FLAGS = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+CHUNK = 2**20  # bytes read at once
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TORCHS = re.compile(r"inline_container\.cc|PytorchStreamWriter|unexpected pos", re.IGNORECASE)
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
@@ -34,6 +35,12 @@ class Sink(Protocol):
     def write(self, data: Any, /) -> int: ...
 
     def flush(self) -> object: ...
+
+
+class Source(Protocol):
+    """What a file is to those who read it."""
+
+    def read(self, n: int, /) -> bytes: ...
 
 
 Make = Callable[[Any], object]  # is handed a Sink
@@ -184,10 +191,19 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> Binary
 def read_bytes(path: str | os.PathLike[str], most: int, *, follow: bool = True) -> bytes:
     """A regular file's bytes. Raises OSError also where there are more than `most`."""
     with open_regular(path, follow=follow) as file:
-        content = file.read(most + 1)
+        content = read_most(file, most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
     return content
+
+
+def read_most(file: Source, most: int) -> bytes:
+    """Up to so many bytes of a file; `read(most)` would first reserve them all."""
+    parts, left = list[bytes](), most
+    while left > 0 and (piece := file.read(min(left, CHUNK))):
+        parts.append(piece)
+        left -= len(piece)
+    return b"".join(parts)
 
 
 class BusyError(Exception):

@@ -3,74 +3,77 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
-from kizzasi.cli.common import import_own
-from kizzasi.errors import KizzasiError
+from kizzasi.cli.errors import is_told, line_of, shown, wants_traceback
+from kizzasi.cli.parsing import PROG, VERBS, parse
 
-VERBS = ("search", "report", "export", "train", "generate", "info", "validate", "schema", "convert")
-USER_ERROR, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
-SEED = "of everything random (default 0; generate takes a new one each time)"
+__all__ = ["VERBS", "main"]
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        The exit code: 0, 2 for a user's error, 130 after Ctrl-C, 141 if nobody reads on.
+        The exit code: 0, 2 for a user's error, 1 for one of the program, 130 after Ctrl-C, 141 if
+        nobody reads on.
     """
-    parser = argparse.ArgumentParser(
-        prog="kizzasi", description="Sequence models and the search for good ones."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    modules = {verb: importlib.import_module(f"kizzasi.cli.{verb}") for verb in VERBS}
-    for verb, module in modules.items():
-        text = module.__doc__ or ""
-        own = verbs.add_parser(
-            verb,
-            help=text.splitlines()[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        own.add_argument("--seed", type=int, default=0, help=SEED)
-        own.add_argument("--device", default="cpu", help='"cpu" (default), "cuda", "cuda:1"')
-        own.add_argument("--json", action="store_true", help="print one JSON object instead")
-        own.add_argument(
-            "--import",
-            dest="imports",
-            action="append",
-            default=[],
-            metavar="MODULE",
-            help="import it first: a module of your own that registers mixers (may be repeated)",
-        )
-        module.add_arguments(own)
-    args = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # what the terminal cannot show is no reason to die
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to die
     try:
+        from kizzasi.cli.common import import_own
+
+        module, args = parse(given)
         import_own(args.imports)
-        result, text = modules[args.verb].run(args)
-        print(json.dumps(result) if args.json else text, flush=True)
-    except KizzasiError as error:
-        print(f"kizzasi {args.verb}: {error}", file=sys.stderr)
-        return USER_ERROR
+        result, text = module.run(args)
+        _print(json.dumps(result) if args.json else text, raw=args.json or args.verb == "generate")
     except BrokenPipeError:
-        # Python would try once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return PIPE_CLOSED
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"kizzasi {args.verb}: {place}{error.strerror or error}", file=sys.stderr)
-        return USER_ERROR
     except KeyboardInterrupt:
         more = "; --resume continues" if "resume" in vars(args) else ""
-        print(f"\nkizzasi {args.verb}: stopped{more}", file=sys.stderr)
+        print(f"\n{_name(given)}: stopped{more}", file=sys.stderr)
         return INTERRUPTED
+    except BaseException as error:
+        if not is_told(error):
+            raise
+        if wants_traceback():
+            traceback.print_exc()
+        return _tell(error, given)
     return 0
+
+
+def _tell(error: BaseException, given: Sequence[str]) -> int:
+    if isinstance(error, OSError) and error.filename is None:
+        _close_stdout()
+    lines = vars(error).get("lines") or [None]
+    code = 2
+    for line in lines:
+        text, code = line_of(error) if line is None else (shown(line), 2)
+        text = text.removeprefix(f"{given[0]}: ") if given else text
+        print(f"{_name(given)}: {text}", file=sys.stderr)
+    return code
+
+
+def _name(given: Sequence[str]) -> str:
+    return f"{PROG} {given[0]}" if given and given[0] in VERBS else PROG
+
+
+def _print(text: str, *, raw: bool) -> None:
+    print(text if raw and not sys.stdout.isatty() else shown(text, lines=True), flush=True)
+
+
+def _close_stdout() -> None:
+    """Python would try once more at exit, and complain."""
+    with suppress(OSError, ValueError):  # it may be no file, as in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

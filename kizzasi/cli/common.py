@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kizzasi.errors import DataError, SpecError
 
 if TYPE_CHECKING:
-    from kizzasi.models import ModelSpec
+    from kizzasi.models import ModelSpec, SequenceModel
 
 
 CONFIG, BEST = "config.json", "best"
+MOST = 2**31
+SCORE_WINDOWS = 512  # held-out windows of a score, unless told otherwise
 SPEC_FILES = (".yaml", ".yml", ".json")
+
+
+class SeveralErrors(SpecError):
+    """Faults that are told in a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = tuple(lines)
 
 
 def import_own(names: Sequence[str]) -> None:
@@ -88,7 +99,7 @@ def read_spec(source: str) -> ModelSpec:
     from kizzasi.models.checkpoints import spec_of
 
     if not is_spec_file(source):
-        return spec_of(source)
+        return spec_of(checkpoint_of(source))
     if is_pipeline_file(source):
         from kizzasi.nas.pipelines import Pipeline
 
@@ -96,6 +107,31 @@ def read_spec(source: str) -> ModelSpec:
     spec = ModelSpec.from_file(source)
     spec.check()
     return spec
+
+
+def check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Raises SpecError unless these flags are at least 1, and --score-windows at least 0."""
+    for name in (*names, "score_windows"):
+        value, least = getattr(args, name, None), int(name != "score_windows")
+        if value is not None and not least <= value < MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise SpecError(f"{flag} {value!s:.30}: must be at least {least}, and below 2^31")
+
+
+@contextmanager
+def scoring(
+    model: SequenceModel, n_windows: int, batch_size: int, *, quiet: bool = False
+) -> Iterator[None]:
+    """A bar that counts the batches that a model scores meanwhile."""
+    from tqdm import tqdm
+
+    total = -(-n_windows // batch_size) or None
+    with tqdm(total=total, unit="batch", desc="scoring", disable=quiet, leave=False) as bar:
+        hook = model.register_forward_hook(lambda *_: bar.update() and None)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kizzasi.cli.common import check_device
+from kizzasi.cli.common import check_device, checkpoint_of
 from kizzasi.errors import CheckpointError
 
 
@@ -50,14 +50,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_device(args.device)
     if Path(args.input).resolve() == Path(args.output).resolve():
         raise CheckpointError(f"{args.output}: would replace the input; give another folder")
-    model = load(args.input, device=args.device)
+    source = checkpoint_of(args.input)
+    model = load(source, device=args.device)
     save(
         model,
         args.output,
         args.format,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
-        like=args.input,
+        like=source,
         gguf_type=args.type,
     )
     spec, params = model.spec, model.n_params
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "params": params,
         "dtype": str(next(model.stem.parameters()).dtype).removeprefix("torch."),
         "digest": spec.digest,
-        "tokenizer": sorted(companions_of(Path(args.input)).files),
+        "tokenizer": sorted(companions_of(Path(source)).files),
     }
     layers = f"{len(spec.blocks)} layers, {params:,} parameters, {result['dtype']}"
     return result, f"{args.output}: {args.format}, {layers}"

@@ -1,8 +1,10 @@
-"""Search a good small sequence model for your bytes; about 3 minutes on 2 cores by default.
+"""Search a good small sequence model for your data; about 3 minutes on 2 cores by default.
 
 example:
   kizzasi search --data ~/notes --params 300000 --out runs/notes
-  kizzasi search --space hybrid --searcher regularized --scheduler asha --search-tokens 4000000
+  kizzasi search --data ~/notes --out runs/notes --dry-run     # trials, tokens and minutes
+  kizzasi search --resume --out runs/notes                     # knows its own settings
+  kizzasi search --resume --out runs/notes --candidates 40     # the same search, and more of it
   kizzasi search --executor ray --address auto --out /shared/runs/first
 
 Killed at any moment, even by kill -9, a search goes on with --resume: no finished trial is lost or
@@ -12,13 +14,19 @@ run again. On a Ray cluster, --out must be on a file system that all nodes see u
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from kizzasi.cli.common import check_device
+from kizzasi.errors import SpecError, StudyError
 
 if TYPE_CHECKING:
     from kizzasi.nas.study.config import SearchConfig
+
+    Group: TypeAlias = argparse._ArgumentGroup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
     parser.add_argument("--out", default="runs/first", help="folder (default runs/first)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained and how long; no more"
+    )
+    where = parser.add_argument_group("where trials run")
+    _add_where(where, KINDS)
+    _add_strategy(parser.add_argument_group("how to search"), default)
+    _add_bounds(parser.add_argument_group("what to search for"), default)
+    _add_budgets(parser.add_argument_group("budgets"), default)
+
+
+def _add_where(parser: Group, kinds: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, help="trials side by side (default: all there is)")
     parser.add_argument("--threads", type=int, help="of each worker (default: its share of cores)")
     parser.add_argument(
         "--executor",
-        choices=KINDS,
+        choices=kinds,
         help="where trials run (default: processes, or in-process with one worker or on CUDA)",
     )
     parser.add_argument(
@@ -45,12 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trial-memory", type=float, metavar="MIB", help="stop and record one that takes more"
     )
-    _add_strategy(parser, default)
-    _add_bounds(parser, default)
-    _add_budgets(parser, default)
 
 
-def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+def _add_strategy(parser: Group, default: SearchConfig) -> None:
     from kizzasi.nas.evaluators.zero_cost import PROXIES
     from kizzasi.nas.study.config import SCREENS, SchedulerName, SearcherName
 
@@ -103,7 +119,7 @@ def _add_strategy(parser: argparse.ArgumentParser, default: SearchConfig) -> Non
     )
 
 
-def _add_bounds(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+def _add_bounds(parser: Group, default: SearchConfig) -> None:
     parser.add_argument(
         "--optimizer",
         choices=("muon", "adamw"),
@@ -132,7 +148,7 @@ def _add_bounds(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
     _add_numbers(parser, default, ("--bounds-len", "bounds_len", "tokens of that pass"))
 
 
-def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None:
+def _add_budgets(parser: Group, default: SearchConfig) -> None:
     _add_numbers(
         parser,
         default,
@@ -166,9 +182,7 @@ def _add_budgets(parser: argparse.ArgumentParser, default: SearchConfig) -> None
     )
 
 
-def _add_numbers(
-    parser: argparse.ArgumentParser, default: SearchConfig, *options: tuple[str, str, str]
-) -> None:
+def _add_numbers(parser: Group, default: SearchConfig, *options: tuple[str, str, str]) -> None:
     for flag, name, text in options:
         value = getattr(default, name)
         parser.add_argument(
@@ -178,22 +192,29 @@ def _add_numbers(
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.executors import Limits
-    from kizzasi.nas.search import SearchConfig, named_search
+    from kizzasi.nas.search import named_search
 
     check_device(args.device)
-    names = SearchConfig().to_dict().keys() & vars(args).keys()
-    config = SearchConfig.from_dict({name: getattr(args, name) for name in names})
     folder = Path(args.out)
-    memory = None if args.trial_memory is None else round(args.trial_memory * 2**20)
+    config, space = _wanted(args, folder)
+    config.check()
+    limits = Limits(args.trial_seconds, _bytes(args.trial_memory))
+    limits.check(args.device)
+    if args.dry_run:
+        return _dry_run(config, space, args)
+    cores = os.cpu_count() or 1
+    if args.device == "cpu" and (args.workers or 0) > cores:
+        print(f"{args.workers} workers share {cores} cores; {cores} would do", file=sys.stderr)
     found = named_search(
         config,
         folder,
+        space,
         resume=args.resume,
         workers=args.workers,
         device=args.device,
         executor=args.executor,
         threads=args.threads,
-        limits=Limits(args.trial_seconds, memory),
+        limits=limits,
         address=args.address,
     )
     best = found.best
@@ -208,3 +229,48 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "searched": best.searched,
     }
     return result, f"{found.table}\n{folder / 'report.html'}\n{folder / 'best'}"
+
+
+def _bytes(mebibytes: float | None) -> int | None:
+    if mebibytes is None:
+        return None
+    if not 0 < mebibytes < 2**30:
+        raise SpecError(f"--trial-memory {mebibytes:g}: give mebibytes, above 0")
+    return round(mebibytes * 2**20)
+
+
+def _wanted(args: argparse.Namespace, folder: Path) -> tuple[SearchConfig, Any]:
+    """The config and, where the journal alone has it, the space. A resumed run takes from its
+    journal what no flag says."""
+    from kizzasi.nas.search import SearchConfig
+    from kizzasi.nas.study.identity import settings_of
+
+    names = SearchConfig().to_dict().keys() & vars(args).keys()
+    given = {name: args.given[name] for name in names & args.given.keys()}
+    told = settings_of(folder / "journal.jsonl") if args.resume else None
+    if args.resume and told is None:
+        if not given:
+            raise StudyError(f"{folder}: holds no search; nothing to resume")
+        print(f"{folder}: holds no search yet; a new one begins", file=sys.stderr)
+    if told is None:
+        return SearchConfig.from_dict({name: getattr(args, name) for name in names}), None
+    space = None if "space" in given else told.space
+    return SearchConfig.from_dict({**told.config, **given}), space
+
+
+def _dry_run(
+    config: SearchConfig, space: Any, args: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    """What a search would do, by its own arithmetic and the pace of a few steps here."""
+    from kizzasi.nas.search import outline
+
+    told = outline(config, space, device=args.device, workers=args.workers)
+    minutes = told["seconds"] / 60
+    text = (
+        f"at most {told['trials']:,} trainings of {told['candidates']:,} candidates and "
+        f"{told['baselines']} baselines, {told['tokens']:,} tokens\n"
+        f"about {minutes:,.1f} minutes at {told['tokens_per_second']:,.0f} tokens a second by "
+        f"{told['workers']} workers, measured on a model of {told['params']:,} parameters\n"
+        "nothing was written"
+    )
+    return told, text

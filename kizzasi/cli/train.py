@@ -2,6 +2,7 @@
 
 example:
   kizzasi train my_model.yaml --data ~/notes --steps 2000 --out runs/notes
+  kizzasi train --resume --out runs/notes     # after an interruption; knows its own settings
 
 on several GPUs, and on several machines with torchrun's own options:
   torchrun --nproc-per-node 8 scripts/train.py my_model.yaml --device cuda --parallel fsdp
@@ -10,79 +11,267 @@ on several GPUs, and on several machines with torchrun's own options:
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kizzasi.cli.common import check_device, is_spec_file, read_spec
+from kizzasi.cli.common import (
+    SCORE_WINDOWS,
+    check_device,
+    check_numbers,
+    checkpoint_of,
+    is_spec_file,
+    read_spec,
+    scoring,
+)
 from kizzasi.errors import DataError, SpecError, StudyError
+from kizzasi.files import BusyError, clear_partial, only_writer, write_text
+
+if TYPE_CHECKING:
+    from kizzasi.models import SequenceModel
+    from kizzasi.train.task import Task
+    from kizzasi.train.trainer import Training
+
+STATE, CONFIG, JOURNAL = "training.pt", "config.json", "journal.jsonl"
+# What a resumed training takes from its checkpoint where no flag says otherwise.
+HELD = ("spec", "data", "steps", "tokens", "seq_len", "batch_size", "lr", "optimizer", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint to go on from")
+    parser.add_argument(
+        "spec", nargs="?", help="a .yaml or .json file, or a checkpoint to go on from"
+    )
     parser.add_argument(
         "--data",
         help='text (a file, a folder or "stdlib"), ids (.npy, .bin), frames (.csv, .npy, .wav) '
-        "or labelled sequences (.npz); default: text that is built in",
+        "or labelled sequences (.npz); default for a new model: builtin, a text of Python's",
     )
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
-    budget.add_argument("--tokens", type=int, help="the budget in tokens instead of steps")
-    parser.add_argument("--seq-len", type=int, default=256, help="window in tokens (default 256)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows a step (default 16)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
     parser.add_argument("--out", default="runs/train", help="folder (default runs/train)")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption")
-    parser.add_argument(
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    recipe = parser.add_argument_group("recipe")
+    budget = recipe.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, default=1000, help="optimiser steps (default 1000)")
+    budget.add_argument("--tokens", type=int, help="the budget in tokens instead of steps")
+    recipe.add_argument("--seq-len", type=int, default=256, help="window in tokens (default 256)")
+    recipe.add_argument("--batch-size", type=int, default=16, help="windows a step (default 16)")
+    recipe.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
+    recipe.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="default adamw"
+    )
+    more = parser.add_argument_group("saving, scoring and several processes")
+    more.add_argument(
         "--save-every", type=int, default=200, help="steps between checkpoints (default 200)"
     )
-    parser.add_argument(
+    more.add_argument(
+        "--score-windows",
+        type=int,
+        default=SCORE_WINDOWS,
+        help=f"held-out windows that the score uses (default {SCORE_WINDOWS}; 0 for all)",
+    )
+    more.add_argument(
         "--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun (default ddp)"
     )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from tqdm import tqdm
-
     from kizzasi.cli.torchrun import join, leave, restarted
-    from kizzasi.models import build_model, load
-    from kizzasi.models.checkpoints import companions_of, save
-    from kizzasi.train.bytes import ByteText
+    from kizzasi.models.checkpoints import save
+
+    check_numbers(args, "save_every", "seq_len", "batch_size", "steps")
+    ranks, args.device = join(args.device, args.parallel)
+    args.resume = args.resume or restarted()
+    check_device(args.device)
+    with _claimed(Path(args.out), args, writes=ranks.rank == 0) as folder:
+        state = folder / STATE
+        wanted = _wanted(args, state)
+        training = _prepared(wanted, args, ranks)
+        _train(training, wanted.tokens, args, state)
+        whole = ranks.whole(training.model)
+        if ranks.rank == 0:
+            save(whole.eval(), folder, overwrite=True, like=wanted.like)
+            state.unlink(missing_ok=True)
+        score, beside = _score(training, args), training.task.baselines()
+        leave(ranks)
+    metric = training.task.metric
+    result = {
+        "folder": str(folder),
+        "metric": metric.name,
+        "score": score,
+        "baselines": beside,
+        "recipe": asdict(training.recipe),
+        "curve": training.curve,
+    }
+    others = ", ".join(f"{name} {bits:.3f}" for name, bits in beside.items())
+    return result, f"{folder}: {score:.4f} {metric.label} held out ({others})"
+
+
+@contextmanager
+def _claimed(folder: Path, args: argparse.Namespace, *, writes: bool) -> Iterator[Path]:
+    """Hold the folder alone and see that it can be written. A refusal leaves no folder behind.
+
+    Raises:
+        StudyError: it holds another model, a search or an unfinished training, or another process.
+    """
+    unfinished = (folder / STATE).exists() or (folder / STATE).is_symlink()
+    finished = (folder / CONFIG).exists()
+    if (folder / JOURNAL).exists():
+        raise StudyError(f"{folder}: holds a search; choose another --out")
+    if args.resume and not unfinished and (finished or args.spec is None):
+        raise StudyError(f"{folder}: no unfinished training is there; nothing to resume")
+    if unfinished and not args.resume:
+        raise StudyError(f"{folder / STATE}: an unfinished training; use --resume or another --out")
+    further = args.spec is not None and Path(args.spec).resolve() == folder.resolve()
+    if finished and not (args.overwrite or args.resume or further):
+        raise StudyError(f"{folder}: holds a model; use --overwrite or another --out")
+    if (folder / STATE).is_symlink():
+        raise StudyError(f"{folder / STATE}: a link; a training keeps to its own folder")
+    if not writes:
+        yield folder
+        return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder):
+            clear_partial(folder)
+            probe = folder / ".kizzasi"
+            write_text(probe, "")
+            probe.unlink()
+            yield folder
+    except BusyError:
+        raise StudyError(
+            f"{folder}: another process is training there; wait for it or choose another --out"
+        ) from None
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()  # those that hold something stay
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to train: settings as given, or else as the checkpoint has them."""
+
+    values: Mapping[str, Any]
+    saved: Mapping[str, Any] | None  # the checkpoint to go on from
+
+    @property
+    def tokens(self) -> int:
+        own = self.values
+        if own["tokens"] is not None:
+            return own["tokens"]
+        return own["steps"] * own["seq_len"] * own["batch_size"]
+
+    @property
+    def like(self) -> str | None:
+        """The checkpoint whose tokenizer goes along, where it is still there."""
+        source = self.values["spec"]
+        if source is None or is_spec_file(source) or not Path(source).exists():
+            return None
+        return checkpoint_of(source)
+
+
+def _wanted(args: argparse.Namespace, state: Path) -> _Wanted:
+    from kizzasi.train.trainer import read_training
+
+    given = {name: getattr(args, name) for name in HELD}
+    if not state.exists():
+        if args.spec is None:
+            raise SpecError("give a spec or a checkpoint to train; see kizzasi train --help")
+        return _Wanted(given, None)
+    saved = read_training(state, args.device)
+    told = saved.get("notes")
+    told = told.get("arguments") if isinstance(told, Mapping) else None
+    if not isinstance(told, Mapping):
+        if args.spec is None:
+            raise StudyError(f"{state}: does not say what it trains; give the spec and all options")
+        return _Wanted(given, saved)
+    typed = {name: args.given[name] for name in HELD if name in args.given}
+    if "steps" in typed or "tokens" in typed:
+        told = {**told, "steps": 1000, "tokens": None}
+    return _Wanted({**given, **{k: told[k] for k in HELD if k in told}, **typed}, saved)
+
+
+def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any) -> Training:
+    """Everything that can be refused is, before the first step."""
     from kizzasi.train.leak import find_leak
     from kizzasi.train.open import open_task
     from kizzasi.train.recipe import Recipe
+    from kizzasi.train.seeds import derive_seed
     from kizzasi.train.trainer import Training
 
-    if args.save_every < 1:
-        raise SpecError(f"--save-every {args.save_every}: must be at least 1")
-    ranks, device = join(args.device, args.parallel)
-    check_device(device)
-    tokens = args.steps * args.seq_len * args.batch_size if args.tokens is None else args.tokens
-    recipe = Recipe(tokens, seq_len=args.seq_len, batch_size=args.batch_size, lr=args.lr)
+    own = wanted.values
+    shape = {name: own[name] for name in ("seq_len", "batch_size", "lr", "optimizer")}
+    recipe = Recipe(wanted.tokens, score_windows=args.score_windows or None, **shape)
     recipe.check()
-    task, like = open_task(args.data), None
-    if is_spec_file(args.spec):
-        model = build_model(read_spec(args.spec), seed=args.seed, device=device)
-    else:
-        like = args.spec
-        if isinstance(task, ByteText) and companions_of(Path(like)).files:
-            raise DataError(
-                f"{like}: it reads the ids of its tokenizer, and the data are bytes; give ids made "
-                "with that tokenizer (--data ids.npy or ids.bin)"
-            )
-        model = load(like, device=device)
+    task = open_task(own["data"], apart=Path(args.out))
+    model = _model(wanted, task, args)
     if leak := find_leak(model):
-        raise StudyError(f"{args.spec}: {leak}")
-    training = Training(model, task, recipe, args.seed, ranks)
-    folder = Path(args.out)
-    state = folder / "training.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    if state.exists():
-        if not (args.resume or restarted()):
-            raise StudyError(f"{state}: an unfinished training; use --resume or another --out")
-        training.restore(state)
-    options: dict[str, Any] = {"unit": "tok", "unit_scale": True, "disable": ranks.rank > 0}
-    with tqdm(total=tokens, initial=training.tokens, **options) as bar:
+        raise StudyError(f"{own['spec']}: {leak}")
+    of_old = wanted.saved is not None and "identity" not in wanted.saved
+    data_seed = own["seed"] if of_old else derive_seed(own["seed"], "data")
+    training = Training(model, task, recipe, data_seed, ranks)
+    training.notes = {"arguments": dict(own), "spec": model.spec.canonical_json()}
+    if wanted.saved is not None:
+        training.restore(Path(args.out) / STATE, wanted.saved)
+        before = wanted.saved.get("identity", {}).get("horizon", wanted.tokens)
+        if before < wanted.tokens:
+            print(f"more tokens: {wanted.tokens:,} instead of {before:,}", file=sys.stderr)
+    return training
+
+
+def _model(wanted: _Wanted, task: Task, args: argparse.Namespace) -> SequenceModel:
+    """The model to train, as it is before the first step; a resumed one gets its numbers later."""
+    from kizzasi.models import build_model, load
+    from kizzasi.models.checkpoints import companions_of
+    from kizzasi.train.bytes import ByteText
+
+    source, seed = wanted.values["spec"], wanted.values["seed"]
+    if wanted.saved is not None and "spec" not in args.given:
+        spec = _noted_spec(wanted.saved)
+        return build_model(spec, seed=seed, device=args.device)
+    if is_spec_file(source):
+        return build_model(read_spec(source), seed=seed, device=args.device)
+    like = checkpoint_of(source)
+    if wanted.values["data"] is None:
+        raise DataError(
+            f"{source}: give --data to train a checkpoint further ('builtin' for Python's text)"
+        )
+    if isinstance(task, ByteText) and companions_of(Path(like)).files:
+        raise DataError(
+            f"{like}: it reads the ids of its tokenizer, and the data are bytes; give ids made "
+            "with that tokenizer (--data ids.npy or ids.bin)"
+        )
+    if wanted.saved is not None:
+        from kizzasi.models.checkpoints import spec_of
+
+        return build_model(spec_of(like), seed=seed, device=args.device)
+    return load(like, device=args.device)
+
+
+def _noted_spec(saved: Mapping[str, Any]) -> Any:
+    import json
+
+    from kizzasi.errors import CheckpointError
+    from kizzasi.models import ModelSpec
+
+    try:
+        return ModelSpec.from_dict(json.loads(saved["notes"]["spec"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{STATE}: its spec is damaged: {error!s:.200}") from error
+
+
+def _train(training: Training, tokens: int, args: argparse.Namespace, state: Path) -> None:
+    from tqdm import tqdm
+
+    alone = training.ranks.world == 1
+    options: dict[str, Any] = {"unit": "tok", "unit_scale": True}
+    with tqdm(
+        total=tokens, initial=training.tokens, disable=training.ranks.rank > 0, **options
+    ) as bar:
 
         def on_step(n: int) -> None:
             bar.update(n)
@@ -92,23 +281,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         try:
             failure = training.run(tokens, on_step)
         except KeyboardInterrupt:
-            if ranks.world == 1:  # several processes are seldom stopped at the same step
+            if alone:  # several processes are seldom stopped at the same step
                 training.save(state)
             raise
     if failure:
         raise StudyError(failure)
-    score, beside = training.score(), task.baselines()
-    whole = ranks.whole(model)
-    leave(ranks)
-    save(whole.eval(), folder, overwrite=True, like=like)
-    state.unlink(missing_ok=True)
-    result = {
-        "folder": str(folder),
-        "metric": task.metric.name,
-        "score": score,
-        "baselines": beside,
-        "recipe": asdict(recipe),
-        "curve": training.curve,
-    }
-    others = ", ".join(f"{name} {bits:.3f}" for name, bits in beside.items())
-    return result, f"{folder}: {score:.4f} {task.metric.label} held out ({others})"
+
+
+def _score(training: Training, args: argparse.Namespace) -> float:
+    quiet = training.ranks.rank > 0
+    with scoring(training.model, args.score_windows, training.recipe.batch_size, quiet=quiet):
+        return training.score()

@@ -15,8 +15,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kizzasi.cli.common import is_pipeline_file, read_spec
+from kizzasi.cli.common import SeveralErrors, is_pipeline_file, read_spec
 from kizzasi.errors import SpecError
+from kizzasi.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +38,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         try:
             found.append(_one(source, args))
         except SpecError as error:
-            errors.append(str(error))
+            errors += str(error).split("\n") if is_pipeline_file(source) else [str(error)]
     if errors:
-        fits = f"\n{len(found)} of {len(args.specs)} fit" if len(args.specs) > 1 else ""
-        raise SpecError("\n".join(errors) + fits)
+        if len(args.specs) > 1:
+            errors.append(f"{len(found)} of {len(args.specs)} fit")
+        raise SeveralErrors(errors)
     text = "\n".join(text for _, text in found)
     if len(found) == 1:
         return found[0][0], text
@@ -81,6 +83,10 @@ def _changed(source: str, args: argparse.Namespace) -> tuple[Any, list[str]]:
         if len(args.specs) > 1:
             out.mkdir(parents=True, exist_ok=True)
             out = out / Path(source).name
-        out.write_text(to_yaml(data), "utf-8")
+        if out.resolve() == Path(source).resolve():
+            raise SpecError(f"{out}: would replace the input; give another --repair OUT")
+        if out.exists():
+            raise SpecError(f"{out}: there already; give another --repair OUT")
+        write_text(out, to_yaml(data))
         changes = [*changes, f"written to {out}"]
     return pipeline.spec, changes

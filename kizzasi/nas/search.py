@@ -16,6 +16,8 @@ asked for. So a resumed run walks through its journal and goes on from there.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, SequenceModel, load
-from kizzasi.nas.evaluators.evaluator import Evaluator
+from kizzasi.nas.evaluators.evaluator import Evaluator, Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
 from kizzasi.nas.report.export import export
@@ -49,7 +51,9 @@ from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Study
 from kizzasi.train.open import open_task
-from kizzasi.train.task import Metric, Task
+from kizzasi.train.task import Metric, Shape, Task
+
+TIMED_STEPS = 4  # of `outline`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +279,7 @@ def named_search(
         DataError, SpecError: the data, the space or the config break a rule.
     """
     config.check()
-    task = task or open_task(config.data, test_fraction=config.test_fraction)
+    task = task or open_task(config.data, test_fraction=config.test_fraction, apart=folder)
     plan = plan_of(config, task, space)
 
     def opened(evaluator: Evaluator) -> Executor:
@@ -296,6 +300,9 @@ def run_plan(
 ) -> Found:
     """Run a plan in a folder; see `Search.run`."""
     plan.check()
+    if isinstance(plan.evaluator, MicroTrain):
+        recipe, task = plan.evaluator.recipe, plan.evaluator.task
+        task.check(Shape(recipe.seq_len, recipe.batch_size, recipe.score_windows), task.stem)
     with (
         executor(plan.evaluator) as running,
         claimed(folder, resume=resume) as journal,
@@ -319,6 +326,61 @@ def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
     sweeps = (n_baselines + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
     return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
+
+
+def outline(
+    config: SearchConfig,
+    space: Any = None,
+    *,
+    task: Task | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """What `named_search` would do at most, and how long that would take; nothing is written.
+
+    Args:
+        config, space, task, device, workers: as there.
+
+    Returns:
+        trials, candidates, baselines, tokens, workers, params (of the model that was timed),
+        tokens_per_second (of all workers) and seconds.
+
+    Raises:
+        DataError, SpecError: as there.
+    """
+    config.check()
+    task = task or open_task(config.data, test_fraction=config.test_fraction)
+    plan = plan_of(config, task, space)
+    plan.check()
+    n, presets = config.n_candidates, len(plan.baselines)
+    if config.searcher == "proxy":
+        n = config.n_best + config.n_random + config.n_outside
+    tokens = tokens_at_most(config, presets)
+    sweeps = (presets + config.n_sweep) * (len(config.lrs) - 1)
+    finals = (1 + config.n_finalists) * (config.final_seeds + config.slope_seeds)
+    spec = next(iter(plan.baselines.values()))
+    pace = _pace(plan.micro_training, spec, device)
+    side_by_side = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
+    return {
+        "trials": (n + presets) * len(config.budgets) + sweeps + finals,
+        "candidates": n,
+        "baselines": presets,
+        "tokens": tokens,
+        "workers": side_by_side,
+        "params": spec.cost(1).params,
+        "tokens_per_second": pace * side_by_side,
+        "seconds": tokens / (pace * side_by_side),
+    }
+
+
+def _pace(evaluator: MicroTrain, spec: ModelSpec, device: str) -> float:
+    """Tokens a second of one training, from a few steps."""
+    training = evaluator.training(Job(spec, 1, 0, device=device))
+    step = training.recipe.tokens_per_step
+    training.run(step)
+    start = time.perf_counter()
+    training.run(step * (1 + TIMED_STEPS))
+    return step * TIMED_STEPS / (time.perf_counter() - start)
 
 
 def _named(evaluator: Any) -> str:

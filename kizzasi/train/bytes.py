@@ -33,7 +33,6 @@ from kizzasi.train.task import (
     Shape,
     Split,
     scored,
-    spread,
     token_bits,
 )
 from kizzasi.train.windows import batches, held_out_windows, require_enough
@@ -91,9 +90,9 @@ class ByteText:
 
     def score(self, model: Forward, split: Split, shape: Shape) -> Scores:
         """Bits per byte of every window; each starts from an empty state."""
-        inputs, targets = held_out_windows(self.part(split), shape.seq_len)
-        chosen = spread(len(inputs), shape.score_windows).to(inputs.device)
-        return scored(model, inputs[chosen], targets[chosen], shape, token_bits)
+        tokens, short = self.part(split), split == "test"  # valid is checked before it is scored
+        inputs, targets = held_out_windows(tokens, shape.seq_len, shape.score_windows, short=short)
+        return scored(model, inputs, targets, shape, token_bits)
 
     def part(self, split: Split) -> Tensor:
         return {"train": self.train, "valid": self.valid, "test": self.test}[split]
@@ -120,6 +119,7 @@ def load_corpus(
     held_out_fraction: float = 0.1,
     test_fraction: float = 0.0,
     max_bytes: int | None = None,
+    apart: Path | None = None,
 ) -> ByteText:
     """Read bytes and hold out whole blocks of them, spread evenly over the text.
 
@@ -146,6 +146,7 @@ def load_corpus(
         held_out_fraction: share of the blocks that is scored and never trained on, in (0, 1).
         test_fraction: share of the blocks that nobody looks at before the result, in [0, 1).
         max_bytes: use this many bytes from the start of the text.
+        apart: a folder that a run writes into, which is never part of the data.
 
     Raises:
         DataError: nothing there, empty, unreadable, or too short to split; names the path.
@@ -168,7 +169,7 @@ def load_corpus(
     else:
         name = str(source)
         listed = left_out if Path(source).is_dir() else None  # a file that is named is wanted
-        text = read_files(files_of(Path(source), left_out=left_out), max_bytes, listed)
+        text = read_files(files_of(Path(source), left_out=left_out, apart=apart), max_bytes, listed)
     text = text[:max_bytes]
     if not text:
         raise DataError(f"{name}: no bytes to learn from; give a file or a folder with text in it")

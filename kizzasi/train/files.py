@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -10,13 +11,17 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from kizzasi.errors import DataError
+from kizzasi.files import open_regular, read_most
 
 # Tests and installed packages; and two folders of tables and prose that mostly repeat themselves.
 NOT_STANDARD_LIBRARY_CODE = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]
 )
+COPIES = 4  # of a text, while it is read and split
+OF_A_SEARCH = b'{"event":"study",'  # what a search's journal.jsonl begins with
 LOOKED_AT = 8192  # bytes of a file in which a zero byte says that it is no text
 
 
@@ -41,17 +46,22 @@ def standard_library() -> Iterator[Path]:
 
 
 def files_of(
-    root: Path, skipped: frozenset[str] = frozenset(), left_out: list[str] | None = None
+    root: Path,
+    skipped: frozenset[str] = frozenset(),
+    left_out: list[str] | None = None,
+    apart: Path | None = None,
 ) -> Iterator[Path]:
     """The file itself, or every file of a folder that may be text: its own, then its folders'.
 
     Args:
         root: a file, which is taken as it is, or a folder.
         skipped: names of folders to pass by.
-        left_out: is told of hidden files and folders and of links, which are never read.
+        left_out: is told of what is never read: hidden files and folders, links, and folders of
+            searches.
+        apart: a folder that a run writes into, so that it is no data of that run.
 
     Raises:
-        DataError: nothing there, or a folder that cannot be read.
+        DataError: nothing there, a folder that cannot be read, or `root` is `apart`.
     """
     told = left_out if left_out is not None else []
     if os.path.isfile(root):
@@ -62,16 +72,32 @@ def files_of(
         rule = "is neither a file nor a folder" if found else "is not there, or out of reach"
         raise DataError(f"{root}: {rule}; pass --data FILE_OR_FOLDER")
 
+    if apart is not None and apart.resolve() == root.resolve():
+        raise DataError(f"{root}: data and output are one folder; choose another --out")
+
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}; make the folder readable or move it")
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         hidden = sorted(name for name in (*folders, *files) if name.startswith("."))
         told += [f"{Path(folder, name).relative_to(root)}: hidden" for name in hidden]
-        folders[:] = sorted(set(folders) - skipped - set(hidden))
+        runs = sorted(name for name in folders if _is_run(Path(folder, name), apart))
+        told += [f"{Path(folder, name).relative_to(root)}: of a run" for name in runs]
+        folders[:] = sorted(set(folders) - skipped - set(hidden) - set(runs))
         for path in (Path(folder, file) for file in sorted(set(files) - set(hidden))):
             if path.is_file() and not path.is_symlink():
                 yield path
+
+
+def _is_run(folder: Path, apart: Path | None) -> bool:
+    """Whether a search or training writes there."""
+    if apart is not None and apart.resolve() == folder.resolve():
+        return True
+    try:
+        with open_regular(folder / "journal.jsonl") as file:
+            return file.read(len(OF_A_SEARCH)) == OF_A_SEARCH
+    except OSError:
+        return False
 
 
 def read_files(
@@ -85,13 +111,19 @@ def read_files(
         left_out: is told of files that are no text, which a folder may hold; None takes them too.
 
     Raises:
-        DataError: a file cannot be read or unpacked.
+        DataError: a file cannot be read or unpacked, or all is more than memory has room for.
     """
     text, seen = bytearray(), set[bytes]()
+    room = _room()
     for path in paths:
+        most = room - len(text) if max_bytes is None else max_bytes - len(text)
         try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                piece = file.read(-1 if max_bytes is None else max_bytes - len(text))
+            with path.open("rb") as raw:
+                _require_room(path, raw, most if max_bytes is None else room)
+                with gzip.open(raw) if path.suffix == ".gz" else raw as file:
+                    piece = read_most(file, most + 1 if max_bytes is None else most)
+            if max_bytes is None and len(piece) > most:
+                raise _too_large(path, len(piece), room)
         except (OSError, EOFError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -107,3 +139,25 @@ def read_files(
         if len(text) == max_bytes:
             break
     return bytes(text)
+
+
+def _room() -> int:
+    """Bytes of text that the free memory has room for."""
+    free = 2**62
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        told = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = int(told.split()[1]) * 1024
+    return free // COPIES
+
+
+def _require_room(path: Path, file: BinaryIO, most: int) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if path.suffix != ".gz" and size > most:
+        raise _too_large(path, size, most)
+
+
+def _too_large(path: Path, size: int, most: int) -> DataError:
+    return DataError(
+        f"{path}: {size:,} bytes, and free memory has room for {most:,} of text; give a part of it"
+    )

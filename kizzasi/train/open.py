@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from kizzasi.train.labels import Labels
 from kizzasi.train.task import Task
 from kizzasi.train.token_ids import TokenIds
 
+BUILTIN = "builtin"  # the text that ships with CPython
 NOT_TEXT = (".png", ".jpg", ".jpeg", ".gif", ".pt", ".pth", ".safetensors", ".zip", ".pdf", ".mp3")
 
 
@@ -21,12 +23,13 @@ def open_task(
     *,
     test_fraction: float = 0.1,
     max_bytes: int | None = None,
+    apart: Path | None = None,
 ) -> Task:
     """Find out what kind of data this is.
 
     | source | task |
     |---|---|
-    | None, "stdlib", a folder, any other file | `ByteText` |
+    | None or "builtin", "stdlib", a folder, any other file | `ByteText` |
     | .bin, .npy of whole numbers in one row | `TokenIds` |
     | .csv, .wav, .parquet, .npy of other numbers | `Frames` |
     | .npz with x and y | `Labels` |
@@ -35,14 +38,17 @@ def open_task(
         source: see there.
         test_fraction: share that nobody looks at before the result.
         max_bytes: of text.
+        apart: a folder that a run writes into, which is never part of the data.
 
     Raises:
         DataError: nothing there, or a file of a kind that no task reads.
     """
+    if source == BUILTIN and not os.path.exists(BUILTIN):
+        source = None
     path = Path(source or "")
     suffix = path.suffix.lower()
     if source is None or source == "stdlib" or path.is_dir():
-        return load_corpus(source, test_fraction=test_fraction, max_bytes=max_bytes)
+        return load_corpus(source, test_fraction=test_fraction, max_bytes=max_bytes, apart=apart)
     if suffix in NOT_TEXT:
         raise DataError(
             f"{source}: a {suffix} file is no text; give text, ids (.bin, .npy), frames (.csv, "
@@ -62,4 +68,4 @@ def open_task(
         return Frames.open(path, test_fraction=test_fraction)
     if suffix == ".npz":
         return Labels.open(path, test_fraction=test_fraction)
-    return load_corpus(source, test_fraction=test_fraction, max_bytes=max_bytes)
+    return load_corpus(source, test_fraction=test_fraction, max_bytes=max_bytes, apart=apart)

@@ -9,16 +9,20 @@ Glossary
 from __future__ import annotations
 
 import math
+import os
 import pickle
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from kizzasi.errors import CheckpointError
-from kizzasi.files import write_file
+from kizzasi.files import open_regular, write_file
 from kizzasi.models import SequenceModel, parameter_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.muon import Muon
@@ -27,6 +31,7 @@ from kizzasi.train.seeds import derive_seed
 from kizzasi.train.task import Batch, Scores, Shape, Split, Task
 
 UNREADABLE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
+DAMAGED = (*UNREADABLE, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
 
 
@@ -72,6 +77,7 @@ class Training:
         self.peaks = [group["lr"] for group in groups]
         kinds = {"adamw": torch.optim.AdamW, "muon": Muon}
         self.optimizer = kinds[recipe.optimizer](groups, betas=(0.9, 0.95))
+        self.notes: dict[str, Any] = {}  # saved beside the identity: no part of it
         self.step = 0
         self.curve: list[tuple[int, float]] = []
         self.losses: list[Tensor] = []  # since the curve's last point
@@ -139,6 +145,17 @@ class Training:
         with self._autocast():
             return self.task.score(self.shared_model, split, self.shape)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a training is; one that differs in any of it is another one."""
+        recipe = {k: v for k, v in asdict(self.recipe).items() if k != "score_windows"}
+        return {
+            "spec": self.model.spec.digest,
+            "data": self.task.digest,
+            "data_seed": self.data_seed,
+            **recipe,
+        }
+
     def save(self, path: Path) -> None:
         """Write everything that `restore` needs, in one move. Raises OSError, as of a full disk."""
         saved = {
@@ -147,19 +164,42 @@ class Training:
             "step": self.step,
             "curve": self.curve,
             "losses": [self.ranks.mean(loss) for loss in self.losses],
+            "identity": self.identity,
+            "notes": self.notes,
         }
         if self.ranks.rank == 0:
             write_file(path, lambda file: torch.save(saved, file))
 
-    def restore(self, path: Path) -> None:
-        """Continue from a checkpoint of the same spec and recipe. Raises CheckpointError."""
+    def restore(self, path: Path, saved: Mapping[str, Any] | None = None) -> None:
+        """Continue from a checkpoint of the same training; only its horizon may have grown.
+
+        Args:
+            path: of the checkpoint.
+            saved: what `read_training` found there; None reads it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another training; names what differs.
+        """
+        saved = read_training(path, self.device) if saved is None else saved
+        self._require_same(path, saved)
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            step, curve, losses = saved["step"], saved["curve"], saved["losses"]
+            _check_progress(step, curve, losses, self.recipe.steps(self.recipe.horizon))
             scatter(self.model, self.optimizer, saved)
-            self.step, self.curve = saved["step"], [tuple(pair) for pair in saved["curve"]]
-            self.losses = saved["losses"]
-        except (*UNREADABLE, RuntimeError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: cannot continue from it: {error}") from error
+            self.step, self.curve, self.losses = step, [tuple(pair) for pair in curve], losses
+        except (*DAMAGED, CheckpointError) as error:
+            raise _cannot_continue(path, error) from error
+
+    def _require_same(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Checkpoints of version 0.1 do not say what they are, and are taken as they come."""
+        told, own = saved.get("identity"), self.identity
+        if not isinstance(told, Mapping):
+            return
+        grown = "horizon" in told and told["horizon"] <= own["horizon"]
+        other = [k for k in own if told.get(k) != own[k] and not (k == "horizon" and grown)]
+        if other:
+            given = ", ".join(f"{k}: {told.get(k)!s:.40} then, {own[k]!s:.40} now" for k in other)
+            raise _cannot_continue(path, f"it is another training; {given}")
 
     @contextmanager
     def _chance(self) -> Iterator[None]:
@@ -176,3 +216,55 @@ class Training:
     def _autocast(self) -> torch.autocast:
         on_cuda = self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+
+
+def read_training(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `Training.save` wrote. Raises CheckpointError; nothing in the file is run."""
+    try:
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise CheckpointError("no checkpoint of a training")
+            _require_plain(file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            saved = torch.load(file, map_location=device, weights_only=True)
+    except (*DAMAGED, CheckpointError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise _cannot_continue(path, error) from error
+    if not isinstance(saved, dict):
+        raise _cannot_continue(path, "no checkpoint of a training")
+    return saved
+
+
+def _require_plain(file: BinaryIO, size: int) -> None:
+    """torch.save compresses nothing: what unpacks to more than the file has is a bomb."""
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        whole = sum(part.file_size for part in parts)
+    if whole > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise CheckpointError("compressed, and torch.save never compresses")
+
+
+def _check_progress(step: Any, curve: Any, losses: Any, last: int) -> None:
+    """Raise CheckpointError unless these can be of a training of so many steps."""
+    if type(step) is not int or not 0 <= step <= last:
+        raise CheckpointError(f"step: {step!s:.40}; expected a whole number from 0 to {last}")
+    pairs = isinstance(curve, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_number, pair))
+        for pair in curve
+    )
+    if not pairs:
+        raise CheckpointError("curve: expected pairs of tokens and loss")
+    if not isinstance(losses, list) or not all(
+        isinstance(loss, Tensor) and loss.ndim == 0 for loss in losses
+    ):
+        raise CheckpointError("losses: expected a list of single numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cannot_continue(path: Path, error: object) -> CheckpointError:
+    """Torch's own messages take several lines and give dangerous advice."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(f"{path}: cannot continue from it: {reason:.300}")

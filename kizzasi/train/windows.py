@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import DataError
-from kizzasi.train.task import IGNORE
+from kizzasi.train.task import IGNORE, spread
 
 
 def starts(n: int, seed: int, step: int, batch_size: int) -> np.ndarray:
@@ -54,14 +54,18 @@ def batches(
     return draw()
 
 
-def held_out_windows(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+def held_out_windows(
+    tokens: Tensor, seq_len: int, n_windows: int | None = None, *, short: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cut the held-out bytes into consecutive windows in which each byte is a target exactly once.
 
     The input of a target is the byte before it; before the very first stands byte 0. The last
     window is filled up with input 0 and target IGNORE, which `cross_entropy` skips.
 
     Args:
-        tokens: (n,) uint8.
+        tokens: (n,) uint8, at least 1.
+        n_windows: as many of them, evenly spread; None means all.
+        short: take also what does not fill a single window.
 
     Returns:
         inputs and targets, (ceil(n / seq_len), seq_len) long.
@@ -69,13 +73,14 @@ def held_out_windows(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: fewer than seq_len bytes.
     """
-    require_enough(tokens, seq_len, seq_len)
-    n_windows = math.ceil(len(tokens) / seq_len)
-    inputs = torch.zeros(n_windows * seq_len, dtype=torch.long, device=tokens.device)
-    targets = torch.full_like(inputs, IGNORE)
-    inputs[1 : len(tokens)] = tokens[:-1]
-    targets[: len(tokens)] = tokens
-    return inputs.view(n_windows, seq_len), targets.view(n_windows, seq_len)
+    require_enough(tokens, seq_len, 1 if short else seq_len)
+    n = len(tokens)
+    chosen = spread(math.ceil(n / seq_len), n_windows).to(tokens.device)
+    places = chosen[:, None] * seq_len + torch.arange(seq_len, device=tokens.device)
+    there = places < n
+    targets = torch.where(there, tokens[places.clamp(max=n - 1)].long(), IGNORE)
+    before = tokens[(places - 1).clamp(min=0, max=n - 1)].long()
+    return torch.where(there & (places > 0), before, 0), targets
 
 
 def require_enough(tokens: Tensor, seq_len: int, needed: int) -> None:

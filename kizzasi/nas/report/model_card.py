@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from kizzasi.models import ModelSpec
 from kizzasi.nas.report.pages import md, md_json, md_lineage, md_rows, md_table
@@ -62,14 +63,8 @@ def _introduction(summary: Summary, winner: Final, spec: ModelSpec) -> str:
 
 
 def _use(summary: Summary, kept: Event) -> str:
-    config = summary.study["config"]
-    lr = kept["settings"].get("lr")
-    rate = "" if lr is None else f"--lr {lr:g}"
-    shape = "".join(
-        f" --{name.replace('_', '-')} {config[name]}"
-        for name in ("seq_len", "batch_size")
-        if name in config
-    )
+    score, anew, further = _commands(summary, kept)
+    number = f"{summary.metric.show(kept['score'], 4)} {summary.unit}"
     return (
         "```python\n"
         "import torch\n\n"
@@ -80,10 +75,42 @@ def _use(summary: Summary, kept: Event) -> str:
         "```\n\n"
         "```sh\n"
         'python generate.py "The "\n'
-        f"kizzasi train . --tokens 10000000 {rate}{shape}          # train these weights further\n"
-        f"kizzasi train spec.yaml --tokens 10000000 {rate}{shape}  # or the architecture anew\n"
+        f"# these weights on what decided the search: {number}\n{score}\n"
+        f"# these weights once more, from the architecture alone: {number}\n{anew}\n"
+        f"# these weights trained further\n{further}\n"
         "```"
     )
+
+
+def _commands(summary: Summary, kept: Event) -> tuple[str, str, str]:
+    """What scores the model, trains it anew with the same score, and trains it further."""
+    config = summary.study["config"]
+    source = config.get("data")
+    data = f" --data {_word(source or 'builtin')}"
+    if "data" not in config or config.get("test_fraction", 0.1) != 0.1:
+        data = " --data DATA"
+    lr = kept["settings"].get("lr")
+    rate = "" if lr is None else f" --lr {lr!r}"
+    optimizer = f" --optimizer {_word(config['optimizer'])}" if "optimizer" in config else ""
+    cut = "".join(
+        f" --{name.replace('_', '-')} {config[name]}"
+        for name in ("seq_len", "batch_size")
+        if name in config
+    )
+    windows = f" --score-windows {config['score_windows']}" if "score_windows" in config else ""
+    whole = f" --tokens {kept['tokens']} --seed {kept['seed']}{rate}{optimizer}{cut}{windows}"
+    return (
+        f"kizzasi score .{data}{cut}{windows}",
+        f"kizzasi train spec.yaml{data}{whole} --out again",
+        f"kizzasi train . --tokens 10000000{data}{rate}{optimizer}{cut} --out longer",
+    )
+
+
+def _word(value: object) -> str:
+    """A word for a shell; DATA where the name itself could mean something to a page."""
+    text = str(value)
+    plain = text.isprintable() and not set(text) & set("`<>&")
+    return shlex.quote(text) if plain else "DATA"
 
 
 def _data(summary: Summary) -> str:
@@ -91,7 +118,7 @@ def _data(summary: Summary) -> str:
     facts = [
         f"- {md(str(corpus['name']))}"
         + (f", {corpus['n_bytes']:,} bytes" if "n_bytes" in corpus else ""),
-        f"- sha256 `{corpus['digest']}`",
+        f"- sha256 `{md(str(corpus['digest']))}`",
     ]
     if "n_held_out" in corpus:
         facts.append(f"- {corpus['n_held_out']:,} held out, never trained on")
@@ -108,7 +135,14 @@ def _training(summary: Summary, winner: Final, kept: Event) -> str:
         f"- seeds {seeds}; the weights are those of seed {kept['seed']}, the best of them "
         f"({summary.metric.show(kept['score'], 4)} {summary.unit})\n"
         f"- the whole search trained for {spent:.0f} s in {len(summary.trials)} trials"
+        f"{_versions(summary)}"
     )
+
+
+def _versions(summary: Summary) -> str:
+    told = summary.study.get("versions") or {}
+    named = ", ".join(f"{md(str(name))} {md(str(own))}" for name, own in told.items())
+    return f"\n- with {named}" if named else ""
 
 
 def _scores(summary: Summary) -> str:

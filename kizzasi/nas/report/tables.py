@@ -368,7 +368,7 @@ def _failures(summary: Summary) -> Rows:
 
 
 def _settings(summary: Summary) -> Rows:
-    named = (("data", "data"), ("config", ""))
+    named = (("data", "data"), ("config", ""), ("versions", "version of"))
     pairs = [
         (f"{prefix} {name}".strip(), str(value))
         for key, prefix in named

@@ -140,6 +140,7 @@ class SearchConfig(Strict):
         self.require_positive("", *counts, *more, *last)
         rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
         for ok, rule in (
+            (0 <= self.seed < 2**63, f"seed: {self.seed} is outside 0 .. 2^63 - 1"),
             (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
             (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,16 @@ import kizzasi
 from kizzasi.errors import StudyError
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.results.extended import current
+from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.journal import read_events
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Study
 from kizzasi.train.task import Metric
 
 # What version 0.1 did where its journals say nothing.
 OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw"}
+SPACE_FILES = (".yaml", ".yml", ".json")
 GROWING = ("n_pool", "search_tokens", "n_finalists", "final_seeds", "slope_seeds")
 
 
@@ -59,6 +64,35 @@ def begin(study: Study, plan: Plan) -> None:
         study.append({"event": "extended", "config": {k: v for k, (_, v) in changed.items()}})
         study.events[:] = current(study.events)
         study.places.clear()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a journal says of a search that was made of names: its config, and its space where that
+    came from a file."""
+
+    config: dict[str, Any]
+    space: ModelSpace | None
+
+
+def settings_of(path: Path) -> Settings | None:
+    """The settings of the search in a journal; None if none has begun there.
+
+    Raises:
+        StudyError: the journal is damaged, or of a search made of objects.
+    """
+    if not path.exists():
+        return None
+    study = next((e for e in current(read_events(path)) if e["event"] == "study"), None)
+    if study is None:
+        return None
+    config = study["config"]
+    if "n_pool" not in config:
+        raise StudyError(f"{path}: of a search made of objects; resume it with Search(..).run")
+    of_old = {**_json(SearchConfig().to_dict()), **OF_OLD}
+    named = {key: value for key, value in {**of_old, **config}.items() if key in of_old}
+    ready = Path(str(config["space"])).suffix not in SPACE_FILES
+    return Settings(named, None if ready else ModelSpace(config["template"]))
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
