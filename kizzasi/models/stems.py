@@ -18,7 +18,7 @@ from kizzasi.errors import ShapeError
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, normal_
 from kizzasi.models.ops.devices import answers
-from kizzasi.models.strict import Registered, register, require
+from kizzasi.models.strict import Registered, added, join, register, require
 
 EMBEDDING_STD = 0.02
 
@@ -81,14 +81,18 @@ class Tokens(StemSpec):
         vocab_size: how many ids there are.
         max_positions: positions with a learned embedding, added to the token's (GPT-2): the longest
             document. None adds nothing; positions are then the mixers' concern.
+        head_bias: add a learned number to every logit; a tied head has none.
     """
 
     kind: ClassVar[str] = "tokens"
     vocab_size: int
     max_positions: int | None = None
+    head_bias: bool = added(False)
 
     def check(self, path: str, tie_head: bool) -> None:
         self.require_positive(path, "vocab_size")
+        rule = "a tied head has no bias; set it, or tie_head, to false"
+        require(not (self.head_bias and tie_head), join(path, "head_bias"), rule)
         if self.max_positions is not None:
             self.require_positive(path, "max_positions")
 
@@ -100,7 +104,7 @@ class Tokens(StemSpec):
         if not head:
             return positions + dense(self.vocab_size * d_model)
         table = dense(0 if tie_head else self.vocab_size * d_model)
-        return positions + table + linear(n_tokens, d_model, self.vocab_size)
+        return positions + table + linear(n_tokens, d_model, self.vocab_size, bias=self.head_bias)
 
 
 @register
@@ -135,7 +139,9 @@ class TokenStem(Stem):
         self.position_embedding = (
             None if spec.max_positions is None else nn.Embedding(spec.max_positions, d_model)
         )
-        self.lm_head = None if tie_head else nn.Linear(d_model, spec.vocab_size, bias=False)
+        self.lm_head = None
+        if not tie_head:
+            self.lm_head = nn.Linear(d_model, spec.vocab_size, bias=spec.head_bias)
 
     def check(self, inputs: Tensor, *, time: bool) -> None:
         wanted = "(b, t)" if time else "(b,)"
@@ -183,6 +189,8 @@ class TokenStem(Stem):
         for part in (self.embedding, self.lm_head, self.position_embedding):
             if part is not None:
                 normal_(part.weight, EMBEDDING_STD, generator)
+        if self.lm_head is not None and self.lm_head.bias is not None:
+            nn.init.zeros_(self.lm_head.bias)
 
 
 class SignalStem(Stem):

@@ -14,7 +14,7 @@ from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
-from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.call import Call
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
 from kizzasi.models.mixer import LayerContext
@@ -301,26 +301,6 @@ def published_numbers():
     return torch.tensor(rows), torch.tensor(counts)
 
 
-def reversing_model():
-    """The published two-layer model. Each block adds one more constant than those of RWKV-7, and so
-    does the head: here they are biases of linear maps."""
-    ranks = {"decay_rank": 8, "a_rank": 8, "v_rank": 8, "gate_rank": 8}
-    block = BlockSpec(RWKV7Spec(head_dim=16, **ranks), RWKVChannelSpec(), norm="layer")
-    model = build_model(ModelSpec(32, (block, block), Tokens(12), norm="layer"))
-    model.stem.lm_head.bias = torch.nn.Parameter(torch.empty(12))
-    places = {"stem.embedding": "e", "stem.lm_head": "o", "norm": "lno"}
-    for i, block in enumerate(model.blocks, 1):
-        block.mixer.output.bias = torch.nn.Parameter(torch.empty(32))
-        parts = {"mixer.output.bias": f"rosa{i}.o.bias", "mixer": f"rwkv{i}", "channel": f"ffn{i}"}
-        parts |= {"mixer_norm": f"ln{i}a", "channel_norm": f"ln{i}b"}
-        places |= {f"blocks.{i - 1}.{ours}": theirs for ours, theirs in parts.items()}
-    weights = torch.load(REVERSE, map_location="cpu", weights_only=True)
-    for name, value in model.state_dict().items():
-        ours = next(place for place in places if f"{name}.".startswith(f"{place}."))
-        value.copy_(weights[places[ours] + name.removeprefix(ours)].view_as(value))
-    return model
-
-
 @pytest.mark.weights
 @pytest.mark.skipif(not REVERSE.exists(), reason=f"no trained weights at {REVERSE}")
 def test_a_trained_model_reverses_every_published_number():
@@ -329,7 +309,7 @@ def test_a_trained_model_reverses_every_published_number():
     Other numbers are not all right: 17 of 287,188 digits were wrong for 9,000 random ones.
     The ten longest are also written token by token, in the recurrent form.
     """
-    model, (rows, counts) = reversing_model(), published_numbers()
+    model, (rows, counts) = load(REVERSE), published_numbers()
     with torch.no_grad():
         right = (model(rows[:, :-1]).logits.argmax(-1) == rows[:, 1:]) & counts
     totals = torch.stack([right.sum(1), counts.sum(1)]).view(2, 60, 10).sum(-1).cumsum(-1).sum(-1)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolerance import assert_close
 
-from kizzasi.errors import CheckpointError
+from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
-from kizzasi.models.checkpoints import save
+from kizzasi.models.checkpoints import save, tuned_state
 from kizzasi.models.mixers.rwkv4 import RWKV4Spec
 from kizzasi.models.mixers.rwkv5 import RWKV5Spec
 from kizzasi.models.mixers.rwkv6 import RWKV6Spec
@@ -365,3 +365,83 @@ def test_models_that_a_format_cannot_express_are_refused(given, format, message,
     with pytest.raises(CheckpointError, match=message):
         save(build_model(given), tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
+
+
+BIASED = ModelSpec(
+    32,
+    (BlockSpec(RWKV7Spec(head_dim=8, bias=True), RWKVChannelSpec(48), norm="layer"),) * 2,
+    Tokens(11, head_bias=True),
+    norm="layer",
+)
+
+
+def shaken(spec):
+    """A model in which everything acts."""
+    model, generator = build_model(spec, seed=1).eval(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def test_numbered_files_with_biases(tmp_path):
+    """Names as RWKV-LM's research files have them; what its switched-off branch holds is left."""
+    model = shaken(BIASED)
+    save(model, tmp_path, "rwkv_flat")
+    stored = torch.load(tmp_path / "model.pth")
+    assert {"e.weight", "o.bias", "rosa2.o.bias", "ln1a.weight", "rwkv2.v0"} <= stored.keys()
+    assert stored["rwkv1.x_r"].shape == (1, 1, 32)
+    stored |= {"rosa1.q.bias": torch.ones(32), "ln2c.weight": torch.ones(32)}
+    torch.save(stored | {"rwkv1.v1": torch.ones(32, 4)}, tmp_path / "b.pth")
+    ids = torch.arange(11)[None]
+    for name in ("model.pth", "b.pth"):
+        again = load(tmp_path / name)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert again.spec.stem == BIASED.stem
+    out = again(ids[:, :6])
+    step = again.step(ids[:, 6], out.state)
+    assert_close(step.logits, model(ids).logits[:, 6])
+    assert sum(p.numel() for p in model.parameters()) == BIASED.cost(1).params
+    torch.save(stored | {"rosa1.odd": torch.ones(3)}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected rosa1\.odd"):
+        load(tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"mixer\.bias is True, and the format"):
+        save(model, tmp_path / "d", "rwkv_pth")
+    with pytest.raises(SpecError, match=r"stem\.head_bias: a tied head has no bias"):
+        BIASED.replace(tie_head=True).check()
+
+
+@pytest.mark.parametrize("kind", [RWKV5Spec, RWKV6Spec, RWKV7Spec])
+def test_an_initial_memory_is_a_state(tmp_path, kind):
+    version = {RWKV5Spec: 4, RWKV6Spec: 6, RWKV7Spec: 7}[kind]
+    block = BlockSpec(kind(head_dim=8), RWKVChannelSpec(48, version), norm="layer")
+    spec = ModelSpec(16, (block, block), Tokens(11), norm="layer", embed_norm=True)
+    model, ids = shaken(spec), torch.arange(11)[None] % 7
+    state = model(ids).state  # what some document left
+    memory = {f"blocks.{i}.att.time_state": b.mixer.wkv[0] for i, b in enumerate(state.blocks)}
+    if kind is not RWKV7Spec:  # stored as [value, key], kept as [key, value]
+        memory = {name: m.mT.contiguous() for name, m in memory.items()}
+    torch.save(memory, tmp_path / "state.pth")
+    tuned = tuned_state(tmp_path / "state.pth", model, batch=2)
+    for ours, theirs in zip(tuned.blocks, state.blocks, strict=True):
+        assert torch.equal(ours.mixer.wkv[1], theirs.mixer.wkv[0])
+        assert not ours.mixer.shift.any()
+    with torch.no_grad():
+        whole = model(ids.repeat(2, 1), tuned).logits
+        assert (whole - model(ids).logits).abs().max() > 1e-4
+        step = model.step(ids.repeat(2, 1)[:, 0], tuned)
+        assert_close(step.logits, whole[:, 0])
+    save(model, tmp_path, "rwkv_pth")
+    torch.save(torch.load(tmp_path / "model.pth") | memory, tmp_path / "both.pth")
+    with pytest.warns(UserWarning, match="initial memory .*tuned_state"):
+        both = load(tmp_path / "both.pth")
+    assert torch.equal(both(ids).logits, model(ids).logits)
+    del memory["blocks.1.att.time_state"]
+    torch.save(memory, tmp_path / "half.pth")
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.1\.att\.time_state is missing; .*\(2, 8, 8\)"
+    ):
+        tuned_state(tmp_path / "half.pth", model)
+    other = build_model(ModelSpec(16, (BlockSpec(RWKV4Spec()),), Tokens(7)))
+    with pytest.raises(CheckpointError, match=r"blocks\[0\]: only RWKV-5, 6 and 7"):
+        tuned_state(tmp_path / "half.pth", other)

@@ -30,6 +30,7 @@ from kizzasi.models.checkpoints import (
     phi3,
     qwen3_next,
     recurrent_gemma,
+    rwkv_flat,
     rwkv_hf,
     rwkv_pth,
     sandwich,
@@ -37,6 +38,7 @@ from kizzasi.models.checkpoints import (
     xlstm,
 )
 from kizzasi.models.checkpoints.companions import Companions, companions_of
+from kizzasi.models.checkpoints.rwkv_state import tuned_state
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
@@ -64,12 +66,14 @@ __all__ = [
     "phi3",
     "qwen3_next",
     "recurrent_gemma",
+    "rwkv_flat",
     "rwkv_hf",
     "rwkv_pth",
     "sandwich",
     "save",
     "spec_of",
     "state_spaces",
+    "tuned_state",
     "xlstm",
 ]
 

@@ -8,11 +8,13 @@
 | 7 | att.r_k | rwkv7 | rwkv_channel, version 7 |
 
 Some vectors are stored as (1, 1, d). The v0, v1, v2 of version 7's first layer are used by no
-program: they are not read, and not written again.
+program: they are not read, and not written again. Nor is an initial memory (`time_state`), of which
+reading warns: see rwkv_state.py.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
@@ -183,6 +185,11 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
         rule = f"of {', '.join(VERSIONS)} exactly one is expected, {len(found)} are stored"
         raise CheckpointError(f"{config.where}: {rule}")
     (version,) = found
+    if any(name.endswith(".att.time_state") for name in shapes):
+        rule = (
+            "which a model does not; give calls the state of checkpoints.tuned_state(path, model)"
+        )
+        warnings.warn(f"{config.where}: holds an initial memory (time_state), {rule}", stacklevel=2)
     vocab_size, d_model = sizes("emb.weight", 2)
     n_layers = depth(shapes, "blocks.#.ln1.weight")
     channel = RWKVChannelSpec(sizes("blocks.0.ffn.key.weight", 2)[0], version.channel)
@@ -216,7 +223,7 @@ register(
         layouts=_layouts,
         config=None,
         signature=("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln1.weight", "ln_out.weight"),
-        ignored=tuple(f"blocks.0.att.v{i}" for i in range(3)),
+        ignored=("blocks.#.att.time_state", *(f"blocks.0.att.v{i}" for i in range(3))),
         canonical=canonical,
         file="model.pth",
     )

@@ -58,6 +58,7 @@ class RWKV7Spec(MixerSpec):
             at least 32.
         value_residual: mix the value of the model's first RWKV-7 into this one's. None means
             RWKV-LM's rule: every RWKV-7 but the first does.
+        bias: of the output.
     """
 
     kind: ClassVar[str] = "rwkv7"
@@ -67,6 +68,7 @@ class RWKV7Spec(MixerSpec):
     v_rank: int | None = None
     gate_rank: int | None = None
     value_residual: bool | None = added(None)
+    bias: bool = added(False)
 
     def check(self, d_model: int, path: str) -> None:
         n, where = self.head_dim, f"{path}.head_dim"
@@ -107,7 +109,7 @@ class RWKV7Spec(MixerSpec):
         if not self.value_residual:
             del ranks["v"]
         total = dense(
-            params=(13 + ("v" in ranks)) * d,
+            params=(13 + ("v" in ranks) + self.bias) * d,
             flops=wkv7_flops(batch, seq_len, d // n, n),
             state_bytes=4 * batch * (d + d * n),
         )
@@ -160,7 +162,7 @@ class RWKV7(Mixer):
         self.receptance = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
-        self.output = nn.Linear(d, d, bias=False)
+        self.output = nn.Linear(d, d, bias=spec.bias)
         self.ln_x = HeadNorm(d)
 
     def parallel(self, x: Tensor, state: RWKV7State | None, call: Call) -> MixerOut:
@@ -251,5 +253,6 @@ class RWKV7(Mixer):
         self.r_k.fill_(-0.04)
         for layer, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
             nn.init.orthogonal_(layer.weight, gain, generator)
-        self.output.weight.zero_()
+        for parameter in self.output.parameters():
+            parameter.zero_()
         self.ln_x.reset_parameters(((1 + index) / n_layers) ** 0.7)
