@@ -5,7 +5,7 @@
     model = AutoModelForCausalLM.from_pretrained("runs/first/best")
 
 The model is the same `SequenceModel`, found as `.model`, in the clothes of a PreTrainedModel. What
-it saves is a folder of ours. Needs the package transformers (`pip install kizzasi[hf]`).
+it saves is a folder of ours. Needs the package transformers (`pip install 'kizzasi-models[hf]'`).
 """
 
 from __future__ import annotations

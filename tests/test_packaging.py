@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 LOCKED = {re.split("==", line)[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
 
 
+NAME = "kizzasi-models"  # "kizzasi" on the package index is somebody else's, with our import name
+
+
 def read(name: str) -> dict:
     return tomllib.loads((ROOT / name).read_text())
 
@@ -27,7 +30,7 @@ def required() -> set[str]:
     data = read("pyproject.toml")
     lists = [data["build-system"]["requires"], data["project"]["dependencies"]]
     lists += data["project"]["optional-dependencies"].values()
-    return {re.match(r"[\w-]+", need)[0] for needs in lists for need in needs} - {"kizzasi"}
+    return {re.match(r"[\w-]+", need)[0] for needs in lists for need in needs} - {NAME}
 
 
 def test_the_lock_holds_every_requirement_at_one_exact_version():
@@ -88,3 +91,13 @@ def test_the_lock_holds_torch_at_our_lower_bound_so_that_every_run_tests_it():
     lowest = bounds[0].removeprefix("torch>=")
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     assert f"torch=={lowest}.0" in lines
+
+
+def test_the_package_has_a_name_of_its_own_and_every_message_says_it():
+    project = read("pyproject.toml")["project"]
+    assert project["name"] == NAME
+    assert project["scripts"] == {"kizzasi": "kizzasi.cli:main"}
+    sources = [*(ROOT / "kizzasi").rglob("*.py"), ROOT / "README.md", ROOT / "pyproject.toml"]
+    for path in [*sources, *(ROOT / "docs").glob("*.md")]:
+        found = re.findall(r"(?:pip install[^\n]*|\")\bkizzasi\[", path.read_text())
+        assert not found, f"{path}: {found}: another project's name"

@@ -85,6 +85,29 @@ def test_a_worker_has_its_threads_and_survives_ctrl_c_and_its_trials_have_limits
     assert not any(worker.process.is_alive() for worker in executor.workers)
 
 
+@dataclass(frozen=True)
+class KilledOnce(Mined):
+    """Killed from outside the first time that a trial named so runs."""
+
+    seen: str = ""
+
+    def __call__(self, job, report):
+        report(job.budget)
+        if job.spec == "killed" and not os.path.exists(self.seen):
+            open(self.seen, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Measurement(float(job.seed))
+
+
+def test_a_trial_killed_from_outside_is_tried_again_alone(tmp_path):
+    executor = Processes(KilledOnce(None, Recipe(512), str(tmp_path / "seen")), 1, 1)
+    with executor, tqdm(disable=True) as bar:
+        found = {j.key: m for j, m in executor.run([job("killed", 3), job("fine", 7)], bar)}
+    assert list(found) == ["fine7", "killed3"], "the killed one comes last"
+    assert [m.score for m in found.values()] == [7.0, 3.0]
+    assert (tmp_path / "seen").exists()
+
+
 @pytest.mark.slow
 def test_every_way_to_explode():
     found = failures(Processes(evaluator(), 2, 1), "kill", "raise", "exit", "abort", "hangup")
@@ -138,7 +161,7 @@ def test_the_executor_that_is_meant(monkeypatch):
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(StudyError, match=r"pip install 'kizzasi\[ray\]'"):
+    with pytest.raises(StudyError, match=r"pip install 'kizzasi-models\[ray\]'"):
         open_executor(evaluator(), "ray")
 
 

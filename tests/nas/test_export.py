@@ -176,5 +176,5 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, convert):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     run = write_run(tmp_path, [])
-    with pytest.raises(StudyError, match=rf"pip install 'kizzasi\[{module}\]'"):
+    with pytest.raises(StudyError, match=rf"pip install 'kizzasi-models\[{module}\]'"):
         convert(run)

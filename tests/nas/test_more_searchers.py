@@ -298,7 +298,7 @@ def test_tpe_gives_up_on_a_space_without_members():
 
 def test_tpe_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(SpecError, match=r"pip install 'kizzasi\[optuna\]'"):
+    with pytest.raises(SpecError, match=r"pip install 'kizzasi-models\[optuna\]'"):
         run(TPE(4, 2, seed=1), SPACE, one_by_one(total))
 
 

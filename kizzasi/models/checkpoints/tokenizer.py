@@ -1,8 +1,8 @@
 """Text to ids and back, with the tokenizer that a checkpoint carries.
 
 A GGUF file has its vocabulary and merges among the metadata; a folder in transformers' layout has a
-tokenizer.json. Both are run by the package tokenizers (`pip install kizzasi[tokenizers]`). Without
-either, ids are bytes.
+tokenizer.json. Both are run by the package tokenizers, the extra `kizzasi-models[tokenizers]`.
+Without either, ids are bytes.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def tokenizers_package() -> Any:
     """The package tokenizers. Raises CheckpointError if it is missing."""
     if importlib.util.find_spec("tokenizers") is None:
         raise CheckpointError(
-            "the checkpoint's tokenizer needs the package tokenizers; pip install tokenizers"
+            "the checkpoint's tokenizer needs the package tokenizers; "
+            "pip install 'kizzasi-models[tokenizers]'"
         )
     import tokenizers
 

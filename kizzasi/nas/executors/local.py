@@ -66,10 +66,17 @@ class Processes:
         ]
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
-        """Yield results as they come; the bar follows every step of every worker."""
+        """Yield results as they come; the bar follows every step of every worker.
+
+        A trial whose process was killed from outside, as the kernel does when memory is short, is
+        tried once more when all others are done, alone.
+        """
         waiting, idle = deque(jobs), deque(self.workers)
         busy: dict[Worker, Job] = {}
-        while waiting or busy:
+        alone, again = deque[Job](), set[str]()
+        while waiting or busy or alone:
+            if alone and not waiting and not busy:
+                waiting.append(alone.popleft())
             while waiting and idle:
                 worker, job = idle.popleft(), waiting.popleft()
                 worker.submit(job)
@@ -78,9 +85,16 @@ class Processes:
             for worker in list(busy):
                 tokens, measured = worker.poll()
                 bar.update(tokens)
-                if measured is not None:
-                    idle.append(worker)
-                    yield busy.pop(worker), measured
+                if measured is None:
+                    continue
+                idle.append(worker)
+                job = busy.pop(worker)
+                if worker.killed and job.key not in again:
+                    again.add(job.key)
+                    alone.append(job)
+                    bar.update(-worker.tokens)
+                else:
+                    yield job, measured
 
     def __enter__(self) -> Processes:
         return self

@@ -167,15 +167,21 @@ class _Place:
 
     def run(self, job: Job) -> tuple[int, Measurement] | KizzasiError:
         try:
-            self.worker.submit(job)
-            tokens, measured = 0, None
-            while measured is None:
-                wait([self.worker.connection], POLL_SECONDS)
-                trained, measured = self.worker.poll()
-                tokens += trained
+            tokens, measured = self._measured(job)
+            if self.worker.killed:  # from outside: once more, as in local.py
+                tokens, measured = self._measured(job)
             return tokens, measured
         except KizzasiError as error:
             return error
+
+    def _measured(self, job: Job) -> tuple[int, Measurement]:
+        self.worker.submit(job)
+        tokens, measured = 0, None
+        while measured is None:
+            wait([self.worker.connection], POLL_SECONDS)
+            trained, measured = self.worker.poll()
+            tokens += trained
+        return tokens, measured
 
 
 def _import_ray() -> Any:
@@ -183,7 +189,8 @@ def _import_ray() -> Any:
         return importlib.import_module("ray")
     except ImportError as error:
         raise StudyError(
-            f"--executor ray: {error}; pip install 'kizzasi[ray]', or use --executor processes"
+            f"--executor ray: {error}; pip install 'kizzasi-models[ray]', or use "
+            "--executor processes"
         ) from error
 
 

@@ -58,12 +58,13 @@ class Worker:
         self.process: SpawnProcess | None = None
         self.began: float | None = None  # when the trial did; None while the process still starts
         self.tokens = 0
+        self.killed = False  # the last trial ended by SIGKILL, which comes from outside
 
     def submit(self, job: Job) -> None:
         """Hand a job to the process; `connection` becomes readable when there is news of it."""
         if self.process is None or not self.process.is_alive():
             self._start()
-        self.began, self.tokens = None, 0
+        self.began, self.tokens, self.killed = None, 0, False
         self.connection.send(replace(job, device=self.device))
 
     def _start(self) -> None:
@@ -118,6 +119,7 @@ class Worker:
                 "fewer --workers and --resume. A script? Search under `if __name__ == '__main__':`"
             )
         if code == -signal.SIGKILL:
+            self.killed = True
             cause += " (out of memory? then use fewer --workers)"
         return f"the trial's process died: {cause}\n{self._read_last_words()}"
 
@@ -141,7 +143,7 @@ class Worker:
 
     def close(self) -> None:
         """Kill the process. A checkpoint is written in one move, so nothing finished is lost."""
-        if self.process is not None:
+        if self.process is not None and self.process.pid is not None:  # it may never have started
             self.process.kill()
             self.process.join()
 

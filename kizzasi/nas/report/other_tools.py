@@ -185,7 +185,7 @@ def _extra(module: str, extra: str, who: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise StudyError(f"{who}: {error}; pip install 'kizzasi[{extra}]'") from error
+        raise StudyError(f"{who}: {error}; pip install 'kizzasi-models[{extra}]'") from error
 
 
 def _word(settings: Mapping[str, Any]) -> str:

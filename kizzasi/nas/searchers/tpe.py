@@ -40,7 +40,8 @@ class TPE:
             import optuna
         except ImportError as error:
             raise SpecError(
-                "TPE: optuna is missing; pip install 'kizzasi[optuna]', or use another searcher"
+                "TPE: optuna is missing; pip install 'kizzasi-models[optuna]', or use another "
+                "searcher"
             ) from error
         sampler = optuna.samplers.TPESampler(
             seed=self.seed % 2**32, n_startup_trials=self.n_startup
