@@ -70,11 +70,22 @@ class Layer(nn.Module, metaclass=Ready):
         """Initialise all parameters; None draws from torch's own generator."""
         self.mixer.reset_parameters(self.n_layers, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, t, d) to (b, t, d). Auxiliary losses of mixtures are in `stateful` alone.
+    def forward(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        segment_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        stateful: bool = False,
+    ) -> Tensor | LayerOut:
+        """(b, t, d) to (b, t, d). With `stateful` what the method of that name returns, which alone
+        takes the other arguments.
 
         Raises ShapeError if x is not (b, t, d_model).
         """
+        if stateful:
+            return self._stateful(x, state, segment_ids, mask)
         self._check(x, time=True)
         return self.mixer(x).y
 
@@ -97,6 +108,16 @@ class Layer(nn.Module, metaclass=Ready):
             StateError: the state is another layer's.
             SpecError: a state or a step for a mixer that reads later tokens.
         """
+        given = {"segment_ids": segment_ids, "mask": mask}
+        return self(x, state, **given, stateful=True)  # a call, so that hooks act
+
+    def _stateful(
+        self,
+        x: Tensor,
+        state: ModelState | None,
+        segment_ids: Tensor | None,
+        mask: Tensor | None,
+    ) -> LayerOut:
         step = isinstance(x, Tensor) and x.ndim == 2
         self._check(x, time=not step)
         if (step or state is not None) and not self.spec.causal:

@@ -131,8 +131,8 @@ class SequenceModel(nn.Module, metaclass=Ready):
             state: what an earlier call returned; None starts afresh.
             segment_ids: (b, t) integers. A change of id starts a new document, which sees nothing
                 before it; the first id continues the state's document if it is the same.
-            mask: (b, t), False for padding, which must come before a row's first token. Logits at
-                padding mean nothing.
+            mask: (b, t), False for padding, which must come before a row's first token of this
+                call. Logits at padding mean nothing.
             last_only: make logits (b, 1, v) of the last token alone: all that a prompt is for.
             step: one token per row, and neither segment_ids nor mask.
             inputs_embeds: (b, t, d) in place of the inputs' embeddings; (b, d) in a step.
@@ -266,10 +266,23 @@ class SequenceModel(nn.Module, metaclass=Ready):
         out = self.blocks(x, before, call, n_layers=n_blocks, recompute=recompute)
         return out.x, out.state, out.aux
 
-    def init_state(self, batch_size: int) -> ModelState:
-        """The state before any input, on the model's device and in its dtype."""
-        weight = next(self.stem.parameters())
-        return self._state(batch_size, weight.device, weight.dtype)
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ModelState:
+        """The state before any input.
+
+        Args:
+            device: None is where the weights are, or torch's default while they lie elsewhere
+                (offloaded).
+            dtype: of the activations; None is that of the stem's weights.
+        """
+        weights = list(self.parameters())
+        here = (weight.device for weight in weights if not weight.is_meta)
+        place = next(here, torch.get_default_device()) if device is None else torch.device(device)
+        return self._state(batch_size, place, dtype or weights[0].dtype)
 
     def _state(self, batch: int, device: torch.device, dtype: torch.dtype | None) -> ModelState:
         blocks = self.blocks.init_state(batch, device, dtype)

@@ -262,7 +262,8 @@ def canonical_segments(
         starts a document, -1 is padding. See `Mixer.forward`.
 
     Raises:
-        ShapeError: wrong shapes, padding after a real token, in this call or an earlier one.
+        ShapeError: wrong shapes, or padding after a real token: in this call, or, where rows cannot
+            go by themselves (`through.by_length`), in an earlier one.
     """
     for name, given in (("segment_ids", segment_ids), ("mask", mask)):
         if given is not None and given.shape != shape:

@@ -101,13 +101,18 @@ def _trunk(
 
 
 def starts_under_padding(state: ModelState, mask: Tensor) -> bool:
-    """Whether a row begins with padding and with a state at position 0 that is not zero.
+    """Whether a row begins with padding and with a state that is not the zero state: one of earlier
+    tokens, or at position 0 one that was trained or written.
 
-    Neither a compiled graph nor torch.func can ask; they take such a state for zero.
+    Neither a compiled graph nor torch.func can ask; they refuse the one and take the other for
+    zero.
     """
     if not eager() or mask.shape[:1] != state.position.shape or mask.ndim != 2:
         return False
-    rows = ((state.position == 0) & ~mask[:, 0].bool()).nonzero()[:, 0]
+    padded = ~mask[:, 0].bool()
+    if (padded & (state.position > 0)).any():
+        return True
+    rows = padded.nonzero()[:, 0]
     if not len(rows):
         return False
     leaves = (leaf for _, leaf in named_leaves(state.blocks))
@@ -136,7 +141,7 @@ def by_length(
     Raises:
         ShapeError: padding after a real token.
     """
-    canonical_segments((inputs.shape[0], inputs.shape[1]), state, segment_ids, mask)  # checks them
+    canonical_segments((inputs.shape[0], inputs.shape[1]), None, segment_ids, mask)  # checks them
     n_padded = (~mask.bool()).sum(1)
     order: list[Tensor] = []
     features: list[Tensor] = []

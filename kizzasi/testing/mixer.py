@@ -115,7 +115,10 @@ def check_mixer(spec: MixerSpec | ChannelSpec, *, d_model: int = 16, device: str
     assert ModelSpec.from_dict(exam.spec().to_dict()) == exam.spec(), "its spec loses something"
     questions = [the_seed_sets_everything, rows_are_independent, padding_on_the_right_is_refused]
     questions += [float64_stays_float64]
-    questions += [is_causal, state_is_a_value] if spec.causal else [reads_later_tokens]
+    if spec.causal:
+        questions += [is_causal, state_is_a_value, padding_after_a_state_leaves_it_alone]
+    else:
+        questions += [reads_later_tokens]
     for question in questions:
         ask(question, exam)
     for length in (1, 2, 7, 33) if spec.causal else ():
@@ -332,7 +335,22 @@ def padding_on_the_right_is_refused(exam: Exam) -> None:
     if not exam.causal:
         return
     with refuses(ShapeError, "row 0 has padding after a real token"):
-        model(x, model(x).state, mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+        model(x, model(x).state, mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]))
+
+
+def padding_after_a_state_leaves_it_alone(exam: Exam) -> None:
+    """Turns of unequal length: a row goes on from its state as if nothing had been padded."""
+    model, first, turn = exam.make(hybrid=True), exam.tokens(3, 5), exam.tokens(3, 4, 1)
+    out = model(turn, model(first).state, mask=torch.arange(4) >= torch.tensor([[0], [3], [4]]))
+    after = [model(first[i : i + 1]).state for i in range(3)]
+    for i, n in enumerate((4, 1)):
+        alone = model(turn[i : i + 1, 4 - n :], after[i])
+        assert_close(out.logits[i : i + 1, 4 - n :], alone.logits)
+        after[i] = alone.state
+    more = exam.tokens(3, 2, 2)
+    continued, _ = fold(model, more, out.state)
+    for i in range(3):
+        assert_close(continued[i : i + 1], model(more[i : i + 1], after[i]).logits)
 
 
 def state_is_a_value(exam: Exam) -> None:

@@ -103,6 +103,11 @@ def test_padding_on_the_right_is_refused(name):
     exam.padding_on_the_right_is_refused(exam_of(name))
 
 
+@causal_models
+def test_padding_after_a_state_leaves_it_alone(name):
+    exam.padding_after_a_state_leaves_it_alone(exam_of(name))
+
+
 @devices
 @causal_models
 def test_state_is_a_value(name, device):

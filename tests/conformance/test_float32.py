@@ -75,3 +75,28 @@ def test_fsdp2_with_mixed_precision(name, mesh):
         ):
             if key in recurrent and own.dtype == torch.float32:
                 assert leaf.dtype == torch.float32, key
+
+
+@every_part
+def test_float16_trains_with_a_loss_scaler(name):
+    """Autocast in float16, scaled gradients, clipping, a carried state: every step is taken."""
+    model, x = make(name, dtype=torch.float32).train(), tokens(2, 9)
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses, state = [], None
+    for _ in range(4):
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(x[:, :-1], state)
+            loss = out.loss(x[:, 1:])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        state = out.state.detach() if CAUSAL[name] else None
+    assert scaler.get_scale() == 64.0  # nothing overflowed
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

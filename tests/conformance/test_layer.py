@@ -159,3 +159,12 @@ def test_default_dtype_and_pickles():
     again = torch.load(buffer, weights_only=False)
     x = torch.randn(1, 3, 8, dtype=torch.bfloat16)
     assert torch.equal(again(x), made(x))
+
+
+def test_hooks_on_a_layer_act_in_stateful_too():
+    made, x = MambaSpec(d_state=4).layer(16, seed=1), torch.randn(2, 5, 16)
+    state = made.stateful(x[:, :4]).state
+    plain = made(x)
+    made.register_forward_hook(lambda _, __, out: out._replace(y=out.y + 1))
+    torch.testing.assert_close(made.stateful(x[:, 4], state).y, plain[:, 4] + 1)
+    torch.testing.assert_close(made.stateful(x).y, plain + 1)

@@ -125,6 +125,8 @@ def test_an_offloaded_model_runs_and_generates_the_same(name):
     assert all(p.is_meta for p in offloaded.parameters())
     assert_close(offloaded(x).logits, model(x).logits)
     if CAUSAL[name]:
+        begun = [each.step(x[:, 0], each.init_state(2)).logits for each in (offloaded, model)]
+        assert_close(*begun)
         expected = model.generate(x, 3, temperature=0)
         assert torch.equal(offloaded.generate(x, 3, temperature=0), expected)
 

@@ -113,11 +113,8 @@ def read(
     model: SequenceModel, rows: Tensor, mask: Tensor | None, state: ModelState | None
 ) -> tuple[Tensor, ModelState]:
     """Read prompts after a state. Returns logits (b, v) after the last token, and the state."""
-    if mask is None or state is None:
-        out = model(rows, state, mask=mask, last_only=True)
-        return out.logits[:, -1], out.state
-    pieces = [row[real] for row, real in zip(rows, mask.bool(), strict=True)]
-    return read_each(model, pieces, state)
+    out = model(rows, state, mask=mask, last_only=True)
+    return out.logits[:, -1], out.state
 
 
 def read_each(

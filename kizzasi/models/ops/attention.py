@@ -256,12 +256,14 @@ def visibility(
         window: positions that a query sees, its own included; None means all.
         causal: if False, later keys are seen too, as far ahead as behind.
     """
-    age = query_position[:, :, None] - key_position[:, None]
+    now, then = query_position[:, :, None], key_position[:, None]  # no (b, t, s) but of bools
     visible = query_document[:, :, None] == key_document[:, None]
     if causal:
-        visible = visible & (age >= 0)
+        visible &= then <= now
     if window is not None:
-        visible = visible & ((age if causal else age.abs()) < window)
+        visible &= then > now - window
+        if not causal:
+            visible &= then < now + window
     return visible[:, None]
 
 
