@@ -19,6 +19,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.ops.stencil import Cut, Places, Plan, Stencil, cut_up
 
 ALL = Stencil()
+HERE = -1  # in place of a layer's index: what this layer itself has lent, an iterate before
 
 
 class AttentionState(NamedTuple):
@@ -112,6 +113,15 @@ def empty_cache(
     )
     position = torch.full((batch, slots), -1, dtype=torch.int64, device=device)
     return AttentionState(k, v, position)
+
+
+class Lent(NamedTuple):
+    """Keys and values of a call's tokens (b, n_kv_heads, t, width), as they enter the cache, and
+    the cache before them: all that another layer needs to read what this one reads."""
+
+    k: Tensor
+    v: Tensor
+    before: AttentionState
 
 
 class Ring(NamedTuple):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -248,10 +248,14 @@ class MixerSpec(_Part):
         `Call.lent`) or "memory" (the stream after them)."""
         return {}
 
-    def lends(self, d_model: int) -> Hashable:
-        """What the keys and values look like that it can lend, for readers to compare with their
-        own; None if there are none."""
+    def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
+        """What a reader's queries must have in common with the keys and values that it can lend,
+        by name; None if there are none."""
         return None
+
+    def reading(self, source: int) -> MixerSpec:
+        """The same mixer with the keys and values of a layer in place of its own."""
+        raise NotImplementedError(f"{self.kind} has no keys and values")
 
 
 class ChannelSpec(_Part):

@@ -12,9 +12,19 @@ NEAR = {"mixer": {"kind": "attention", "n_heads": 2, "window": 3}}
 CONV = {"mixer": {"kind": "short_conv"}}
 RWKV7 = {"mixer": {"kind": "rwkv7", "head_dim": 4}, "norm": "layer"}
 
+
+def heads(**fields):
+    return {"mixer": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, **fields}}
+
+
 # kind -> name -> the layers of a stack that belong together
 VARIANTS: dict[str, dict[str, list[dict]]] = {
-    "block": {"post": [{**HEADS, "norm_at": "post"}]},
+    "block": {
+        "post": [{**HEADS, "norm_at": "post"}],
+        "keys-lent": [heads(qk_norm=True), MAMBA, heads(kv_from=0, qk_norm=True, gate=True)],
+        "window-lent": [heads(window=3), heads(window=3, kv_from=0)],
+        "memory": [MAMBA, heads(), heads(memory_from=0), heads(kv_from=2)],
+    },
     "downsample": {
         "mean": [{"kind": "downsample", "body": [HEADS, MAMBA], "factor": 2}],
         "linear": [

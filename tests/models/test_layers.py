@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Tokens, build_model, list_layers, load
+from kizzasi.models.call import Call
 from kizzasi.models.channels import MLPSpec
-from kizzasi.models.layers import SharedSpec
+from kizzasi.models.layers import LoopSpec, SharedSpec
 from kizzasi.models.layers.layer import window_of
-from kizzasi.models.mixers import AttentionSpec, MambaSpec
+from kizzasi.models.mixers import AttentionSpec, MambaSpec, ParallelSpec
 
 BLOCK = BlockSpec(AttentionSpec(2), MLPSpec())
 
@@ -78,3 +80,75 @@ def test_what_names_no_earlier_layer_is_refused():
     for blocks in ((SharedSpec(layer=0),), (BLOCK, SharedSpec(layer=0), SharedSpec(layer=1))):
         with pytest.raises(SpecError, match=r"layer: \d is no earlier layer with"):
             ModelSpec(8, blocks, Tokens(5)).check()
+
+
+def heads(**fields):
+    return BlockSpec(AttentionSpec(2, **fields))
+
+
+def test_a_reader_holds_no_keys_and_does_what_equal_weights_would():
+    own, lent = (heads(), heads()), (heads(), heads(kv_from=0))
+    plain, spec = (ModelSpec(8, blocks, Tokens(7)) for blocks in (own, lent))
+    model, twin = (build_model(s, dtype=torch.float64) for s in (spec, plain))
+    assert {name for name in twin.state_dict() if name not in model.state_dict()} == {
+        f"blocks.1.mixer.{part}_proj.weight" for part in "kv"
+    }
+    twin.load_state_dict(model.state_dict(), strict=False)
+    x = torch.arange(12).view(2, 6) % 7
+    first = twin.blocks[0]
+    u = twin.stem.embed(x, torch.arange(6).expand(2, -1))
+    y = first(u).y  # the second layer's keys and values are the first's
+    q, k, v, _ = first.mixer._project(first.mixer_norm(u), torch.arange(6)[None], "", Call.of(u))  # pyright: ignore
+    q = twin.blocks[1].mixer._project(
+        twin.blocks[1].mixer_norm(y),
+        torch.arange(6)[None],
+        "",
+        Call.of(y),  # pyright: ignore
+    )[0]
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+    y = y + twin.blocks[1].mixer.o_proj(z)  # pyright: ignore
+    out = model(x)
+    assert_close(out.logits, model._own_head(model.norm(y)))
+    assert out.state.blocks[1].mixer == ()
+    a, b = spec.cost(6, 2), plain.cost(6, 2)
+    assert a.state_bytes == out.state.nbytes // 2 + 16 < b.state_bytes
+    assert b.params - a.params == 2 * 8 * 8
+    ids = model.generate(x, 4, temperature=0)
+    assert torch.equal(ids[:, -1], model(ids[:, :-1]).logits[:, -1].argmax(-1))
+
+
+def test_sources_that_do_not_fit_are_refused():
+    wide = BlockSpec(ParallelSpec((AttentionSpec(2), AttentionSpec(2, kv_from=0))))
+    for blocks, message in (
+        ((heads(kv_from=0),), r"blocks\[0\]\.mixer\.kv_from: 0 is no earlier layer"),
+        ((heads(), heads(kv_from=1)), r"kv_from: 1 is no earlier layer of these; .* from 0 to 0"),
+        ((heads(), heads(memory_from=-1)), "memory_from: -1 is no earlier layer"),
+        ((BlockSpec(MambaSpec()), heads(kv_from=0)), r"blocks\[0\] has no keys and values"),
+        ((heads(), heads(kv_from=0), heads(kv_from=1)), r"blocks\[1\] has no keys and values"),
+        ((heads(), heads(kv_from=0, window=3)), r"differ \{'window': \(None, 3\)\}"),
+        ((heads(), heads(kv_from=0, rope_theta=5e5)), r"differ \{'rope_theta'"),
+        ((heads(), heads(kv_from=0, value_glu=True)), "kv_from: keys and values come from else"),
+        ((heads(), heads(kv_from=0, memory_from=0)), "memory_from: .* made of nothing"),
+        ((heads(), wide), r"blocks\[1\]\.mixer: \{'kv': 0\} names other layers"),
+        (
+            (heads(), LoopSpec(body=(heads(kv_from=0),), n_loops=2)),
+            r"blocks\[1\]\.body\[0\]\.mixer\.kv_from: 0 is no earlier layer",
+        ),
+    ):
+        with pytest.raises(SpecError, match=message):
+            ModelSpec(8, blocks, Tokens(5)).check()
+    with pytest.raises(SpecError, match="attention: reads other layers"):
+        AttentionSpec(2, kv_from=0).layer(8)
+
+
+def test_a_lent_layer_is_recomputed_and_compiled():
+    blocks = (heads(), heads(kv_from=0), heads(memory_from=0), SharedSpec(layer=0))
+    model = build_model(ModelSpec(8, blocks, Tokens(7)), dtype=torch.float64)
+    x, parameters = torch.arange(12).view(2, 6) % 7, list(model.parameters())
+    given = torch.autograd.grad(model(x).loss(x), parameters)
+    model.recompute = True
+    for a, b in zip(torch.autograd.grad(model(x).loss(x), parameters), given, strict=True):
+        assert_close(a, b)
+    model.recompute = False
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x).logits, model(x).logits)

@@ -110,3 +110,39 @@ def _check_rotation(spec: PositionFields, head_dim: int, path: str) -> None:
     )
     if spec.rope_scaling is not None:
         spec.rope_scaling.check(n, join(path, "rope_scaling"))
+
+
+class SourceFields(StencilFields, PositionFields, Protocol):
+    """The fields that say what keys and values are made of."""
+
+    @property
+    def kv_from(self) -> int | None: ...
+    @property
+    def memory_from(self) -> int | None: ...
+    @property
+    def qkv_rank(self) -> int | None: ...
+    @property
+    def value_glu(self) -> bool: ...
+
+
+def check_sources(spec: SourceFields, path: str) -> None:
+    """Raise SpecError for every rule that what is read of other layers breaks."""
+    own = spec.qkv_rank is None and not spec.value_glu
+    for name in ("kv_from", "memory_from"):
+        if getattr(spec, name) is not None:
+            rule = "keys and values come from elsewhere; leave out qkv_rank and value_glu"
+            require(own, join(path, name), rule)
+    both = spec.kv_from is not None and spec.memory_from is not None
+    rule = "keys and values that are read are made of nothing; leave one of the two out"
+    require(not both, join(path, "memory_from"), rule)
+
+
+def lendable(spec: SourceFields, n_kv_heads: int, head_dim: int) -> tuple[tuple[str, object], ...]:
+    """What a reader's queries must have in common with the keys and values they meet."""
+    names = ("window", "dilation", "block", "n_blocks", "n_global", "causal", "position")
+    if spec.position in ROTATED:
+        names += ("rope_theta", "rope_dims", "rope_scaling")
+    if spec.position == "xpos":
+        names += ("xpos_base",)
+    sizes = ("n_kv_heads", n_kv_heads), ("head_dim", head_dim)
+    return *sizes, *((name, getattr(spec, name)) for name in names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -84,7 +84,7 @@ class BlockSpec(LayerSpec):
     def sources(self) -> Mapping[str, int]:
         return self.mixer.sources
 
-    def lends(self, d_model: int) -> Hashable:
+    def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
         return self.mixer.lends(d_model)
 
     @property

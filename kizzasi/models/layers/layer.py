@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -112,7 +112,7 @@ class LayerSpec(Registered):
         """The earlier layers of its stack that it reads; see `MixerSpec.sources`."""
         return {}
 
-    def lends(self, d_model: int) -> Hashable:
+    def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
         """What the keys and values look like that it can lend; see `MixerSpec.lends`."""
         return None
 
@@ -219,8 +219,11 @@ def _check_source(layers: Layers, d_model: int, path: str, i: int, what: str, so
         own, given = layers[i].lends(d_model), layers[source].lends(d_model)
         rule = f"{path}[{source}] has no keys and values of its own; name a layer that makes them"
         require(given is not None and "kv" not in layers[source].sources, where, rule)
-        rule = f"{path}[{source}] has keys and values of {given}, and this layer reads {own}"
-        require(own == given, where, f"{rule}; make them equal")
+        theirs, ours = (dict(x or ()) for x in (given, own))
+        differ = {name: (theirs[name], ours.get(name)) for name in theirs}
+        differ = {name: pair for name, pair in differ.items() if pair[0] != pair[1]}
+        rule = f"of {path}[{source}] and of this layer differ {differ}; make them equal"
+        require(not differ, where, rule)
 
 
 def _mixers(part: Any) -> Iterator[MixerSpec]:

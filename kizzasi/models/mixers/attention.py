@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -27,13 +27,17 @@ from kizzasi.models.attention.fields import (
     ROTATED,
     Position,
     check_positions,
+    check_sources,
     check_stencil,
+    lendable,
     stencil_of,
 )
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import (
+    HERE,
     AttentionState,
+    Lent,
     append,
     cut,
     empty_cache,
@@ -102,6 +106,12 @@ class AttentionSpec(MixerSpec):
         scale: factor of the scores q . k; None means head_dim^-0.5.
         sinks: a learned score for each head beside those of its keys, which every query sees and
             whose value is zero, so that a head may attend to nothing (gpt-oss).
+        kv_from: index, in its stack, of the earlier layer whose keys and values it reads, in place
+            of its own (Gemma 3n; CLA, Brandon et al. 2024, arXiv:2405.12981); its cache holds
+            nothing.
+        memory_from: index, in its stack, of the earlier layer whose output, normalised, its keys
+            and values are made of, in place of x (cross-attention; YOCO, Sun et al. 2024,
+            arXiv:2405.05254). A token sees that of tokens up to its own.
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -136,6 +146,8 @@ class AttentionSpec(MixerSpec):
     qkv_rank: int | None = added(None)
     qkv_shared: bool = added(False)
     value_glu: bool = added(False)
+    kv_from: int | None = added(None)
+    memory_from: int | None = added(None)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
@@ -167,6 +179,7 @@ class AttentionSpec(MixerSpec):
         require(fits, join(path, "qk_norm"), rule)
         rule = "there is no bottleneck to share; give qkv_rank too"
         require(self.qkv_rank is not None or not self.qkv_shared, join(path, "qkv_shared"), rule)
+        check_sources(self, path)
         check_positions(self, self.width(d_model), path)
         check_stencil(self, path)
 
@@ -180,7 +193,8 @@ class AttentionSpec(MixerSpec):
         slots = self.stencil.slots
         places = 0 if slots is None else slots  # int64; see AttentionState
         slots = seq_len if slots is None else slots
-        cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal else 0
+        reads = self.kv_from is not None
+        cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal and not reads else 0
         total = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
         n_in = d if self.qkv_rank is None else self.qkv_rank
         if self.qkv_rank is not None:
@@ -188,10 +202,14 @@ class AttentionSpec(MixerSpec):
             total += linear(n, d, n_in * n_down)
         if self.value_glu:
             total += linear(n, d, d_kv, bias=self.qkv_bias)
-        q = linear(n, n_in, d_q * (1 + self.gate), bias=self.qkv_bias)
-        k = v = linear(n, n_in, d_kv, bias=self.qkv_bias)
-        total += q + k + v + linear(n, d_q, d, bias=self.out_bias)
-        for heads in (self.n_heads, self.kv_heads) if self.qk_norm else ():
+        total += linear(n, n_in, d_q * (1 + self.gate), bias=self.qkv_bias)
+        for _ in range(0 if reads else 2):
+            total += linear(n, n_in, d_kv, bias=self.qkv_bias)
+        total += linear(n, d_q, d, bias=self.out_bias)
+        if self.memory_from is not None:
+            total += norm("rms", d)
+        normed = (self.n_heads,) if reads else (self.n_heads, self.kv_heads)
+        for heads in normed if self.qk_norm else ():
             total += norm(self.qk_norm_kind, head_dim * (1 if self.qk_norm is True else heads))
         table = self.n_heads * self.n_buckets if self.position == "relative" else 0
         return total + dense(table + self.n_heads * self.sinks)
@@ -212,6 +230,17 @@ class AttentionSpec(MixerSpec):
     def stencil(self) -> Stencil:
         """Who sees whom."""
         return stencil_of(self)
+
+    @property
+    def sources(self) -> Mapping[str, int]:
+        named = {"kv": self.kv_from, "memory": self.memory_from}
+        return {what: i for what, i in named.items() if i is not None}
+
+    def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
+        return lendable(self, self.kv_heads, self.width(d_model))
+
+    def reading(self, source: int) -> AttentionSpec:
+        return replace(self, kv_from=source, memory_from=None)
 
     @property
     def context_window(self) -> float:
@@ -248,11 +277,15 @@ class Attention(Mixer):
             n_in = rank
             self.qkv_down = nn.Linear(d, rank * (1 if spec.qkv_shared else 3), bias=False)
         self.q_proj = nn.Linear(n_in, d_q * (1 + spec.gate), bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
+        reads, self.lends = spec.kv_from is not None, layer.lends
+        if not reads:
+            self.k_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
+            self.v_proj = nn.Linear(n_in, d_kv, bias=spec.qkv_bias)
+        self.memory_norm = None if spec.memory_from is None else Norm("rms", d)
         self.o_proj = nn.Linear(d_q, d, bias=spec.out_bias)
         self.u_proj = nn.Linear(d, d_kv, bias=spec.qkv_bias) if spec.value_glu else None
-        self.q_norm, self.k_norm = self._norm(spec.n_heads), self._norm(spec.kv_heads)
+        self.q_norm = self._norm(spec.n_heads)
+        self.k_norm = None if reads else self._norm(spec.kv_heads)
         self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
         relative = spec.position == "relative"
         self.relative_bias = nn.Embedding(spec.n_buckets, spec.n_heads) if relative else None
@@ -288,7 +321,7 @@ class Attention(Mixer):
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState | tuple[()]:
-        if not self.spec.causal:
+        if not self.spec.causal or self.spec.kv_from is not None:
             return ()
         return self._empty(batch, self.stencil.slots or 0, device, dtype)
 
@@ -296,7 +329,9 @@ class Attention(Mixer):
         causal, stencil = self.spec.causal, self.stencil
         if not (causal or state is None):
             raise ShapeError(f"state: {NO_STATE}")
+        lent = self._borrowed(call)
         before = state or self._empty(x.shape[0], 0, x.device, x.dtype)
+        before = before if lent is None else lent.before
         sight = layout(call, before, stencil)
         q, k, v, gate = self._project(x, sight.position, sight.counted, call)
         n_before, apart = before.k.shape[2], call.segments is not None
@@ -307,11 +342,16 @@ class Attention(Mixer):
             y = self._attend(q, keys, values, seen, sight.query, lambda: sight.key)
         else:
             y = self._attend_in_blocks(q, k, v, before, plan, call)
-        return MixerOut(self._leave(y, gate), sight.cache(keys, values, stencil) if causal else ())
+        if lent is not None:
+            return MixerOut(self._leave(y, gate), ())
+        cache = sight.cache(keys, values, stencil) if causal else ()
+        return MixerOut(self._leave(y, gate), cache, lent=self._lend(k, v, before))
 
     def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise ShapeError(f"step: {NO_STATE}")
+        lent = self._borrowed(call)
+        state = state if lent is None else lent.before
         position, counted = now(call, state, self.stencil)
         q, k, v, gate = self._project(x[:, None], position, counted, call)
         position = position.expand(len(x), -1)
@@ -319,7 +359,19 @@ class Attention(Mixer):
         query = Places(torch.zeros_like(position), position)
         seen = seen_now(call, after, query, self.stencil)
         y = self._attend(q, after.k, after.v, seen, query, after.places)
-        return MixerOut(self._leave(y, gate)[:, 0], after)
+        y = self._leave(y, gate)[:, 0]
+        return MixerOut(y, after, lent=self._lend(k, v, state)) if lent is None else MixerOut(y, ())
+
+    def _borrowed(self, call: Call) -> Lent | None:
+        """What another layer, or an earlier iterate of this one, has lent it."""
+        if self.spec.kv_from is None:
+            return call.lent.get(("kv", HERE))
+        lent = call.lent.get(("kv", self.spec.kv_from))
+        assert lent is not None, "a stack runs what is read before"
+        return lent
+
+    def _lend(self, k: Tensor, v: Tensor, before: AttentionState) -> Lent | None:
+        return Lent(k, v, before) if self.lends else None
 
     def _empty(
         self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
@@ -333,27 +385,27 @@ class Attention(Mixer):
         """Queries, keys and values (b, heads, t, head_dim), normalised, clipped and rotated; and
         gates (b, t, d_q).
         """
-        parts = (x, x, x)
+        parts, lent = (x, x, x), self._borrowed(call)
         if self.spec.qkv_rank is not None:
             down = self.qkv_down(x)
             parts = (down,) * 3 if self.spec.qkv_shared else down.chunk(3, -1)
-        q, k, v, gate = self.q_proj(parts[0]), self.k_proj(parts[1]), self.v_proj(parts[2]), None
-        if self.u_proj is not None:
-            v = v * self.u_proj(x).sigmoid()
+        elif self.memory_norm is not None and self.spec.memory_from is not None:
+            memory = call.lent["memory", self.spec.memory_from]
+            memory = self.memory_norm(memory[:, None] if call.step else memory)
+            parts = (x, memory, memory)
+        q, gate = self.q_proj(parts[0]), None
         if self.spec.gate:
             q, gate = q.unflatten(-1, (self.spec.n_heads, -1)).chunk(2, dim=-1)
             q, gate = q.flatten(-2), gate.flatten(-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            full = self.spec.qk_norm == "full"
-            q, k = (part if full else part.unflatten(-1, (-1, self.head_dim)) for part in (q, k))
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (part.reshape(heads).transpose(1, 2) for part in (q, k, v))
-        if self.spec.clip_qkv is not None:
-            bound = self.spec.clip_qkv
-            q, k, v = (part.clamp(-bound, bound) for part in (q, k, v))
+        q = self._heads(q, self.q_norm)
         if self.spec.scale is not None:  # beside the usual one, which the op applies
             q = q * (self.spec.scale * self.head_dim**0.5)
+        if lent is None:
+            k, v = self.k_proj(parts[1]), self.v_proj(parts[2])
+            v = v if self.u_proj is None else v * self.u_proj(x).sigmoid()
+            k, v = self._heads(k, self.k_norm), self._heads(v, None)
+        else:
+            k, v = lent.k, lent.v
         if self.spec.position not in ROTATED:
             return q, k, v, gate
         about = call, counted, position, state_dtype(x.dtype)
@@ -361,7 +413,18 @@ class Attention(Mixer):
             tables = self.rotary.tables(*about) * 2
         else:
             tables = self.rotary.fading_tables(*about, self.spec.xpos_base)
-        return rotate(q, *tables[:2]), rotate(k, *tables[2:]), v, gate
+        k = rotate(k, *tables[2:]) if lent is None else k
+        return rotate(q, *tables[:2]), k, v, gate
+
+    def _heads(self, z: Tensor, norm: Norm | HeadNorm | None) -> Tensor:
+        """(b, t, heads head_dim) to (b, heads, t, head_dim), normalised and clipped."""
+        heads = z.unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            full = self.spec.qk_norm == "full"
+            heads = norm(z if full else heads).to(z.dtype).reshape(heads.shape)
+        heads = heads.transpose(1, 2)
+        bound = self.spec.clip_qkv
+        return heads if bound is None else heads.clamp(-bound, bound)
 
     def _how(self, q: Tensor) -> dict[str, Any]:
         """Keywords of both ops."""
