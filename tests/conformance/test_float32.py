@@ -81,7 +81,7 @@ def test_fsdp2_with_mixed_precision(name, mesh):
 def test_float16_trains_with_a_loss_scaler(name):
     """Autocast in float16, scaled gradients, clipping, a carried state: every step is taken."""
     model, x = make(name, dtype=torch.float32).train(), tokens(2, 9)
-    optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-2))
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=2e-3))
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     before = [p.detach().clone() for p in model.parameters()]
     losses, state = [], None
