@@ -15,6 +15,8 @@ from kizzasi.errors import KizzasiError
 
 VERBS = {
     "search": "find a model",
+    "sweep": "find a model",
+    "evolve": "find a model",
     "report": "find a model",
     "export": "find a model",
     "train": "use a model",

@@ -60,6 +60,7 @@ class Measurement:
         curve: [spent, training loss] pairs.
         failure: why the trial stopped, None if it did not.
         values: the score of every held-out window, where it is known.
+        facts: whatever else was found, as plain data; recorded, never decisive.
     """
 
     score: float | None
@@ -69,13 +70,15 @@ class Measurement:
     curve: tuple[tuple[int, float], ...] = ()
     failure: str | None = None
     values: tuple[float, ...] | None = None
+    facts: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; values of windows only where they are known."""
+        """As plain values; values of windows and further facts only where they are known."""
         facts = asdict(self)
         facts["tokens"], facts["tokens_per_second"] = facts.pop("spent"), facts.pop("per_second")
-        if self.values is None:
-            del facts["values"]
+        for name in ("values", "facts"):
+            if facts[name] is None:
+                del facts[name]
         return facts
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas.evaluators.evaluator import Job, Measurement, Report
@@ -23,10 +25,13 @@ class MicroTrain:
     Args:
         task: what to learn.
         recipe: how; a job's settings (such as lr) and horizon take the place of its own.
+        observe: looks at a training, before its first step ("start") and at its budget ("end");
+            what it returns stands in the measurement's facts.
     """
 
     task: Task
     recipe: Recipe
+    observe: Callable[[Training], Mapping[str, Any]] | None = None
 
     @property
     def metric(self) -> Metric:
@@ -38,12 +43,17 @@ class MicroTrain:
             training.restore(job.checkpoint)
         elif leak := leak_of(job.spec, self.recipe.seq_len, job.device):
             return Measurement(None, failure=leak)
+        facts: dict[str, Any] = {}
+        if self.observe is not None and training.tokens == 0:
+            facts["start"] = self.observe(training)
         before, start = training.tokens, time.perf_counter()
         failure = training.run(job.budget, report)
         seconds = time.perf_counter() - start
         trained = training.tokens - before
         if job.checkpoint is not None and failure is None and trained:
             training.save(job.checkpoint)
+        if self.observe is not None and failure is None:
+            facts["end"] = self.observe(training)
         values = training.values("test").values if job.split == "test" and not failure else None
         return Measurement(
             score=None if failure else training.score(job.split),
@@ -53,6 +63,7 @@ class MicroTrain:
             curve=tuple(training.curve),
             failure=failure,
             values=None if values is None else tuple(values.tolist()),
+            facts=facts or None,
         )
 
     def training(self, job: Job) -> Training:

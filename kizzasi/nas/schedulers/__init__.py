@@ -7,6 +7,7 @@ from kizzasi.nas.schedulers.pasha import PASHA
 from kizzasi.nas.schedulers.pdh import PDH
 from kizzasi.nas.schedulers.schedule import Instalment, Results, Schedule, Scheduler, run
 from kizzasi.nas.schedulers.stopping_asha import StoppingASHA
+from kizzasi.nas.schedulers.sweep import Sweep
 
 __all__ = [
     "ASHA",
@@ -19,5 +20,6 @@ __all__ = [
     "Scheduler",
     "StoppingASHA",
     "SuccessiveHalving",
+    "Sweep",
     "run",
 ]
