@@ -1,18 +1,22 @@
-"""Training speed and memory beside a peer: Mamba against mambapy, RWKV-7 against its own loop.
+"""Training speed and memory of every kind of mixer: beside attention, beside its own torch form,
+and beside the peers that are installed (mambapy, transformers).
 
 One step is forward, loss, backward and AdamW over random bytes: vocabulary 256, d_model 256,
-4 layers, float32. Before a ratio is printed, the fast operators must agree with the loops that
-define them in float64 (outputs, gradients, states), and Mamba with mambapy on the same weights.
-Each model runs in its own process. Its peak memory is what that process ever held (ru_maxrss) over
-what it held after the imports; on CUDA, what the allocator handed out.
+4 layers, float32; a mixer that mixes no channels is followed by a SwiGLU of 688. First the layer
+must agree with its defining loop in float64 (outputs and gradients of the weights), or there is no
+ratio. All that is compared takes its steps in turn in one process, so that whatever else the
+machine does falls on all alike; seconds are the process's own CPU time unless --wall says
+otherwise. Peak memory is measured in a process for each: what it ever held over what it held after
+the imports.
 
 example:
-  python scripts/bench_train.py --seq-len 1024 --batch 4 --repeats 5
+  python scripts/bench_train.py --kinds mamba rwkv7 --seq-len 1024 --batch 4 --repeats 5
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -20,28 +24,56 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the parent imports no torch: a child's ru_maxrss starts from its parent's
-    from torch import Tensor, nn
+if TYPE_CHECKING:  # the parent of a memory measurement holds as little as it can
+    from torch import nn
 
-VOCAB, D_MODEL, LAYERS = 256, 256, 4
-PAIRS = {"mamba": "mambapy", "rwkv7": "rwkv7-loop"}  # ours and what it is compared with
-MISSING = "mambapy is not installed, and Mamba has no peer without it: pip install mambapy"
+VOCAB, D_MODEL, LAYERS, FFN = 256, 256, 4, 688
+# kind: fields of its spec, and its channel: "swiglu", one of its own, or none
+KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "attention": ({"n_heads": 8}, "swiglu"),
+    "mamba": ({}, None),
+    "mamba2": ({}, None),
+    "mamba3": ({}, "swiglu"),
+    "rwkv4": ({}, "rwkv_channel"),
+    "rwkv5": ({}, "swiglu"),
+    "rwkv6": ({}, "swiglu"),
+    "rwkv7": ({}, "swiglu"),
+    "gla": ({"n_heads": 4}, "swiglu"),
+    "retention": ({"n_heads": 4}, "swiglu"),
+    "lightning": ({"n_heads": 4}, "swiglu"),
+    "gated_delta": ({"n_heads": 4}, "swiglu"),
+    "kda": ({"n_heads": 4}, "swiglu"),
+    "mlstm": ({"n_heads": 4}, "swiglu"),
+    "rg_lru": ({"n_heads": 4}, "swiglu"),
+    "s4": ({}, "swiglu"),
+    "s4d": ({}, "swiglu"),
+    "s5": ({}, "swiglu"),
+    "long_conv": ({"max_len": 4096}, "swiglu"),
+    "short_conv": ({}, "swiglu"),
+}
+PEERS = {"mamba": "mambapy", "attention": "transformers-llama"}
+NEEDS = {"mambapy": "mambapy", "transformers-llama": "transformers"}
 
 
-def ours(kind: str, args: argparse.Namespace) -> nn.Module:
-    from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
-    from kizzasi.models.channels import RWKVChannelSpec
-    from kizzasi.models.mixers import MambaSpec, RWKV7Spec
+def block(kind: str) -> Any:
+    from kizzasi.models import BlockSpec
+    from kizzasi.models.mixer import ChannelSpec, MixerSpec
 
-    if kind == "mamba":
-        block = BlockSpec(MambaSpec())
-    else:
-        block = BlockSpec(RWKV7Spec(), RWKVChannelSpec(), norm="layer")
-    spec = ModelSpec(D_MODEL, (block,) * LAYERS, Tokens(VOCAB))
-    engine = "reference" if kind == "rwkv7-loop" else "torch"
-    return build_model(spec, seed=args.seed, device=args.device, engine=engine)
+    fields, channel = KINDS[kind]
+    mixer = MixerSpec.registry[kind](**fields)
+    if channel is None:
+        return BlockSpec(mixer)
+    sizes = {"hidden": FFN} if channel == "swiglu" else {}
+    return BlockSpec(mixer, ChannelSpec.registry[channel](**sizes))
+
+
+def ours(kind: str, engine: str, args: argparse.Namespace) -> nn.Module:
+    from kizzasi.models import ModelSpec, Tokens, build_model
+
+    spec = ModelSpec(D_MODEL, (block(kind),) * LAYERS, Tokens(VOCAB))
+    return build_model(spec, seed=args.seed, device=args.device, engine=engine)  # pyright: ignore[reportArgumentType]
 
 
 def mambapy(args: argparse.Namespace) -> nn.Module:
@@ -52,15 +84,37 @@ def mambapy(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     body = Mamba(MambaConfig(d_model=D_MODEL, n_layers=LAYERS))
     head = nn.Linear(D_MODEL, VOCAB, bias=False)
-    model = nn.Sequential(nn.Embedding(VOCAB, D_MODEL), body, nn.RMSNorm(D_MODEL), head)
-    return model.to(args.device)
+    return nn.Sequential(nn.Embedding(VOCAB, D_MODEL), body, nn.RMSNorm(D_MODEL), head)
 
 
-def train_step(name: str, args: argparse.Namespace) -> Callable[[], object]:
+def llama(args: argparse.Namespace) -> nn.Module:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(args.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=D_MODEL,
+            intermediate_size=FFN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=8,
+            use_cache=False,
+        )
+    )
+
+
+def train_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
+    """name: a kind, "kind@engine", or a peer."""
     import torch
     import torch.nn.functional as F
 
-    model = mambapy(args) if name == "mambapy" else ours(name, args)
+    peers = {"mambapy": mambapy, "transformers-llama": llama}
+    if name in peers:
+        model = peers[name](args).to(args.device)
+    else:
+        kind, _, engine = name.partition("@")
+        model = ours(kind, engine or "auto", args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(args.seed)
     data = torch.randint(VOCAB, (args.batch, args.seq_len + 1), generator=generator)
@@ -68,8 +122,9 @@ def train_step(name: str, args: argparse.Namespace) -> Callable[[], object]:
 
     def step() -> None:
         out = model(x)
-        if name == "mambapy":
-            loss = F.cross_entropy(out.flatten(0, 1), y.flatten())
+        if name in peers:
+            logits = out if isinstance(out, torch.Tensor) else out.logits
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         else:
             loss = out.loss(y)
         loss.backward()
@@ -81,8 +136,44 @@ def train_step(name: str, args: argparse.Namespace) -> Callable[[], object]:
     return step
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step after one warm-up, and the peak memory of all steps."""
+def check(kind: str, args: argparse.Namespace) -> None:
+    """Stop unless the layer agrees with its defining loop in float64, rtol 1e-9."""
+    import torch
+
+    from kizzasi.models.mixer import LayerContext
+
+    spec, results = block(kind).mixer, []
+    x = torch.randn(2, 70, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for engine in ("auto", "reference"):
+        layer = spec.build(LayerContext(128)).double()
+        layer.reset_parameters(1, torch.Generator().manual_seed(args.seed))
+        layer.engine = engine
+        y = layer.to(args.device)(x.to(args.device)).y
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+        grads = torch.autograd.grad((y * weights).sum(), [*layer.parameters()], allow_unused=True)
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        if a is not None and not torch.allclose(
+            a, b, rtol=1e-9, atol=1e-9 * float(b.detach().abs().max())
+        ):
+            sys.exit(f"{kind}: differs from its loop by {(a - b).abs().max():.3g}; no ratio")
+
+
+def race(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the steps of each, taken in turn, the first of which does not count."""
+    clock = time.perf_counter if args.wall else time.process_time
+    steps = {name: train_step(name, args) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.repeats + 1):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            seconds[name].append(clock() - start)
+    return {name: all_of[1:] for name, all_of in seconds.items()}
+
+
+def peak(name: str, args: argparse.Namespace) -> int:
+    """Bytes at most held by two steps, over those held after the imports."""
     import resource
 
     import torch
@@ -95,167 +186,112 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     torch.ones(256, 256, requires_grad=True).mm(torch.ones(256, 256)).sum().backward()
-    ours("mamba", args) if name != "mambapy" else mambapy(args)  # the imports
-    before = held()
-    step = train_step(name, args)
-    seconds = []
-    for _ in range(args.repeats + 1):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
+    short = argparse.Namespace(**{**vars(args), "batch": 1, "seq_len": 2})
+    train_step(name, short)()  # the imports
+    before, step = held(), train_step(name, args)
+    step()
+    step()
+    return held() - before
+
+
+def child_peak(name: str, given: list[str]) -> int:
+    command = [sys.executable, os.path.abspath(__file__), *given, "--peak", name]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def measure(kind: str, args: argparse.Namespace, given: list[str]) -> dict[str, Any]:
+    """One row: this kind, its torch form where it runs on another, attention, and its peer."""
+    import torch
+
+    from kizzasi.models.mixer import Mixer
+
+    model, device = ours(kind, "auto", args), torch.device(args.device)
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    engines = {op.resolve("auto", device) for m in mixers for op in m.ops} or {"torch"}
+    names = {kind: kind, "attention": "attention"}
+    if engines != {"torch"}:
+        names["torch"] = f"{kind}@torch"
+    peer = PEERS.get(kind)
+    if peer and not args.no_peers and importlib.util.find_spec(NEEDS[peer]):
+        names["peer"] = peer
+    seconds = race([*dict.fromkeys(names.values())], args)
     tokens = args.batch * args.seq_len
-    return {
-        "tokens_per_second": tokens / median,
-        "step_seconds": median,
-        "peak_bytes": held() - before,
+    speed = {name: tokens / statistics.median(s) for name, s in seconds.items()}
+    row = {
+        "kind": kind,
+        "engine": "+".join(sorted(engines)),
+        "params": sum(p.numel() for p in model.parameters()),
+        "tokens_per_second": speed[kind],
+        "of_attention": speed[kind] / speed["attention"],
+        "of_torch": speed[kind] / speed[names["torch"]] if "torch" in names else None,
+        "peer": names.get("peer"),
+        "of_peer": speed[kind] / speed[names["peer"]] if "peer" in names else None,
+        "peak_bytes": None,
+        "peer_peak_bytes": None,
     }
+    if args.memory:
+        row["peak_bytes"] = child_peak(kind, given)
+        row["peer_peak_bytes"] = child_peak(names["peer"], given) if "peer" in names else None
+    return row
 
 
-def compare(
-    name: str,
-    fast: Callable[..., tuple[Tensor, Tensor]],
-    loop: Callable[..., tuple[Tensor, Tensor]],
-    inputs: list[Tensor],
-    starts: Tensor,
-) -> None:
-    """Stop unless output, state and every gradient agree in float64, rtol 1e-9."""
-    import torch
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
 
-    for extra in (None, starts):
-        results = []
-        for op in (fast, loop):
-            y, state = op(*inputs, extra)
-            weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
-            loss = (y * weights).sum() + state.square().sum()
-            results.append([y, state, *torch.autograd.grad(loss, inputs)])
-        for i, (a, b) in enumerate(zip(*results, strict=True)):
-            if not torch.allclose(a, b, rtol=1e-9, atol=1e-10):
-                worst = (a - b).abs().max().item()
-                sys.exit(f"{name}: result {i} differs from the loop by {worst:.3g}; no ratio")
+    def ratio(x: float | None) -> str:
+        return "" if x is None else f"{x:.2f}"
 
+    def mib(x: int | None) -> str:
+        return "" if x is None else f"{x / 2**20:.0f}"
 
-def check(kind: str, args: argparse.Namespace) -> None:
-    """The fast operators of one architecture against their definitions."""
-    import torch
-
-    from kizzasi.models.ops.conv import causal_conv1d, causal_conv1d_ref
-    from kizzasi.models.ops.selective_scan import selective_scan, selective_scan_ref
-    from kizzasi.models.ops.wkv7 import wkv7, wkv7_ref
-
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(args.device)
-
-    def leaves(*tensors: Tensor) -> list[Tensor]:
-        return [v.requires_grad_() for v in tensors]
-
-    b, t, d, n = 2, 100, 24, 8
-    starts = (torch.rand(b, t, generator=generator) < 0.1).to(args.device)
-    if kind == "mamba":
-        rates, dt = -draw(d, n).exp(), 0.1 * draw(b, t, d).abs()
-        skip, state = draw(d), draw(b, d, n)
-        inputs = leaves(draw(b, t, d), dt, rates, draw(b, t, n), draw(b, t, n), skip, state)
-        compare("selective_scan", selective_scan, selective_scan_ref, inputs, starts)
-        inputs = leaves(draw(b, t, d), draw(d, 4), draw(d), draw(b, d, 3))
-        compare("causal_conv1d", causal_conv1d, causal_conv1d_ref, inputs, starts)
-        check_against_mambapy(args)
-    else:
-        shape = b, t, 3, n
-        removal = torch.nn.functional.normalize(draw(*shape), dim=-1)
-        log_decay, rate = -0.6 * draw(*shape).sigmoid(), draw(*shape).sigmoid()
-        inputs = [draw(*shape), log_decay, draw(*shape), draw(*shape), -removal, removal * rate]
-        compare("wkv7", wkv7, wkv7_ref, leaves(*inputs, draw(b, 3, n, n)), starts)
-
-
-def check_against_mambapy(args: argparse.Namespace) -> None:
-    """The same weights must give the same function, or the race is between different things."""
-    import torch
-    from mambapy.mamba import MambaBlock, MambaConfig
-
-    from kizzasi.models.mixer import LayerContext
-    from kizzasi.models.mixers import MambaSpec
-
-    torch.manual_seed(args.seed)
-    theirs = MambaBlock(MambaConfig(d_model=D_MODEL, n_layers=LAYERS)).to(args.device)
-    mixer = MambaSpec().build(LayerContext(D_MODEL)).to(args.device)
-    mixer.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 65, D_MODEL, device=args.device)
-    with torch.no_grad():
-        worst = (mixer(x).y - theirs(x)).abs().max().item()
-    if worst > 1e-4:
-        sys.exit(f"mamba: mambapy's output on the same weights differs by {worst:.3g}; no ratio")
-
-
-def child(task: str, name: str, given: list[str]) -> dict[str, float]:
-    """Run `task name` of this program in a fresh process and read its answer."""
-    command = [sys.executable, os.path.abspath(__file__), *given, f"--{task}", name]
-    # Where other programs use the cores too, threads that wait by spinning ruin any measurement.
-    env = {"GOMP_SPINCOUNT": "1000", **os.environ}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout or "{}")
+    head = "kind | engine | parameters | tokens/s | of attention | of its torch form | of a peer"
+    lines = [f"| {head} | peak MiB | peer's |", "|---|---|" + "---:|" * 7]
+    for r in rows:
+        peer = f"{ratio(r['of_peer'])} {r['peer']}" if r["peer"] else ""
+        cells = [r["kind"], r["engine"], f"{r['params']:,}", f"{r['tokens_per_second']:,.0f}"]
+        cells += [ratio(r["of_attention"]), ratio(r["of_torch"]), peer]
+        lines.append(f"| {' | '.join([*cells, mib(r['peak_bytes']), mib(r['peer_peak_bytes'])])} |")
+    return "\n".join(lines)
 
 
 def parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=[*PAIRS], default=[*PAIRS])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3, help="steps whose median counts")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--repeats", type=int, default=5, help="steps whose median counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--wall", action="store_true", help="time by the clock on the wall")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--check", choices=[*PAIRS], help=argparse.SUPPRESS)
-    parser.add_argument("--measure", choices=[*PAIRS, *PAIRS.values()], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
 def main(given: list[str]) -> None:
     args = parse(given)
-    if args.check or args.measure:
-        work(args)
-        return
-    for name in args.models:
-        child("check", name, given)
-    rows = []
-    for name in args.models:
-        peer = PAIRS[name]
-        mine, theirs = child("measure", name, given), child("measure", peer, given)
-        speed = mine["tokens_per_second"] / theirs["tokens_per_second"]
-        memory = mine["peak_bytes"] / theirs["peak_bytes"]
-        row = {"model": name, **mine, "peer": peer, "of_peer": theirs}
-        rows.append({**row, "speed_ratio": speed, "memory_ratio": memory})
-    if args.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        for name, m in ((row["model"], row), (row["peer"], row["of_peer"])):
-            peak = m["peak_bytes"] / 2**20
-            print(f"{name:10} {m['tokens_per_second']:8.0f} tokens/s  {peak:6.0f} MiB")
-        print(f"{'':10} {row['speed_ratio']:7.2f} x speed   {row['memory_ratio']:6.2f} x memory")
-
-
-def work(args: argparse.Namespace) -> None:
-    """What a child does."""
-    import importlib.util
-
     import torch
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    needed = (args.check or args.measure) in ("mamba", "mambapy")
-    if needed and importlib.util.find_spec("mambapy") is None:
-        sys.exit(MISSING)
-    if args.check:
-        check(args.check, args)
-    else:
-        print(json.dumps(measure(args.measure, args)))
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak(args.peak, args))
+        return
+    rows = []
+    for kind in args.kinds:
+        check(kind, args)
+        rows.append(measure(kind, args, given))
+        if not args.json:
+            print(
+                table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1],
+                flush=True,
+            )
+    if args.json:
+        print(json.dumps({"load": os.getloadavg(), "threads": args.threads, "rows": rows}))
 
 
 if __name__ == "__main__":
