@@ -253,4 +253,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s0: Tensor 
     return s0
 
 
-DELTA_RULE = Engines("delta_rule", reference=delta_rule_ref, torch=delta_rule)
+DELTA_RULE = Engines(
+    "delta_rule",
+    reference=delta_rule_ref,
+    torch=delta_rule,
+    native="kizzasi.models.ops.native.memory:delta_rule_native",
+)

@@ -223,5 +223,8 @@ def _check(
 
 
 LINEAR_ATTENTION = Engines(
-    "linear_attention", reference=linear_attention_ref, torch=linear_attention
+    "linear_attention",
+    reference=linear_attention_ref,
+    torch=linear_attention,
+    native="kizzasi.models.ops.native.memory:linear_attention_native",
 )

@@ -17,6 +17,7 @@ Source: Dao & Gu 2024, arXiv:2405.21060, sections 5 and 6; Mamba-3: arXiv:2603.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
 
+# x, log_decay, B, C, the memory before and starts, to y and the memory after.
+Core = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 CHUNK_SIZE = 64
 FORGET = -1e3  # exp of it, and of anything below, is exactly zero in float64
 
@@ -96,10 +99,23 @@ def ssd(
     Differs: with `starts`, a memory that grew infinite out of finite numbers is not forgotten (0
     times infinity is NaN); NaN and infinities that come in stay in their document.
     """
+    return run_ssd(_by_chunks, x, log_decay, B, C, state, starts)
+
+
+def run_ssd(
+    core: Core,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by any core."""
     h = _prepare(x, log_decay, B, C, state, starts)
 
     def run(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return _by_chunks(x, log_decay, B, C, h, starts)
+        return core(x, log_decay, B, C, h, starts)
 
     return isolated(run, starts, (x, B, C), (log_decay,), (h,))
 
@@ -242,6 +258,21 @@ def trapezoid(
     with weight share[t] dt[t] + after[t], where after[t] = (1 - share[t+1]) dt[t+1]. Only the token
     itself reads that too early, and gets it taken off: y[t] -= after[t] (B[t] . C[t]) x[t].
     """
+    return run_trapezoid(_by_chunks, x, dt, log_decay, share, B, C, state, starts)
+
+
+def run_trapezoid(
+    core: Core,
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    share: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: TrapezoidState,
+    starts: Tensor | None,
+) -> tuple[Tensor, TrapezoidState]:
+    """`trapezoid` by any core of `ssd`."""
 
     def run(
         x: Tensor,
@@ -252,12 +283,13 @@ def trapezoid(
         log_decay: Tensor,
         *state: Tensor,
     ) -> tuple[Tensor, TrapezoidState]:
-        return _by_ssd(x, dt, log_decay, share, B, C, TrapezoidState(*state), starts)
+        return _by_ssd(core, x, dt, log_decay, share, B, C, TrapezoidState(*state), starts)
 
     return isolated(run, starts, (x, dt, share, B, C), (log_decay,), state)
 
 
 def _by_ssd(
+    core: Core,
     x: Tensor,
     dt: Tensor,
     log_decay: Tensor,
@@ -272,7 +304,8 @@ def _by_ssd(
     weight = torch.addcmul(after, share.unsqueeze(-1), dt.unsqueeze(-1))
     before = (left[:, 0].unsqueeze(-1) * state.x).unsqueeze(-1)
     h = torch.addcmul(state.h, before, state.B.unsqueeze(-2))
-    y, h = _by_chunks(weight * x, log_decay, B, C, _prepare(x, log_decay, B, C, h, starts), starts)
+    h = _prepare(x, log_decay, B, C, h, starts)
+    y, h = core(weight * x, log_decay, B, C, h, starts)
     y = torch.addcmul(y, after * (B * C).sum(-1, keepdim=True), x, value=-1.0)
     return y, TrapezoidState(h, B[:, -1].clone(), x[:, -1].clone())
 
@@ -327,5 +360,8 @@ def _chunks(v: Tensor, c: int, groups: int) -> Tensor:
     return rearrange(v, "b (z c) (g r) k -> (b z g) c (r k)", c=c, g=groups)
 
 
-SSD = Engines("ssd", reference=ssd_ref, torch=ssd)
-TRAPEZOID = Engines("trapezoid", reference=trapezoid_ref, torch=trapezoid)
+MEMORY = "kizzasi.models.ops.native.memory"
+SSD = Engines("ssd", reference=ssd_ref, torch=ssd, native=f"{MEMORY}:ssd_native")
+TRAPEZOID = Engines(
+    "trapezoid", reference=trapezoid_ref, torch=trapezoid, native=f"{MEMORY}:trapezoid_native"
+)

@@ -314,4 +314,9 @@ def _same_shape(*inputs: Tensor) -> tuple[Tensor, ...]:
     return inputs
 
 
-WKV7 = Engines("wkv7", reference=wkv7_ref, torch=wkv7)
+WKV7 = Engines(
+    "wkv7",
+    reference=wkv7_ref,
+    torch=wkv7,
+    native="kizzasi.models.ops.native.memory:wkv7_native",
+)
