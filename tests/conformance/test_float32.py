@@ -77,16 +77,14 @@ def test_fsdp2_with_mixed_precision(name, mesh):
                 assert leaf.dtype == torch.float32, key
 
 
-@every_part
-def test_float16_trains_with_a_loss_scaler(name):
-    """Autocast in float16, scaled gradients, clipping, a carried state: every step is taken."""
+def losses_of(name, low):
+    """Of some steps with a carried state: autocast, scaled gradients, clipping."""
     model, x = make(name, dtype=torch.float32).train(), tokens(2, 9)
-    optimizer = torch.optim.AdamW(model.parameter_groups(lr=2e-3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr=3e-4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=low)
     losses, state = [], None
-    for _ in range(4):
-        with torch.autocast("cpu", dtype=torch.float16):
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=low):
             out = model(x[:, :-1], state)
             loss = out.loss(x[:, 1:])
         scaler.scale(loss).backward()
@@ -97,6 +95,10 @@ def test_float16_trains_with_a_loss_scaler(name):
         optimizer.zero_grad()
         losses.append(loss.item())
         state = out.state.detach() if CAUSAL[name] else None
-    assert scaler.get_scale() == 64.0  # nothing overflowed
-    assert losses[-1] < losses[0]
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not low or scaler.get_scale() == 64.0  # nothing overflowed, no step was left out
+    return losses
+
+
+@every_part
+def test_float16_trains_with_a_loss_scaler_as_float32_does(name):
+    assert losses_of(name, True) == pytest.approx(losses_of(name, False), rel=2e-2)
