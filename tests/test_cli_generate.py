@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kizzasi.cli import main
-from kizzasi.models import BlockSpec, ModelSpec, SequenceModel, Tokens, build_model
+from kizzasi.models import BlockSpec, ModelSpec, SequenceModel, Tokens, build_model, load
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.mixers import AttentionSpec
 
@@ -105,6 +105,16 @@ def test_a_searchs_folder_gives_its_best_and_a_spec_says_it_has_no_weights(
     (tmp_path / "spec.yaml").touch()
     refused = run(capsys, tmp_path / "spec.yaml", code=2).err
     assert "spec.yaml: a spec, which has no weights; train it first (kizzasi train" in refused
+
+
+def test_the_cache_is_a_flag(capsys, tmp_path, folder):
+    command = ["--prompt", "abc", "--tokens", 40, "--seed", 3]
+    plain = run(capsys, folder, *command).out
+    assert run(capsys, folder, *command, "--cache-window", 100).out == plain
+    flags = ["--cache", "nf4", "--cache-window", 8, "--cache-first", 2]
+    coded = run(capsys, folder, *command, *flags).out
+    load(folder).with_cache("nf4", window=8, n_global=2).save_pretrained(tmp_path / "coded")
+    assert coded == run(capsys, tmp_path / "coded", *command).out != plain
 
 
 def test_a_terminal_that_cannot_show_a_letter_is_no_failure(folder):

@@ -2,6 +2,7 @@
 
 example:
   kizzasi generate runs/first --prompt "def " --tokens 200 --temperature 0.8 --seed 1
+  kizzasi generate runs/first --prompt "def " --cache nf4 --cache-window 8192 --cache-first 4
   kizzasi generate SmolLM2.gguf --quantized --prompt "The capital of France is" --temperature 0
   head -c 300 notes.txt | kizzasi generate runs/first --prompt - --stop "." --stop $'\\n\\n'
 """
@@ -52,6 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated"
     )
     parser.add_argument(
+        "--cache",
+        choices=("int8", "fp8", "nf4"),
+        help="remember keys and values in 8 or 4 bits (default: as they are)",
+    )
+    parser.add_argument(
+        "--cache-window", type=int, metavar="N", help="remember the last N tokens (default: all)"
+    )
+    parser.add_argument(
+        "--cache-first",
+        type=int,
+        metavar="N",
+        help="beside the window, remember the first N tokens, as they are (try 4)",
+    )
+    parser.add_argument(
         "--quantized", action="store_true", help="keep a .gguf file's small weights: faster on CPU"
     )
 
@@ -66,6 +81,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     prompt_text = read_prompt(args)
     path = checkpoint_of(args.model)
     model = load(path, device=args.device, quantized=args.quantized)
+    if (args.cache, args.cache_window, args.cache_first) != (None, None, None):
+        window, first = args.cache_window, args.cache_first
+        model = model.with_cache(args.cache or "none", window=window, n_global=first)
     stem = model.spec.stem
     if not isinstance(stem, Tokens):
         raise DataError(f"{path}: a model of signals; text needs a model of tokens")

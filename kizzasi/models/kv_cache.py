@@ -9,13 +9,15 @@ Positions restart at 0 in every document of every row, so padding and packing le
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
+from kizzasi.models.ops.precision import without_autocast
 from kizzasi.models.ops.stencil import Cut, Places, Plan, Stencil, cut_up
 
 ALL = Stencil()
@@ -66,18 +68,8 @@ class AttentionState(NamedTuple):
 
     def add(self, k: Tensor, v: Tensor, now: Tensor, stencil: Stencil = ALL) -> AttentionState:
         """The cache with one more token, k and v (b, n_kv_heads, 1, width), at `now` (b, 1)."""
-        position = self.position
-        if stencil.slots is None:
-            k, v = append(self.k, k), append(self.v, v)
-            if not self.in_order:
-                position = torch.cat([position, now], dim=1)
-        else:
-            slot = stencil.slot(now)
-            position = position.scatter(1, slot, now)
-            index = slot[:, None, :, None]
-            k = self.k.to(k.dtype).scatter(2, index.expand_as(k), k)
-            v = self.v.to(v.dtype).scatter(2, index.expand_as(v), v)
-        return AttentionState(k, v, position)
+        leaves, position = add_slot(self[:2], (k, v), self.position, now, stencil)
+        return AttentionState._make((*leaves, position))
 
     def n_alive(self) -> int:
         """The live slots of the row that has most; see `state.Cache`."""
@@ -87,16 +79,44 @@ class AttentionState(NamedTuple):
 
     def packed(self, slots: int) -> AttentionState:
         """The same rows with so many slots, dead ones last; a cache without a window only."""
-        position = self.positions()
-        order = (position < 0).long().argsort(dim=1, stable=True)
-        spare = slots - position.shape[1]  # below 0: slots that are dead in every row
+        leaves, position = pack(self[:2], self.positions(), slots)
+        return AttentionState._make((*leaves, position))
 
-        def take(leaf: Tensor) -> Tensor:
-            index = order[:, None, :, None].expand_as(leaf)
-            return F.pad(leaf.gather(2, index), (0, 0, 0, spare))
 
-        position = F.pad(position.gather(1, order), (0, spare), value=-1)
-        return AttentionState(take(self.k), take(self.v), position)
+def add_slot(
+    leaves: Sequence[Tensor],
+    new: Sequence[Tensor],
+    position: Tensor,
+    now: Tensor,
+    stencil: Stencil = ALL,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Leaves (b, h, s, width) of a cache and its positions, with a token more, at `now` (b, 1)."""
+    if stencil.slots is None:
+        if position.shape[1]:
+            position = torch.cat([position, now], dim=1)
+        return tuple(map(append, leaves, new)), position
+    slot = stencil.slot(now)
+    index = slot[:, None, :, None]
+    leaves = tuple(
+        old.to(x.dtype).scatter(2, index.expand_as(x), x)
+        for old, x in zip(leaves, new, strict=True)
+    )
+    return leaves, position.scatter(1, slot, now)
+
+
+def pack(
+    leaves: Sequence[Tensor], position: Tensor, slots: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The same rows with so many slots, dead ones last; a cache that keeps all only."""
+    order = (position < 0).long().argsort(dim=1, stable=True)
+    spare = slots - position.shape[1]  # below 0: slots that are dead in every row
+
+    def take(leaf: Tensor) -> Tensor:
+        index = order[:, None, :, None].expand_as(leaf)
+        return F.pad(leaf.gather(2, index), (0, 0, 0, spare))
+
+    position = F.pad(position.gather(1, order), (0, spare), value=-1)
+    return tuple(map(take, leaves)), position
 
 
 def empty_cache(
@@ -121,7 +141,7 @@ class Lent(NamedTuple):
 
     k: Tensor
     v: Tensor
-    before: AttentionState
+    before: Any
 
 
 class Ring(NamedTuple):
@@ -132,10 +152,30 @@ class Ring(NamedTuple):
     dead: Tensor
     position: Tensor
 
+    def of_first(self, n: int) -> Ring:
+        """Of the first so many slots alone."""
+        return Ring(*(x[:, :n] for x in self))
+
     def take(self, slots: Tensor) -> Tensor:
         """Of (b, n_kv_heads, s + t, width). Dead slots are zero."""
         there = self.source[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
         return slots.gather(2, there).masked_fill(self.dead[:, None, :, None], 0.0)
+
+
+class Slots(Protocol):
+    """What lays out a call asks of a cache, an `AttentionState` or one in codes."""
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def position(self) -> Tensor: ...
+    @property
+    def in_order(self) -> bool: ...
+    @property
+    def alive(self) -> Tensor | None: ...
+    def positions(self) -> Tensor: ...
+    def places(self) -> Places: ...
+    def next_position(self) -> Tensor: ...
 
 
 class Layout(NamedTuple):
@@ -176,18 +216,26 @@ class Layout(NamedTuple):
 
     def cache(self, k: Tensor, v: Tensor, stencil: Stencil = ALL) -> AttentionState:
         """What is kept of all slots and tokens, k and v (b, n_kv_heads, s + t, width)."""
+        leaves, position = self.kept((k, v), stencil)
+        return AttentionState._make((*leaves, position))
+
+    def kept(
+        self, leaves: Sequence[Tensor], stencil: Stencil = ALL
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of leaves (b, n_kv_heads, s + t, width) what is kept, and its positions."""
         if stencil.slots is not None:
             assert self.ring is not None, "laid out for this stencil"
-            return AttentionState(self.ring.take(k), self.ring.take(v), self.ring.position)
+            return tuple(map(self.ring.take, leaves)), self.ring.position
         if self.alike:
-            return AttentionState(k, v, self.last.new_empty(len(self.last), 0))
+            return tuple(leaves), self.last.new_empty(len(self.last), 0)
         alive = (self.key_document == self.document[:, -1:]) & (self.last >= 0)[:, None]
         # Zeros: nobody sees a dead slot, but a weight of zero does not hide NaN.
-        k, v = (x.masked_fill(~alive[:, None, :, None], 0.0) for x in (k, v))
-        return AttentionState(k, v, torch.where(alive, self.key_position, -1))
+        dead = ~alive[:, None, :, None]
+        shown = tuple(x.masked_fill(dead, 0.0) for x in leaves)
+        return shown, torch.where(alive, self.key_position, -1)
 
 
-def layout(call: Call, state: AttentionState, stencil: Stencil = ALL) -> Layout:
+def layout(call: Call, state: Slots, stencil: Stencil = ALL) -> Layout:
     """Lay out a call after a cache; the layers of one call that remember alike share the result.
 
     Padding is a document of its own: it sees itself, so that nothing is ever divided by zero.
@@ -196,22 +244,20 @@ def layout(call: Call, state: AttentionState, stencil: Stencil = ALL) -> Layout:
     return call.once(key, lambda: _lay_out(call, state, stencil, key))
 
 
-def now(call: Call, state: AttentionState, stencil: Stencil = ALL) -> tuple[Tensor, str]:
+def now(call: Call, state: Slots, stencil: Stencil = ALL) -> tuple[Tensor, str]:
     """(b or 1, 1) position of a step's token, and the name by which it was counted."""
     key = _key("now", state, stencil)
     return call.once(key, lambda: state.next_position()[:, None]), key
 
 
-def visible(call: Call, state: AttentionState, stencil: Stencil = ALL) -> Tensor | None:
+def visible(call: Call, state: Slots, stencil: Stencil = ALL) -> Tensor | None:
     """`Layout.visible`, made once for all layers of a call that see alike."""
     sight = layout(call, state, stencil)
     key = _key(f"visible {stencil.causal}", state, stencil)
     return call.once(key, lambda: sight.visible(stencil))
 
 
-def seen_now(
-    call: Call, after: AttentionState, query: Places, stencil: Stencil = ALL
-) -> Tensor | None:
+def seen_now(call: Call, after: Slots, query: Places, stencil: Stencil = ALL) -> Tensor | None:
     """(b, 1, 1, s) which slots of a cache its last token, at `query`, sees; None means all.
 
     A ring of a plain window holds nothing else."""
@@ -221,7 +267,7 @@ def seen_now(
     return call.once(key, lambda: stencil.visible(query, after.places()))
 
 
-def in_time(call: Call, state: AttentionState, stencil: Stencil) -> tuple[Tensor, Places]:
+def in_time(call: Call, state: Slots, stencil: Stencil) -> tuple[Tensor, Places]:
     """(b, s) the slots of a ring as `stencil_attention` wants them, and all keys so ordered."""
 
     def make() -> tuple[Tensor, Places]:
@@ -235,19 +281,19 @@ def in_time(call: Call, state: AttentionState, stencil: Stencil) -> tuple[Tensor
     return call.once(_key("in time", state, stencil), make)
 
 
-def cut(call: Call, state: AttentionState, stencil: Stencil, plan: Plan, key: Places) -> Cut:
+def cut(call: Call, state: Slots, stencil: Stencil, plan: Plan, key: Places) -> Cut:
     """`cut_up`, made once for all layers of a call that see alike."""
     query = layout(call, state, stencil).query
     made = _key("cut", state, stencil)
     return call.once(made, lambda: cut_up(query, key, stencil, plan))
 
 
-def _key(name: str, state: AttentionState, stencil: Stencil) -> str:
+def _key(name: str, state: Slots, stencil: Stencil) -> str:
     """What tells apart the caches of one model's layers, which have all seen the same tokens."""
     return f"{name} after {state.k.shape[2]}, in order {state.in_order}, {stencil}"
 
 
-def _lay_out(call: Call, state: AttentionState, stencil: Stencil, counted: str) -> Layout:
+def _lay_out(call: Call, state: Slots, stencil: Stencil, counted: str) -> Layout:
     rows, alike = len(state.position), call.segments is None and state.in_order
     document, position = call.places(state.next_position())
     before = state.positions()[: len(position)]
@@ -264,7 +310,10 @@ def _lay_out(call: Call, state: AttentionState, stencil: Stencil, counted: str) 
 
 def append(old: Tensor, new: Tensor) -> Tensor:
     """Join along the slots, in the dtype of the new ones: autocast may have changed since."""
-    return torch.cat([old.to(new.dtype), new], dim=2) if old.shape[2] else new
+    if not old.shape[2]:
+        return new
+    with without_autocast(new):
+        return torch.cat([old.to(new.dtype), new], dim=2)
 
 
 def _keep(last: Tensor, s: int, t: int, stencil: Stencil) -> Ring:

@@ -13,10 +13,11 @@ Symbols: b batch, t time, d d_model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -30,7 +31,7 @@ from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.state import loadable
-from kizzasi.models.strict import Registered
+from kizzasi.models.strict import Registered, Strict
 
 if TYPE_CHECKING:
     from kizzasi.models.layer import Layer
@@ -218,10 +219,25 @@ class _Part(Registered):
         return math.inf
 
     @property
+    def coded(self) -> bool:
+        """Whether its state, or that of a part of it, holds codes, through which no gradient
+        passes."""
+        return any(part.coded for part in parts_of(self))
+
+    @property
     def causal(self) -> bool:
         """False if an output depends on later tokens. A model with such a part has a parallel form
         only: no step, no state carried over, no generation."""
         return True
+
+
+def parts_of(spec: Strict) -> Iterator[_Part]:
+    """The mixers and channels among the fields of a spec, alone or in a tuple."""
+    for f in dataclasses.fields(spec):  # pyright: ignore[reportArgumentType]
+        value = getattr(spec, f.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, _Part):
+                yield each
 
 
 class MixerSpec(_Part):

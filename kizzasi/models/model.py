@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.adaptive import after_step
 from kizzasi.models.call import Call
+from kizzasi.models.decoding.cache_policy import with_cache
 from kizzasi.models.decoding.generate import generate
 from kizzasi.models.decoding.streaming import forecast
 from kizzasi.models.groups import parameter_groups
@@ -92,6 +93,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
 
     recompute: bool = False
     generate = generate
+    with_cache = with_cache
     forecast = forecast
 
     def __init__(self, spec: ModelSpec) -> None:

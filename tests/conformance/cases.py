@@ -27,6 +27,8 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "scaled": {"n_heads": 2, "scale": 0.7},
         "alibi-window": {"n_heads": 2, "window": 5, "position": "alibi"},
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
+        "int8": {"n_heads": 4, "n_kv_heads": 1, "kv_quant": "int8"},
+        "nf4-ring": {"n_heads": 2, "window": 5, "n_global": 2, "kv_quant": "nf4"},
         "blocks": {
             "n_heads": 4,
             "n_kv_heads": 2,
@@ -113,6 +115,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "retention": {"two-heads": {"n_heads": 2}, "narrow": {"n_heads": 4, "expand_v": 0.5}},
     "mla": {
         "direct": {**LATENT, "n_heads": 2},
+        "int8": {**LATENT, "n_heads": 2, "kv_quant": "int8"},
         "q-latent-yarn": {
             **LATENT,
             "n_heads": 4,

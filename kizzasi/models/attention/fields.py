@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.stencil import Stencil
 from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.strict import join, require
@@ -123,6 +124,8 @@ class SourceFields(StencilFields, PositionFields, Protocol):
     def qkv_rank(self) -> int | None: ...
     @property
     def value_glu(self) -> bool: ...
+    @property
+    def kv_quant(self) -> KVQuant: ...
 
 
 def check_sources(spec: SourceFields, path: str) -> None:
@@ -140,6 +143,7 @@ def check_sources(spec: SourceFields, path: str) -> None:
 def lendable(spec: SourceFields, n_kv_heads: int, head_dim: int) -> tuple[tuple[str, object], ...]:
     """What a reader's queries must have in common with the keys and values they meet."""
     names = ("window", "dilation", "block", "n_blocks", "n_global", "causal", "position")
+    names += ("kv_quant",)
     if spec.position in ROTATED:
         names += ("rope_theta", "rope_dims", "rope_scaling")
     if spec.position == "xpos":

@@ -32,15 +32,14 @@ from kizzasi.models.attention.fields import (
     lendable,
     stencil_of,
 )
+from kizzasi.models.attention.memory import Entered, Memory, State
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import (
     HERE,
-    AttentionState,
     Lent,
     append,
     cut,
-    empty_cache,
     in_time,
     layout,
     now,
@@ -50,6 +49,7 @@ from kizzasi.models.kv_cache import (
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION
+from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
@@ -112,6 +112,9 @@ class AttentionSpec(MixerSpec):
         memory_from: index, in its stack, of the earlier layer whose output, normalised, its keys
             and values are made of, in place of x (cross-attention; YOCO, Sun et al. 2024,
             arXiv:2405.05254). A token sees that of tokens up to its own.
+        kv_quant: how keys and values are remembered, and so how they are seen, in training too:
+            "none", as they are; "int8", "fp8" (E4M3) or "nf4" (4 bits), in groups of up to 64
+            entries of a head with a scale of 2 bytes. The first n_global stay as they are.
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -148,6 +151,7 @@ class AttentionSpec(MixerSpec):
     value_glu: bool = added(False)
     kv_from: int | None = added(None)
     memory_from: int | None = added(None)
+    kv_quant: KVQuant = added("none")
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
@@ -182,6 +186,8 @@ class AttentionSpec(MixerSpec):
         check_sources(self, path)
         check_positions(self, self.width(d_model), path)
         check_stencil(self, path)
+        rule = "an encoder remembers nothing; leave it out"
+        require(self.causal or self.kv_quant == "none", join(path, "kv_quant"), rule)
 
     def build(self, layer: LayerContext) -> Attention:
         return Attention(self, layer)
@@ -192,9 +198,10 @@ class AttentionSpec(MixerSpec):
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
         slots = self.stencil.slots
         places = 0 if slots is None else slots  # int64; see AttentionState
-        slots = seq_len if slots is None else slots
+        kept = (seq_len if slots is None else slots) * self.memory(head_dim).bytes_per_slot()
+        exact = 0 if self.kv_quant == "none" else self.n_global * 2 * d_kv * 4
         reads = self.kv_from is not None
-        cache = batch * (slots * 2 * d_kv * 4 + places * 8) if self.causal and not reads else 0
+        cache = batch * (kept + exact + places * 8) if self.causal and not reads else 0
         total = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
         n_in = d if self.qkv_rank is None else self.qkv_rank
         if self.qkv_rank is not None:
@@ -230,6 +237,14 @@ class AttentionSpec(MixerSpec):
     def stencil(self) -> Stencil:
         """Who sees whom."""
         return stencil_of(self)
+
+    def memory(self, head_dim: int) -> Memory:
+        """What heads of this width remember."""
+        return Memory(self.kv_heads, (head_dim, head_dim), self.stencil, self.kv_quant)
+
+    @property
+    def coded(self) -> bool:
+        return self.kv_quant != "none"
 
     @property
     def sources(self) -> Mapping[str, int]:
@@ -269,7 +284,8 @@ class Attention(Mixer):
     def __init__(self, spec: AttentionSpec, layer: LayerContext) -> None:
         super().__init__()
         d, rank = layer.d_model, spec.qkv_rank
-        self.spec, self.head_dim, self.stencil = spec, spec.width(d), spec.stencil
+        self.head_dim = spec.width(d)
+        self.remember(spec)
         self.rotary = Rotary(spec.rope_dims or self.head_dim, spec.rope_theta, spec.rope_scaling)
         d_q, d_kv = spec.n_heads * self.head_dim, spec.kv_heads * self.head_dim
         n_in = d
@@ -289,6 +305,11 @@ class Attention(Mixer):
         self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
         relative = spec.position == "relative"
         self.relative_bias = nn.Embedding(spec.n_buckets, spec.n_heads) if relative else None
+
+    def remember(self, spec: AttentionSpec) -> None:
+        """Take the spec, or one that differs from it in window, n_global and kv_quant alone."""
+        self.spec, self.stencil = spec, spec.stencil
+        self.memory = spec.memory(self.head_dim)
 
     def _norm(self, n_heads: int) -> Norm | HeadNorm | None:
         spec, width = self.spec, self.head_dim
@@ -320,34 +341,35 @@ class Attention(Mixer):
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> AttentionState | tuple[()]:
+    ) -> State | tuple[()]:
         if not self.spec.causal or self.spec.kv_from is not None:
             return ()
-        return self._empty(batch, self.stencil.slots or 0, device, dtype)
+        return self.memory.empty(batch, self.stencil.slots or 0, device, dtype)
 
-    def parallel(self, x: Tensor, state: AttentionState | None, call: Call) -> MixerOut:
+    def parallel(self, x: Tensor, state: State | None, call: Call) -> MixerOut:
         causal, stencil = self.spec.causal, self.stencil
         if not (causal or state is None):
             raise ShapeError(f"state: {NO_STATE}")
         lent = self._borrowed(call)
-        before = state or self._empty(x.shape[0], 0, x.device, x.dtype)
+        before = state or self.memory.empty(x.shape[0], 0, x.device, x.dtype)
         before = before if lent is None else lent.before
         sight = layout(call, before, stencil)
         q, k, v, gate = self._project(x, sight.position, sight.counted, call)
         n_before, apart = before.k.shape[2], call.segments is not None
         plan = stencil.plan(x.shape[1], n_before, apart)
-        keys, values = append(before.k, k), append(before.v, v)
+        past, new = self.memory.seen(before, k), self.memory.enter(k, v, sight.position)
         if plan is None:
-            seen = visible(call, before, stencil)
+            seen, shown = visible(call, before, stencil), new[2:4]
+            keys, values = map(append, past, shown)
             y = self._attend(q, keys, values, seen, sight.query, lambda: sight.key)
         else:
-            y = self._attend_in_blocks(q, k, v, before, plan, call)
+            y = self._attend_in_blocks(q, past, new, before, plan, call)
         if lent is not None:
             return MixerOut(self._leave(y, gate), ())
-        cache = sight.cache(keys, values, stencil) if causal else ()
-        return MixerOut(self._leave(y, gate), cache, lent=self._lend(k, v, before))
+        after = self.memory.keep(sight, before, past, new) if causal else ()
+        return MixerOut(self._leave(y, gate), after, lent=self._lend(k, v, before))
 
-    def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
+    def recurrent(self, x: Tensor, state: State, call: Call) -> MixerOut:
         if not self.spec.causal:
             raise ShapeError(f"step: {NO_STATE}")
         lent = self._borrowed(call)
@@ -355,10 +377,10 @@ class Attention(Mixer):
         position, counted = now(call, state, self.stencil)
         q, k, v, gate = self._project(x[:, None], position, counted, call)
         position = position.expand(len(x), -1)
-        after = state.add(k, v, position, self.stencil)
+        after = self.memory.add(state, self.memory.enter(k, v, position), position)
         query = Places(torch.zeros_like(position), position)
         seen = seen_now(call, after, query, self.stencil)
-        y = self._attend(q, after.k, after.v, seen, query, after.places)
+        y = self._attend(q, *self.memory.seen(after, k), seen, query, after.places)
         y = self._leave(y, gate)[:, 0]
         return MixerOut(y, after, lent=self._lend(k, v, state)) if lent is None else MixerOut(y, ())
 
@@ -370,14 +392,8 @@ class Attention(Mixer):
         assert lent is not None, "a stack runs what is read before"
         return lent
 
-    def _lend(self, k: Tensor, v: Tensor, before: AttentionState) -> Lent | None:
+    def _lend(self, k: Tensor, v: Tensor, before: State) -> Lent | None:
         return Lent(k, v, before) if self.lends else None
-
-    def _empty(
-        self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
-    ) -> AttentionState:
-        widths = self.head_dim, self.head_dim
-        return empty_cache(batch, self.spec.kv_heads, slots, widths, device, dtype)
 
     def _project(
         self, x: Tensor, position: Tensor, counted: str, call: Call
@@ -462,17 +478,23 @@ class Attention(Mixer):
         return attend(q, k, v, visible=seen, causal=self.spec.causal, **how)
 
     def _attend_in_blocks(
-        self, q: Tensor, k: Tensor, v: Tensor, before: AttentionState, plan: Plan, call: Call
+        self,
+        q: Tensor,
+        past: tuple[Tensor, Tensor],
+        new: Entered,
+        before: State,
+        plan: Plan,
+        call: Call,
     ) -> Tensor:
-        """`stencil_attention` to a ring and to the keys and values of a call's tokens."""
+        """`stencil_attention` to a ring, `past` as it is seen, and to a call's tokens."""
         sight = layout(call, before, self.stencil)
-        key = sight.key
+        key, (k, v) = sight.key, new[2:4]
         if before.k.shape[2]:
             order, key = in_time(call, before, self.stencil)
             index = order[:, None, :, None]
             k, v = (
                 append(old.gather(2, index.expand_as(old)), new)
-                for old, new in zip(before[:2], (k, v), strict=True)
+                for old, new in zip(past, (k, v), strict=True)
             )
         attend = STENCIL_ATTENTION.pick(self.engine, q.device)
         blocks = partial(cut, call, before, self.stencil, plan, key)

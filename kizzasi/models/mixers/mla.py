@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.attention.memory import Memory, State
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import AttentionState, append, empty_cache, layout, now, visible
+from kizzasi.models.kv_cache import ALL, append, layout, now, visible
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import ATTENTION
+from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.rope import rotate, split_pairs
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
-from kizzasi.models.strict import join, register, require
+from kizzasi.models.strict import added, join, register, require
 
 
 @register
@@ -46,6 +48,7 @@ class MLASpec(MixerSpec):
         scale: of the scores; None means 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim). DeepSeek
             puts the sharpening of yarn here instead of in rope_scaling.attention_factor.
         norm_eps: epsilon of the latents' norms.
+        kv_quant: how latents and rotary keys are remembered; see `AttentionSpec.kv_quant`.
     """
 
     kind: ClassVar[str] = "mla"
@@ -59,6 +62,7 @@ class MLASpec(MixerSpec):
     rope_scaling: RopeScaling | None = None
     scale: float | None = None
     norm_eps: float = 1e-6
+    kv_quant: KVQuant = added("none")
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "kv_lora_rank", "qk_nope_head_dim")
@@ -87,8 +91,18 @@ class MLASpec(MixerSpec):
             total += linear(n, self.q_lora_rank, heads * qk)
         total += linear(n, rank, heads * (self.qk_nope_head_dim + self.v_head_dim))
         flops = 2 * n * seq_len * heads * (qk + self.v_head_dim)  # masked scores too
-        total += dense(0, flops=flops, state_bytes=4 * batch * seq_len * kept)
+        state_bytes = batch * seq_len * self.memory.bytes_per_slot()
+        total += dense(0, flops=flops, state_bytes=state_bytes)
         return total + linear(n, heads * self.v_head_dim, d)
+
+    @property
+    def memory(self) -> Memory:
+        """What is remembered: r and c, as keys and values of one head."""
+        return Memory(1, (self.qk_rope_head_dim, self.kv_lora_rank), ALL, self.kv_quant)
+
+    @property
+    def coded(self) -> bool:
+        return self.kv_quant != "none"
 
     @property
     def qk_head_dim(self) -> int:
@@ -111,7 +125,8 @@ class MLA(Mixer):
     def __init__(self, spec: MLASpec, layer: LayerContext) -> None:
         super().__init__()
         d, rank, q_rank = layer.d_model, spec.kv_lora_rank, spec.q_lora_rank
-        self.spec, self.scale = spec, spec.scale or spec.qk_head_dim**-0.5
+        self.remember(spec)
+        self.scale = spec.scale or spec.qk_head_dim**-0.5
         self.rotary = Rotary(spec.qk_rope_head_dim, spec.rope_theta, spec.rope_scaling)
         d_q = spec.n_heads * spec.qk_head_dim
         if q_rank is None:
@@ -125,6 +140,10 @@ class MLA(Mixer):
         d_kv = spec.n_heads * (spec.qk_nope_head_dim + spec.v_head_dim)
         self.kv_b_proj = nn.Linear(rank, d_kv, bias=False)
         self.o_proj = nn.Linear(spec.n_heads * spec.v_head_dim, d, bias=False)
+
+    def remember(self, spec: MLASpec) -> None:
+        """Take the spec, or one that differs from it in kv_quant alone."""
+        self.spec, self.memory = spec, spec.memory
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         for part in self.children():
@@ -144,16 +163,17 @@ class MLA(Mixer):
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> AttentionState:
-        widths = self.spec.qk_rope_head_dim, self.spec.kv_lora_rank
-        return empty_cache(batch, 1, 0, widths, device, dtype)
+    ) -> State:
+        return self.memory.empty(batch, 0, device, dtype)
 
-    def parallel(self, x: Tensor, state: AttentionState | None, call: Call) -> MixerOut:
+    def parallel(self, x: Tensor, state: State | None, call: Call) -> MixerOut:
         spec = self.spec
         before = self.init_state(len(x), x.device, x.dtype) if state is None else state
         sight = layout(call, before)
         q_nope, q_rope, k_rope, latent = self._project(x, sight.position, sight.counted, call)
-        k_rope, latent = append(before.k, k_rope), append(before.v, latent)
+        past = self.memory.seen(before, latent)
+        new = self.memory.enter(k_rope, latent, sight.position)
+        k_rope, latent = map(append, past, new[2:4])
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (spec.n_heads, -1)).transpose(1, 2)
         k_nope, v = heads.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
@@ -161,22 +181,24 @@ class MLA(Mixer):
         attend = ATTENTION.pick(self.engine, x.device)
         y = attend(q, k, v, visible=visible(call, before), scale=self.scale)
         y = self.o_proj(y.transpose(1, 2).flatten(-2))
-        return MixerOut(y, sight.cache(k_rope, latent))
+        return MixerOut(y, self.memory.keep(sight, before, past, new))
 
-    def recurrent(self, x: Tensor, state: AttentionState, call: Call) -> MixerOut:
+    def recurrent(self, x: Tensor, state: State, call: Call) -> MixerOut:
         if hooked(self.kv_b_proj):
             return super().recurrent(x, state, call)
         spec, (position, counted) = self.spec, now(call, state)
         q_nope, q_rope, k_rope, latent = self._project(x[:, None], position, counted, call)
-        after = state.add(k_rope, latent, position.expand(len(x), -1))
+        new = self.memory.enter(k_rope, latent, position)
+        after = self.memory.add(state, new, position.expand(len(x), -1))
+        k_rope, latent = self.memory.seen(after, latent)
         up = self._up(x).unflatten(0, (spec.n_heads, -1))
         up_k, up_v = up.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=1)
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, up_k)
         # All heads look at the same keys: they stand where the queries of one head would.
         q = torch.cat([q_latent, q_rope], dim=-1).transpose(1, 2)
-        k = torch.cat([after.v, after.k], dim=-1)
+        k = torch.cat([latent, k_rope], dim=-1)
         attend = ATTENTION.pick(self.engine, x.device)
-        y = attend(q, k, after.v, visible=after.alive, causal=False, scale=self.scale)
+        y = attend(q, k, latent, visible=after.alive, causal=False, scale=self.scale)
         y = torch.einsum("bthr,hvr->bthv", y, up_v)
         return MixerOut(self.o_proj(y.flatten(1)), after)
 

@@ -1,0 +1,106 @@
+"""Numbers of few bits for keys and values: one scale for a group of a token's entries.
+
+    codes  uint8: a byte an entry, or two entries a byte (nf4), the first in its low half
+    scale  of a group: nf4's largest magnitude, int8's and fp8's by which a code is multiplied
+    group  up to GROUP entries of one head of one token
+
+Every token is coded by itself and once, so that a sequence read at once and token by token has the
+same codes.
+
+Source: NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E. FP8: E4M3 of Micikevicius et al.
+2022, arXiv:2209.05433.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.models.ops.precision import full_precision
+
+KVQuant = Literal["none", "int8", "fp8", "nf4"]
+
+GROUP = 64
+LARGEST = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def groups_of(width: int) -> tuple[int, int]:
+    """How many groups the entries of a head make, and how many each has, an even number."""
+    n = -(-width // GROUP)
+    size = -(-width // n)
+    return n, size + size % 2
+
+
+def code_bytes(width: int, kind: KVQuant) -> int:
+    """Bytes of the codes of a head."""
+    n, size = groups_of(width)
+    return n * size // (2 if kind == "nf4" else 1)
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Two bytes hold a scale; exact models have exact ones."""
+    return torch.float64 if dtype == torch.float64 else torch.bfloat16
+
+
+def encode(x: Tensor, kind: KVQuant) -> tuple[Tensor, Tensor]:
+    """Code keys or values. No gradient passes.
+
+    Args:
+        x: (..., width).
+
+    Returns:
+        codes (..., code_bytes) and scale (..., groups). A group of zeros has the scale zero.
+    """
+    n, size = groups_of(x.shape[-1])
+    wide = full_precision(x.detach())
+    parts = F.pad(wide, (0, n * size - x.shape[-1])).unflatten(-1, (n, size))
+    most = parts.abs().amax(-1)
+    if kind != "nf4":  # a hair more than needed, so that rounding the scale cuts nothing off
+        most = most / LARGEST[kind] * (1 + 2**-8)
+    scale = most.to(scale_dtype(x.dtype))
+    by = scale.to(wide.dtype)[..., None]
+    parts = parts / torch.where(by == 0, 1.0, by)
+    if kind == "int8":
+        codes = parts.round().clamp(-127, 127).to(torch.int16) + 128
+        return codes.to(torch.uint8).flatten(-2), scale
+    if kind == "fp8":
+        limit = LARGEST["fp8"]
+        coded = parts.clamp(-limit, limit).float().to(torch.float8_e4m3fn)
+        return coded.view(torch.uint8).flatten(-2), scale
+    levels = torch.tensor(LEVELS, device=x.device, dtype=wide.dtype)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(parts.contiguous(), between).to(torch.uint8).flatten(-2)
+    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+
+
+def decode(codes: Tensor, scale: Tensor, kind: KVQuant, width: int, dtype: torch.dtype) -> Tensor:
+    """(..., width) of `encode`'s results, in a dtype. No gradient passes."""
+    wide = torch.promote_types(dtype, torch.float32)
+    by = scale.detach().to(wide)[..., None]
+    parts = _table(kind, codes.device, wide)[codes.int()].flatten(-2)
+    return (parts.unflatten(-1, (scale.shape[-1], -1)) * by).flatten(-2)[..., :width].to(dtype)
+
+
+def _table(kind: KVQuant, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(256, 1 or 2) what every byte stands for."""
+    byte = torch.arange(256, device=device)
+    if kind == "int8":
+        return (byte - 128).to(dtype)[:, None]
+    if kind == "fp8":
+        return byte.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(dtype)[:, None]
+    levels = torch.tensor(LEVELS, device=device, dtype=dtype)
+    return torch.stack([levels[byte & 15], levels[byte >> 4]], 1)
+
+
+def straight_through(x: Tensor, shown: Tensor) -> Tensor:
+    """The value of `shown` with the gradient of x."""
+    return shown + (x - x.detach())
