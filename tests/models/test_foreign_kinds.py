@@ -12,6 +12,7 @@ from test_foreign_mamba import (
     edit,
     hold_to_float64,
     make_peer,
+    transformers,
 )
 
 from kizzasi.errors import CheckpointError
@@ -39,6 +40,11 @@ XLSTM = {
     "ffn_proj_factor": 0.55,
     "ffn_round_up_to_multiple_of": 8,
     "autocast_kernel_dtype": "float32",
+}
+DELTA = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 6},
+    **{"linear_value_head_dim": 5, "rms_norm_eps": 1e-3, "num_key_value_heads": 4},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 CASES = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
@@ -89,6 +95,16 @@ CASES = {
         **{"attention_bias": False, "layer_types": ["full_attention"] * 3},
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3},
     },
+    "qwen3_5_text": {**DELTA, "head_dim": 8},
+    "qwen3_5_text biased, tied": {
+        **{**DELTA, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+        **{"layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    },
+    "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4, "linear_value_head_dim": 6},
+    "olmo_hybrid without positions": {
+        **{**DELTA, "linear_allow_neg_eigval": False, "linear_value_head_dim": 3},
+        "rope_parameters": {"rope_type": "default", "rope_theta": None},
+    },
     "xlstm": XLSTM,
     "xlstm capped": {**XLSTM, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "gate_soft_cap": 2.0},
 }
@@ -118,7 +134,8 @@ def test_logits_in_float64(case, tmp_path, monkeypatch):
     hold_to_float64(monkeypatch)
     peer = make_peer(case.split()[0], sizes_of(case), tmp_path, torch.float64)
     ropes = peer.config.rope_parameters
-    for name, buffer in peer.model.rotary_emb.named_buffers():  # made in float32
+    rotary = peer.model.rotary_emb
+    for name, buffer in () if rotary is None else rotary.named_buffers():  # made in float32
         said = ropes.get(name.removesuffix("_inv_freq").removesuffix("_original"), ropes)
         n = 2 * len(buffer)
         exact = said["rope_theta"] ** -(torch.arange(0, n, 2, dtype=torch.float64) / n)
@@ -134,7 +151,16 @@ def test_read_and_write_gives_the_same_file_and_the_same_logits(made, tmp_path):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     root = tmp_path_factory.mktemp("stored")
-    for kind in ("lfm2", "recurrent_gemma", "cohere", "cohere2", "gemma3_text", "gpt_oss", "xlstm"):
+    for kind in (
+        "lfm2",
+        "recurrent_gemma",
+        "cohere",
+        "cohere2",
+        "gemma3_text",
+        "gpt_oss",
+        "qwen3_5_text",
+        "xlstm",
+    ):
         make_peer(kind, sizes_of(kind), root / kind)
     return root
 
@@ -158,6 +184,19 @@ def test_projections_that_xlstm_fuses(stored, tmp_path):
     ids = torch.arange(12)[None]
     model = load(edit(folder, weight_mode="fused"))
     assert torch.equal(model(ids).logits, load(stored / "xlstm")(ids).logits)
+
+
+def test_filters_that_olmo_hybrid_cuts_in_thirds(tmp_path):
+    """As transformers 5.24 writes them; ours have the widths of queries, keys and values."""
+    peer = make_peer("olmo_hybrid", TRUNK | DELTA, tmp_path / "theirs")
+    name = "model.layers.0.linear_attn.v_conv1d.weight"
+    assert load_file(tmp_path / "theirs" / "model.safetensors")[name].shape == (14, 1, 4)
+    model = load(tmp_path / "theirs")
+    assert difference(peer, model) <= 1e-4
+    save(model, tmp_path / "ours", "olmo_hybrid")
+    assert load_file(tmp_path / "ours" / "model.safetensors")[name].shape == (20, 1, 4)
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert difference(reread.eval(), load(tmp_path / "ours")) <= 1e-4
 
 
 def test_keys_of_published_files(stored, tmp_path):
@@ -193,6 +232,13 @@ def test_keys_of_published_files(stored, tmp_path):
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "rope_scaling": None,
+        },
+        "qwen3_5_text": {
+            "rope_parameters": {
+                **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+                **{"mrope_section": [1, 0, 0], "mrope_interleaved": True},
+            },
+            "full_attention_interval": 4,
         },
         "xlstm": {"hidden_size": None, "embedding_dim": 64, "num_hidden_layers": None},
     }

@@ -7,7 +7,8 @@ To add a family, write a file beside this one:
    something by `config.count`, so that a lying config cannot make a giant. Where there is no
    config.json, take sizes from the shapes.
 2. `layouts(spec)`: lists of `Rule(ours, theirs, form)` (names.py), the one to be written first. In
-   reading, the layout that fits the stored names best is taken. A `Form` must be exactly undone.
+   reading, the layout that fits the stored names, then shapes, best is taken. A `Form` must be
+   exactly undone.
 3. `config(spec) -> dict`: what config.json shall say (SpecError if nothing fits). It need not look
    at every field: `write` reads it back by `spec` and names the field that did not survive.
    `canonical` makes equal what means the same, such as a width of None and the width it stands for.
@@ -298,18 +299,21 @@ def _fit(
     if spec.tie_head and family.tied is not None and family.tied[0] in given:
         _check_twin(path, *family.tied, storage)
         del given[family.tied[0]]
-    best: tuple[int, list[Link], dict[str, tuple]] | None = None
+    best: tuple[tuple[int, int], list[Link], dict[str, tuple]] | None = None
     for rules in family.layouts(spec):
         links = apply(rules, list(ours))
         wanted = {name: tuple(t.shape) for name, t in written(links, ours).items()}
-        faults = len(wanted.keys() ^ given.keys())
+        odd = sum(given[name] != shape for name, shape in wanted.items() if name in given)
+        faults = len(wanted.keys() ^ given.keys()), odd
         if best is None or faults < best[0]:
             best = faults, links, wanted
     assert best is not None, f"{family.name} has no layout"
     compare(path, given, best[2])
-    odd = [name for name in given if storage[name].dtype not in FLOATS]
-    if odd:
-        raise CheckpointError(f"{path}: {odd[0]} is not of float64, 32, 16 or bfloat16; convert it")
+    others = [name for name in given if storage[name].dtype not in FLOATS]
+    if others:
+        raise CheckpointError(
+            f"{path}: {others[0]} is not of float64, 32, 16 or bfloat16; convert it"
+        )
     return best[1]
 
 

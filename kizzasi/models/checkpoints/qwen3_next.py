@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kizzasi.errors import SpecError
 from kizzasi.models.channels.moe import PARTS
 from kizzasi.models.checkpoints import llama, mixtures
@@ -17,13 +20,17 @@ from kizzasi.models.checkpoints.foreign import Family, register
 from kizzasi.models.checkpoints.jamba import attention_keys
 from kizzasi.models.checkpoints.mamba_hf import canonical as plain
 from kizzasi.models.checkpoints.mamba_hf import only_mixer
-from kizzasi.models.checkpoints.names import renamed
+from kizzasi.models.checkpoints.names import Form, renamed
 from kizzasi.models.checkpoints.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.gated_delta import GatedDeltaSpec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
 LAYER = llama.LAYER
+USUAL = {
+    **{"linear_num_value_heads": 32, "linear_num_key_heads": 16},
+    **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+}
 KINDS = {"linear_attention": False, "full_attention": True}
 OWN = {
     "blocks.#.mixer.@": LAYER + "linear_attn.@",
@@ -52,17 +59,10 @@ DRAFT = (
 
 def _spec(config: Config, shapes: Shapes) -> ModelSpec:
     n_layers = llama.depth(config, shapes)
-    attends = _attends(config, n_layers)
+    attends = attending(config, n_layers)
     heads = llama.attention(config, n_kv_heads=2, head_dim=256, rotated=0.25)
     heads = replace(llama.normalised(heads, config), qk_norm_kind="rms_plus_one", gate=True)
-    delta = GatedDeltaSpec(
-        n_heads=config.get("linear_num_value_heads", int, 32),
-        n_key_heads=config.get("linear_num_key_heads", int, 16),
-        key_head_dim=config.get("linear_key_head_dim", int, 128),
-        value_head_dim=config.get("linear_value_head_dim", int, 128),
-        d_conv=config.get("linear_conv_kernel_dim", int, 4),
-        norm_eps=config.get("rms_norm_eps", float, 1e-6),
-    )
+    delta = delta_of(config, config.get("rms_norm_eps", float, 1e-6), **USUAL)
     mixed = mixtures.mixed_layers(config, n_layers)
     sparse = replace(
         mixtures.read_mixture(
@@ -85,7 +85,56 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
     return llama.trunk(config, blocks)
 
 
-def _attends(config: Config, n_layers: int) -> list[bool]:
+def by_key_head(delta: GatedDeltaSpec, d_model: int) -> tuple[Form, Form]:
+    """Forms for those who store the parts of in_proj_qkvz apart, (q, k, v, z), and of in_proj_ba,
+    (b, a): here the rows of all are grouped by key head."""
+    n, r = delta.key_heads, delta.n_heads // delta.key_heads
+    d_k, d_v = delta.widths(d_model)
+
+    def form(*sizes: int) -> Form:
+        def write(ours: list[Tensor]) -> list[Tensor]:
+            return [t.flatten(0, 1) for t in ours[0].unflatten(0, (n, -1)).split(sizes, 1)]
+
+        def read(theirs: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
+            return [torch.cat([t.unflatten(0, (n, -1)) for t in theirs], 1).flatten(0, 1)]
+
+        return Form(write, read)
+
+    return form(d_k, d_k, r * d_v, r * d_v), form(r, r)
+
+
+def delta_of(config: Config, eps: float, **usual: int) -> GatedDeltaSpec:
+    """The delta layers; `usual` are numbers that silence means, by the config's names."""
+    numbers = {key: config.get(key, int, value) for key, value in usual.items()}
+    return GatedDeltaSpec(
+        n_heads=numbers["linear_num_value_heads"],
+        n_key_heads=numbers["linear_num_key_heads"],
+        key_head_dim=numbers["linear_key_head_dim"],
+        value_head_dim=numbers["linear_value_head_dim"],
+        d_conv=config.get("linear_conv_kernel_dim", int, 4),
+        norm_eps=eps,
+    )
+
+
+def delta_keys(delta: GatedDeltaSpec, d_model: int) -> dict[str, Any]:
+    """What `delta_of` reads."""
+    d_k, d_v = delta.widths(d_model)
+    return {
+        "linear_num_value_heads": delta.n_heads,
+        "linear_num_key_heads": delta.key_heads,
+        "linear_key_head_dim": d_k,
+        "linear_value_head_dim": d_v,
+        "linear_conv_kernel_dim": delta.d_conv,
+    }
+
+
+def kinds_key(spec: ModelSpec) -> dict[str, list[str]]:
+    """`layer_types`: which layers attend."""
+    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.plain_blocks]
+    return {"layer_types": ["full_attention" if a else "linear_attention" for a in attends]}
+
+
+def attending(config: Config, n_layers: int) -> list[bool]:
     """`layer_types` decides, or every so many layers attend."""
     every = config.get("full_attention_interval", int, 4)
     if every < 1:
@@ -98,9 +147,7 @@ def _attends(config: Config, n_layers: int) -> list[bool]:
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     delta, heads = only_mixer(spec, GatedDeltaSpec), only_mixer(spec, AttentionSpec)
-    d_k, d_v = delta.widths(spec.d_model)
     mixture, width = mixtures.mixtures_of(spec)[0], heads.width(spec.d_model)
-    attends = [isinstance(block.mixer, AttentionSpec) for block in spec.plain_blocks]
     if not mixture.shared_gate:
         raise SpecError("shared_gate: the format needs a gated shared expert")
     return {
@@ -109,18 +156,14 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
         **attention_keys(spec),
         **mixtures.sparse_keys(spec),
         "shared_expert_intermediate_size": mixture.shared_hidden,
-        "layer_types": ["full_attention" if a else "linear_attention" for a in attends],
+        **kinds_key(spec),
         "partial_rotary_factor": (heads.rope_dims or width) / width,
         "attention_bias": heads.qkv_bias,
-        "linear_num_value_heads": delta.n_heads,
-        "linear_num_key_heads": delta.key_heads,
-        "linear_key_head_dim": d_k,
-        "linear_value_head_dim": d_v,
-        "linear_conv_kernel_dim": delta.d_conv,
+        **delta_keys(delta, spec.d_model),
     }
 
 
-def _canonical(spec: ModelSpec) -> ModelSpec:
+def canonical(spec: ModelSpec) -> ModelSpec:
     spec, blocks = plain(spec), []
     for block in spec.plain_blocks:
         mixer = block.mixer
@@ -141,6 +184,6 @@ QWEN3_NEXT = register(
         _keys,
         ignored=(*llama.ROTARY_BUFFERS, *DRAFT),
         tied=llama.TIED,
-        canonical=_canonical,
+        canonical=canonical,
     )
 )
