@@ -17,6 +17,7 @@ from torch import Tensor
 from kizzasi.models.ops.attention import document_positions
 
 T = TypeVar("T")
+HERE = -1  # in `Call.lent`: the layer itself, an iterate before
 
 
 class Call:

@@ -21,7 +21,6 @@ from kizzasi.models.ops.precision import without_autocast
 from kizzasi.models.ops.stencil import Cut, Places, Plan, Stencil, cut_up
 
 ALL = Stencil()
-HERE = -1  # in place of a layer's index: what this layer itself has lent, an iterate before
 
 
 class AttentionState(NamedTuple):

@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
     },
     "loop": {
         "identity": [{"kind": "loop", "body": [MAMBA, NEAR], "n_loops": 2}],
+        "first-keys": [{"kind": "loop", "body": [HEADS, NEAR], "n_loops": 3, "keys": "first"}],
         "huginn": [
             {
                 "kind": "loop",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
@@ -22,7 +23,11 @@ BODY = (BlockSpec(MambaSpec(d_state=2)), BlockSpec(AttentionSpec(2, window=4), M
 
 def loop(**fields):
     torch.manual_seed(1)
-    return LoopSpec(BODY, **{"n_loops": 3, **fields}).build(LayerContext(D), 1e-5, 0.0).double()
+    return (
+        LoopSpec(**{"body": BODY, "n_loops": 3, **fields})
+        .build(LayerContext(D), 1e-5, 0.0)
+        .double()
+    )
 
 
 def stream(*shape):
@@ -124,12 +129,58 @@ def test_a_model_of_loops_is_trained_recomputed_searched_and_priced():
         _ = spec.plain_blocks
 
 
+def test_iterates_read_the_keys_of_the_first():
+    body = (BlockSpec(AttentionSpec(2, position="none")),)
+    module, x = loop(body=body, n_loops=2, keys="first"), stream(2, 5, D)
+    (layer,) = module.body
+    once = layer(x)
+    kv = once.lent
+    q = layer.mixer.q_proj(layer.mixer_norm(once.y)).unflatten(-1, (2, -1)).transpose(1, 2)
+    z = F.scaled_dot_product_attention(q, kv.k, kv.v, is_causal=True).transpose(1, 2).flatten(-2)
+    out = module(x)
+    assert_close(out.y, once.y + layer.mixer.o_proj(z))
+    assert len(out.state.iterates) == 1
+
+
+def test_a_token_stops_by_itself_when_it_changes_no_more():
+    body = (
+        BlockSpec(AttentionSpec(2), residual_scale=0.3),
+        BlockSpec(AttentionSpec(2), MLPSpec(8)),
+    )
+    fields = {"body": body, "keys": "first", "norm": "rms"}
+    module, x = loop(**fields, n_loops=9, tolerance=0.35), stream(2, 6, D)
+    plain = {n: loop(**fields, n_loops=n).eval() for n in range(1, 10)}
+    for twin in plain.values():
+        twin.load_state_dict(module.state_dict())
+    ran, body = [], module.body.forward
+    module.body.forward = lambda *a, **k: (ran.append(1), body(*a, **k))[1]
+    assert_close(module.train()(x).y, plain[9](x).y)
+    ran.clear()
+    y = module.eval()(x).y
+    assert len(ran) < 9
+    each = torch.stack([plain[n](x).y for n in range(1, 10)])
+    stops = (each - y).abs().amax(-1) < 1e-9
+    assert stops.any(0).all()  # every token's is the output of some number of iterates
+    assert stops.int().argmax(0).unique().numel() > 1  # not the same for all
+    state, rows = None, []
+    for t in range(6):
+        out = module(x[:, t], state, call=Call.of(x[:, t], step=True))
+        state, rows = out.state, [*rows, out.y]
+    assert_close(torch.stack(rows, 1), y)
+
+
 def test_what_fits_no_loop_is_refused():
     for fields, message in (
         ({"body": ()}, r"blocks\[0\]\.body: empty"),
         ({"n_loops": 0}, "n_loops: 0 is not positive"),
         ({"max_loops": 3}, "max_loops: the number of iterates is fixed"),
         ({"n_backprop": 1}, "n_backprop: the layers before would have no gradient"),
+        ({"tolerance": 0.1}, "tolerance: a token stops where .* set keys to 'first'"),
+        ({"keys": "first"}, r"blocks\[0\]\.body\[0\]: has no keys and values of its own"),
+        (
+            {"keys": "first", "body": BODY[1:], "adapter": "residual", "n_backprop": 1},
+            "n_backprop: the first iterate's keys would have no gradient",
+        ),
         ({"noise_std": -1.0}, "noise_std: -1.0 is negative"),
         ({"body": (BlockSpec(AttentionSpec(3)),)}, r"blocks\[0\]\.body\[0\]\.mixer\.n_heads"),
     ):

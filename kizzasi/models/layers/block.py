@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -86,6 +86,9 @@ class BlockSpec(LayerSpec):
 
     def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
         return self.mixer.lends(d_model)
+
+    def reading(self, source: int) -> BlockSpec:
+        return replace(self, mixer=self.mixer.reading(source))
 
     @property
     def context_window(self) -> float:

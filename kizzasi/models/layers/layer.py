@@ -116,6 +116,10 @@ class LayerSpec(Registered):
         """What the keys and values look like that it can lend; see `MixerSpec.lends`."""
         return None
 
+    def reading(self: Self, source: int) -> Self:
+        """The same layer with the keys and values of another; see `MixerSpec.reading`."""
+        raise NotImplementedError(f"{self.kind} has no keys and values")
+
     @property
     def shares(self) -> int | None:
         """The earlier layer of its stack whose module runs in its place; None for its own."""
@@ -180,9 +184,9 @@ Layers = tuple[LayerSpec, ...]
 
 def places(layers: Layers, context: LayerContext) -> Iterator[LayerContext]:
     """Where each layer of a stack stands, the stack being at `context`."""
-    index, lenders = context.index, {i for layer in layers for i in layer.sources.values()}
+    index, lenders = context.index, {layer.sources.get("kv") for layer in layers}
     for i, layer in enumerate(_run(layers)):
-        yield replace(context, index=index, lends=i in lenders)
+        yield replace(context, index=index, lends=context.lends or i in lenders)
         index += layer.depth
 
 

@@ -12,17 +12,21 @@
     residual       s + e
     concat_linear  W [s, e]          Geiping et al. 2025, arXiv:2502.05171 (Huginn)
 
-The layers after it are the coda. Every iterate of every layer has a state of its own, so that the
-parallel form equals the recurrent one. Parameters exist once; work is done r times.
+The layers after it are the coda. Parameters exist once; work is done r times. Every iterate of
+every layer has a state of its own; or all read the keys and values of the first (Bae et al. 2025,
+arXiv:2507.10524). A token's later iterates then leave nothing that others
+read, so that each token may stop by itself when it changes no more.
 
-Differs: noise is a function of seed, position and channel, where Huginn draws it anew.
+Differs: noise is a function of seed, position and channel, where Huginn draws it anew; caches that
+iterates share as a ring, as Huginn's may, make a step another function than a call, and are not
+here.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,8 +38,9 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear, norm
 from kizzasi.models.layers.layer import LayerModule, LayerSpec, cost_of, depth_of, window_of
 from kizzasi.models.layers.stack import Stack
-from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
+from kizzasi.models.mixer import LayerContext, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import Norm, NormKind
+from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.noise import noise_of
 from kizzasi.models.strict import join, register, require
 
@@ -56,6 +61,10 @@ class LoopSpec(LayerSpec):
         noise_std: of s_0 (added to e for the adapter "identity"), cut at three deviations.
         seed: of the noise.
         n_backprop: in training only the last so many iterates have gradients; None means all.
+        keys: whose keys and values an iterate reads: those of "each" are its own, or all read the
+            "first"'s, for a body of attention alone, whose cache is then that of one iterate.
+        tolerance: in evaluation a token stops when |s_{i+1} - s_i| <= tolerance |s_{i+1}|, and
+            n_loops is the most; for keys of the first. 0 lets none stop.
         norm: kind of the norm after the last iterate; None means none.
     """
 
@@ -70,6 +79,8 @@ class LoopSpec(LayerSpec):
     seed: int = 0
     n_backprop: int | None = None
     norm: NormKind | None = None
+    keys: Literal["each", "first"] = "each"
+    tolerance: float = 0.0
 
     def check(self, d_model: int, path: str) -> None:
         super().check(d_model, path)
@@ -77,7 +88,7 @@ class LoopSpec(LayerSpec):
         for name in ("max_loops", "n_backprop"):
             if getattr(self, name) is not None:
                 self.require_positive(path, name)
-        for name in ("sigma", "noise_std"):
+        for name in ("sigma", "noise_std", "tolerance"):
             value = getattr(self, name)
             require(value >= 0, join(path, name), f"{value} is negative; give 0 or more")
         drawn = self.schedule != "fixed"
@@ -86,6 +97,23 @@ class LoopSpec(LayerSpec):
         through = self.adapter != "identity" or self.n_backprop is None
         rule = "the layers before would have no gradient; give an adapter that reads them again"
         require(through, join(path, "n_backprop"), rule)
+        rule = "a token stops where its later iterates leave no keys; set keys to 'first'"
+        require(self.keys == "first" or not self.tolerance, join(path, "tolerance"), rule)
+        if self.keys == "first":
+            self._check_first(d_model, path)
+
+    def _check_first(self, d_model: int, path: str) -> None:
+        rule = "the first iterate's keys would have no gradient; leave one of the two out"
+        require(self.n_backprop is None, join(path, "n_backprop"), rule)
+        for i, layer in enumerate(self.body):
+            where = f"{join(path, 'body')}[{i}]"
+            rule = "has no keys and values of its own that iterates could read"
+            lends = layer.lends(d_model) is not None and not layer.sources
+            require(lends, where, f"{rule}; set keys to 'each'")
+            for name, part in layer.parts(where):
+                rule = "remembers more than keys and values; set keys to 'each'"
+                plain = isinstance(part, MixerSpec) or part.context_window == 1
+                require(plain, name, rule)
 
     def build(self, context: LayerContext, eps: float, dropout: float) -> Loop:
         return Loop(self, context, eps, dropout)
@@ -93,10 +121,15 @@ class LoopSpec(LayerSpec):
     def cost(self, context: LayerContext, seq_len: int, batch: int) -> Cost:
         d, n = context.d_model, self.n_loops
         once = cost_of(self.body, context, seq_len, batch)
+        again = once
+        if self.keys == "first":
+            again = cost_of(tuple(b.reading(0) for b in self.body), context, seq_len, batch)
+        again = Cost(flops=again.flops, state_bytes=again.state_bytes)
+        total = once + Cost(flops=(n - 1) * again.flops, state_bytes=(n - 1) * again.state_bytes)
         if self.adapter == "concat_linear":
-            once += linear(seq_len * batch, 2 * d, d)
-        places = 8 * batch if self.noise_std else 0
-        total = once._replace(flops=n * once.flops, state_bytes=n * once.state_bytes + places)
+            adapter = linear(seq_len * batch, 2 * d, d)
+            total += adapter._replace(flops=n * adapter.flops)
+        total += Cost(state_bytes=8 * batch if self.noise_std else 0)
         return total if self.norm is None else total + norm(self.norm, d)
 
     @property
@@ -109,8 +142,8 @@ class LoopSpec(LayerSpec):
 
 
 class LoopState(NamedTuple):
-    """iterates: for each a state per layer of the body. position: (b,) int64, place of the next
-    token in its document, where noise asks for it; else ()."""
+    """iterates  for each, or for the first if all read its keys, a state per layer of the body.
+    position  (b,) int64, place of the next token in its document, where noise asks; else ()."""
 
     iterates: tuple[tuple[Any, ...], ...]
     position: Tensor | tuple[()]
@@ -127,7 +160,9 @@ class Loop(LayerModule):
         super().__init__()
         d = context.d_model
         self.spec = spec
-        self.body = Stack.of(spec.body, context, eps, dropout)
+        self.n_kept = spec.n_loops if spec.keys == "each" else 1
+        place = replace(context, lends=spec.keys == "first")
+        self.body = Stack.of(spec.body, place, eps, dropout)
         linear = spec.adapter == "concat_linear"
         self.adapter = nn.Linear(2 * d, d, bias=False) if linear else None
         self.norm = None if spec.norm is None else Norm(spec.norm, d, eps)
@@ -144,24 +179,37 @@ class Loop(LayerModule):
         r, before = self._n_loops(), None if state is None else state.iterates
         blind = 0 if self.spec.n_backprop is None or not self.training else r - self.spec.n_backprop
         iterates: list[tuple[Any, ...]] = []
-        out = MixerOut(s, ())
+        out, first, live = MixerOut(s, ()), None, None
         for i in range(r):
             memory = None if before is None else before[min(i, len(before) - 1)]
+            memory, lent = (memory, None) if first is None else (first.state, first.lent)
             with torch.no_grad() if i < blind else nullcontext():
-                ran = self.body(self._adapt(out.y, x), memory, call)
+                ran = self.body(self._adapt(out.y, x), memory, call, borrowed=lent)
+            s, live = self._stop(out.y, ran.x, live)
             aux = add_losses(out.aux, {name: loss / r for name, loss in ran.aux.items()})
-            out = MixerOut(ran.x, (), aux, ran.shared)
+            out = MixerOut(s, (), aux, ran.shared)
             iterates.append(ran.state)
-        iterates += [iterates[-1]] * (self.spec.n_loops - r)
-        after = LoopState(tuple(iterates[: self.spec.n_loops]), position)
+            first = ran if self.spec.keys == "first" and first is None else first
+            if live is not None and answers(live) and not live.any():
+                break
+        iterates += [iterates[-1]] * (self.n_kept - len(iterates))
+        after = LoopState(tuple(iterates[: self.n_kept]), position)
         y = out.y if self.norm is None else self.norm(out.y)
         return out._replace(y=y, state=after)
+
+    def _stop(self, s: Tensor, new: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stream after an iterate, and which tokens go on; None for all."""
+        if self.training or not self.spec.tolerance:
+            return new, None
+        new = new if live is None else torch.where(live.unsqueeze(-1), new, s)
+        moved, size = ((z.detach() ** 2).sum(-1) for z in (new - s, new))
+        return new, moved > self.spec.tolerance**2 * size
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> LoopState:
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
-        one = tuple(self.body.init_state(batch, device, dtype) for _ in range(self.spec.n_loops))
+        one = tuple(self.body.init_state(batch, device, dtype) for _ in range(self.n_kept))
         return LoopState(one, zeros if self.spec.noise_std else ())
 
     def _start(

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kizzasi.models.call import Call
+from kizzasi.models.call import HERE, Call
 from kizzasi.models.layers.layer import LayerModule, LayerSpec, places
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
 
 
 class StackOut(NamedTuple):
-    """The stream after the last layer, a state per layer; the rest as in `MixerOut`."""
+    """The stream after the last layer, a state per layer, and what each lent; the rest as in
+    `MixerOut`."""
 
     x: Tensor
     state: tuple[Any, ...]
     aux: Mapping[str, Tensor]
     shared: Mapping[str, Tensor]
+    lent: tuple[Any, ...] = ()
 
 
 class Stack(nn.ModuleList):
@@ -51,6 +53,7 @@ class Stack(nn.ModuleList):
         *,
         n_layers: int | None = None,
         recompute: bool = False,
+        borrowed: Sequence[Any] | None = None,
     ) -> StackOut:
         """Either form.
 
@@ -59,22 +62,26 @@ class Stack(nn.ModuleList):
             state: of every layer; None starts afresh.
             n_layers: run the first so many alone; None means all.
             recompute: keep only the input of every layer, which backward runs again.
+            borrowed: what every layer lent in an earlier run, and reads again.
         """
         states: list[Any] = []
+        lent: list[Any] = []
         aux: Mapping[str, Tensor] = {}
         offered: Mapping[str, Tensor] = {}
         before = (None,) * len(self) if state is None else state
         call = call.lending({}) if call.lent else call
         for i, (layer, memory) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
             run = partial(_recomputed, layer) if recompute else layer
-            out: MixerOut = run(x, memory, call=call)
+            own = {} if borrowed is None else {("kv", HERE): borrowed[i]}
+            out: MixerOut = run(x, memory, call=call.lending({**call.lent, **own}) if own else call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
             states.append(out.state)
+            lent.append(out.lent)
             if i in self.lenders:
                 call = call.lending({**call.lent, ("kv", i): out.lent, ("memory", i): x})
             if out.shared:
                 offered = {**offered, **out.shared}
-        return StackOut(x, tuple(states), aux, offered)
+        return StackOut(x, tuple(states), aux, offered, tuple(lent))
 
     def init_state(
         self, batch: int, device: torch.device | None, dtype: torch.dtype | None

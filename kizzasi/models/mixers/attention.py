@@ -33,10 +33,9 @@ from kizzasi.models.attention.fields import (
     stencil_of,
 )
 from kizzasi.models.attention.memory import Entered, Memory, State
-from kizzasi.models.call import Call
+from kizzasi.models.call import HERE, Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import (
-    HERE,
     Lent,
     append,
     cut,
