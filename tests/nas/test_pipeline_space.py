@@ -9,6 +9,7 @@ import torch
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, presets
 from kizzasi.models.channels import MLPSpec, MoESpec, SwiGLUSpec
+from kizzasi.models.layers.loop import LoopSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RetentionSpec, RoutedSpec
 from kizzasi.nas import RegularizedEvolution, Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
@@ -24,6 +25,8 @@ SEEDS = (
     ModelSpec(16, (BlockSpec(AttentionSpec(n_heads=4), SwiGLUSpec(hidden=32)),) * 2, STEM),
     ModelSpec(24, (BlockSpec(MambaSpec(d_state=4)), BlockSpec(ROUTED, MLPSpec(hidden=32))), STEM),
 )
+ATTENDING = BlockSpec(AttentionSpec(n_heads=2))
+RICH = SEEDS[1].replace(blocks=(*SEEDS[1].blocks, LoopSpec((ATTENDING,), 2), ATTENDING, ATTENDING))
 SPACE = PipelineSpace(SEEDS, max_layers=6, max_width=64)
 
 
@@ -35,7 +38,7 @@ def test_it_sits_the_exam_of_spaces_and_serves_searchers():
 
 @pytest.mark.parametrize("name", MOVES)
 def test_every_move_changes_the_model_or_says_why_not(name):
-    start, made = Variant(SEEDS[1]), 0
+    start, made = Variant(RICH), 0
     for chance in range(1, 9):
         try:
             child = SPACE.child(start, Xorshift64(chance), name)
@@ -62,6 +65,7 @@ BOUND = {
     "load_weight",  # of one router
     "shared_gate",  # of a shared expert
     "top_groups",  # of several groups
+    "kv_from",  # a layer whose keys look alike
     "n_global",  # beside a window or blocks
     "n_blocks",  # of blocks
     "qkv_shared",  # of a low rank

@@ -14,6 +14,7 @@ from typing import Any
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.strict import require
+from kizzasi.nas.pipelines.compiling.attention import ROTATED
 from kizzasi.nas.pipelines.compiling.channels import GATES, NORMS
 from kizzasi.nas.pipelines.compiling.stack import Frame, layers_of
 from kizzasi.nas.pipelines.document import Stack
@@ -173,6 +174,10 @@ def _words(spec: Any) -> dict[str, Any]:
         if data["qk_norm"]:
             softmax["qk_norm"] = data["qk_norm_kind"]
         found["softmax"] = _given(softmax) or None
+        found["value_glu"] = data["value_glu"] or None
+        if data["qkv_rank"] is not None:
+            low = {"type": "low_rank", "rank": data["qkv_rank"], "shared": data["qkv_shared"]}
+            found["projection"] = low
         return {"kind": "Attention", **_given(found)}
     if spec.kind == "retention":
         return {"kind": "Retention", "heads": data["n_heads"]}
@@ -184,14 +189,24 @@ def _words(spec: Any) -> dict[str, Any]:
 
 
 def _stencil(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    return data["window"] and {"kind": "local", "window": data["window"]}
+    window, block = data["window"], data["block"]
+    if block is not None:
+        return {"kind": "ring" if data["n_blocks"] == 2 else "block", "block": block}
+    if window is None:
+        return None
+    if data["n_global"]:
+        return {"kind": "hybrid", "window": window, "globals": data["n_global"]}
+    if data["dilation"] > 1:
+        return {"kind": "dilated", "window": window, "dilation": data["dilation"]}
+    return {"kind": "local", "window": window}
 
 
 def _positions(data: Mapping[str, Any]) -> dict[str, Any]:
     if data["kind"] != "attention":
         return {}
-    pos: dict[str, Any] = {"kind": data["position"]}
-    if data["position"] == "rope":
+    names = {"relative": "relbias"}
+    pos: dict[str, Any] = {"kind": names.get(data["position"], data["position"])}
+    if data["position"] in ROTATED:
         scaling, stretch = data["rope_scaling"], None
         if scaling is not None:
             numbers = {"divisors": scaling["divisors"]} if scaling["divisors"] else None
@@ -204,7 +219,8 @@ def _positions(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cache(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    quant = data.get("kv_quant", "none")
+    return {} if quant == "none" else {"kv_policy": {"cache": "full", "quant": quant}}
 
 
 def _channels(spec: Any, d_model: int) -> Iterator[dict[str, Any]]:

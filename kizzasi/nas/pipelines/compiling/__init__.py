@@ -12,7 +12,7 @@ from kizzasi.nas.pipelines.compiling.channels import NORMS
 from kizzasi.nas.pipelines.compiling.stack import Frame, layers_of
 from kizzasi.nas.pipelines.compiling.stages import Line
 from kizzasi.nas.pipelines.compiling.training import check_budgets, recipe_of
-from kizzasi.nas.pipelines.document import Document
+from kizzasi.nas.pipelines.document import Document, Mixer
 from kizzasi.nas.pipelines.misfits import Findings
 
 BYTES = 256
@@ -97,4 +97,9 @@ def _model(
 
 
 def _learned(document: Document) -> bool:
-    return False
+    """Whether positions have embeddings of their own."""
+    stacks = [document.arch, *document.arch.modules.values()]
+    units = [stack.mix_unit for stack in stacks if stack.mix_unit is not None]
+    mixers = [mixer for unit in units for mixer in (unit.mixer, *unit.choices)]
+    named = {mixer.pos for mixer in mixers if isinstance(mixer, Mixer)}
+    return "learned" in {*named, *(stack.pos.kind for stack in stacks if stack.pos is not None)}

@@ -8,7 +8,9 @@ from typing import Any
 from kizzasi.models import BlockSpec
 from kizzasi.models.strict import join
 from kizzasi.nas.pipelines.compiling.channels import channel_of, norm_of, residual_of
-from kizzasi.nas.pipelines.compiling.mixers import Place, mixer_of
+from kizzasi.nas.pipelines.compiling.mixers import mixer_of
+from kizzasi.nas.pipelines.compiling.place import Place
+from kizzasi.nas.pipelines.compiling.topology import arranged
 from kizzasi.nas.pipelines.document import Stack
 from kizzasi.nas.pipelines.misfits import Findings
 
@@ -45,12 +47,7 @@ def layers_of(stack: Stack, frame: Frame, findings: Findings) -> list[Any] | Non
         n = findings.set(f"{path}.n_layers", "it is needed", 1)
     if block is None:
         return None
-    layers: list[Any] = [block] * n
-    for name in ("cond", "hierarchy", "depth_router", "recurrence"):
-        value = getattr(stack, name)
-        if value is not None and getattr(value, "kind", "") != "none":
-            findings.drop(f"{path}.{name}", "this topology is not built")
-    return layers
+    return arranged([block] * n, stack, path, findings)
 
 
 def block_of(stack: Stack, frame: Frame, findings: Findings) -> BlockSpec | None:

@@ -6,13 +6,15 @@ the ends are the stem's, and may be left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ModelSpec, Tokens
+from kizzasi.models import BlockSpec, ModelSpec, Tokens
+from kizzasi.models.layers.layer import check_stack
 from kizzasi.models.strict import unknown_name
 from kizzasi.nas.pipelines.compiling.stack import INHERITED, Frame, layers_of
+from kizzasi.nas.pipelines.compiling.topology import layer
 from kizzasi.nas.pipelines.document import Arch, Module, Stage
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 
@@ -97,9 +99,6 @@ class Line:
         if stage.inputs and before and stage.inputs != (before[-1],):
             rule = f"{list(stage.inputs)}: a stage reads the stream that {before[-1]!r} leaves"
             findings.drop(f"{path}.inputs", rule)
-        for name in ("kv_from", "mem_from"):
-            if getattr(stage, name):
-                findings.drop(f"{path}.{name}", "reading another stage's keys is not built")
         for name, mode in (("train_only", "train"), ("prefill_only", "prefill")):
             if getattr(stage, name) and stage.mode not in (None, mode):
                 findings.drop(f"{path}.{name}", f"the mode is {stage.mode!r}")
@@ -165,12 +164,38 @@ class Line:
         self.findings.drop(where, "latent samplers are not built")
 
     def _put(self, layers: list[Any], stage: Stage, module: Module, path: str, where: str) -> None:
-        if stage.repeat not in (None, 1):
-            self.findings.drop(f"{where}.repeat", "loops are not built")
-        self.layers += layers
+        if stage.repeat is not None and stage.repeat > 1:
+            layers = [layer("loop", layers, n_loops=stage.repeat)]
+        self.layers += self._reading(layers, stage, where)
         if module.budget is not None or stage.budget is not None:
             flops = self._flops(layers)
             self._budget(module, stage, path, where, flops)
+
+    def _reading(self, layers: list[Any], stage: Stage, where: str) -> list[Any]:
+        """The layers, their attention reading keys and values, or the stream, of a stage."""
+        for name, source in (("kv_from", "kv_from"), ("mem_from", "memory_from")):
+            named = [one for one in getattr(stage, name) if one in self.spans]
+            if not named:
+                continue
+            path, findings = f"{where}.{name}", self.findings
+            if len(named) > 1:
+                rule = f"{named}: a layer reads one other"
+                findings.set(path, rule, named[:1], "name one stage")
+            first, last = self.spans[named[0]]
+            plain = all(isinstance(one, BlockSpec) for one in layers)
+            attends = plain and all(one.mixer.kind == "attention" for one in layers)
+            if last == first or not attends:
+                rule = f"only plain layers of attention read {named[0]!r}, which has layers"
+                findings.drop(path, rule)
+                continue
+            read = [replace(one, mixer=replace(one.mixer, **{source: last - 1})) for one in layers]
+            try:
+                check_stack((*self.layers, *read), self.arch.d_model or 1, "layers")
+            except SpecError as error:
+                findings.drop(path, str(error).partition(": ")[2])
+                continue
+            layers = read
+        return layers
 
     # ----------------------------------------------------------------- budgets
 
@@ -178,6 +203,7 @@ class Line:
         """Of a token in these layers, forward."""
         assert self.arch.d_model is not None
         tokens = self.ctx_len
+        layers = [one for one in layers if not one.sources] or layers
         alone = ModelSpec(self.arch.d_model, tuple(layers), Tokens(1))
         return -(-(alone.cost(tokens).flops - 2 * tokens * self.arch.d_model) // tokens)
 

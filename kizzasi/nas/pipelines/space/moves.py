@@ -12,6 +12,18 @@ from typing import Any
 
 from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
 from kizzasi.nas.pipelines.space.fields import any_field
+from kizzasi.nas.pipelines.space.topologies import (
+    condition,
+    cross_skip,
+    depth_router,
+    hierarchy,
+    kv_policy,
+    memory,
+    recurrence,
+    recurrence_loops,
+    recurrence_noise,
+    share,
+)
 from kizzasi.nas.pipelines.space.tree import (
     RefusedError,
     joined,
@@ -333,6 +345,16 @@ MOVES: Mapping[str, Move] = {
         swap_stages,
         norm,
         residual,
+        hierarchy,
+        depth_router,
+        recurrence,
+        recurrence_loops,
+        recurrence_noise,
+        condition,
+        cross_skip,
+        memory,
+        share,
+        kv_policy,
         any_field,
     )
 }

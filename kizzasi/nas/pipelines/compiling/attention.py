@@ -1,0 +1,237 @@
+"""Attention of a document as attention of the house: stencil, cache, softmax, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kizzasi.nas.pipelines.compiling.place import DEFAULT_HEAD, Place, heads_of, only
+from kizzasi.nas.pipelines.document import KVPolicy, Mixer, Softmax, Stencil
+from kizzasi.nas.pipelines.misfits import DROP, Findings
+
+READ_BY_STENCIL: Mapping[str, tuple[str, ...]] = {
+    "full": (),
+    "local": ("window",),
+    "sliding": ("window",),
+    "dilated": ("window", "dilation"),
+    "block": ("block",),
+    "ring": ("block",),
+    "hybrid": ("window", "globals"),
+    "cross": (),
+}
+POSITIONS = {"relbias": "relative", "learned": "none"}  # the others have the same names
+ROTATED = ("rope", "xpos")
+DEFAULT_WINDOW = 256
+
+
+def attention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[str, Any]:
+    heads = heads_of(m, place.d_model, 1, path, findings)
+    head_dim = m.head_dim or place.d_model // heads
+    groups = m.groups
+    if groups is not None and heads % groups:
+        rule = f"{groups} groups do not divide {heads} heads"
+        near = max(g for g in range(1, heads + 1) if heads % g == 0 and g <= groups)
+        groups = findings.set(f"{path}.groups", rule, near)
+    return {
+        "kind": "attention",
+        "n_heads": heads,
+        "n_kv_heads": groups,
+        "head_dim": m.head_dim,
+        **_stencil(m.stencil, place, path, findings),
+        **_softmax(m.softmax, head_dim, path, findings),
+        **_positions(m, head_dim, place, path, findings),
+        **_projection(m, path, findings),
+        "value_glu": m.value_glu,
+    }
+
+
+def _projection(m: Mixer, path: str, findings: Findings) -> dict[str, Any]:
+    given = m.projection
+    if given is None:
+        return {}
+    if given.type == "none":
+        only(given, (), "'none'", f"{path}.projection", findings)
+        return {}
+    rank = given.rank
+    if rank is None:
+        near = max(1, _usual_width(m) // 2)
+        rank = findings.set(f"{path}.projection.rank", "'low_rank' needs it", near)
+    return {"qkv_rank": rank, "qkv_shared": given.shared}
+
+
+def _usual_width(m: Mixer) -> int:
+    """A usual width of all heads."""
+    return (m.heads or 1) * (m.head_dim or DEFAULT_HEAD)
+
+
+def _stencil(
+    stencil: Stencil | None, place: Place, path: str, findings: Findings
+) -> dict[str, Any]:
+    """The fields that say which positions a query sees, and how they are remembered."""
+    where = f"{path}.stencil"
+    kind = "full" if stencil is None else stencil.kind
+    if kind == "cross":
+        remedy = "leave it out, and name the other stage in mem_from"
+        findings.add(where, "'cross' joins two stages", remedy, (where, DROP))
+    seen: dict[str, Any] = {}
+    if stencil is not None:
+        reads = READ_BY_STENCIL[kind]
+        only(stencil, reads, f"{kind!r}", where, findings)
+        usual = {"window": min(DEFAULT_WINDOW, place.ctx_len), "dilation": 2, "block": 64}
+        usual["globals"] = 4
+        for name in reads:
+            value = getattr(stencil, name)
+            if value is None:
+                value = findings.set(f"{where}.{name}", f"{kind!r} needs it", usual[name])
+            seen[name] = value
+    fields: dict[str, Any] = {
+        "window": seen.get("window"),
+        "dilation": seen.get("dilation"),
+        "block": seen.get("block"),
+        "n_global": seen.get("globals"),
+        "n_blocks": 2 if kind == "ring" else None,
+    }
+    return {**fields, **_cached(place, fields, path, findings)}
+
+
+def _cached(
+    place: Place, fields: Mapping[str, Any], path: str, findings: Findings
+) -> dict[str, Any]:
+    """What a cache policy changes of the fields of a layer."""
+    kv, where = place.kv, place.kv_path
+    if kv is None:
+        return {}
+    _refused(kv, where, findings)
+    found: dict[str, Any] = {} if kv.quant in (None, "none") else {"kv_quant": kv.quant}
+    if kv.cache not in ("window", "ring"):
+        if kv.window is not None:
+            findings.drop(f"{where}.window", f"a cache {kv.cache!r} has no window")
+        return found
+    if fields["block"] is not None:
+        full, drop = (f"{where}.cache", "full"), (f"{where}.window", DROP)
+        rule = f"the blocks of {path} say what is kept"
+        findings.add(where, rule, "give the cache 'full'", full, drop)
+        return found
+    seen, window = fields["window"], kv.window
+    if window is None:
+        usual = seen or min(DEFAULT_WINDOW, place.ctx_len)
+        window = findings.set(f"{where}.window", f"a cache {kv.cache!r} needs it", usual)
+    elif seen is not None and seen < window:
+        rule = f"{window} positions are kept, of which {path} sees {seen}"
+        window = findings.set(f"{where}.window", rule, seen)
+    return {**found, "window": window}
+
+
+def _refused(kv: KVPolicy, where: str, findings: Findings) -> None:
+    """Find the policies that no attention has."""
+    compressed = "attention keeps keys and values; the mixer mla has a compressed cache"
+    if kv.cache in ("none", "latent"):
+        why = {
+            "none": "every model steps from a state; without a cache the past would be run anew",
+            "latent": compressed,
+        }
+        findings.set(f"{where}.cache", why[kv.cache], "full")
+    if kv.latent is not None:
+        findings.drop(f"{where}.latent", compressed, 'leave it out, or give a mixer "mla"')
+    if kv.evict is not None:
+        findings.drop(f"{where}.evict", f"{kv.evict!r}: the oldest leave, and no others")
+
+
+def _softmax(
+    softmax: Softmax | None, head_dim: int, path: str, findings: Findings
+) -> dict[str, Any]:
+    if softmax is None:
+        return {}
+    where = f"{path}.softmax"
+    if softmax.type == "kernel" or softmax.kernel is not None:
+        rule = "random features are not built"
+        findings.add(
+            where,
+            rule,
+            "leave type and kernel out",
+            (f"{where}.type", DROP),
+            (f"{where}.kernel", DROP),
+        )
+    found: dict[str, Any] = {"softcap": softmax.softcap}
+    scale = softmax.qk_scale
+    if softmax.type == "scaled" and scale is None:
+        scale = findings.set(f"{where}.qk_scale", "'scaled' needs it", head_dim**-0.5)
+    if isinstance(scale, str):
+        if scale != "sqrt_d":
+            rule = f"{scale!r} is neither a number nor 'sqrt_d'"
+            findings.set(f"{where}.qk_scale", rule, "sqrt_d")
+        scale = None  # the usual one
+    elif scale is not None and scale <= 0:
+        scale = findings.set(f"{where}.qk_scale", f"{scale} is not above 0", "sqrt_d") and None
+    found["scale"] = scale
+    if softmax.qk_norm in ("rms", "layer"):
+        found |= {"qk_norm": True, "qk_norm_kind": softmax.qk_norm}
+    return found
+
+
+def _positions(
+    m: Mixer, head_dim: int, place: Place, path: str, findings: Findings
+) -> dict[str, Any]:
+    pos, where = place.pos, place.pos_path
+    kind = m.pos or ("none" if pos is None else pos.kind)
+    if pos is not None and pos.rope is not None and pos.kind not in ROTATED:
+        findings.drop(f"{where}.rope", f"{pos.kind!r} rotates nothing")
+    rope = pos.rope if pos is not None and pos.kind == kind and kind in ROTATED else None
+    if rope is None:
+        return {"position": POSITIONS.get(kind, kind)}
+    dims, where = rope.dims, f"{where}.rope"
+    if dims is not None and (dims > head_dim or dims % 2):
+        rule = f"{dims} of the {head_dim} entries of a head cannot be rotated in pairs"
+        near = min(dims, head_dim) // 2 * 2
+        remedy = f"give an even number up to {head_dim}, or {path} a head_dim of {dims}"
+        dims = findings.set(f"{where}.dims", rule, near, remedy)
+    scaling = _scaling(rope.scaling, dims or head_dim, place, f"{where}.scaling", findings)
+    return {
+        "position": kind,
+        "rope_theta": rope.theta,
+        "rope_dims": dims,
+        "rope_scaling": scaling,
+    }
+
+
+def _scaling(
+    scaling: Any, n_rotated: int, place: Place, path: str, findings: Findings
+) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    factor = scaling.factor
+    if factor is None:
+        factor = findings.set(f"{path}.factor", f"{scaling.type!r} needs it", 1.0)
+    if scaling.type == "ntk" and n_rotated == 2:
+        rule = "ntk leaves the first of all frequencies alone, and 2 rotated entries have no other"
+        findings.set(f"{path}.type", rule, "linear")
+    found: dict[str, Any] = {"method": scaling.type, "factor": factor}
+    trained = scaling.type in ("yarn", "longrope")
+    if trained:
+        before = scaling.original_context or max(2, round(place.ctx_len / factor))
+        found["original_context"] = before
+    elif scaling.original_context is not None:
+        findings.drop(f"{path}.original_context", f"{scaling.type!r} does not read it")
+    longrope = scaling.longrope
+    if scaling.type != "longrope":
+        if longrope is not None:
+            findings.drop(f"{path}.longrope", f"{scaling.type!r} does not read it")
+        return found
+    n = n_rotated // 2
+    found["divisors"] = () if longrope is None else longrope.divisors
+    if longrope is None or len(longrope.divisors) != n:
+        low = 1.0 if longrope is None or longrope.alpha is None else longrope.alpha
+        high = factor if longrope is None or longrope.beta is None else longrope.beta
+        ramp = [low * (high / low) ** (i / max(1, n - 1)) for i in range(n)]
+        rule = "longrope has a divisor for each pair of rotated entries, and no alpha and beta"
+        findings.add(
+            f"{path}.longrope",
+            rule,
+            f"give divisors, {n} numbers",
+            (f"{path}.longrope", {"divisors": ramp}),
+        )
+        found["divisors"] = ramp
+    elif longrope.alpha is not None or longrope.beta is not None:
+        rule = "its divisors say everything"
+        findings.set(f"{path}.longrope", rule, {"divisors": list(longrope.divisors)})
+    return found

@@ -1,0 +1,232 @@
+"""What a stack does with its layers: conditions, routed depth, loops, lower rates.
+
+A stack's equal layers pass, in this order,
+
+    cond           every layer stands in a `condition` for each op
+    depth_router   "token": layers after min_layers are routed each by itself; "layer": as one
+    recurrence     prelude, a `loop` of the body, coda
+    hierarchy      from `every` layers off either end inwards, at the level's rate; nested
+
+As there is no order between a recurrence and a hierarchy, a stack has one of them at most.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kizzasi.models import LayerSpec
+from kizzasi.nas.pipelines.document import (
+    Cond,
+    DepthRouter,
+    Hierarchy,
+    Level,
+    Loops,
+    Op,
+    Recurrence,
+    Stack,
+)
+from kizzasi.nas.pipelines.misfits import DROP, Findings
+
+PLACES = {"pre_mixer": "in", "post_mixer": "out", "token": "stream"}
+NORMS_ALONE = "inside attention and norms there is no condition"
+
+
+def arranged(layers: list[Any], stack: Stack, path: str, findings: Findings) -> list[Any]:
+    """The layers of a stack with its topologies around them."""
+    if stack.cond is not None:
+        heads = _heads(stack)
+        layers = [_conditioned(one, stack.cond, heads, f"{path}.cond", findings) for one in layers]
+    if stack.depth_router is not None:
+        layers = _routed(layers, stack.depth_router, f"{path}.depth_router", findings)
+    if stack.recurrence is not None and stack.hierarchy is not None:
+        rule = "a stack has a recurrence or a hierarchy; which one is inside, nobody says"
+        findings.drop(f"{path}.hierarchy", rule, "leave one out, or give each a module")
+    if stack.recurrence is not None:
+        return _looped(layers, stack.recurrence, path, findings)
+    if stack.hierarchy is not None:
+        return _lowered(layers, stack.hierarchy, f"{path}.hierarchy", findings)
+    return layers
+
+
+def layer(kind: str, body: list[Any], **fields: Any) -> Any:
+    """A layer around others; fields that are None are left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    data = {"kind": kind, "body": [one.to_dict() for one in body], **given}
+    return LayerSpec.from_dict(data)
+
+
+# ------------------------------------------------------------------------- conditions
+
+
+def _heads(stack: Stack) -> int | None:
+    unit = stack.mix_unit
+    mixers = () if unit is None else (unit.mixer, *unit.choices)
+    return next((heads for m in mixers if (heads := getattr(m, "heads", None))), None)
+
+
+def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: Findings) -> Any:
+    source = cond.source
+    if source is not None and source.kind == "segment":
+        rule = "a segment would have to end before it is read; the past is pooled token by token"
+        findings.add(
+            f"{path}.source.kind",
+            rule,
+            "give pool-mlp",
+            (f"{path}.source.kind", "pool-mlp"),
+            (f"{path}.source.segment", DROP),
+        )
+    elif source is not None and source.segment is not None:
+        findings.drop(f"{path}.source.segment", "'pool-mlp' has no segments")
+    if source is not None and source.H is not None:
+        findings.drop(f"{path}.source.H", "the summary is as wide as the stream")
+    if cond.reg is not None:
+        rule = "a summary of the past is known; only a latent has bits to pay for"
+        findings.drop(f"{path}.reg", rule, "leave it out, or give a latent_sampler")
+    if not cond.ops:
+        findings.add(f"{path}.ops", "it is needed", "give an op, or leave cond out", (path, DROP))
+    for i, op in enumerate(cond.ops):
+        one = _turned(one, op, heads, f"{path}.ops[{i}]", findings)
+    return one
+
+
+def _turned(one: Any, op: Op, heads: int | None, path: str, findings: Findings) -> Any:
+    if op.where not in PLACES:
+        findings.set(f"{path}.where", f"{op.where!r}: {NORMS_ALONE}", "pre_mixer")
+    rank = op.r
+    if op.op == "lora":
+        if op.share is not None:
+            findings.drop(f"{path}.share", "'lora' shares by its rank")
+        if rank is None:
+            rank = findings.set(f"{path}.r", "'lora' needs it", 4)
+        groups = None
+    else:
+        if rank is not None:
+            findings.drop(f"{path}.r", f"{op.op!r} has no rank")
+        if op.share == "per_head" and heads is None:
+            findings.set(f"{path}.share", "no mixer has heads", "per_channel")
+        groups = {"global": 1, "per_head": heads}.get(op.share or "")
+        rank = None
+    at = PLACES.get(op.where, "in")
+    return layer("condition", [one], op=op.op, at=at, groups=groups, rank=rank)
+
+
+# ------------------------------------------------------------------------- depth
+
+
+def _routed(layers: list[Any], router: DepthRouter, path: str, findings: Findings) -> list[Any]:
+    if router.kind == "none":
+        for name in ("budget", "tau", "min_layers"):
+            if getattr(router, name) is not None:
+                findings.drop(f"{path}.{name}", "'none' routes nothing")
+        return layers
+    budget = router.budget
+    if budget is None or budget == 1:
+        rule = f"{router.kind!r} needs it" if budget is None else "all tokens need no router"
+        budget = findings.set(f"{path}.budget", rule, 0.5)
+    if router.tau is not None:
+        rule = "the router decides by the sign of its score, which no temperature changes"
+        findings.drop(f"{path}.tau", rule)
+    first = router.min_layers or 0
+    if first >= len(layers):
+        rule = f"{first} of {len(layers)} layers leave none to route"
+        first = findings.set(f"{path}.min_layers", rule, max(0, len(layers) - 1))
+    rest = layers[first:]
+    bodies = [[one] for one in rest] if router.kind == "token" else [rest]
+    return layers[:first] + [layer("depth_routed", body, capacity=budget) for body in bodies]
+
+
+def _looped(layers: list[Any], recurrence: Recurrence, path: str, findings: Findings) -> list[Any]:
+    where = f"{path}.recurrence"
+    first, last = recurrence.prelude, recurrence.prelude + recurrence.body
+    total = last + recurrence.coda
+    if total != len(layers):
+        rule = f"prelude, body and coda are {total} layers, and n_layers is {len(layers)}"
+        findings.set(f"{path}.n_layers", rule, total)
+        layers = (layers * total)[:total]
+    adapter = recurrence.adapter
+    loop = {"adapter": adapter, "noise_std": recurrence.noise_std or None}
+    loop |= _loops(recurrence.loops or Loops(), adapter or "identity", f"{where}.loops", findings)
+    body = layers[first:last]
+    return [*layers[:first], layer("loop", body, **loop), *layers[last:]]
+
+
+def _loops(loops: Loops, adapter: str, path: str, findings: Findings) -> dict[str, Any]:
+    """How many times, in evaluation and in training."""
+    schedule = loops.schedule
+    n = loops.eval or loops.train
+    if n is None:
+        n = findings.set(f"{path}.eval", "it is needed", 2)
+    if loops.train not in (None, n):
+        rule = f"{loops.train} in training and {n} in evaluation would be two models"
+        remedy = f"give {n} for both; poisson_lognormal draws around one mean"
+        findings.set(f"{path}.train", rule, n, remedy)
+    if schedule is None:
+        return {"n_loops": n}
+    where = f"{path}.schedule"
+    for name in ("curriculum", "warmup_steps"):
+        value = getattr(schedule, name)
+        if value is not None:
+            findings.drop(f"{where}.{name}", "a model knows no training steps")
+    found: dict[str, Any] = {"n_loops": n, "schedule": schedule.kind}
+    if schedule.backprop is not None and adapter == "identity":
+        rule = "without an adapter the layers before the loop would have no gradient"
+        findings.drop(f"{where}.backprop", rule)
+    elif schedule.backprop is not None:
+        found["n_backprop"] = schedule.backprop
+    if schedule.kind == "fixed":
+        for name in ("mean", "sigma", "min", "max"):
+            if getattr(schedule, name) is not None:
+                findings.drop(f"{where}.{name}", "'fixed' draws nothing")
+        return found
+    if schedule.mean not in (None, float(n)):
+        rule = f"training runs {schedule.mean:g} times on average, and evaluation {n} times"
+        findings.set(f"{where}.mean", rule, float(n), f"give {n} for both")
+    if schedule.min not in (None, 1):
+        findings.set(f"{where}.min", "1 + Poisson begins at 1", 1)
+    return {**found, "sigma": schedule.sigma, "max_loops": schedule.max}
+
+
+# ------------------------------------------------------------------------- rates
+
+
+def _lowered(layers: list[Any], hierarchy: Hierarchy, path: str, findings: Findings) -> list[Any]:
+    if not hierarchy.levels:
+        findings.drop(f"{path}.levels", "empty", "give a level, or leave the hierarchy out")
+        return layers
+    factors, before = [], 1
+    for i, level in enumerate(hierarchy.levels):
+        factors.append(_factor(level, before, f"{path}.levels[{i}]", findings))
+        before *= factors[-1]
+    inner = layers
+    depth = 0
+    around: list[tuple[list[Any], list[Any]]] = []
+    for i, level in enumerate(hierarchy.levels):
+        skip = level.every - depth
+        if skip < 1 or 2 * skip >= len(inner):
+            rule = f"{level.every} layers off either end of {len(layers)} leave nothing between"
+            if skip < 1:
+                rule = f"{level.every} is not beyond the level before"
+            findings.drop(f"{path}.levels[{i}]", rule, "give another number, or leave it out")
+            factors = factors[:i]
+            break
+        around.append((inner[:skip], inner[len(inner) - skip :]))
+        inner, depth = inner[skip : len(inner) - skip], level.every
+    for (head, tail), level, factor in reversed(
+        list(zip(around, hierarchy.levels, factors, strict=False))
+    ):
+        up = "linear" if level.up_proj else None
+        inner = [*head, layer("downsample", inner, factor=factor, upsampling=up), *tail]
+    return inner
+
+
+def _factor(level: Level, before: int, path: str, findings: Findings) -> int:
+    """Of a level within the one before, which runs at the rate 1 / before."""
+    rate = level.downsample
+    if rate is None:
+        rate = findings.set(f"{path}.downsample", "it is needed", 0.5 / before)
+    times = 1 / (rate * before)
+    near = max(2, round(times))
+    if abs(times - near) > 1e-6:
+        rule = f"{rate:g} is not one in a whole number, 2 or more, of the level before"
+        findings.set(f"{path}.downsample", rule, 1 / (near * before))
+    return near

@@ -1,0 +1,118 @@
+"""Moves of topologies: layers inside layers, and layers that read others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kizzasi.models import BlockSpec, LayerSpec, MixerSpec, ModelSpec
+from kizzasi.nas.pipelines.space.tree import RefusedError, on_a_part
+from kizzasi.nas.spaces.rng import Xorshift64
+
+
+def hierarchy(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A few layers run at a lower rate, or one that did runs at the full one."""
+    around = {"factor": rng.choice((2, 4)), "upsampling": rng.choice(("repeat", "linear"))}
+    return _around(spec, rng, "downsample", around)
+
+
+def depth_router(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """Tokens may pass a few layers by, or no longer."""
+    return _around(spec, rng, "depth_routed", {"capacity": rng.choice((0.25, 0.5, 0.75))})
+
+
+def recurrence(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A few layers run in a loop, or no longer."""
+    adapter = rng.choice(("identity", "residual", "concat_linear"))
+    return _around(spec, rng, "loop", {"n_loops": rng.choice((2, 3)), "adapter": adapter})
+
+
+def recurrence_loops(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A loop runs once more, or once less."""
+    step = rng.choice((-1, 1))
+    change = lambda part: replace(part, n_loops=max(1, part.n_loops + step))  # noqa: E731
+    return on_a_part(spec, rng, ("loop",), change)
+
+
+def recurrence_noise(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A loop starts from noise, from more of it, or from none."""
+
+    def change(part: Any) -> Any:
+        left = [std for std in (0.0, 0.02, 0.05, 0.1) if std != part.noise_std]
+        return replace(part, noise_std=rng.choice(left))
+
+    return on_a_part(spec, rng, ("loop",), change)
+
+
+def condition(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A layer is turned by a summary of the past, or no longer."""
+    op = rng.choice(("film", "add", "scale", "lora"))
+    around = {"op": op, "at": rng.choice(("in", "out")), "rank": 2 if op == "lora" else None}
+    return _around(spec, rng, "condition", around)
+
+
+def cross_skip(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """Attention reads the keys and values of an earlier layer, or makes its own again."""
+    return _reading(spec, rng, "kv_from")
+
+
+def memory(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """Attention looks at the stream after an earlier layer, or at its own again."""
+    return _reading(spec, rng, "memory_from")
+
+
+def share(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A layer takes the weights of an earlier one."""
+    found = [i for i, layer in enumerate(spec.blocks) if isinstance(layer, BlockSpec)]
+    if len(found) < 2:
+        raise RefusedError("there is no earlier layer")
+    j = rng.choice(found[1:])
+    i = rng.choice([k for k in found if k < j])
+    return _put_layer(spec, j, LayerSpec.from_dict({"kind": "shared", "layer": i}))
+
+
+def kv_policy(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """Keys and values are remembered in fewer bits, or in all of them."""
+
+    def change(part: Any) -> Any:
+        data = part.to_dict()
+        left = [q for q in ("none", "int8", "fp8", "nf4") if q != data["kv_quant"]]
+        return MixerSpec.from_dict({**data, "kv_quant": rng.choice(left)})
+
+    return on_a_part(spec, rng, ("attention",), change)
+
+
+def _around(spec: ModelSpec, rng: Xorshift64, kind: str, fields: dict[str, Any]) -> ModelSpec:
+    """A few layers stand inside another, or come out of it."""
+    inside = [i for i, layer in enumerate(spec.blocks) if layer.kind == kind]
+    if inside and rng.next_f64() < 0.5:
+        i = rng.choice(inside)
+        body: Any = spec.blocks[i]
+        return spec.replace(blocks=(*spec.blocks[:i], *body.body, *spec.blocks[i + 1 :]))
+    n = len(spec.blocks)
+    i = rng.choice(range(n))
+    j = i + rng.choice((1, 2)) if i + 2 <= n else i + 1
+    body = [layer.to_dict() for layer in spec.blocks[i:j]]
+    given = {name: value for name, value in fields.items() if value is not None}
+    made = LayerSpec.from_dict({"kind": kind, "body": body, **given})
+    return spec.replace(blocks=(*spec.blocks[:i], made, *spec.blocks[j:]))
+
+
+def _reading(spec: ModelSpec, rng: Xorshift64, name: str) -> ModelSpec:
+    readers = [
+        i
+        for i, layer in enumerate(spec.blocks)
+        if i and isinstance(layer, BlockSpec) and layer.mixer.kind == "attention"
+    ]
+    if not readers:
+        raise RefusedError("no layer of attention stands behind another layer")
+    i = rng.choice(readers)
+    block: Any = spec.blocks[i]
+    now: dict[str, int | None] = {"kv_from": None, "memory_from": None}
+    if getattr(block.mixer, name) is None:
+        now[name] = rng.choice(range(i))
+    return _put_layer(spec, i, replace(block, mixer=replace(block.mixer, **now)))
+
+
+def _put_layer(spec: ModelSpec, i: int, layer: Any) -> ModelSpec:
+    return spec.replace(blocks=(*spec.blocks[:i], layer, *spec.blocks[i + 1 :]))
