@@ -25,6 +25,16 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
         "window-lent": [heads(window=3), heads(window=3, kv_from=0)],
         "memory": [MAMBA, heads(), heads(memory_from=0), heads(kv_from=2)],
     },
+    "chunked": {
+        "one": [MAMBA, {"kind": "chunked", "body": [HEADS, NEAR], "rate": 2.0}],
+        "nested": [
+            {
+                "kind": "chunked",
+                "body": [RWKV7, {"kind": "chunked", "body": [NEAR], "rate": 2.0}],
+                "rate": 3.0,
+            },
+        ],
+    },
     "downsample": {
         "mean": [{"kind": "downsample", "body": [HEADS, MAMBA], "factor": 2}],
         "linear": [

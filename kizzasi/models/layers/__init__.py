@@ -1,6 +1,7 @@
 """What a layer of a model can be. One topology, one file; see `layer.py` for what each defines."""
 
 from kizzasi.models.layers.block import BlockSpec
+from kizzasi.models.layers.chunked import ChunkedSpec
 from kizzasi.models.layers.condition import ConditionSpec
 from kizzasi.models.layers.depth_routed import DepthRoutedSpec
 from kizzasi.models.layers.downsample import DownsampleSpec
@@ -10,6 +11,7 @@ from kizzasi.models.layers.shared import SharedSpec
 
 __all__ = [
     "BlockSpec",
+    "ChunkedSpec",
     "ConditionSpec",
     "DepthRoutedSpec",
     "DownsampleSpec",
