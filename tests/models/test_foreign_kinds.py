@@ -46,6 +46,18 @@ DELTA = {
     **{"linear_value_head_dim": 5, "rms_norm_eps": 1e-3, "num_key_value_heads": 4},
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+GRANITE = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    **{"mamba_n_heads": 6, "mamba_d_state": 4, "shared_intermediate_size": 20},
+    **{"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "logits_scaling": 1.25,
+}
+NEMOTRON = {
+    **{"head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 4},
+    **{"n_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 12},
+    "moe_shared_expert_intermediate_size": 10,
+    "time_step_min": 1e-9,  # see nemotron_h.py: so that the peer bounds no step
+}
 CASES = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
     "lfm2 biased, untied": {
@@ -105,6 +117,30 @@ CASES = {
         **{**DELTA, "linear_allow_neg_eigval": False, "linear_value_head_dim": 3},
         "rope_parameters": {"rope_type": "default", "rope_theta": None},
     },
+    "granitemoehybrid": {
+        **{**GRANITE, "num_local_experts": 3, "position_embedding_type": "rope"},
+        **{"mamba_n_groups": 2, "rms_norm_eps": 1e-3},
+    },
+    "granitemoehybrid dense": {
+        **{**GRANITE, "num_local_experts": 0, "tie_word_embeddings": True},
+        **{"attention_bias": True, "mamba_proj_bias": True},
+    },
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_ssm": 32},
+    "falcon_h1 normed, biased": {
+        **{"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_ssm": 40, "mamba_n_groups": 2},
+        **{"mamba_rms_norm": True, "mamba_proj_bias": True, "projectors_bias": True},
+        **{"attention_bias": True, "mlp_bias": True, "mamba_norm_before_gate": False},
+        **{"embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "rms_norm_eps": 1e-3},
+    },
+    "nemotron_h": {
+        **{**NEMOTRON, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+        "num_hidden_layers": 4,
+    },
+    "nemotron_h mixed, biased": {
+        **{**NEMOTRON, "mlp_bias": True, "norm_topk_prob": False, "routed_scaling_factor": 2.0},
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+        "num_hidden_layers": 4,
+    },
     "xlstm": XLSTM,
     "xlstm capped": {**XLSTM, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "gate_soft_cap": 2.0},
 }
@@ -125,16 +161,17 @@ def test_logits_of_prefill_and_of_cached_decoding(made):
     assert difference(peer, load(folder)) <= 1e-4
 
 
-EXACT = [case for case in CASES if case.split()[0] not in ("gpt_oss", "recurrent_gemma", "xlstm")]
+NARROW = ("gpt_oss", "nemotron_h mixed", "recurrent_gemma", "xlstm")
+EXACT = [case for case in CASES if not case.startswith(NARROW)]
 
 
 @pytest.mark.parametrize("case", EXACT)
 def test_logits_in_float64(case, tmp_path, monkeypatch):
-    """Those that are missing have kernels in float32, and gpt_oss a stretch made in it."""
+    """Those that are missing have kernels, routers or stretched positions in float32."""
     hold_to_float64(monkeypatch)
     peer = make_peer(case.split()[0], sizes_of(case), tmp_path, torch.float64)
-    ropes = peer.config.rope_parameters
-    rotary = peer.model.rotary_emb
+    ropes = getattr(peer.config, "rope_parameters", None)
+    rotary = getattr(peer.model, "rotary_emb", None)
     for name, buffer in () if rotary is None else rotary.named_buffers():  # made in float32
         said = ropes.get(name.removesuffix("_inv_freq").removesuffix("_original"), ropes)
         n = 2 * len(buffer)
@@ -151,16 +188,7 @@ def test_read_and_write_gives_the_same_file_and_the_same_logits(made, tmp_path):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     root = tmp_path_factory.mktemp("stored")
-    for kind in (
-        "lfm2",
-        "recurrent_gemma",
-        "cohere",
-        "cohere2",
-        "gemma3_text",
-        "gpt_oss",
-        "qwen3_5_text",
-        "xlstm",
-    ):
+    for kind in sorted({case.split()[0] for case in CASES}):
         make_peer(kind, sizes_of(kind), root / kind)
     return root
 
@@ -197,6 +225,31 @@ def test_filters_that_olmo_hybrid_cuts_in_thirds(tmp_path):
     assert load_file(tmp_path / "ours" / "model.safetensors")[name].shape == (20, 1, 4)
     reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert difference(reread.eval(), load(tmp_path / "ours")) <= 1e-4
+
+
+def test_factors_of_falcon_h1_become_part_of_the_weights(tmp_path):
+    sizes = (
+        TRUNK
+        | CASES["falcon_h1 normed, biased"]
+        | {
+            **{
+                "key_multiplier": 0.4,
+                "attention_in_multiplier": 1.5,
+                "attention_out_multiplier": 0.6,
+            },
+            **{"ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.7, "mlp_multipliers": [0.9, 0.8]},
+            "ssm_multipliers": [0.5, 0.75, 1.25, 1.5, 0.6],
+        }
+    )
+    peer = make_peer("falcon_h1", sizes, tmp_path / "theirs")
+    model = load(tmp_path / "theirs")
+    assert difference(peer, model) <= 1e-4
+    save(model, tmp_path / "ours", "falcon_h1")
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert reread.config.key_multiplier == 1.0
+    assert difference(reread.eval(), model) <= 1e-4
+    again = load(tmp_path / "ours").state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
 
 
 def test_keys_of_published_files(stored, tmp_path):
@@ -240,6 +293,15 @@ def test_keys_of_published_files(stored, tmp_path):
             },
             "full_attention_interval": 4,
         },
+        "granitemoehybrid": {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "normalization_function": "rmsnorm",
+            "init_method": "mup",
+        },
+        "nemotron_h": {
+            **{"layers_block_type": None, "hybrid_override_pattern": "M-*-", "expand": 2},
+            **{"num_hidden_layers": 4, "attention_head_dim": 8, "use_bias": False},
+        },
         "xlstm": {"hidden_size": None, "embedding_dim": 64, "num_hidden_layers": None},
     }
     for kind, keys in published.items():
@@ -264,6 +326,13 @@ def test_keys_of_published_files(stored, tmp_path):
         ("cohere2", {"sliding_window": -1}, "window: -1"),
         ("gemma3_text", {"attn_logit_softcapping": 4.0}, "attn_logit_softcapping: 4.0 is not"),
         ("gemma3_text", {"rope_parameters": {"other": {}}}, "rope_parameters.other"),
+        ("granitemoehybrid", {"layer_types": ["rwkv"] * 3}, "layer_types: .* are not 3 of"),
+        ("granitemoehybrid", {"num_local_experts": 10**9}, "num_experts: 1000000000 cannot be"),
+        ("falcon_h1", {"mlp_multipliers": [2.0]}, "mlp_multipliers: 1 numbers; 2 are needed"),
+        ("falcon_h1", {"projectors_bias": True}, "projectors_bias: True is not supported"),
+        ("nemotron_h", {"layers_block_type": ["mlp"] * 4}, "mlp at 0 stands behind no mixer"),
+        ("nemotron_h", {"n_routed_experts": 10**9}, "n_routed_experts: 1000000000 cannot be"),
+        ("nemotron_h", {"moe_latent_size": 8}, "moe_latent_size: 8 is not supported"),
         ("xlstm", {"use_bias": True}, "use_bias: True is not supported"),
         ("xlstm", {"add_out_norm": False}, "add_out_norm: False"),
         ("xlstm", {"num_blocks": 10**9}, "num_blocks: 1000000000 cannot be"),
@@ -282,6 +351,9 @@ def test_refused_configs(kind, changes, message, stored, tmp_path):
         ("recurrent_gemma", "channel", {"activation": "silu"}, "activation is 'silu'"),
         ("cohere", "mixer", {"qk_norm": True}, "qk_norm is True"),
         ("gpt_oss", "mixer", {"sinks": False}, "sinks is False"),
+        ("granitemoehybrid", "mixer", {"norm_before_gate": True}, "norm_before_gate is True"),
+        ("falcon_h1", "mixer", {"combine": "weighted"}, "no name for|combine is 'weighted'"),
+        ("nemotron_h", "channel", {"activation": "gelu"}, "activation is 'gelu'"),
         ("gemma3_text", "mixer", {"rope_theta": 2e4}, r"rope_theta is \d+"),
         ("xlstm", "mixer", {"norm_eps": 1e-2}, r"norm_eps is 0\.01"),
     ],

@@ -33,7 +33,7 @@ from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
-from kizzasi.models.strict import join, register, require
+from kizzasi.models.strict import added, join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -55,6 +55,7 @@ class MoESpec(ChannelSpec):
         n_null: further choices that do nothing.
         n_identity: further choices that return their input.
         shared_hidden: width of a SwiGLU that works on every token; 0 for none.
+        shared: in place of that SwiGLU, any stateless channel spec.
         shared_gate: multiply the shared expert by sigmoid(w x), as in Qwen2-MoE.
         jitter: in training, the router's input is multiplied by U(1 - jitter, 1 + jitter).
         expert_dropout: in training, chance that an expert cannot be chosen by a token.
@@ -88,6 +89,7 @@ class MoESpec(ChannelSpec):
     load_weight: float = 0.0
     z_loss_weight: float = 0.001
     cost_aware: bool = False
+    shared: ChannelSpec | None = added(None)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_experts", "top_k")
@@ -111,7 +113,13 @@ class MoESpec(ChannelSpec):
         limited = self.causal or self.capacity_factor == 0
         require(limited, join(path, "capacity_factor"), rule)
         rule = "there is no shared expert to gate; set shared_hidden"
-        require(not self.shared_gate or self.shared_hidden > 0, join(path, "shared_gate"), rule)
+        shared = self.shared_spec() is not None
+        require(shared or not self.shared_gate, join(path, "shared_gate"), rule)
+        rule = "shared_hidden makes one already; leave one of the two out"
+        where = join(path, "shared")
+        require(self.shared is None or self.shared_hidden == 0, where, rule)
+        if self.shared is not None:
+            self._check_expert(self.shared, d_model, where)
         self._check_experts(d_model, path)
 
     def _check_experts(self, d_model: int, path: str) -> None:
@@ -122,10 +130,12 @@ class MoESpec(ChannelSpec):
         rule = f"{self.n_experts}, but `experts` lists {n}; make them equal"
         require(n == self.n_experts, join(path, "n_experts"), rule)
         for i, expert in enumerate(self.experts):
-            where = join(path, f"experts[{i}]")
-            rule = f"{expert.kind!r} cannot be an expert; choose a stateless channel that is no moe"
-            require(expert.context_window == 1 and expert.kind != self.kind, where, rule)
-            expert.check(d_model, where)
+            self._check_expert(expert, d_model, join(path, f"experts[{i}]"))
+
+    def _check_expert(self, expert: ChannelSpec, d_model: int, where: str) -> None:
+        rule = f"{expert.kind!r} cannot be an expert; choose a stateless channel that is no moe"
+        require(expert.context_window == 1 and expert.kind != self.kind, where, rule)
+        expert.check(d_model, where)
 
     def build(self, layer: LayerContext) -> MoE:
         return MoE(self, layer)
@@ -144,8 +154,9 @@ class MoESpec(ChannelSpec):
             gate + active,
             self.router.flops(choice, n) + work,
         )
-        if self.shared_hidden:
-            total += self.shared_spec().cost(layer, seq_len, batch)
+        shared = self.shared_spec()
+        if shared is not None:
+            total += shared.cost(layer, seq_len, batch)
         if self.shared_gate:
             total += Cost(layer.d_model, layer.d_model, 2 * n * layer.d_model)
         return total
@@ -188,7 +199,10 @@ class MoESpec(ChannelSpec):
         params = [e.cost(layer, 1, 1).params for e in self.expert_specs(choice.d_model)]
         return [p * n / sum(params) for p in params] + [0.0] * (n - len(params))
 
-    def shared_spec(self) -> ChannelSpec:
+    def shared_spec(self) -> ChannelSpec | None:
+        """The expert that works on every token."""
+        if self.shared is not None or not self.shared_hidden:
+            return self.shared
         return ChannelSpec.registry["swiglu"](hidden=self.shared_hidden)
 
 
@@ -319,7 +333,8 @@ class MoE(Mixer):
             if width is None
             else PackedExperts(spec.n_experts, layer.d_model, width)
         )
-        self.shared_expert = spec.shared_spec().build(layer) if spec.shared_hidden else None
+        shared = spec.shared_spec()
+        self.shared_expert = None if shared is None else shared.build(layer)
         self.shared_expert_gate: nn.Linear | None = None
         if spec.shared_gate:
             self.shared_expert_gate = nn.Linear(layer.d_model, 1, bias=False)

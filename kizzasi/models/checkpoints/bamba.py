@@ -45,15 +45,17 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
     heads = replace(heads, qkv_bias=bias, out_bias=bias)
     if heads.rope_dims is not None:
         config.only("attn_rotary_emb", heads.rope_dims)
-    mamba = _mamba(config, d_model_of(config, shapes))
+    mamba = mamba_of(config, d_model_of(config, shapes))
     channel = llama.swiglu(config, bias=config.get("mlp_bias", bool, False))
     config.skip("num_logits_to_keep", "z_loss_coefficient")  # of the output; of training
     blocks = [BlockSpec(heads if i in attends else mamba, channel) for i in range(n_layers)]
     return llama.trunk(config, blocks, eps=1e-5)
 
 
-def _mamba(config: Config, d_model: int) -> Mamba2Spec:
-    inner = int(config.get("mamba_expand", float, 2.0) * d_model)
+def mamba_of(config: Config, d_model: int, inner: int | None = None) -> Mamba2Spec:
+    """The Mamba-2 layers; `inner` channels where something else than mamba_expand says so."""
+    expand = config.get("mamba_expand", float, 2.0)
+    inner = int(expand * d_model) if inner is None else inner
     n_heads = config.get("mamba_n_heads", int, 128)
     if n_heads < 1 or inner % n_heads:
         config.refuse("mamba_n_heads", f"{n_heads} does not divide {inner} channels")
@@ -72,9 +74,25 @@ def _mamba(config: Config, d_model: int) -> Mamba2Spec:
     )
 
 
+def mamba_keys(mamba: Mamba2Spec, d_model: int) -> dict[str, Any]:
+    """What `mamba_of` reads."""
+    n_heads = mamba.n_heads(d_model)
+    return {
+        "mamba_n_heads": n_heads,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_n_groups": mamba.n_groups,
+        "mamba_d_state": mamba.d_state,
+        "mamba_d_conv": mamba.d_conv,
+        "mamba_expand": n_heads * mamba.head_dim // d_model,
+        "mamba_conv_bias": mamba.conv_bias,
+        "mamba_proj_bias": mamba.bias,
+        "time_step_limit": step_limit_key(mamba),
+    }
+
+
 def _keys(spec: ModelSpec) -> dict[str, Any]:
     mamba, heads = only_mixer(spec, Mamba2Spec), only_mixer(spec, AttentionSpec)
-    n_heads, channel = mamba.n_heads(spec.d_model), spec.plain_blocks[0].channel
+    channel = spec.plain_blocks[0].channel
     attends = [i for i, b in enumerate(spec.plain_blocks) if isinstance(b.mixer, AttentionSpec)]
     return {
         "architectures": ["BambaForCausalLM"],
@@ -83,15 +101,7 @@ def _keys(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": heads.qkv_bias,
         "mlp_bias": isinstance(channel, SwiGLUSpec) and channel.bias,
         "attn_layer_indices": attends,
-        "mamba_n_heads": n_heads,
-        "mamba_d_head": mamba.head_dim,
-        "mamba_n_groups": mamba.n_groups,
-        "mamba_d_state": mamba.d_state,
-        "mamba_d_conv": mamba.d_conv,
-        "mamba_expand": n_heads * mamba.head_dim // spec.d_model,
-        "mamba_conv_bias": mamba.conv_bias,
-        "mamba_proj_bias": mamba.bias,
-        "time_step_limit": step_limit_key(mamba),
+        **mamba_keys(mamba, spec.d_model),
     }
 
 

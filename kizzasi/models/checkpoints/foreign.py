@@ -76,6 +76,8 @@ class Family:
         canonical: specs of equal models become equal specs.
         surplus: how names of layers start, with "#" for the number, if those behind the last one
             are no part of the model (DeepSeek's, that predict further tokens).
+        folded: what the config multiplies outputs with, multiplied into the stored tensors (Falcon
+            H1's; what is written has none). The config has been read without complaint.
         file: what the tensors are written to, by torch.save unless it ends in .safetensors.
     """
 
@@ -88,6 +90,7 @@ class Family:
     tied: tuple[str, str] | None = None
     canonical: Callable[[ModelSpec], ModelSpec] = lambda spec: spec
     surplus: str | None = None
+    folded: Callable[[Mapping[str, Any], ModelSpec, Storage], Storage] = lambda data, spec, s: s
     file: str = f"model{SAFE}"
 
 
@@ -127,7 +130,8 @@ def recognise(path: Path) -> tuple[Family, ModelSpec, Storage]:
     family = _family(path, data, shapes)
     storage = _whole_names(family, storage)
     shapes = {name: stored.shape for name, stored in storage.items()}
-    return family, read_spec(family, data, shapes, path), storage
+    spec = read_spec(family, data, shapes, path)
+    return family, spec, family.folded(data, spec, storage)
 
 
 def build(

@@ -160,34 +160,41 @@ def _gemma_keys(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _granite(config: Config, shapes: Shapes) -> ModelSpec:
-    bias = config.get("attention_bias", bool, False)
-    mixer = replace(
-        attention(config),
-        qkv_bias=bias,
-        out_bias=bias,
-        scale=config.get("attention_multiplier", float, 1.0),
-    )
-    channel = swiglu(config, bias=config.get("mlp_bias", bool, False))
+def scaled(config: Config, spec: ModelSpec) -> ModelSpec:
+    """With Granite's factors of embeddings, branches and logits."""
     scale = config.get("residual_multiplier", float, 1.0)
-    block = BlockSpec(mixer, channel, residual_scale=scale)
-    return trunk(config, [block] * depth(config, shapes)).replace(
+    return spec.replace(
+        blocks=tuple(replace(block, residual_scale=scale) for block in spec.plain_blocks),
         embed_scale=config.get("embedding_multiplier", float, 1.0),
         logit_scale=1 / config.get("logits_scaling", float, 1.0),
     )
 
 
-def _granite_keys(spec: ModelSpec) -> dict[str, Any]:
-    block, mixer = spec.plain_blocks[0], first(spec)
-    bias = isinstance(block.channel, SwiGLUSpec) and block.channel.bias
+def scale_keys(spec: ModelSpec) -> dict[str, Any]:
+    """What `scaled` reads."""
     return {
-        **heads(spec),
-        "attention_bias": mixer.qkv_bias,
-        "mlp_bias": bias,
-        "attention_multiplier": mixer.scale,
-        "residual_multiplier": block.residual_scale,
+        "residual_multiplier": spec.plain_blocks[0].residual_scale,
         "embedding_multiplier": spec.embed_scale,
         "logits_scaling": 1 / spec.logit_scale,
+    }
+
+
+def _granite(config: Config, shapes: Shapes) -> ModelSpec:
+    bias = config.get("attention_bias", bool, False)
+    scale = config.get("attention_multiplier", float, 1.0)
+    mixer = replace(attention(config), qkv_bias=bias, out_bias=bias, scale=scale)
+    channel = swiglu(config, bias=config.get("mlp_bias", bool, False))
+    return scaled(config, trunk(config, [BlockSpec(mixer, channel)] * depth(config, shapes)))
+
+
+def _granite_keys(spec: ModelSpec) -> dict[str, Any]:
+    channel, mixer = spec.plain_blocks[0].channel, first(spec)
+    return {
+        **heads(spec),
+        **scale_keys(spec),
+        "attention_bias": mixer.qkv_bias,
+        "mlp_bias": isinstance(channel, SwiGLUSpec) and channel.bias,
+        "attention_multiplier": mixer.scale,
     }
 
 
