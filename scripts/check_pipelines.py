@@ -10,8 +10,10 @@ import time
 from collections import Counter
 
 from kizzasi.models import ModelSpec, Tokens, presets
+from kizzasi.models.strict import Registered
 from kizzasi.nas import Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
+from kizzasi.nas.pipelines.space.tree import nodes
 from kizzasi.testing import check_model
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     kinds: Counter[str] = Counter()
     for i in range(args.n):
         variant = drawn(space, rng, args.moves)
-        kinds.update({part.kind for _, part in variant.spec.parts()})
+        kinds.update({part.kind for _, part in nodes(variant.spec) if isinstance(part, Registered)})
         try:
             assert to_pipeline(variant.spec).spec == variant.spec, "prints as another model"
             check_model(variant.spec)
@@ -49,6 +51,7 @@ def main() -> None:
             text = " ".join(str(error).split())
             print(f"{i}: {variant.name}: {type(error).__name__}: {text:.300}")
             print("   ", " ".join(variant.moves))
+            print("   ", variant.spec.canonical_json())
     seconds = time.perf_counter() - start
     print(f"{args.n} pipelines, {faults} with a fault, {seconds:.0f} s")
     print(", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))

@@ -15,10 +15,11 @@ from kizzasi.models.layers.layer import check_stack
 from kizzasi.models.strict import unknown_name
 from kizzasi.nas.pipelines.compiling.stack import INHERITED, Frame, layers_of
 from kizzasi.nas.pipelines.compiling.topology import layer
-from kizzasi.nas.pipelines.document import Arch, Module, Stage
+from kizzasi.nas.pipelines.document import Arch, Module, Params, Stage
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 
 KINDS = {"module": "transformer"}
+READ_PARAMS = {"embedding": "vocab_size", "latent_sampler": "latent_dim", "custom": "layers"}
 OF_A_STACK = (
     "n_layers",
     "mix_unit",
@@ -71,6 +72,10 @@ class Line:
             rule = f"{stage.kind!r}, but the module {name!r} is of kind {module.kind!r}"
             findings.drop(f"{path}.kind", rule)
         self._order(stage, path)
+        given = module.params or Params()
+        for what in READ_PARAMS.values():
+            if getattr(given, what) is not None and READ_PARAMS.get(module.kind) != what:
+                findings.drop(f"arch.modules.{name}.params.{what}", f"{module.kind!r} reads none")
         first = len(self.layers)
         takers = {
             "embedding": self._embedding,
@@ -140,9 +145,8 @@ class Line:
             self.findings.set(path, f"{given}, but {other} is {wanted}", wanted)
 
     def _transformer(self, stage: Stage, module: Module, path: str, where: str) -> None:
-        for name in ("output_dim", "params"):
-            if getattr(module, name) is not None:
-                self.findings.drop(f"{path}.{name}", "a transformer does not read it")
+        if module.output_dim is not None:
+            self.findings.drop(f"{path}.output_dim", "a transformer does not read it")
         layers = layers_of(module, Frame(path, self.arch, self.ctx_len), self.findings)
         if layers is None:
             self.whole = False
