@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.report.other_tools import to_tensorboard
     from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
-    from kizzasi.nas.study.journal import read_events
+    from kizzasi.nas.study.journal import read_run
 
     folder = Path(args.run)
     if args.watch is None:
-        summary = write_report(folder, read_events(folder / "journal.jsonl"))
+        summary = write_report(folder, read_run(folder / "journal.jsonl"))
     elif args.watch > 0:
         summary = _watch(folder, args.watch, quiet=args.json)
     else:
@@ -69,9 +69,9 @@ def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
     """Show the state again and again until the search is complete or the user has seen enough."""
     from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
-    from kizzasi.nas.study.journal import read_events
+    from kizzasi.nas.study.journal import read_run
 
-    events = read_events(folder / "journal.jsonl")
+    events = read_run(folder / "journal.jsonl")
     summary = write_report(folder, events)
     begin, trained = time.monotonic(), pace_of(summary).seconds
     try:
@@ -84,7 +84,7 @@ def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
             if summary.finished:
                 break
             time.sleep(pause)
-            known, events = len(events), read_events(folder / "journal.jsonl")
+            known, events = len(events), read_run(folder / "journal.jsonl")
             if len(events) > known:
                 summary = write_report(folder, events)
     except KeyboardInterrupt:

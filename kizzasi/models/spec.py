@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
 from kizzasi.files import write_text
 from kizzasi.models.cost import Cost, norm
@@ -33,7 +34,8 @@ from kizzasi.models.norm import NormKind
 from kizzasi.models.stems import StemSpec
 from kizzasi.models.strict import Strict, added, coerce, require
 
-MAX_FILE_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 16 * 2**20  # of a config.json
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,7 @@ class ModelSpec(Strict):
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ModelSpec:
         """Read a .yaml, .yml or .json file. Raises SpecError naming the file."""
-        import yaml  # slow to import, and most programs read no spec
-
-        path = Path(path)
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise SpecError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a model spec")
-            text = path.read_text("utf-8")
-            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except OSError as error:
-            raise SpecError(f"{path}: cannot read the spec: {error.strerror}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise SpecError(f"{path}: not valid JSON or YAML: {reason:.200}") from error
+        data = read_document(path, "spec")
         try:
             return cls.from_dict(data)
         except SpecError as error:
@@ -152,6 +142,7 @@ class ModelSpec(Strict):
 
     def check(self) -> None:
         """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
+        require(len(self.blocks) <= MAX_LAYERS, "blocks", f"more than {MAX_LAYERS} layers")
         self.to_dict()  # types, also of specs made in Python
         self.require_positive("", "d_model", "norm_eps")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
@@ -228,6 +219,7 @@ def pattern(
     require(given <= used, "pattern", f"{sorted(given - used)} do not occur in {letters!r}")
     depth = len(letters) if n_layers is None else n_layers
     require(depth > 0, "n_layers", f"{depth} is not positive; give at least 1")
+    require(depth <= MAX_LAYERS, "n_layers", f"more than {MAX_LAYERS} layers")
     return tuple(blocks[letters[i % len(letters)]] for i in range(depth))
 
 

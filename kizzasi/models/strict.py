@@ -23,12 +23,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
+from kizzasi.documents import cut
 from kizzasi.errors import SpecError
 
 Self = TypeVar("Self", bound="Strict")
 Family = TypeVar("Family", bound=type)
 
 BY_PLACE = 3
+MOST = 2**64  # of a whole number
 
 
 def require(rule: bool, path: str, message: str) -> None:
@@ -37,10 +39,16 @@ def require(rule: bool, path: str, message: str) -> None:
         raise SpecError(f"{path}: {message}" if path else message)
 
 
+def require_mapping(data: object, path: str) -> None:
+    """Raise `SpecError` unless it is one; the message is made only then, as data may be large."""
+    if not isinstance(data, Mapping):
+        require(False, path, f"expected a mapping, got {cut(data)}")
+
+
 def unknown_name(name: object, known: Iterable[str]) -> str:
     """Say that a name is unknown, with the nearest known one."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(cut(name).strip("'"), known, n=1)
     return f"unknown; did you mean {near[0]}?" if near else f"unknown; choose from {known}"
 
 
@@ -97,11 +105,13 @@ class Strict(metaclass=StrictType):
     @classmethod
     def from_dict(cls: type[Self], data: Mapping[str, Any], path: str = "") -> Self:
         """Read plain data. Raises SpecError for unknown or missing keys and wrong types."""
-        require(isinstance(data, Mapping), path, f"expected a mapping, got {data!r:.80}")
+        require_mapping(data, path)
         hints = field_types(cls)
         for key in data:
             if key not in hints:  # names are compared only now: a search reads many specs
-                raise SpecError(f"{join(path, str(key))}: {unknown_name(key, hints)}")
+                raise SpecError(
+                    f"{join(path, cut(key).strip(chr(39)))}: {unknown_name(key, hints)}"
+                )
         _refuse_missing(cls, data, path)
         values = {k: coerce(v, hints[k], join(path, k)) for k, v in data.items()}
         return type.__call__(cls, **values)  # a call of the class would check them again
@@ -157,14 +167,16 @@ class Registered(Strict):
         if "kind" in cls.__dict__:
             given = dict(data)
             kind = given.pop("kind", cls.kind)  # pyright: ignore[reportAttributeAccessIssue]
-            require(kind == cls.__dict__["kind"], join(path, "kind"), f"{kind!r} is not this kind")
+            require(
+                kind == cls.__dict__["kind"], join(path, "kind"), f"{cut(kind)} is not this kind"
+            )
             return super().from_dict(given, path)  # pyright: ignore[reportReturnType]
-        require(isinstance(data, Mapping), path, f"expected a mapping, got {data!r:.80}")
+        require_mapping(data, path)
         registry, known = cls.registry, cls.known()  # pyright: ignore[reportAttributeAccessIssue]
         kind = data.get("kind", cls.plain_kind)  # pyright: ignore[reportAttributeAccessIssue]
         require(kind is not None, join(path, "kind"), f"missing; choose from {known}")
         if kind not in known:
-            raise SpecError(f"{join(path, 'kind')}: {kind!r} {unknown_name(kind, known)}")
+            raise SpecError(f"{join(path, 'kind')}: {cut(kind)} {unknown_name(kind, known)}")
         if kind not in registry:
             importlib.import_module(cls.elsewhere[kind])  # pyright: ignore[reportAttributeAccessIssue]
         return registry[kind].from_dict(data, path)
@@ -196,18 +208,19 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         return value
     if origin is Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), map(str, args), n=1)
+            near = difflib.get_close_matches(cut(value).strip("'"), map(str, args), n=1)
             remedy = f"; did you mean {near[0]}?" if near else ""
-            raise SpecError(f"{path}: {value!r} is not one of {list(args)}{remedy}")
+            raise SpecError(f"{path}: {cut(value)} is not one of {list(args)}{remedy}")
         return args[args.index(value)]
     if origin is tuple:
         one = isinstance(value, Strict)
         remedy = f"; for one alone, write ({type(value).__name__}(..),)" if one else ""
         right = isinstance(value, (list, tuple))
-        require(right, path, f"expected a list, got {value!r:.80}{remedy}")
+        if not right:
+            raise SpecError(f"{path}: expected a list, got {cut(value)}{remedy}")
         return tuple(coerce(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict:
-        require(isinstance(value, Mapping), path, f"expected a mapping, got {value!r:.80}")
+        require_mapping(value, path)
         return {str(k): coerce(v, args[1], join(path, str(k))) for k, v in value.items()}
     if isinstance(hint, type) and issubclass(hint, Strict):
         return _spec(value, hint, path)
@@ -239,9 +252,14 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
     flag = isinstance(value, bool)
     kinds = {int: numbers.Integral, float: numbers.Real}
     if not flag and isinstance(value, kinds.get(hint, ())):
-        value = hint(value)
-    right = isinstance(value, hint) and (hint is bool or not flag)
-    require(right, path, f"expected {hint.__name__}, got {value!r:.80}")
+        try:
+            value = hint(value)
+        except (OverflowError, ValueError) as error:
+            raise SpecError(f"{path}: {cut(value)} is no {hint.__name__}") from error
+    if not (isinstance(value, hint) and (hint is bool or not flag)):
+        raise SpecError(f"{path}: expected {hint.__name__}, got {cut(value)}")
+    if hint is int and abs(value) >= MOST:
+        raise SpecError(f"{path}: {cut(value)} is beyond 2^64")
     if hint is float:
         require(math.isfinite(value), path, f"{value} is not finite")
         value += 0.0  # -0.0 equals 0.0 and is written otherwise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -59,7 +59,8 @@ class Metric:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Metric:
-        return cls(**facts)
+        known = {field.name for field in fields(cls)}  # a later version may know more
+        return cls(**{name: value for name, value in facts.items() if name in known})
 
 
 class Batch(NamedTuple):

@@ -8,17 +8,15 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
 from kizzasi.models.strict import Strict, field_types, join, unknown_name
 from kizzasi.nas.pipelines.document import Document, Open
 from kizzasi.nas.pipelines.misfits import DROP, Findings
-
-MAX_FILE_BYTES = 2**20
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,17 +39,7 @@ _Loader.add_implicit_resolver(
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plain data of a file. Raises SpecError naming the file."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise SpecError(f"{path}: larger than {MAX_FILE_BYTES} bytes; not a pipeline")
-        data = yaml.load(path.read_text("utf-8"), _Loader)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot read the pipeline: {error.strerror}") from error
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
-        if isinstance(error, SpecError):
-            raise
-        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split()):.200}") from error
+    data = read_document(path, "pipeline", _Loader)
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping with arch and train, got {data!r:.60}")
     return data

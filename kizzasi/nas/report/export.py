@@ -21,7 +21,7 @@ from kizzasi.nas.report.model_card import model_card
 from kizzasi.nas.results.lineage import lineage, to_json
 from kizzasi.nas.results.summary import summarise
 from kizzasi.nas.study.folder import BEST, JOURNAL, contents
-from kizzasi.nas.study.journal import Event, read_events
+from kizzasi.nas.study.journal import Event, read_run
 
 SCRIPT = '''\
 """Continue a text, byte by byte: python generate.py "Once upon" """
@@ -58,7 +58,7 @@ def export(run: Path, out: Path, *, overwrite: bool = False) -> Path:
             other files, or the saved weights are not those that the search saved.
         CheckpointError: the saved weights are damaged, or `out` cannot be written.
     """
-    events = read_events(run / JOURNAL)
+    events = read_run(run / JOURNAL)
     summary = summarise(events)
     best = summary.saved or summary.winner
     if not summary.finished or best is None:

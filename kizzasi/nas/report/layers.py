@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+from kizzasi.documents import cut
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec
 from kizzasi.nas.report.svg import short
@@ -32,7 +33,17 @@ def layer_rows(spec: dict[str, Any]) -> list[list[str]]:
 
     Equal neighbours share a row. Each part says what it holds, if its kind is known here: a space
     may use kinds that only an extension registers.
+
+    Raises:
+        SpecError: no model's spec at all.
     """
+    try:
+        return _layer_rows(spec)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise SpecError(f"spec: {cut(spec)}: of no model ({error!s:.100})") from error
+
+
+def _layer_rows(spec: dict[str, Any]) -> list[list[str]]:
     stem = {k: v for k, v in spec["stem"].items() if k != "kind" and v is not None}
     rows = [["input", f"{spec['stem']['kind']}: {_pairs(stem)}, d_model {spec['d_model']}"]]
     boxes = [

@@ -17,7 +17,7 @@ from kizzasi.nas.report.figures import trainings
 from kizzasi.nas.results.finals import Event
 from kizzasi.nas.results.summary import Standing, Summary, proxies_of, summarise
 from kizzasi.nas.results.words import said
-from kizzasi.nas.study.journal import read_events
+from kizzasi.nas.study.journal import read_run
 
 Gene = str | int | float
 
@@ -42,7 +42,7 @@ def to_optuna(run: Path, storage: Any = None) -> Any:
         StudyError: optuna is missing, or there is no journal in the folder.
     """
     optuna = _extra("optuna", "optuna", "to_optuna")
-    summary = summarise(read_events(run / "journal.jsonl"))
+    summary = summarise(read_run(run / "journal.jsonl"))
     study = optuna.create_study(
         storage=storage, direction="minimize" if summary.metric.lower_is_better else "maximize"
     )
@@ -156,7 +156,7 @@ def to_tensorboard(run: Path, folder: Path) -> Path:
     with warnings.catch_warnings():  # tensorboard's own, of its generated code
         warnings.simplefilter("ignore", DeprecationWarning)
         writer = _extra("torch.utils.tensorboard", "tensorboard", "to_tensorboard").SummaryWriter
-    summary = summarise(read_events(run / "journal.jsonl"))
+    summary = summarise(read_run(run / "journal.jsonl"))
     if folder.exists() and any(folder.iterdir()):
         raise StudyError(f"{folder}: holds files already; give a new folder")
     for entry, trial in trainings(summary):

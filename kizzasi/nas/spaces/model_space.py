@@ -11,8 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.strict import coerce, require
@@ -93,15 +92,11 @@ class ModelSpace:
             path: of the file.
             stem: of the task, for a template that leaves its own out.
         """
+        template = read_document(path, "space")
+        if stem is not None and isinstance(template, dict) and "stem" not in template:
+            template = {**template, "stem": stem.to_dict()}
         try:
-            template = yaml.safe_load(Path(path).read_text("utf-8"))
-            if stem is not None and isinstance(template, dict) and "stem" not in template:
-                template = {**template, "stem": stem.to_dict()}
             return cls(template)
-        except OSError as error:
-            raise SpecError(f"{path}: cannot read the space: {error.strerror}") from error
-        except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise SpecError(f"{path}: not YAML: {' '.join(str(error).split()):.200}") from error
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from error
 

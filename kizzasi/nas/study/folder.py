@@ -17,7 +17,8 @@ from kizzasi.errors import KizzasiError, StudyError
 from kizzasi.files import clear_partial
 from kizzasi.models import ModelSpec
 from kizzasi.models.checkpoints import spec_of
-from kizzasi.nas.study.journal import Journal, read_events
+from kizzasi.nas.results.events import check_events
+from kizzasi.nas.study.journal import Journal, read_events, read_run
 
 JOURNAL, TRIALS, BEST = "journal.jsonl", "trials", "best"
 WRITTEN = (TRIALS, BEST, "report.md", "report.html")
@@ -46,13 +47,12 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
     begun = path.exists()
     if not begun:
         _require_free(folder)
-    elif not resume and any(event.get("event") == "trial" for event in read_events(path)):
+    elif not resume and any(event["event"] == "trial" for event in read_run(path)):
         raise StudyError(f"{folder}: holds a run already; use --resume or another name")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with Journal(path) as journal:
-            if any("event" not in event for event in journal.events):
-                raise StudyError(f"{path}: no journal of a search; choose another folder")
+            check_events(journal.events, path)
             for place in (folder, folder / TRIALS):
                 clear_partial(place)
             try:

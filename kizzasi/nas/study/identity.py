@@ -20,7 +20,7 @@ from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.results.extended import current
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.study.config import SearchConfig
-from kizzasi.nas.study.journal import read_events
+from kizzasi.nas.study.journal import read_run
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Study
 from kizzasi.train.task import Metric
@@ -83,7 +83,7 @@ def settings_of(path: Path) -> Settings | None:
     """
     if not path.exists():
         return None
-    study = next((e for e in current(read_events(path)) if e["event"] == "study"), None)
+    study = next((e for e in current(read_run(path)) if e["event"] == "study"), None)
     if study is None:
         return None
     config = study["config"]

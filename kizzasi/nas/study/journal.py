@@ -19,9 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from kizzasi.errors import StudyError
-from kizzasi.files import NO_ROOM, BusyError, lock
+from kizzasi.files import NO_ROOM, BusyError, lock, read_bytes
+from kizzasi.nas.results.events import check_events
 
 Event = dict[str, Any]
+MOST_BYTES = 2**30
 BEGINNING = b'{"event":"'
 
 
@@ -158,7 +160,7 @@ def read_events(path: str | Path) -> list[Event]:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise StudyError(
             f"{path}: cannot read the journal: {error.strerror}; give the folder of a run"
@@ -166,17 +168,28 @@ def read_events(path: str | Path) -> list[Event]:
     return [upgraded(event) for event in _parse(content, path)[0]]
 
 
+def read_run(path: str | Path) -> list[Event]:
+    """The events of a search, each looked at field by field.
+
+    Raises:
+        StudyError: as `read_events`, or an event is not what its kind is made of; names the line.
+    """
+    return check_events(read_events(path), path)
+
+
 def upgraded(event: Event) -> Event:
     """An event of version 0.1, which knew bits per byte and one setting, as one of today."""
     event = dict(event)
     lost = event.get("non_finite", {})
+    if not isinstance(lost, Mapping):
+        return event
     if "bits_per_byte" in event:
         event["score"] = event.pop("bits_per_byte")
     if "bits_per_byte" in lost:
         event["non_finite"] = {"score": lost["bits_per_byte"], **lost}
-    if event.get("event") == "lr":
+    if event.get("event") == "lr" and isinstance(event.get("scores"), Mapping):
         named = {f"lr {rate}": score for rate, score in event["scores"].items()}
-        event |= {"event": "settings", "scores": named, "settings": {"lr": event.pop("lr")}}
+        event |= {"event": "settings", "scores": named, "settings": {"lr": event.pop("lr", None)}}
     if event.get("event") == "trial" and "lr" in event:
         event["settings"] = {"lr": event.pop("lr")}
     if event.get("event") == "study" and "corpus" in event:
@@ -194,7 +207,7 @@ def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
             event = _DECODER.decode(line.decode())
             if not isinstance(event, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not tail:
                 return events, len(content) - len(line) - 1
             raise StudyError(

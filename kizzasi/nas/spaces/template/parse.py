@@ -20,10 +20,13 @@ the gene of its own path. Genes of parts that were not chosen do not exist.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from kizzasi.documents import cut
+from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
+from kizzasi.models.spec import MAX_LAYERS
 from kizzasi.models.strict import Strict, coerce, field_types, join, require, unknown_name
 from kizzasi.nas.spaces.template.nodes import (
     Block,
@@ -40,6 +43,8 @@ from kizzasi.nas.spaces.template.nodes import (
     cover,
     every,
 )
+
+MOST_OPTIONS = 1000  # of a hole
 
 
 def choice(*options: Any) -> dict[str, Any]:
@@ -74,23 +79,32 @@ def plain(data: Any) -> Any:
     return [plain(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
+def named(keys: Iterable[object]) -> list[str]:
+    """Keys of any type, in order, for a message."""
+    return sorted(cut(key).strip("'") for key in keys)
+
+
 def _hole(data: Any, path: str, read: Callable[[Any, str], Node]) -> Node | None:
     """The hole at this place, whose content `read` reads; None if there is none."""
     if not isinstance(data, dict) or not data.keys() & {"choice", "repeat"}:
         return None
     if "choice" in data:
-        require(data.keys() == {"choice"}, path, f"{sorted(data)}: choice stands alone")
+        require(data.keys() == {"choice"}, path, f"{named(data)}: choice stands alone")
         options = data["choice"]
-        require(isinstance(options, list), path, f"choice: expected a list, got {options!r:.80}")
+        require(isinstance(options, list), path, f"choice: expected a list, got {cut(options)}")
         require(len(options) > 0, path, "choice: no options; give at least one")
+        require(len(options) <= MOST_OPTIONS, path, f"choice: more than {MOST_OPTIONS} options")
         for i, option in enumerate(options):
-            again = any(type(o) is type(option) and o == option for o in options[:i])
-            require(not again, path, f"choice: {option!r:.80} occurs twice; give each option once")
+            if any(type(o) is type(option) and o == option for o in options[:i]):
+                raise SpecError(
+                    f"{path}: choice: {cut(option)} occurs twice; give each option once"
+                )
         return Choice([read(option, f"{path}:{i}") for i, option in enumerate(options)])
     keys = {"repeat", "low", "high"}
-    require(data.keys() == keys, path, f"{sorted(data)}: a repeat has the keys {sorted(keys)}")
+    require(data.keys() == keys, path, f"{named(data)}: a repeat has the keys {sorted(keys)}")
     low, high = (coerce(data[key], int, join(path, key)) for key in ("low", "high"))
     require(1 <= low <= high, path, f"repeat: {low} to {high} copies; needs 1 <= low <= high")
+    require(high <= MAX_LAYERS, path, f"repeat: more than {MAX_LAYERS} layers")
     return Repeat(read(data["repeat"], f"{path}[]"), low, high)
 
 
@@ -110,7 +124,7 @@ def _model(data: Any, path: str) -> Node:
     if hole := _hole(data, path, _model):
         require(not isinstance(hole, Repeat), path, "repeat: a space has one model at a time")
         return hole
-    require(isinstance(data, dict), path, f"expected a mapping, got {data!r:.80}")
+    require(isinstance(data, dict), path, f"expected a mapping, got {cut(data)}")
     require("blocks" in data, join(path, "blocks"), "missing; give a list of blocks")
     frame = Record({k: _value(v, join(path, k)) for k, v in data.items() if k != "blocks"})
     for values in cover(frame):
@@ -125,7 +139,7 @@ def _blocks(data: Any, path: str) -> Node:
     if isinstance(data, list):
         require(len(data) > 0, path, "empty; give at least one block")
         return List([_blocks(value, f"{path}[{i}]") for i, value in enumerate(data)])
-    require(isinstance(data, dict), path, f"expected blocks, got {data!r:.80}")
+    require(isinstance(data, dict), path, f"expected blocks, got {cut(data)}")
     return _pattern(data, path) if "pattern" in data else _block(data, path)
 
 
@@ -147,7 +161,7 @@ def _block(data: dict[str, Any], path: str) -> Node:
 
 def _pattern(data: dict[str, Any], path: str) -> Node:
     keys = {"pattern", "n_layers", "letters"}
-    require(data.keys() == keys, path, f"{sorted(data)}: a pattern has the keys {sorted(keys)}")
+    require(data.keys() == keys, path, f"{named(data)}: a pattern has the keys {sorted(keys)}")
     letters = data["letters"]
     require(isinstance(letters, dict), join(path, "letters"), "expected a mapping of blocks")
     text, depth = (_value(data[key], join(path, key)) for key in ("pattern", "n_layers"))
@@ -157,8 +171,10 @@ def _pattern(data: dict[str, Any], path: str) -> Node:
         n = coerce(filled["n"], int, join(path, "n_layers"))
         require(word != "", join(path, "pattern"), "empty; give at least one letter")
         require(n >= 1, join(path, "n_layers"), f"{n} is not positive; give at least 1")
+        require(n <= MAX_LAYERS, join(path, "n_layers"), f"more than {MAX_LAYERS} layers")
+        require(len(texts) <= MOST_OPTIONS, path, f"more than {MOST_OPTIONS} ways to tile")
         texts[(word * n)[:n]] = None
     used = set("".join(texts))
     require(used <= letters.keys(), path, f"no block given for {sorted(used - letters.keys())}")
-    require(used >= letters.keys(), path, f"letters {sorted(letters.keys() - used)} do not occur")
+    require(used >= letters.keys(), path, f"letters {named(letters.keys() - used)} do not occur")
     return Pattern(list(texts), {c: _blocks(letters[c], f"{path}.{c}") for c in letters})
