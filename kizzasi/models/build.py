@@ -6,10 +6,12 @@ import os
 from typing import get_args
 
 import torch
+from torch import nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models.device import usable_device
 from kizzasi.models.init import materialize
+from kizzasi.models.linear import Linear
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.engines import Engine
@@ -57,9 +59,11 @@ def skeleton(spec: ModelSpec, target: torch.device, engine: Engine = "auto") -> 
     refuse_if_too_large(spec, torch.device("meta"), torch.float32)
     with torch.device("meta"):
         model = SequenceModel(spec)
-    for name, mixer in model.named_modules():
-        if isinstance(mixer, Mixer):
-            mixer.engine = _admit(engine, mixer, name, target)
+    for name, part in model.named_modules():
+        if isinstance(part, Mixer):
+            part.engine = _admit(engine, part, name, target)
+        elif type(part) is nn.Linear and engine in ("auto", "native"):
+            part.__class__ = Linear  # the same layer, whose product has engines
     return model
 
 

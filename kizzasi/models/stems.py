@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, normal_
 from kizzasi.models.ops.devices import answers
+from kizzasi.models.ops.linear import LINEAR
 from kizzasi.models.strict import Registered, added, join, register, require
 
 EMBEDDING_STD = 0.02
@@ -175,7 +175,9 @@ class TokenStem(Stem):
         return x + self.position_embedding(position.clamp(min=0))
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._table(x)) if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is None:
+            return LINEAR.pick("auto", x.device)(x, self._table(x))
+        return self.lm_head(x)
 
     def _table(self, x: Tensor) -> Tensor:
         """The (v, d) embedding. What stands in place of that layer, an adapter say, or lies

@@ -22,6 +22,7 @@ from kizzasi.models.attention.memory import Memory, State
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.kv_cache import ALL, append, layout, now, visible
+from kizzasi.models.linear import is_plain
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import ATTENTION
@@ -205,8 +206,7 @@ class MLA(Mixer):
     def _up(self, x: Tensor) -> Tensor:
         """W_UK and W_UV, a weight as `nn.Linear` has it. What stands in place of that layer, an
         adapter or a quantized one, or lies elsewhere, is asked what it makes of the identity."""
-        plain = type(self.kv_b_proj) is nn.Linear
-        if plain and self.kv_b_proj.weight.device == x.device:
+        if is_plain(self.kv_b_proj) and self.kv_b_proj.weight.device == x.device:
             return self.kv_b_proj.weight
         return self.kv_b_proj(torch.eye(self.spec.kv_lora_rank, device=x.device, dtype=x.dtype)).mT
 

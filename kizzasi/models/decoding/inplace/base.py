@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.own_cache import disown, own
+from kizzasi.models.linear import is_plain
 from kizzasi.models.mixer import Mixer, MixerOut
 from kizzasi.models.norm import Norm
 
@@ -73,7 +74,7 @@ class Products:
     def of(self, *layers: nn.Module) -> Run:
         """x (b, d) to the outputs of all layers, joined. Anything but a plain Linear, an adapter
         say, is called."""
-        linear = [layer for layer in layers if type(layer) is nn.Linear]
+        linear = [layer for layer in layers if is_plain(layer)]
         biases = [layer.bias.detach() for layer in linear if layer.bias is not None]
         if len(linear) < len(layers) or len(biases) not in (0, len(layers)):
             return _joined(layers)
@@ -107,7 +108,7 @@ def _joined(layers: Sequence[nn.Module]) -> Run:
 
 
 def _direct(layer: nn.Module) -> Run:
-    if type(layer) is not nn.Linear:
+    if not is_plain(layer):
         return layer
     weight, bias = layer.weight, layer.bias
     return lambda x: F.linear(x, weight, bias)

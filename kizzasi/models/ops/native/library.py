@@ -44,6 +44,10 @@ def instruction_set() -> str:
     return _used
 
 
+def of_intel() -> bool:
+    return bool(_library.kizzasi_of_intel())
+
+
 @contextmanager
 def using(isa: str) -> Iterator[None]:
     """Run kernels on another instruction set for a while; all threads of the process do."""

@@ -48,3 +48,13 @@ int kizzasi_supports(int isa) {
 #endif
   return 0;
 }
+
+// Whether Intel made this processor; 1 for other kinds of machine, where nobody asks.
+int kizzasi_of_intel(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return 1;
+#endif
+}
