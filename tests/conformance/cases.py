@@ -115,6 +115,7 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "retention": {"two-heads": {"n_heads": 2}, "narrow": {"n_heads": 4, "expand_v": 0.5}},
     "mla": {
         "direct": {**LATENT, "n_heads": 2},
+        "no-positions": {**LATENT, "n_heads": 2, "position": "none"},
         "int8": {**LATENT, "n_heads": 2, "kv_quant": "int8"},
         "q-latent-yarn": {
             **LATENT,

@@ -58,6 +58,12 @@ NEMOTRON = {
     "moe_shared_expert_intermediate_size": 10,
     "time_step_min": 1e-9,  # see nemotron_h.py: so that the peer bounds no step
 }
+KIMI = {
+    **{"num_key_value_heads": 4, "linear_num_heads": 3, "linear_head_dim": 6, "kv_lora_rank": 8},
+    **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "num_local_experts": 4},
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 12, "rms_norm_eps": 1e-3},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 CASES = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
     "lfm2 biased, untied": {
@@ -141,6 +147,11 @@ CASES = {
         "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
         "num_hidden_layers": 4,
     },
+    "kimi_linear": {**KIMI, "mlp_layer_types": ["sparse"] * 3},
+    "kimi_linear grouped": {
+        **{**KIMI, "mlp_layer_types": ["sparse"] * 3, "q_lora_rank": 6, "n_group": 2},
+        **{"n_shared_experts": 2, "norm_topk_prob": False, "linear_conv_kernel_dim": 3},
+    },
     "xlstm": XLSTM,
     "xlstm capped": {**XLSTM, "output_logit_soft_cap": 2.0, "norm_eps": 1e-3, "gate_soft_cap": 2.0},
 }
@@ -161,7 +172,7 @@ def test_logits_of_prefill_and_of_cached_decoding(made):
     assert difference(peer, load(folder)) <= 1e-4
 
 
-NARROW = ("gpt_oss", "nemotron_h mixed", "recurrent_gemma", "xlstm")
+NARROW = ("gpt_oss", "kimi_linear", "nemotron_h mixed", "recurrent_gemma", "xlstm")
 EXACT = [case for case in CASES if not case.startswith(NARROW)]
 
 
@@ -252,6 +263,17 @@ def test_factors_of_falcon_h1_become_part_of_the_weights(tmp_path):
     assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
 
 
+def test_kimi_linears_dense_channels_are_named_in_two_ways(tmp_path):
+    peer = make_peer("kimi_linear", TRUNK | KIMI, tmp_path / "theirs")
+    model = load(tmp_path / "theirs")
+    assert difference(peer, model) <= 1e-4
+    save(model, tmp_path / "ours", "kimi_linear")
+    path = tmp_path / "ours" / "model.safetensors"
+    assert "model.layers.0.mlp.up_proj.weight" in load_file(path)
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert difference(reread.eval(), load(tmp_path / "ours")) <= 1e-4
+
+
 def test_keys_of_published_files(stored, tmp_path):
     """As in LFM2-1.2B, recurrentgemma-2b, gemma-3-1b and xLSTM-7b."""
     published = {
@@ -298,6 +320,16 @@ def test_keys_of_published_files(stored, tmp_path):
             "normalization_function": "rmsnorm",
             "init_method": "mup",
         },
+        "kimi_linear": {
+            **{"layer_types": None, "mlp_layer_types": None, "first_k_dense_replace": 0},
+            **{"linear_num_heads": None, "linear_head_dim": None, "mla_use_nope": True},
+            **{"moe_layer_freq": 1, "rope_theta": 1e4, "use_grouped_topk": True},
+            "moe_router_activation_func": "sigmoid",
+            "linear_attn_config": {
+                **{"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 6, "num_heads": 3},
+                "short_conv_kernel_size": 4,
+            },
+        },
         "nemotron_h": {
             **{"layers_block_type": None, "hybrid_override_pattern": "M-*-", "expand": 2},
             **{"num_hidden_layers": 4, "attention_head_dim": 8, "use_bias": False},
@@ -333,6 +365,14 @@ def test_keys_of_published_files(stored, tmp_path):
         ("nemotron_h", {"layers_block_type": ["mlp"] * 4}, "mlp at 0 stands behind no mixer"),
         ("nemotron_h", {"n_routed_experts": 10**9}, "n_routed_experts: 1000000000 cannot be"),
         ("nemotron_h", {"moe_latent_size": 8}, "moe_latent_size: 8 is not supported"),
+        ("kimi_linear", {"num_experts": 10**9}, "n_routed_experts: 1000000000 cannot be"),
+        ("kimi_linear", {"mlp_layer_types": ["sparse"]}, "are not 3 of dense, sparse"),
+        (
+            "kimi_linear",
+            {"linear_attn_config": {"kda_layers": [0]}},
+            "kda_layers: with full",
+        ),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope: False is not supported"),
         ("xlstm", {"use_bias": True}, "use_bias: True is not supported"),
         ("xlstm", {"add_out_norm": False}, "add_out_norm: False"),
         ("xlstm", {"num_blocks": 10**9}, "num_blocks: 1000000000 cannot be"),

@@ -115,12 +115,13 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
     )
     dense = llama.swiglu(config)
     first = config.get("first_k_dense_replace", int, 3)
-    mixture = _mixture(config, shapes, max(1, n_layers - first))
+    mixture = mixture_of(config, shapes, max(1, n_layers - first))
     channels = [dense if i < first else mixture for i in range(n_layers)]
     return llama.trunk(config, [BlockSpec(mixer, channel) for channel in channels])
 
 
-def _mixture(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec:
+def mixture_of(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec:
+    """Experts chosen by a sigmoid and a bias, beside one that always works."""
     most = count_values(shapes) // n_mixtures
     old, new = (config.get(key, int, None) for key in ("n_routed_experts", "num_local_experts"))
     count = old or new or 256

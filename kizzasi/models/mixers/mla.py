@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class MLASpec(MixerSpec):
         scale: of the scores; None means 1 / sqrt(qk_nope_head_dim + qk_rope_head_dim). DeepSeek
             puts the sharpening of yarn here instead of in rope_scaling.attention_factor.
         norm_eps: epsilon of the latents' norms.
+        position: "none" rotates nothing; the entries that would be are still shared (Kimi Linear).
         kv_quant: how latents and rotary keys are remembered; see `AttentionSpec.kv_quant`.
     """
 
@@ -64,6 +65,7 @@ class MLASpec(MixerSpec):
     scale: float | None = None
     norm_eps: float = 1e-6
     kv_quant: KVQuant = added("none")
+    position: Literal["rope", "none"] = added("rope")
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "kv_lora_rank", "qk_nope_head_dim")
@@ -75,6 +77,9 @@ class MLASpec(MixerSpec):
         rule = f"{n} entries cannot be rotated in pairs; give an even number"
         require(n % 2 == 0, join(path, "qk_rope_head_dim"), rule)
         require(self.rope_theta > 1, join(path, "rope_theta"), f"{self.rope_theta} is not above 1")
+        rule = '"none" takes no rope_scaling; leave it out'
+        fits = self.position == "rope" or self.rope_scaling is None
+        require(fits, join(path, "position"), rule)
         if self.rope_scaling is not None:
             self.rope_scaling.check(n, join(path, "rope_scaling"))
 
@@ -223,6 +228,8 @@ class MLA(Mixer):
         q_nope, q_rope = q.split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         kept = self.kv_a_proj_with_mqa(x)[:, None]
         latent, k_rope = kept.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
+        if spec.position == "none":
+            return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent)
         cos, sin = self.rotary.tables(call, counted, position, state_dtype(x.dtype))
         q_rope, k_rope = (rotate(split_pairs(part), cos, sin) for part in (q_rope, k_rope))
         return q_nope, q_rope, k_rope, self.kv_a_layernorm(latent)
