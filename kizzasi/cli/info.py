@@ -19,12 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq-len", type=int, default=1024, help="tokens of flops and state (default 1024)"
     )
+    parser.add_argument("--mermaid", action="store_true", help="draw it as a Mermaid flowchart")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.seq_len < 1:
         raise SpecError(f"--seq-len {args.seq_len}: must be at least 1")
     spec = read_spec(args.spec)
+    if args.mermaid:
+        from kizzasi.nas.pipelines import sketch
+
+        drawing = sketch(spec)
+        return {"digest": spec.digest, "mermaid": drawing}, drawing
     rows = []
     for i, layer in enumerate(spec.settled()):
         plain = isinstance(layer, BlockSpec)

@@ -23,6 +23,7 @@ from kizzasi.cli.common import (
     check_device,
     check_numbers,
     checkpoint_of,
+    is_pipeline_file,
     is_spec_file,
     read_spec,
     scoring,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 STATE, CONFIG, JOURNAL = "training.pt", "config.json", "journal.jsonl"
 # What a resumed training takes from its checkpoint where no flag says otherwise.
 HELD = ("spec", "data", "steps", "tokens", "seq_len", "batch_size", "lr", "optimizer", "seed")
+OF_PIPELINES = ("weight_decay", "clip")  # no flags; the recipe's own unless a pipeline says them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,13 +177,16 @@ class _Wanted:
 
 
 def _wanted(args: argparse.Namespace, state: Path) -> _Wanted:
+    from kizzasi.train.recipe import Recipe
     from kizzasi.train.trainer import read_training
 
     given = {name: getattr(args, name) for name in HELD}
+    given |= {name: getattr(Recipe(1), name) for name in OF_PIPELINES}
     if not state.exists():
         if args.spec is None:
             raise SpecError("give a spec or a checkpoint to train; see kizzasi train --help")
-        return _Wanted(given, None)
+        told = _of_pipeline(args.spec)
+        return _Wanted({**given, **{k: v for k, v in told.items() if k not in args.given}}, None)
     saved = read_training(state, args.device)
     told = saved.get("notes")
     told = told.get("arguments") if isinstance(told, Mapping) else None
@@ -192,7 +197,17 @@ def _wanted(args: argparse.Namespace, state: Path) -> _Wanted:
     typed = {name: args.given[name] for name in HELD if name in args.given}
     if "steps" in typed or "tokens" in typed:
         told = {**told, "steps": 1000, "tokens": None}
-    return _Wanted({**given, **{k: told[k] for k in HELD if k in told}, **typed}, saved)
+    held = (*HELD, *OF_PIPELINES)
+    return _Wanted({**given, **{k: told[k] for k in held if k in told}, **typed}, saved)
+
+
+def _of_pipeline(source: str) -> Mapping[str, Any]:
+    """The settings of training that a pipeline says; {} of anything else."""
+    if not is_pipeline_file(source):
+        return {}
+    from kizzasi.nas.pipelines import Pipeline
+
+    return Pipeline.from_file(source).recipe
 
 
 def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any) -> Training:
@@ -204,7 +219,9 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any) -> Training
     from kizzasi.train.trainer import Training
 
     own = wanted.values
-    shape = {name: own[name] for name in ("seq_len", "batch_size", "lr", "optimizer")}
+    shape = {
+        name: own[name] for name in ("seq_len", "batch_size", "lr", "optimizer", *OF_PIPELINES)
+    }
     recipe = Recipe(wanted.tokens, score_windows=args.score_windows or None, **shape)
     recipe.check()
     task = open_task(own["data"], apart=Path(args.out))

@@ -2,6 +2,7 @@
 
 from kizzasi.nas.pipelines.evolution import PipelineEvolution
 from kizzasi.nas.pipelines.json_schema import json_schema
+from kizzasi.nas.pipelines.mermaid import sketch
 from kizzasi.nas.pipelines.misfits import Misfit
 from kizzasi.nas.pipelines.observing import observed
 from kizzasi.nas.pipelines.pipeline import Pipeline, examined, repaired
@@ -26,6 +27,7 @@ __all__ = [
     "repaired",
     "scaled",
     "search_report",
+    "sketch",
     "to_pipeline",
     "to_yaml",
     "write_search_report",

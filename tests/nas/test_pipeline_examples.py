@@ -1,0 +1,63 @@
+"""The pipelines in examples/: each fits, prints, is scaled, trains, steps and draws."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kizzasi.cli import main
+from kizzasi.models import build_model
+from kizzasi.nas.pipelines import Pipeline, load, scaled, sketch, to_pipeline
+from kizzasi.testing.mixer import fold
+from kizzasi.testing.tolerance import assert_close
+from kizzasi.train import Recipe, Training
+from kizzasi.train.open import open_task
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_bytes(bytes(range(97, 123)) * 200)
+    return open_task(path)
+
+
+def test_there_are_a_dozen():
+    assert len(EXAMPLES) >= 12
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example(path, task):
+    pipeline = Pipeline.from_file(path)
+    assert to_pipeline(pipeline.spec).spec == pipeline.spec
+    assert sketch(pipeline.spec).startswith("flowchart TD")
+    twin, _ = scaled(load(path), 0.25)
+    model = build_model(Pipeline.from_data(twin).spec, seed=0)
+    training = Training(model, task, Recipe(2 * 64, seq_len=16, batch_size=4, lr=1e-3))
+    assert training.run(2 * 64) is None
+    assert 0 < training.curve[-1][1] < 9
+    tokens = torch.arange(12)[None] + 97
+    trained = model.double().eval()
+    with torch.no_grad():
+        assert_close(fold(trained, tokens)[0], trained(tokens).logits)
+
+
+def test_train_takes_the_recipe_of_a_pipeline(capsys, tmp_path):
+    text = (EXAMPLES[0].parent / "plain.yaml").read_text()
+    cfg = tmp_path / "mine.yaml"
+    budget = (
+        "ctx_len: 16, lr: 4e-3, wd: 0.2, clip: 0.5, budget: {tokens_per_step: 32, max_steps: 3}"
+    )
+    cfg.write_text(text.replace("ctx_len: 128, lr: 8e-3", budget))
+    data = tmp_path / "text.txt"
+    data.write_bytes(bytes(range(97, 123)) * 200)
+    more = ["--data", str(data), "--out", str(tmp_path / "run"), "--json", "--lr", "1e-3"]
+    assert main(["train", str(cfg), *more]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert recipe["horizon"] == 3 * 32
+    named = ("seq_len", "batch_size", "lr", "weight_decay", "clip")
+    assert [recipe[name] for name in named] == [16, 2, 1e-3, 0.2, 0.5]
+    assert main(["info", str(cfg), "--mermaid"]) == 0
+    assert "3 x attention n_heads 4 n_kv_heads 2" in capsys.readouterr().out
