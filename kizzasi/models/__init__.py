@@ -3,6 +3,7 @@
 from kizzasi.models import channels, layers, mixers, presets
 from kizzasi.models.build import build_model
 from kizzasi.models.checkpoints import load
+from kizzasi.models.checkpoints.quantized import quantize_weights
 from kizzasi.models.cost import Cost
 from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.decoder import Decoder
@@ -74,5 +75,6 @@ __all__ = [
     "parameter_roles",
     "pattern",
     "presets",
+    "quantize_weights",
     "register",
 ]

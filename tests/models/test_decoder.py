@@ -5,13 +5,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kizzasi.errors import GenerateError
+from kizzasi.errors import GenerateError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.decoding.decoder import Decoder
 from kizzasi.models.decoding.own_cache import SPARE, OwnCache
 from kizzasi.models.kv_cache import AttentionState
 from kizzasi.models.mixers.attention import AttentionSpec
+from kizzasi.models.mixers.mamba import MambaSpec
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["full", "ring"])
@@ -80,3 +81,35 @@ def test_a_decoder_starts_with_a_step_or_a_prompt_and_keeps_modes(model):
     model(x, decoder.fork()).loss(x).backward()  # no inference tensors
     model.zero_grad()
     model.eval()
+
+
+def test_a_compiled_step_decodes_the_same(model, monkeypatch):
+    if model.spec.blocks[0].mixer.window is None:
+        with pytest.raises(SpecError, match="the state grows"):
+            Decoder(model, compile="default")
+        return
+    asked, x, whole = [], ids(1, 8), torch.compile
+
+    def traced(step, mode):
+        asked.append(mode)
+        return whole(step, backend="eager", dynamic=False, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    state = model(x[:, :3]).state.detach()
+    fast, plain = Decoder(model, state, compile="default"), Decoder(model, state)
+    for token in x[:, 3:].unbind(1):
+        torch.testing.assert_close(fast.step(token), plain.step(token))
+    fast.gather(torch.tensor([0, 0]))
+    assert fast.fork().position.tolist() == [8, 8]
+    assert asked == ["default"]
+    assert type(fast.fork().blocks[0].mixer) is AttentionState
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_step_in_machine_code_decodes_the_same():
+    spec = ModelSpec(16, (BlockSpec(MambaSpec(d_state=3)),), Tokens(11))
+    model, x = build_model(spec, seed=1), ids(1, 6)
+    fast, plain = Decoder(model, compile="default"), Decoder(model)
+    for token in x.unbind(1):
+        torch.testing.assert_close(fast.step(token), plain.step(token))

@@ -16,7 +16,7 @@ by 0.0004 to 0.001 nats, and 98 of 100 likeliest tokens are the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,15 +134,58 @@ def quantize(model: SequenceModel, weights: Mapping[str, LevelTensor]) -> None:
         if isinstance(module, nn.Linear) and f"{path}.weight" in fitting:
             parent, _, name = path.rpartition(".")
             layer = QuantizedLinear(fitting[f"{path}.weight"], module.bias)
+            layer._forward_hooks = module._forward_hooks
+            layer._forward_pre_hooks = module._forward_pre_hooks
             setattr(model.get_submodule(parent), name, layer)
     stem = model.stem
-    assert isinstance(stem, TokenStem), "files of levels hold language models"
+    if not isinstance(stem, TokenStem):
+        return
     source, full = (
         ("embedding", stem.embedding) if stem.lm_head is None else ("lm_head", stem.lm_head)
     )
     if f"stem.{source}.weight" in fitting:
         head = QuantizedHead(full.weight, fitting[f"stem.{source}.weight"])
         stem.lm_head = head  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def quantize_weights(model: SequenceModel, bits: Literal[4, 8] = 8) -> None:
+    """Round the weights of a model's projections and head to 4 or 8 bits, in place, for decoding on
+    the CPU; nothing in it is trainable then.
+
+    Hooks, and adapters around a layer, go on acting. What must not be rounded (step sizes, decays,
+    routers, norms), experts that are packed, and matrices whose inputs are no multiple of 32 or
+    outputs no multiple of 16, stay as they are. So does the file: save the model before.
+
+    Args:
+        model: on the CPU.
+        bits: 8 changes a layer's result by less than 1% of its size, 4 by about 7%.
+
+    Raises:
+        SpecError: the model is not on the CPU, or there are no such bits.
+    """
+    if bits not in (4, 8):
+        raise SpecError(f"bits: {bits!r}; choose 4 or 8")
+    layers = dict(model.blocks.named_modules(prefix="blocks"))
+    found = {f"{name}.weight": m.weight for name, m in layers.items() if type(m) is nn.Linear}
+    stem = model.stem
+    if isinstance(stem, TokenStem):
+        tied = stem.lm_head is None
+        head = stem.embedding if stem.lm_head is None else stem.lm_head
+        if type(head) in (nn.Embedding, nn.Linear):
+            found["stem.embedding.weight" if tied else "stem.lm_head.weight"] = head.weight  # pyright: ignore[reportArgumentType]
+    whole = {name: w for name, w in found.items() if w.shape[1] % GROUP == 0}
+    quantize(model, {name: levels(weight, bits) for name, weight in whole.items()})
+
+
+def levels(weight: Tensor, bits: int) -> LevelTensor:
+    """The nearest of 2^bits equally spaced values between the ends of each group."""
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    most, middle = 2**bits - 1, 128 if bits == 8 else 0
+    scale = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / most
+    level = ((groups - low) / scale).round().clamp(0, most) - middle
+    return LevelTensor(level.to(torch.int8), scale, low + middle * scale)
 
 
 def _planes(weight: LevelTensor) -> tuple[Tensor, Tensor, Tensor]:

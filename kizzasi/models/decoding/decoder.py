@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kizzasi.errors import GenerateError, ShapeError
-from kizzasi.models.decoding.inplace import Line, Products, begin
+from kizzasi.errors import GenerateError, ShapeError, SpecError
+from kizzasi.models.decoding.inplace import CalledLine, Line, Products, begin
 from kizzasi.models.decoding.reading import as_mask, evaluating, read
 
 if TYPE_CHECKING:
@@ -31,13 +31,32 @@ class Decoder:
     Args:
         model: a causal model.
         state: what is continued, and left as it is; None starts afresh with the first `read`.
+        compile: a mode of `torch.compile`, such as "default", for which every step is compiled as a
+            whole and takes its state as a value: states of one shape only, so not caches of
+            attention without a window. It pays after thousands of tokens. On CUDA
+            "reduce-overhead" records a step as one graph of kernels.
+
+    Raises:
+        SpecError: the model is not causal, or to be compiled and its state grows.
     """
 
-    def __init__(self, model: SequenceModel, state: ModelState | None = None) -> None:
+    def __init__(
+        self,
+        model: SequenceModel,
+        state: ModelState | None = None,
+        *,
+        compile: str | None = None,
+    ) -> None:
         model.require_causal("a decoder")
         self.model = model
         self._modules = list(model.modules())
         self._products = Products()
+        if compile is not None and model.spec.cost(1).state_bytes < model.spec.cost(2).state_bytes:
+            raise SpecError(
+                "compile: the state grows by every token, and every shape would be compiled anew; "
+                "give attention a window, or leave compile out"
+            )
+        self._compiled = None if compile is None else torch.compile(model.step, mode=compile)
         self._line: Line | None = None if state is None else self._begin(state)
 
     def read(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -81,6 +100,8 @@ class Decoder:
             self._line = self._begin(self._line.value().gather(rows))
 
     def _begin(self, state: ModelState) -> Line:
+        if self._compiled is not None:
+            return CalledLine(self._compiled, state)
         return begin(self.model, state, self._products)
 
     def _ready(self, batch: int) -> Line:
