@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.models.linear import is_plain
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.stems import TokenStem
 
@@ -167,12 +168,12 @@ def quantize_weights(model: SequenceModel, bits: Literal[4, 8] = 8) -> None:
     if bits not in (4, 8):
         raise SpecError(f"bits: {bits!r}; choose 4 or 8")
     layers = dict(model.blocks.named_modules(prefix="blocks"))
-    found = {f"{name}.weight": m.weight for name, m in layers.items() if type(m) is nn.Linear}
+    found = {f"{name}.weight": m.weight for name, m in layers.items() if is_plain(m)}
     stem = model.stem
     if isinstance(stem, TokenStem):
         tied = stem.lm_head is None
         head = stem.embedding if stem.lm_head is None else stem.lm_head
-        if type(head) in (nn.Embedding, nn.Linear):
+        if type(head) is nn.Embedding or is_plain(head):
             found["stem.embedding.weight" if tied else "stem.lm_head.weight"] = head.weight  # pyright: ignore[reportArgumentType]
     whole = {name: w for name, w in found.items() if w.shape[1] % GROUP == 0}
     quantize(model, {name: levels(weight, bits) for name, weight in whole.items()})
