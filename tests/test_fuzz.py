@@ -268,3 +268,86 @@ def test_checkpoints_of_trainings(folder):
     require_refusal_or_success(code, error, "a pipe")
     assert "not a regular file" in error
     state.unlink()
+
+
+def tokenizer_file(**changes) -> dict:
+    """A sound byte-level tokenizer.json of 256 ids."""
+    pytest.importorskip("tokenizers")
+    import tokenizers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level |= {"use_regex": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False}
+    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    model |= {"byte_fallback": False, "merges": [], "vocab": {c: i for i, c in enumerate(letters)}}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    whole |= {"normalizer": None, "pre_tokenizer": level, "post_processor": None}
+    return {**whole, "decoder": level, "model": model, **changes}
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+PAD = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+PAD |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+CUT = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}
+RUNAWAY = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def test_tokenizers(folder):
+    """Some ends well: what would pad or cut is not done."""
+    from kizzasi.cli.generate import quiet
+    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+
+    sound = tokenizer_file()
+    vocab = sound["model"]["vocab"]
+    beyond = {**sound["model"], "vocab": {c: i + 1000 for c, i in vocab.items()}}
+    unigram = {"type": "Unigram", "unk_id": None, "vocab": []}
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    cases = {
+        "ids beyond": (tokenizer_file(model=beyond), False),
+        "padding": (tokenizer_file(padding=PAD), True),
+        "growth": (
+            tokenizer_file(normalizer={"type": "Sequence", "normalizers": [REPLACE] * 5}),
+            0,
+        ),
+        "prepend": (tokenizer_file(normalizer={"type": "Prepend", "prepend": "x" * 10**6}), False),
+        "runaway": (tokenizer_file(pre_tokenizer=RUNAWAY), False),
+        "unigram": (tokenizer_file(model=unigram), False),
+        "words": (tokenizer_file(model=words), False),
+        "list": ([1], False),
+    }
+    path, chance = folder / "tokenizer.json", random.Random(4)
+    (folder / "config.json").write_text("{}")
+
+    def use() -> None:
+        tokenizer = load_tokenizer(folder, 256)
+        tokenizer.decode(tokenizer.encode("a" * 40 + "!"))
+
+    with quiet():
+        for name, (data, fine) in cases.items():
+            path.write_text(json.dumps(data))
+            error = refused(use)
+            assert bool(error) != bool(fine), (name, error)
+            assert len(error.splitlines()) < 2
+        refused_of = [tokenizer_file(truncation=CUT)]
+        small = {**sound, "model": {**sound["model"], "vocab": dict([*vocab.items()][:20])}}
+        refused_of += [damaged(small, chance) for _ in range(150)]
+        for data in refused_of:
+            path.write_text(json.dumps(data))
+            assert len(refused(use).splitlines()) < 2
+        for content in (b"[" * 10**5, b"", b"\xff\xfe{}"):
+            path.write_bytes(content)
+            assert refused(use)
+        os.unlink(path)
+        with path.open("wb") as file:
+            file.truncate(2**26 + 1)
+        assert "larger than" in refused(use)
+
+
+@pytest.mark.parametrize("eos", [-1, 2**70, [1, 2**70], "x", True, 1e300])
+def test_ends_that_no_model_can_reach_end_nothing(folder, eos):
+    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert load_tokenizer(folder, 256).eos == ([1] if isinstance(eos, list) else None)

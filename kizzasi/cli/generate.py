@@ -10,14 +10,17 @@ example:
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kizzasi.cli.common import check_device, checkpoint_of
+from kizzasi.cli.errors import shown
 from kizzasi.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,7 +90,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     stem = model.spec.stem
     if not isinstance(stem, Tokens):
         raise DataError(f"{path}: a model of signals; text needs a model of tokens")
-    tokenizer = load_tokenizer(Path(path), stem.vocab_size)
+    with quiet():
+        tokenizer = Quiet(load_tokenizer(Path(path), stem.vocab_size))
     prompt = tokenizer.encode(prompt_text)
     if not prompt:
         raise DataError(f"{prompt_text!r:.60}: the tokenizer makes no token of this prompt")
@@ -112,7 +116,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, show.text.finish() if streamed else whole
 
 
-def sampling(args: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+def sampling(args: argparse.Namespace, tokenizer: Quiet) -> dict[str, Any]:
     """The arguments of `generate` that flags give."""
     temperature = args.temperature
     if temperature is None:
@@ -152,6 +156,38 @@ def read_prompt(args: argparse.Namespace) -> str:
     return text
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that a package says past Python reaches the terminal: one in Rust tells of its panics
+    in many lines, and what it raises is told in one."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class Quiet:
+    """A tokenizer that says nothing of its own."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self.inner, self.eos = inner, inner.eos
+
+    def encode(self, text: str) -> list[int]:
+        with quiet():
+            return self.inner.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with quiet():
+            return self.inner.decode(ids)
+
+
 class Show:
     """Prints a text as its tokens come, the prompt before the first."""
 
@@ -159,7 +195,8 @@ class Show:
         self.prompt, self.text = prompt, text
 
     def __call__(self, ids: Tensor) -> None:
-        print(self.prompt + self.text.add(int(ids[0])), end="", flush=True)
+        new = self.prompt + self.text.add(int(ids[0]))
+        print(shown(new, lines=True) if sys.stdout.isatty() else new, end="", flush=True)
         self.prompt = ""
 
 

@@ -8,18 +8,23 @@ Without either, ids are bytes.
 from __future__ import annotations
 
 import importlib.util
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from kizzasi.errors import CheckpointError, DataError
+from kizzasi.files import read_bytes
 from kizzasi.models.checkpoints.gguf import is_gguf
 from kizzasi.models.checkpoints.gguf_file import open_gguf
 from kizzasi.models.checkpoints.native import CONFIG
 from kizzasi.models.checkpoints.storage import read_json
 
 TOKENIZER = "tokenizer.json"
+MOST_FILE = 2**26  # bytes of a tokenizer.json
+MOST_TEXT = 2**22  # characters of a prompt
+MOST_GROWTH, MOST_PARTS = 1000, 20_000  # of the rules of a tokenizer
 KEY = "tokenizer.ggml."
 # What splits text before merging, by its name in GGUF. "{digits}" is how many make one piece.
 WORDS = (
@@ -63,18 +68,52 @@ class ByteTokenizer(Tokenizer):
 
 
 class PackagedTokenizer(Tokenizer):
-    """A tokenizer of the package tokenizers; bos, if given, comes before every text."""
+    """A tokenizer of the package tokenizers, which neither pads nor truncates here.
+
+    Args:
+        inner: of the package.
+        eos: see `Tokenizer`.
+        bos: comes before every text, if given.
+        vocab_size: of the model; larger ids are refused. None knows no model.
+    """
 
     def __init__(
-        self, inner: Any, eos: int | Sequence[int] | None = None, bos: int | None = None
+        self,
+        inner: Any,
+        eos: int | Sequence[int] | None = None,
+        bos: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        self.inner, self.eos, self.bos = inner, eos, bos
+        inner.no_padding()
+        inner.no_truncation()
+        self.inner, self.eos, self.bos, self.vocab_size = inner, eos, bos, vocab_size
 
     def encode(self, text: str) -> list[int]:
-        return ([] if self.bos is None else [self.bos]) + self.inner.encode(text).ids
+        if len(text) > MOST_TEXT:
+            raise DataError(f"{len(text):,} characters: more than the {MOST_TEXT:,} of a prompt")
+        found = _guarded("this text", lambda: self.inner.encode(text).ids)
+        ids = ([] if self.bos is None else [self.bos]) + found
+        beyond = [i for i in ids if self.vocab_size is not None and not 0 <= i < self.vocab_size]
+        if beyond:
+            raise CheckpointError(
+                f"the tokenizer gives id {beyond[0]}, and the model has {self.vocab_size}: it is "
+                "another model's"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.inner.decode(list(ids))
+        return _guarded("these ids", lambda: self.inner.decode(list(ids)))
+
+
+def _guarded(what: str, call: Callable[[], Any]) -> Any:
+    """The package raises plain exceptions, and panics, which are none."""
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"the checkpoint's tokenizer cannot take {what}: {reason:.200}") from error
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -91,14 +130,11 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if path.is_file() and is_gguf(path):
         metadata = open_gguf(path).metadata
         if metadata.get(f"{KEY}model") != NO_TOKENIZER or vocab_size > 2 * 256:
-            return from_gguf(metadata, str(path))
+            return from_gguf(metadata, str(path), vocab_size)
         return ByteTokenizer(vocab_size)
     if (path / TOKENIZER).is_file():
-        eos = _eos(path)
-        known = isinstance(eos, int) or (
-            isinstance(eos, list) and all(isinstance(i, int) for i in eos)
-        )
-        return PackagedTokenizer(_read(path / TOKENIZER), eos if known else None)
+        eos = _ids(_eos(path), vocab_size)
+        return PackagedTokenizer(_read(path / TOKENIZER), eos, None, vocab_size)
     if vocab_size > 2 * 256:
         raise CheckpointError(
             f"{path}: no {TOKENIZER} there, and {vocab_size} ids are no bytes; put it in the folder"
@@ -106,7 +142,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return ByteTokenizer(vocab_size)
 
 
-def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
+def from_gguf(
+    metadata: Mapping[str, Any], where: str, vocab_size: int | None = None
+) -> PackagedTokenizer:
     """The byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) of a file.
 
     Raises:
@@ -121,9 +159,15 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
         )
     tokens, merges = own.get("tokens"), own.get("merges")
     types = own.get("token_type")
-    kinds = [1] * len(tokens or ()) if types is None else list(types)
+    count = len(tokens) if isinstance(tokens, list) else 0
+    try:
+        kinds = [1] * count if types is None else list(types)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: {KEY}token_type: expected numbers; damaged") from error
+    if not _texts(merges or []):
+        raise CheckpointError(f"{where}: {KEY}merges: expected texts; damaged")
     pairs = [tuple(merge.split(" ")) for merge in merges or ()]
-    if not (isinstance(tokens, list) and len(kinds) == len(tokens) == len(set(tokens))):
+    if not (_texts(tokens) and len(kinds) == len(tokens) == len(set(tokens))):
         raise CheckpointError(f"{where}: {KEY}tokens: missing, doubled, or without a type; damaged")
     known = set(tokens)
     if any(len(pair) != 2 or not known >= {*pair, "".join(pair)} for pair in pairs):
@@ -141,7 +185,16 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> PackagedTokenizer:
             added = package.AddedToken(token, special=bool(kind == 3), normalized=False)
             inner.add_special_tokens([added]) if kind == 3 else inner.add_tokens([added])
     bos = own.get("bos_token_id") if own.get("add_bos_token") else None
-    return PackagedTokenizer(inner, ends_of(metadata), bos)
+    ends = ends_of(metadata)
+    for name, ids in (("eos", ends), ("bos", bos)):
+        given = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(i) is not int or not 0 <= i < len(tokens) for i in given):
+            raise CheckpointError(f"{where}: {KEY}{name}_token_id: {ids!r:.60} is no token")
+    return PackagedTokenizer(inner, ends, bos, vocab_size)
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def ends_of(metadata: Mapping[str, Any]) -> int | list[int] | None:
@@ -172,14 +225,43 @@ def _eos(path: Path) -> Any:
     return None
 
 
+def _ids(value: Any, vocab_size: int) -> int | list[int] | None:
+    """Ids that a model can produce; others end no text."""
+    given = value if isinstance(value, list) else [value]
+    found = [i for i in given if type(i) is int and 0 <= i < vocab_size]
+    return None if not found else found if isinstance(value, list) else found[0]
+
+
 def _read(path: Path) -> Any:
     package = tokenizers_package()
     try:
-        return package.Tokenizer.from_str(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MOST_FILE).decode()
+        _require_modest(json.loads(text))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot read it: {error}") from error
-    except Exception as error:  # the package raises nothing more special
+    try:
+        return _guarded("its own file", lambda: package.Tokenizer.from_str(text))
+    except DataError as error:
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+
+
+def _require_modest(data: Any) -> None:
+    """Raise ValueError where a few characters would become very many."""
+    if not isinstance(data, dict):
+        raise ValueError("expected a JSON object")
+    for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        growth, todo, n = 1, [data.get(name)], 0
+        while todo:
+            part, n = todo.pop(), n + 1
+            if isinstance(part, dict):
+                texts = (part.get("content"), part.get("prepend"))
+                for text in (t for t in texts if isinstance(t, str)):
+                    growth *= max(1, len(text))
+                todo += part.values()
+            elif isinstance(part, list):
+                todo += part
+            if growth > MOST_GROWTH or n > MOST_PARTS:
+                raise ValueError(f"{name}: would make far too much of a text")
 
 
 def tokenizers_package() -> Any:
