@@ -49,6 +49,14 @@ def test_help_has_an_example_and_the_common_options(capsys, verb):
     assert all(word in text for word in ("example:", "--seed", "--device", "--json"))
 
 
+def test_doctor_names_every_op_and_tests_itself(capsys):
+    found = json.loads(output(capsys, "doctor", "--json", "--no-speed"))
+    assert {"attention", "linear", "selective_scan", "wkv7"} <= found["engines"].keys()
+    assert set(found["engines"].values()) <= {"torch", "native"}
+    assert found["kernels"].startswith("absent") or found["engines"]["selective_scan"] == "native"
+    assert max(found["self_test"].values()) < 1e-9
+
+
 def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):
     run = tmp_path / "run"
     options = ["--data", data, "--seq-len", 32, "--batch-size", 4, "--out", run, "--json"]

@@ -26,6 +26,7 @@ VERBS = {
     "validate": "look at one",
     "schema": "look at one",
     "convert": "use a model",
+    "doctor": "look at one",
 }
 PROG = "kizzasi"
 SEEDS = 2**63

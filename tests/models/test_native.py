@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.mixers import MambaSpec
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
+from kizzasi.models.ops.decay_scan import DECAY_SCAN
 from kizzasi.models.ops.delta import DELTA_RULE
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
@@ -104,6 +105,7 @@ KERNELS = {
     "delta": (DELTA_RULE, lambda t: delta(t, 19, 6, 1)),
     "delta-channel": (DELTA_RULE, lambda t: delta(t, 5, 9, 5)),
     "wkv7": (WKV7, wkv7),
+    "decay": (DECAY_SCAN, lambda t: ((decays(B, t, 19), normal(B, t, 19), normal(B, 19)), {}, {})),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 

@@ -102,4 +102,9 @@ def _scan(a: Tensor, u: Tensor, h0: Tensor) -> Tensor:
     return torch.addcmul(h, a, before[:, :, None]).flatten(1, 2)[:, :t]
 
 
-DECAY_SCAN = Engines("decay_scan", reference=decay_scan_ref, torch=decay_scan)
+DECAY_SCAN = Engines(
+    "decay_scan",
+    reference=decay_scan_ref,
+    torch=decay_scan,
+    native="kizzasi.models.ops.native.decay_scan:decay_scan",
+)
