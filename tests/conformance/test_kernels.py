@@ -25,7 +25,7 @@ class Kernels(TorchDispatchMode):
 # kind or variant: forward and backward of 2048 tokens, at most. Other mixers are made of these.
 MOST = {
     "attention": (130, 120),
-    "attention-nf4-ring": (185, 120),
+    "attention-nf4-ring": (200, 120),
     "gated_delta": (340, 1030),
     "gla": (180, 680),
     "kda": (410, 1150),

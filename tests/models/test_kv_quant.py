@@ -10,7 +10,15 @@ from kizzasi.models.attention.memory import CodedState
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, MLASpec, ParallelSpec
-from kizzasi.models.ops.kv_codes import LEVELS, code_bytes, decode, encode, straight_through
+from kizzasi.models.ops.kv_codes import (
+    LEVELS,
+    code_bytes,
+    decode,
+    encode,
+    hadamard,
+    straight_through,
+    turn,
+)
 from kizzasi.models.state import join_states, named_leaves
 
 KINDS = ("int8", "fp8", "nf4")
@@ -55,6 +63,22 @@ def test_every_level_of_nf4_has_its_code():
     between = torch.tensor([1.0, (LEVELS[9] + LEVELS[10]) / 2 + 1e-9], dtype=torch.float64)
     codes, scale = encode(between, "nf4")
     assert decode(codes, scale, "nf4", 2, between.dtype)[1] == LEVELS[10]
+
+
+@pytest.mark.parametrize("width", [1, 6, 64])
+def test_a_turn_keeps_products_and_shares_out_what_is_large(width):
+    by = hadamard(width, device=torch.device("cpu"), dtype=torch.float64)
+    q, k = torch.randn(2, 5, width, dtype=torch.float64)
+    assert_close(turn(turn(q, by), by), q)
+    assert_close((turn(q, by) * turn(k, by)).sum(-1), (q * k).sum(-1))
+    if width < 64:
+        return
+    k[:, 3] = 40.0
+
+    def error(x):
+        return (decode(*encode(x, "nf4"), "nf4", width, x.dtype) - x).norm()
+
+    assert error(turn(k, by)) < 0.7 * error(k)
 
 
 def test_gradients_pass_as_if_nothing_was_coded():

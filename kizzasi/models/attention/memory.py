@@ -13,15 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kizzasi.models.call import Call
 from kizzasi.models.kv_cache import AttentionState, Layout, add_slot, append, empty_cache, pack
+from kizzasi.models.mixer import state_dtype
 from kizzasi.models.ops.kv_codes import (
     KVQuant,
     code_bytes,
     decode,
     encode,
     groups_of,
+    hadamard,
     scale_dtype,
     straight_through,
+    turn,
 )
 from kizzasi.models.ops.stencil import Stencil
 from kizzasi.models.state import loadable
@@ -64,7 +68,7 @@ State = AttentionState | CodedState
 class Entered(NamedTuple):
     """New tokens.
 
-    k, v          (b, n_kv_heads, t, width) as they came.
+    k, v          (b, n_kv_heads, t, width) as they came, turned if they are coded.
     seen_k, seen_v  as they are seen.
     leaves        as they are kept.
     """
@@ -133,10 +137,22 @@ class Memory:
         k, v = (torch.cat([a, x[:, :, g:]], 2) for a, x in zip(first, (k, v), strict=True))
         return k, v
 
-    def enter(self, k: Tensor, v: Tensor, position: Tensor) -> Entered:
-        """New keys and values (b, n_kv_heads, t, width) at (b or 1, t) positions."""
+    def turning(self, call: Call, like: Tensor) -> Tensor | None:
+        """The rotation that heads are coded in, made once for all layers of a call; or None."""
+        if self.quant == "none":
+            return None
+        width, place = self.widths[0], {"device": like.device, "dtype": state_dtype(like.dtype)}
+        return call.once(("hadamard", width, like.dtype), lambda: hadamard(width, **place))
+
+    def enter(self, k: Tensor, v: Tensor, position: Tensor, by: Tensor | None = None) -> Entered:
+        """New keys and values (b, n_kv_heads, t, width) at (b or 1, t) positions.
+
+        by: what they, their queries and their result are turned by; None: they are not.
+        """
         if self.quant == "none":
             return Entered(k, v, k, v, (k, v))
+        if by is not None:
+            k, v = turn(k, by), turn(v, by)
         if k.shape == v.shape:  # together, in half as many calls
             codes, scale = encode(torch.cat([k, v], 1), self.quant)
             coded = list(zip(codes.chunk(2, 1), scale.chunk(2, 1), strict=True))

@@ -48,7 +48,7 @@ from kizzasi.models.kv_cache import (
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION
-from kizzasi.models.ops.kv_codes import KVQuant
+from kizzasi.models.ops.kv_codes import KVQuant, turn, turned_together
 from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
@@ -113,7 +113,8 @@ class AttentionSpec(MixerSpec):
             arXiv:2405.05254). A token sees that of tokens up to its own.
         kv_quant: how keys and values are remembered, and so how they are seen, in training too:
             "none", as they are; "int8", "fp8" (E4M3) or "nf4" (4 bits), in groups of up to 64
-            entries of a head with a scale of 2 bytes. The first n_global stay as they are.
+            entries of a head with a scale of 2 bytes, the head turned by a Hadamard matrix. The
+            first n_global stay as they are.
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -201,7 +202,10 @@ class AttentionSpec(MixerSpec):
         exact = 0 if self.kv_quant == "none" else self.n_global * 2 * d_kv * 4
         reads = self.kv_from is not None
         cache = batch * (kept + exact + places * 8) if self.causal and not reads else 0
-        total = dense(0, flops=self._score_flops(seq_len, batch, head_dim), state_bytes=cache)
+        flops = self._score_flops(seq_len, batch, head_dim)
+        if self.coded:  # queries, keys, values and the result are turned
+            flops += 2 * n * 2 * (d_q + d_kv) * turned_together(head_dim)
+        total = dense(0, flops=flops, state_bytes=cache)
         n_in = d if self.qkv_rank is None else self.qkv_rank
         if self.qkv_rank is not None:
             n_down = 1 if self.qkv_shared else 3
@@ -356,13 +360,16 @@ class Attention(Mixer):
         q, k, v, gate = self._project(x, sight.position, sight.counted, call)
         n_before, apart = before.k.shape[2], call.segments is not None
         plan = stencil.plan(x.shape[1], n_before, apart)
-        past, new = self.memory.seen(before, k), self.memory.enter(k, v, sight.position)
+        by = self.memory.turning(call, x)
+        past, new = self.memory.seen(before, k), self.memory.enter(k, v, sight.position, by)
+        q = q if by is None else turn(q, by)
         if plan is None:
             seen, shown = visible(call, before, stencil), new[2:4]
             keys, values = map(append, past, shown)
             y = self._attend(q, keys, values, seen, sight.query, lambda: sight.key)
         else:
             y = self._attend_in_blocks(q, past, new, before, plan, call)
+        y = y if by is None else turn(y, by)
         if lent is not None:
             return MixerOut(self._leave(y, gate), ())
         after = self.memory.keep(sight, before, past, new) if causal else ()
@@ -376,11 +383,13 @@ class Attention(Mixer):
         position, counted = now(call, state, self.stencil)
         q, k, v, gate = self._project(x[:, None], position, counted, call)
         position = position.expand(len(x), -1)
-        after = self.memory.add(state, self.memory.enter(k, v, position), position)
+        by = self.memory.turning(call, x)
+        after = self.memory.add(state, self.memory.enter(k, v, position, by), position)
+        q = q if by is None else turn(q, by)
         query = Places(torch.zeros_like(position), position)
         seen = seen_now(call, after, query, self.stencil)
         y = self._attend(q, *self.memory.seen(after, k), seen, query, after.places)
-        y = self._leave(y, gate)[:, 0]
+        y = self._leave(y if by is None else turn(y, by), gate)[:, 0]
         return MixerOut(y, after, lent=self._lend(k, v, state)) if lent is None else MixerOut(y, ())
 
     def _borrowed(self, call: Call) -> Lent | None:

@@ -7,12 +7,16 @@
 Every token is coded by itself and once, so that a sequence read at once and token by token has the
 same codes.
 
-Source: NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E. FP8: E4M3 of Micikevicius et al.
-2022, arXiv:2209.05433.
+Keys have a few large entries, beside which the others of their group would be lost; a Hadamard
+rotation of heads shares them out, and leaves q . k as it is if queries are turned too.
+
+Source: rotation: Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4. NF4: Dettmers et al.
+2023, arXiv:2305.14314, appendix E. FP8: E4M3 of Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -99,6 +103,31 @@ def _table(kind: KVQuant, device: torch.device, dtype: torch.dtype) -> Tensor:
         return byte.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(dtype)[:, None]
     levels = torch.tensor(LEVELS, device=device, dtype=dtype)
     return torch.stack([levels[byte & 15], levels[byte >> 4]], 1)
+
+
+@functools.cache
+def _signs(n: int) -> tuple[tuple[float, ...], ...]:
+    """Sylvester's matrix of n rows, a power of two, orthonormal; it is its own inverse."""
+    size = n**-0.5
+    return tuple(
+        tuple(-size if (i & j).bit_count() % 2 else size for j in range(n)) for i in range(n)
+    )
+
+
+def turned_together(width: int) -> int:
+    """How many entries of a head are turned together: its largest factor that is a power of two."""
+    return width & -width
+
+
+def hadamard(width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n, n) the rotation of heads of this width, n = turned_together(width)."""
+    return torch.tensor(_signs(turned_together(width)), device=device, dtype=dtype)
+
+
+def turn(x: Tensor, by: Tensor) -> Tensor:
+    """Rotate the entries of heads (..., width); twice is not at all."""
+    n = len(by)
+    return (x.unflatten(-1, (-1, n)) @ by.to(x.dtype)).flatten(-2)
 
 
 def straight_through(x: Tensor, shown: Tensor) -> Tensor:
