@@ -30,6 +30,7 @@ class Call:
             state; every change of value along t starts a document from the zero state; -1 is
             padding.
         step: whether the layers see one token, (b, d), and run their recurrent form.
+        coded: whether layers may send codes of what is to come, and say what they cost.
 
     Attributes:
         shared: what earlier layers have offered to later ones (RWKV-7's v_first).
@@ -44,8 +45,9 @@ class Call:
         *,
         segments: Tensor | None = None,
         step: bool = False,
+        coded: bool = False,
     ) -> None:
-        self.shape, self.device, self.step = shape, device, step
+        self.shape, self.device, self.step, self.coded = shape, device, step, coded
         self.segments = segments
         self.shared: Mapping[str, Tensor] = {}
         self.lent: Mapping[tuple[str, int], Any] = {}
@@ -111,7 +113,9 @@ class Call:
         return call
 
     def _with(self, shared: Mapping[str, Tensor]) -> Call:
-        call = Call(self.shape, self.device, segments=self.segments, step=self.step)
+        call = Call(
+            self.shape, self.device, segments=self.segments, step=self.step, coded=self.coded
+        )
         call.shared, call.lent, call._made = shared, self.lent, self._made
         return call
 

@@ -171,3 +171,13 @@ def _spread(mask: Tensor, shape: torch.Size) -> Tensor:
     raise ShapeError(
         f"mask: expected {tuple(shape)}, one value a position, got {tuple(mask.shape)}"
     )
+
+
+def with_charge(logits: Tensor, charge: Tensor) -> Tensor:
+    """Logits (..., v) of which a share of exp(-charge) is left, and the rest of probability, one
+    entry more: cross entropy grows by `charge` (...) nats.
+    """
+    charge = full_precision(charge)
+    left = full_precision(logits).log_softmax(-1) - charge.unsqueeze(-1)
+    rest = torch.log(-torch.expm1(-charge)).unsqueeze(-1)  # -inf for nothing
+    return torch.cat([left, rest], -1)

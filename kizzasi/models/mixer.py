@@ -56,6 +56,7 @@ class ParamRule(NamedTuple):
 
 
 NO_DECAY = ParamRule(decay=False)
+CHARGE = "charge"  # in `MixerOut.aux`, of a layer that encodes: see `LayerSpec.encodes`
 
 
 class MixerOut(NamedTuple):

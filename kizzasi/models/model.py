@@ -21,8 +21,8 @@ from kizzasi.models.groups import parameter_groups
 from kizzasi.models.heads import Own, refuse_pooled
 from kizzasi.models.init import Ready
 from kizzasi.models.layers.stack import Stack
-from kizzasi.models.loss import IGNORED, mean_loss, mean_loss_in_chunks
-from kizzasi.models.mixer import Mixer
+from kizzasi.models.loss import IGNORED, mean_loss, mean_loss_in_chunks, with_charge
+from kizzasi.models.mixer import CHARGE, Mixer
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.spec import ModelSpec
@@ -125,6 +125,7 @@ class SequenceModel(nn.Module, metaclass=Ready):
         inputs_embeds: Tensor | None = None,
         read: Callable[[Tensor], Tensor] | None = None,
         n_blocks: int | None = None,
+        coded: bool = False,
     ) -> ModelOutput:
         """Parallel form, or with `step` the recurrent one.
 
@@ -141,6 +142,10 @@ class SequenceModel(nn.Module, metaclass=Ready):
             read: what to make of the normed features (b, t, d) in place of logits.
             n_blocks: run the first so many blocks alone, and give `read` what comes out of them, as
                 it is; the state is of no use then. None means all.
+            coded: for an honest score of a model with latent bits: they are chosen by the encoder,
+                which sees what is to come, and paid for. Logits get one entry more (b, t, v + 1),
+                the share of probability that the bits of a token cost, so that cross entropy is
+                that of the tokens plus that of the bits. Changes nothing in other models.
 
         Raises:
             ShapeError: inputs, segment_ids or mask do not fit, or a document is longer than the
@@ -159,12 +164,16 @@ class SequenceModel(nn.Module, metaclass=Ready):
             require_own(state, self._digest, len(given), start)
         body = partial(self._body, embedded=inputs is None, n_blocks=n_blocks)
         about = {"causal": self._causal, "digest": self._digest, "step": step}
+        about["coded"] = coded = coded and self.spec.encodes
         x, after, aux, sick = through(body, given, state, segment_ids, mask, **about)
         if n_blocks is None:
             x = self.norm(x)
         if read is not None:
             x = x if sick is None else x.masked_fill(sick.unsqueeze(-1), torch.nan)
             return ModelOutput(read(x), after, aux)
+        if coded:
+            losses = {name: loss for name, loss in aux.items() if name != CHARGE}
+            return ModelOutput(with_charge(self._own_head(x), aux[CHARGE]), after, losses)
         outputs = self._read_heads(x, mask, sick, last_only and not step)
         return ModelOutput(
             next(iter(outputs.values())), after, aux, outputs if self.spec.heads else {}

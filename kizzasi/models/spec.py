@@ -186,6 +186,11 @@ class ModelSpec(Strict):
         return window_of(self.blocks)
 
     @property
+    def encodes(self) -> bool:
+        """Whether a layer sends itself a code of what is to come; see `LayerSpec.encodes`."""
+        return any(layer.encodes for layer in self.blocks)
+
+    @property
     def causal(self) -> bool:
         """False if an output depends on later inputs; see `MixerSpec.causal`."""
         return all(layer.causal for layer in self.blocks)

@@ -59,16 +59,17 @@ def through(
     causal: bool,
     digest: str,
     step: bool = False,
+    coded: bool = False,
 ) -> Features:
     """Run a model's layers, or a layer, on what a user gives.
 
     Args:
         body: the layers on (inputs, position, blocks of the state, call): the residual stream,
             blocks of the state after, losses by name.
-        inputs, state, segment_ids, mask, step: as for `SequenceModel.forward`.
+        inputs, state, segment_ids, mask, step, coded: as for `SequenceModel.forward`.
         causal, digest: of the model.
     """
-    trunk = partial(_trunk, body, causal, digest, step)
+    trunk = partial(_trunk, body, causal, digest, step, coded)
     if state is not None and mask is not None and starts_under_padding(state, mask):
         return by_length(trunk, inputs, state, segment_ids, mask)
     return trunk(inputs, state, segment_ids, mask)
@@ -79,6 +80,7 @@ def _trunk(
     causal: bool,
     digest: str,
     step: bool,
+    coded: bool,
     inputs: Tensor,
     state: ModelState | None,
     segment_ids: Tensor | None,
@@ -86,7 +88,7 @@ def _trunk(
 ) -> Features:
     shape = (inputs.shape[0], 1 if step else inputs.shape[1])
     segments = canonical_segments(shape, state, segment_ids, mask)
-    call = Call(shape, inputs.device, segments=segments, step=step)
+    call = Call(shape, inputs.device, segments=segments, step=step, coded=coded)
     position = _positions(call, state)
     inputs, sick = _set_aside(inputs, call, causal)
     before = None if state is None else state.blocks

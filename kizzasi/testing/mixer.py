@@ -91,14 +91,16 @@ class Exam:
         hybrid: bool = False,
         engine: Engine = "auto",
     ) -> SequenceModel:
-        """A model whose every parameter is perturbed: nothing hides behind a zero or a one."""
+        """A model whose every parameter is perturbed: nothing hides behind a zero or a one; in
+        evaluation if it encodes what is to come.
+        """
         model = build_model(self.spec(hybrid=hybrid), seed=1, dtype=torch.float64, engine=engine)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for p in model.parameters():
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 p.add_(0.1 * noise.to(p.dtype))
-        return model.to(device=self.device, dtype=dtype)
+        return model.train(not model.spec.encodes).to(device=self.device, dtype=dtype)
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -420,7 +422,7 @@ def cost_is_measured(exam: Exam, batch: int, length: int) -> None:
     assert cost.params == sum(p.numel() for p in meta.parameters())
     if not all(layer.fixed_work for layer in spec.blocks):
         return
-    model = build_model(spec)
+    model = build_model(spec).train(not spec.encodes)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
         out = model(exam.tokens(batch, length))
     assert cost.flops == counter.get_total_flops()
@@ -431,7 +433,7 @@ def the_seed_sets_everything(exam: Exam) -> None:
     """`reset_parameters` sets every parameter and buffer, from the seed alone."""
     spec = exam.spec(hybrid=True)
     before = torch.get_rng_state()
-    a, b, c = (build_model(spec, seed=s) for s in (0, 0, 1))
+    a, b, c = (build_model(spec, seed=s).train(not spec.encodes) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():
         for tensor in (*a.parameters(), *a.buffers()):

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError
 from kizzasi.files import open_regular, write_file
-from kizzasi.models import SequenceModel, parameter_groups
+from kizzasi.models import SequenceModel, Tokens, parameter_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.muon import Muon
 from kizzasi.train.recipe import Recipe
@@ -140,10 +141,12 @@ class Training:
 
     @torch.no_grad()
     def values(self, split: Split = "valid") -> Scores:
-        """The metric on every held-out window of this process."""
+        """The metric on every held-out window of this process; of a language model with latent
+        bits, these included (`SequenceModel.forward(coded=True)`)."""
         self.model.eval()
+        coded = self.task.metric.of_loss and isinstance(self.task.stem, Tokens)
         with self._autocast():
-            return self.task.score(self.shared_model, split, self.shape)
+            return self.task.score(partial(self.shared_model, coded=coded), split, self.shape)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from kizzasi.testing import check_layer
 D = 8
 MAMBA = {"mixer": {"kind": "mamba", "d_state": 2}}
 HEADS = {"mixer": {"kind": "attention", "n_heads": 2}, "channel": {"kind": "mlp", "hidden": 8}}
+SEES_ALL = {"mixer": {"kind": "attention", "n_heads": 2, "causal": False}}
 NEAR = {"mixer": {"kind": "attention", "n_heads": 2, "window": 3}}
 CONV = {"mixer": {"kind": "short_conv"}}
 RWKV7 = {"mixer": {"kind": "rwkv7", "head_dim": 4}, "norm": "layer"}
@@ -73,6 +74,21 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
                 "capacity": 0.7,
             },
             RWKV7,
+        ],
+    },
+    "latent": {
+        "add": [{"kind": "latent", "body": [HEADS], "encoder": [SEES_ALL], "n_bits": 3}],
+        "film-lora": [
+            RWKV7,
+            {
+                "kind": "latent",
+                "body": [RWKV7, MAMBA],
+                "encoder": [SEES_ALL, RWKV7],
+                "inject": ["film", "lora"],
+                "rank": 2,
+                "form": "table",
+                "n_bits": 3,
+            },
         ],
     },
     "loop": {

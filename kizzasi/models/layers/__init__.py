@@ -5,6 +5,7 @@ from kizzasi.models.layers.chunked import ChunkedSpec
 from kizzasi.models.layers.condition import ConditionSpec
 from kizzasi.models.layers.depth_routed import DepthRoutedSpec
 from kizzasi.models.layers.downsample import DownsampleSpec
+from kizzasi.models.layers.latent import LatentSpec
 from kizzasi.models.layers.layer import LayerSpec
 from kizzasi.models.layers.loop import LoopSpec
 from kizzasi.models.layers.shared import SharedSpec
@@ -15,6 +16,7 @@ __all__ = [
     "ConditionSpec",
     "DepthRoutedSpec",
     "DownsampleSpec",
+    "LatentSpec",
     "LayerSpec",
     "LoopSpec",
     "SharedSpec",

@@ -16,6 +16,7 @@ this one with a spec, a state and a module, and one import line in `__init__.py`
                                  in the order of the fields (RWKV-7's value residual)
        depth                     residual layers that an input passes through: for initialisations
        context_window, causal    see `MixerSpec`; `window_of` gives the window of a stack
+       encodes                   True where it sends a code of what is to come (`latent`)
        fixed_work                False where the tokens decide how much is done
 2. A state: a NamedTuple of tensors with the batch first, tuples and NamedTuples of such, () for
    nothing. Before any token floats are zero. Integers start at 0, or at -1 for dead slots, and
@@ -77,6 +78,9 @@ class LayerSpec(Registered):
         for name, value in self.inside():
             if isinstance(value, tuple):
                 check_stack(value, d_model, join(path, name))
+                codes = [i for i, layer in enumerate(value) if layer.encodes]
+                where = f"{join(path, name)}{codes}"
+                require(not codes, where, "latent bits inside a layer; give them to the model")
             else:
                 value.check(d_model, join(path, name))
 
@@ -139,6 +143,12 @@ class LayerSpec(Registered):
     def causal(self) -> bool:
         """False if an output depends on later inputs; see `MixerSpec.causal`."""
         return all(part.causal for _, part in self.parts())
+
+    @property
+    def encodes(self) -> bool:
+        """Whether, in training and in a coded score, outputs depend on what is yet to come, by a
+        code whose nats of every token (b, t) the layer puts into `aux[CHARGE]` of a coded score."""
+        return False
 
     @property
     def fixed_work(self) -> bool:

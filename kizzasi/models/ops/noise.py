@@ -24,10 +24,27 @@ def noise_of(seed: int, position: Tensor, d: int, bound: float = 3.0) -> Tensor:
     Returns:
         (b, t, d) float64.
     """
-    channel = torch.arange(d, device=position.device) + APART
-    key = _mix(_mix(position + (seed & MASK)).unsqueeze(-1) + _mix(channel))
-    u = (key.double() + 0.5) / 2**32
+    u = uniform_of(seed, position, d)
     return (math.sqrt(2) * torch.erfinv(2 * u - 1)).clamp(-bound, bound)
+
+
+def uniform_of(seed: int, position: Tensor, d: int, key: Tensor | None = None) -> Tensor:
+    """Numbers in (0, 1), one for every position and channel.
+
+    Args:
+        seed: any integer.
+        position: (b, t) int64, not negative.
+        d: channels.
+        key: (b,) int64, a further seed for every row; None means 0.
+
+    Returns:
+        (b, t, d) float64.
+    """
+    channel = torch.arange(d, device=position.device) + APART
+    place = _mix(position + (seed & MASK))
+    if key is not None:
+        place = _mix(place ^ _mix(key)[:, None])
+    return (_mix(place.unsqueeze(-1) + _mix(channel)).double() + 0.5) / 2**32
 
 
 def _mix(x: Tensor) -> Tensor:
