@@ -1,5 +1,7 @@
 """The report says what the journal holds: hand-computed numbers, and pages that a browser takes."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -7,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 from functools import cache
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +25,9 @@ from made_up_runs import (
 )
 
 from kizzasi.errors import StudyError
+from kizzasi.nas.report.figures import choices_of, figures, progress
 from kizzasi.nas.report.pages import findings, html, markdown, summarise, table, write_report
+from kizzasi.nas.report.style import SCRIPT
 from kizzasi.nas.report.svg import Axis, pareto_front, short
 from kizzasi.nas.report.tables import finalist_rows, spark, tables
 from kizzasi.nas.results.finals import Final
@@ -97,22 +102,25 @@ def classes(figure):
 def test_page_stands_alone_and_every_plot_has_marks(name):
     text = html(summary_of(name))
     page = Page(text)
-    assert not {"script", "iframe", "object", "embed", "link", "img"} & {
-        tag for tag, _ in page.tags
-    }
+    tags = [tag for tag, _ in page.tags]
+    assert not {"iframe", "object", "embed", "link", "img"} & set(tags)
+    assert tags.count("script") == 1
+    assert f"<script>{SCRIPT}</script>" in text
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
     for tag, attrs in page.tags:
-        assert not {"src", "href", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
+        assert not {"src", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
+        assert attrs.get("href", "#hint")[1:] in ids, (tag, attrs)
         assert not [key for key in attrs if key.startswith("on")], (tag, attrs)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert len(page.figures) == (10 if name.startswith("evol") else 8)
+    assert (len(page.figures) > 0) == (name not in ("empty",))
     for figure in page.figures:
         tags = [tag for tag, _ in figure]
-        assert "h2" in tags
-        drawn, missing = "svg" in tags, "missing" in classes(figure)
-        assert drawn != missing
-        if drawn:
-            assert "title" in tags
-            assert {"mark", "line", "box"} & classes(figure) or "rect" in tags
+        assert {"h2", "svg", "title"} <= set(tags)
+        assert all(attrs["aria-label"] for tag, attrs in figure if tag == "svg")
+        assert {"mark", "line", "box"} & classes(figure) or "rect" in tags
         numbers = " ".join(v for _, attrs in figure for k, v in attrs.items() if k in GEOMETRY)
         assert not re.search("nan|inf|none", numbers, re.I)
 
@@ -126,11 +134,14 @@ def test_text_fits_a_terminal(name):
 
 def test_complete_plots_are_all_drawn():
     page = Page(html(summary_of("complete")))
-    seeds, curves, params, state, family, scatter = page.figures[2:]
-    assert [f for f in page.figures if "missing" in classes(f)] == [family]
+    _, _, best, curves, seeds, mattered, params, state, scatter = page.figures
     assert sum("mark" in attrs.get("class", "").split() for _, attrs in seeds) == 3 + 3
     assert {"noise", "mean", "whisker"} <= classes(seeds)
-    assert sum("line" in attrs.get("class", "").split() for _, attrs in curves) == 14 + 6
+    # one line per candidate that trained at all, and three of them named
+    assert sum("line" in attrs.get("class", "").split() for _, attrs in curves) == 14
+    assert sum(attrs.get("class") == "name" for _, attrs in curves) == 3
+    assert sum("line" in attrs.get("class", "").split() for _, attrs in best) == 1
+    assert sum("box" in attrs.get("class", "").split() for _, attrs in mattered) == 4
     assert sum("mark" in attrs.get("class", "").split() for _, attrs in scatter) == 12 + 4  # legend
     for figure in (params, state):
         assert sum("mark" in attrs.get("class", "").split() for _, attrs in figure) == 14 + 5 + 5
@@ -138,11 +149,33 @@ def test_complete_plots_are_all_drawn():
     assert "front" in classes(params)
 
 
-def test_an_empty_page_says_what_is_missing():
-    page = Page(html(summarise([])))
-    assert all("missing" in classes(figure) for figure in page.figures)
-    for said in ("No candidate has a score yet", "Neither baselines nor final scores"):
-        assert said in page.text
+def test_the_page_begins_with_the_verdict_and_leaves_out_what_is_empty():
+    text = html(summary_of("complete"))
+    said = "The best searched model is mamba+transformer d96 L4 n16 x2 (210,494 parameters)"
+    assert text.index("<h1>") < text.index(said) < text.index("<figure>") < text.index("<table>")
+    assert "missing" not in text.replace("is missing", "")
+    nothing = html(summarise([]))
+    assert "<figure>" not in nothing
+    assert "<table>" not in nothing
+    assert "kizzasi search --resume" in nothing
+
+
+def test_the_best_so_far_counts_every_token_once():
+    one, other = (candidate(i, "searched", "mamba", 9, None) for i in (2, 3))
+    events = [study(), one, other, trial(one, "0", 3.0, 100), trial(other, "0", 3.5, 100)]
+    events.append(trial(one, "1", 2.5, 300))  # goes on from its first 100
+    title = "tokens, all trainings together"
+    figure = next(f for f in figures(summarise(events)).training if title in f.svg)
+    assert "best score so far: 2.500" in figure.svg
+    lines = [(spent, score) for spent, score in progress(summarise(events))]
+    assert lines == [(100, 3.0), (400, 3.0), (400, 2.5), (401, 2.5)]
+
+
+def test_choices_are_counted_from_the_spec():
+    entry = candidate(2, "searched", "mamba+transformer", 9, None)
+    wanted = {"layers": 4, "channels (d_model)": 96}
+    wanted |= {"mamba layers": 2, "attention layers": 2, "swiglu layers": 2}
+    assert choices_of(entry["spec"]) == wanted
 
 
 def test_standings_follow_the_result_and_equal_those_without_it():
@@ -337,7 +370,7 @@ def test_a_score_that_was_not_finite_is_a_failure_with_that_reason(tmp_path):
 @pytest.mark.parametrize("write", [markdown, html])
 def test_text_from_outside_is_harmless(write):
     text = write(summary_of("hostile"))
-    assert "<script" not in text
+    assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
     if write is markdown:
         assert "\x1b" not in text
@@ -380,24 +413,46 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync "
     "--enable-logging=stderr --log-level=0 --window-size=1240,2400"
 )
-# Where the browser drew each plot's marks: inside the picture, with a size, in a colour.
+# In the browser: where each plot's marks are, the size of its letters, what a click and the
+# pointer do. `page` is the report in a frame as wide as the screen that is asked for.
 PROBE = """<script>
-const out = [...document.querySelectorAll("figure")].map(figure => {
-  const svg = figure.querySelector("svg");
-  if (!svg) return {title: figure.querySelector("h2").textContent, said: figure.innerText};
-  const frame = svg.getBoundingClientRect(), seen = box =>
-    box.left >= frame.left - 1 && box.right <= frame.right + 1 &&
-    box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1;
-  const marks = [...svg.querySelectorAll(".mark, .line, rect[stroke]")].filter(mark => {
-    const box = mark.getBoundingClientRect(), style = getComputedStyle(mark);
-    return seen(box) && box.width + box.height > 2 && style.stroke + style.fill != "nonenone";
-  });
-  const texts = [...svg.querySelectorAll("text")];
-  return {title: figure.querySelector("h2").textContent, height: frame.height,
-    marks: marks.length, texts: texts.length,
-    cut: texts.filter(t => !seen(t.getBoundingClientRect())).map(t => t.textContent)};
-});
-document.body.innerHTML = "<pre>" + JSON.stringify(out).replace(/[&<]/g, " ") + "</pre>";
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, seen = [];
+  const frame = page.documentElement;
+  for (const fold of page.querySelectorAll("details")) fold.open = true;
+  for (const figure of page.querySelectorAll("figure")) {
+    const svg = figure.querySelector("svg"), box = svg.getBoundingClientRect();
+    const inside = b => b.left >= box.left - 1 && b.right <= box.right + 1 &&
+      b.top >= box.top - 1 && b.bottom <= box.bottom + 1;
+    const marks = [...svg.querySelectorAll(".mark, .line, rect[stroke]")].filter(mark => {
+      const b = mark.getBoundingClientRect(), style = getComputedStyle(mark);
+      return inside(b) && b.width + b.height > 2 && style.stroke + style.fill != "nonenone";
+    });
+    const texts = [...svg.querySelectorAll("text")], scale = svg.getScreenCTM().a;
+    seen.push({title: figure.querySelector("h2").textContent, height: box.height,
+      marks: marks.length, texts: texts.length,
+      letters: Math.min(...texts.map(t => scale * parseFloat(getComputedStyle(t).fontSize))),
+      cut: texts.filter(t => !inside(t.getBoundingClientRect())).map(t => t.textContent)});
+  }
+  const out = {seen, overflows: frame.scrollWidth > frame.clientWidth + 1};
+  const empty = [...page.querySelectorAll("section, figure, details")].filter(
+    part => part.innerText.trim().split("\\n").length < 2);
+  out.empty = empty.map(part => part.outerHTML);
+  const table = page.querySelector("table"), buttons = table.querySelectorAll("th button");
+  const column = i => [...table.tBodies[0].rows].map(row => row.cells[i].textContent);
+  buttons[3].click();
+  out.rising = column(3);
+  buttons[3].click();
+  out.falling = column(3);
+  const mark = page.querySelector("[data-about]");
+  const at = {bubbles: true, clientX: 20, clientY: 20};
+  mark.dispatchEvent(new PointerEvent("pointermove", at));
+  const hint = page.getElementById("hint");
+  out.hint = [hint.hidden, hint.textContent, mark.dataset.about];
+  frame.dispatchEvent(new PointerEvent("pointermove", at));
+  out.gone = hint.hidden;
+  document.body.innerHTML = "<pre>" + JSON.stringify(out).replace(/[&<]/g, " ") + "</pre>";
+};
 </script>"""
 
 
@@ -433,21 +488,28 @@ def test_chromium_renders_without_console_errors(tmp_path):
 
 
 @needs_chromium
-def test_chromium_draws_every_plot(tmp_path):
-    """Several pages as one, with a probe in place of the policy that forbids scripts."""
-    pages = [html(summary_of(name)) for name in ("evolved", "complete", "empty")]
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-    page = policy.sub("", "".join(pages)) + PROBE
-    (tmp_path / "probed.html").write_text(page, "utf-8", errors="replace")
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("name", ["evolved", "complete"])
+def test_chromium_draws_sorts_and_tells(name, width, tmp_path):
+    page = escape(html(summary_of(name)))
+    probed = f'<iframe srcdoc="{page}" style="width: {width}px; height: 900px"></iframe>{PROBE}'
+    (tmp_path / "probed.html").write_text(probed, "utf-8", errors="replace")
     done = in_chromium(tmp_path, tmp_path / "probed.html", "--dump-dom")
-    figures = json.loads(done.stdout.split("<pre>")[1].split("</pre>")[0])
-    assert len(figures) == 10 + 8 + 8, done.stderr[-2000:]
-    drawn = [figure for figure in figures if "said" not in figure]
-    assert len(drawn) == 10 + 7
-    for figure in drawn:
+    assert "<pre>" in done.stdout, done.stderr[-2000:]
+    out = json.loads(done.stdout.split("<pre>")[1].split("</pre>")[0])
+    assert len(out["seen"]) == (12 if name == "evolved" else 9)
+    for figure in out["seen"]:
         assert figure["height"] > 50, figure
         assert figure["marks"] > 0, figure
         assert figure["texts"] > 2, figure
         assert figure["cut"] == [], figure
-    for figure in figures:
-        assert "said" not in figure or len(figure["said"].split("\n")[-1].split()) > 3, figure
+        assert figure["letters"] >= 11, figure
+    assert not out["overflows"]
+    assert out["empty"] == []
+    sizes = [int(size.replace(",", "")) for size in out["rising"]]
+    assert sizes == sorted(sizes)
+    assert [int(size.replace(",", "")) for size in out["falling"]] == sizes[::-1]
+    hidden, shown, meant = out["hint"]
+    assert not hidden
+    assert shown == meant != ""
+    assert out["gone"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from kizzasi.nas.report.layers import layer_rows
 from kizzasi.nas.report.svg import (
@@ -20,6 +22,7 @@ from kizzasi.nas.report.svg import (
     strips,
 )
 from kizzasi.nas.results.lineage import Node, ancestry, lineage
+from kizzasi.nas.results.rank_agreement import spearman
 from kizzasi.nas.results.summary import Event, Standing, Summary, proxies_of
 from kizzasi.nas.results.words import said
 
@@ -30,6 +33,10 @@ COSTS = (
     ("latency_ms", "latency", "measured latency, ms"),
 )
 
+LEAST_FOR_A_TREND = 8  # candidates
+MOST_CHOICES = 8  # bars
+NAMED_CURVES = 3
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -38,10 +45,11 @@ class Figure:
     title: str
     svg: str
     caption: str = ""
+    drawn: bool = True
 
     @classmethod
     def missing(cls, title: str, what: str) -> Figure:
-        return cls(title, f'<p class="missing">{escape(what)}</p>')
+        return cls(title, f'<p class="missing">{escape(what)}</p>', drawn=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,14 @@ def figures(summary: Summary) -> Figures:
     measured = [c for c in COSTS if any(c[0] in s.entry for s in summary.standings)] or COSTS[:2]
     named = list(summary.worths)
     return Figures(
-        training=(_scores(summary), _layers(summary), _seeds(summary), _learning_curves(summary)),
+        training=(
+            _scores(summary),
+            _layers(summary),
+            _best_so_far(summary),
+            _learning_curves(summary),
+            _seeds(summary),
+            _mattered(summary),
+        ),
         fronts=(*(_pareto(summary, *cost) for cost in measured), _family(summary)),
         proxies=tuple(_proxy_against_training(summary, name) for name in named) or (_no_proxy(),),
     )
@@ -113,6 +128,35 @@ def _seeds(summary: Summary) -> Figure:
     return Figure(title, drawn, caption)
 
 
+def progress(summary: Summary) -> list[Point]:
+    """(tokens spent on all trainings together, the best score so far) where it falls, and at the
+    end. A rung's training goes on from the one before it, whose tokens count once.
+    """
+    known: dict[str, int] = {}
+    spent, best = 0, math.inf
+    points: list[Point] = []
+    for trial in summary.trials:
+        training = trial["id"].rpartition("-")[0]
+        spent += max(0, trial["tokens"] - known.get(training, 0))
+        known[training] = max(trial["tokens"], known.get(training, 0))
+        score = trial["score"]
+        if score is not None and score < best and spent:
+            points += [(spent, best), (spent, score)] if points else [(spent, score)]
+            best = score
+    return [*points, (max(spent, points[-1][0] + 1), best)] if points else []
+
+
+def _best_so_far(summary: Summary) -> Figure:
+    title = "Best so far"
+    points = progress(summary)
+    if not points:
+        return Figure.missing(title, "No trial has a score yet.")
+    best = f"best score so far: {summary.show(points[-1][1])} {summary.unit}"
+    x_label = "tokens, all trainings together"
+    drawn = plot(title, x_label, _held_out(summary), lines=[Line(points, "searched", best)])
+    return Figure(title, drawn, "The best held-out score of any candidate on any rung.")
+
+
 def _learning_curves(summary: Summary) -> Figure:
     title = "Learning curves"
     lines = list(_lines(summary))
@@ -120,9 +164,49 @@ def _learning_curves(summary: Summary) -> Figure:
         return Figure.missing(title, "No training has got as far as its first loss yet.")
     drawn = plot(title, "tokens trained on", "training loss", lines=lines)
     caption = (
-        "Means between two looks at the loss, cut at twice the first. A cross: training failed."
+        "One line per candidate, its longest training; the best are named. Means between two "
+        "looks at the loss, cut at twice the first. A cross: training failed."
     )
     return Figure(title, drawn, caption)
+
+
+def _mattered(summary: Summary) -> Figure:
+    """How closely each choice goes with the score, over all candidates of the first rung."""
+    title = "What went with a good score"
+    scored = [
+        (choices_of(s.entry["spec"]), score)
+        for s in summary.standings
+        if s.entry["group"] != "preset" and (score := s.score("0")) is not None
+    ]
+    if len(scored) < LEAST_FOR_A_TREND:
+        return Figure.missing(title, f"It takes {LEAST_FOR_A_TREND} candidates on one budget.")
+    names = dict.fromkeys(name for choices, _ in scored for name in choices)
+    rows: list[tuple[str, str, float, float | None]] = []
+    for name in names:
+        rho = spearman([c.get(name, 0.0) for c, _ in scored], [-score for _, score in scored])
+        if rho is not None:
+            more = "more" if rho > 0 else "fewer"
+            rows.append((f"{more} {name}", "searched", abs(rho), None))
+    if not rows:
+        return Figure.missing(title, "All candidates made the same choices.")
+    rows.sort(key=lambda row: -row[2])
+    caption = (
+        f"Spearman's rank correlation with the first rung's score, over {len(scored)} searched "
+        "candidates. Choices that go together are not told apart."
+    )
+    return Figure(title, bars(title, "rank correlation", rows[:MOST_CHOICES]), caption)
+
+
+def choices_of(spec: Mapping[str, Any]) -> dict[str, float]:
+    """What an architecture chose, as numbers: depth, width, layers of each kind."""
+    found: dict[str, float] = {"layers": len(spec["blocks"]), "channels (d_model)": spec["d_model"]}
+    for block in spec["blocks"]:
+        parts = [block] if "kind" in block else [block["mixer"], block["channel"]]
+        for part in parts:
+            if part is not None:
+                name = f"{part['kind']} layers"
+                found[name] = found.get(name, 0.0) + 1
+    return found
 
 
 def trainings(summary: Summary) -> list[tuple[Event, Event]]:
@@ -138,13 +222,20 @@ def trainings(summary: Summary) -> list[tuple[Event, Event]]:
 
 
 def _lines(summary: Summary) -> Iterator[Line]:
+    longest: dict[str, tuple[Event, Event]] = {}
     for entry, trial in trainings(summary):
+        kept = longest.get(entry["id"])
+        if kept is None or trial["tokens"] > kept[1]["tokens"]:
+            longest[entry["id"]] = entry, trial
+    best = {s.entry["id"] for s in summary.standings[:NAMED_CURVES]}
+    for entry, trial in longest.values():
         known = [(t, loss) for t, loss in trial["curve"] if loss is not None]
         points = [(t, min(loss, 2 * abs(known[0][1]))) for t, loss in known]
         if points:
             failed = trial["score"] is None
             text = f"{entry['name']}, {said(trial['settings'])}, seed {trial['seed']}"
-            yield Line(points, _group(summary, entry), text, failed)
+            name = entry["name"] if entry["id"] in best else ""
+            yield Line(points, _group(summary, entry), text, failed, name)
 
 
 def _no_proxy() -> Figure:
@@ -236,7 +327,9 @@ def _family(summary: Summary) -> Figure:
         for own, node in nodes.items()
         if own in place
     ]
-    drawn = plot(title, "generation", f"{_held_out(summary)}, first rung", marks, led, (), links)
+    drawn = plot(
+        title, "generation", f"{_held_out(summary)}, first rung", marks, led, (), links, True
+    )
     caption = (
         "Lines lead from parent to child, on the first rung's budget. In the winner's colour: "
         f"{'the winner' if summary.winner else 'the leader so far'} and its ancestors."

@@ -37,6 +37,20 @@ def findings(summary: Summary) -> list[str]:
     return [text for text in (say(summary) for say in said) if text]
 
 
+def verdict(summary: Summary) -> str:
+    """The one thing to know, in a sentence or two."""
+    winner, preset = summary.winner, summary.preset
+    if not summary.finished:
+        return _progress(summary)
+    if winner is None:
+        return "The search is complete, and nothing that it trained has a score."
+    name, size = winner.entry["name"], winner.entry["params"]
+    said = f"The best searched model is {name} ({size:,} parameters): {summary.say(winner)}."
+    if preset is None:
+        return f"{said} There is no preset to compare it with."
+    return f"{said} {_outcome(winner, preset, summary.noise, summary.unit)}."
+
+
 def _progress(summary: Summary) -> str:
     state = "complete" if summary.finished else "not complete; --resume continues one that stopped"
     failed = len(summary.failures)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from zlib import crc32
 
 Point = tuple[float, float]
 
@@ -21,18 +22,19 @@ WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 40, 50
 GROUPS = {
     "winner": "winner",
-    "proxy": "chosen by proxy",
-    "random": "chosen at random",
+    "proxy": "by proxy",
+    "random": "at random",
     "searched": "searched",
     "preset": "preset",
-    "outside": "outside the band",
+    "outside": "outside",
 }
 COLOURS = "".join(
     f"svg .{name} {{ stroke: var(--{name}); fill: var(--{name}); }}\n"
     for name in (*GROUPS, "baseline")
 )
 STYLE = f"""{COLOURS}
-svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
+svg {{ display: block; width: 100%; min-width: 510px; height: auto;
+  font: 14px system-ui, sans-serif; }}
 svg text {{ fill: var(--soft); }}
 svg .value, svg .name {{ fill: var(--ink); }}
 svg .axis {{ stroke: var(--soft); }}
@@ -67,6 +69,7 @@ class Line:
     group: str
     text: str = ""
     failed: bool = False
+    name: str = ""  # written at its end
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,20 @@ class Axis:
     start: float
     stop: float
     log: bool
+    whole: bool = False
 
     @classmethod
-    def fit(cls, label: str, values: Iterable[float], start: float, stop: float) -> Axis:
+    def fit(
+        cls, label: str, values: Iterable[float], start: float, stop: float, whole: bool = False
+    ) -> Axis:
+        """`whole`: of counts, whose ticks are whole numbers."""
         values = list(values)
         assert all(math.isfinite(v) for v in values), f"{label}: not finite"
         low, high = min(values), max(values)
         if low > 0 and high > 5 * low:
-            return cls(label, low / 1.15, high * 1.15, start, stop, True)
+            return cls(label, low / 1.15, high * 1.15, start, stop, True, whole)
         pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        return cls(label, low - pad, high + pad, start, stop, False)
+        return cls(label, low - pad, high + pad, start, stop, False, whole)
 
     def __call__(self, value: float) -> float:
         low, high = self.low, self.high
@@ -108,7 +115,8 @@ class Axis:
             step = power * next(f for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
             first = math.ceil(self.low / step)
             found = [i * step for i in range(first, math.floor(self.high / step) + 1)]
-        return [tick for tick in found if self.low <= tick <= self.high]
+        inside = [tick for tick in found if self.low <= tick <= self.high]
+        return [tick for tick in inside if tick == round(tick)] if self.whole else inside
 
 
 def short(value: float) -> str:
@@ -138,6 +146,7 @@ def plot(
     lines: Sequence[Line] = (),
     fronts: Sequence[Sequence[Point]] = (),
     links: Sequence[Sequence[Point]] = (),
+    whole: bool = False,
 ) -> str:
     """Draw marks and lines over two axes; at least one of them.
 
@@ -147,22 +156,24 @@ def plot(
         marks, lines: what the legend explains.
         fronts: Pareto fronts, drawn as dashed steps.
         links: thin lines between marks of the same candidate.
+        whole: the horizontal axis counts.
     """
     points = [(m.x, m.y) for m in marks] + [point for line in lines for point in line.points]
-    x = Axis.fit(x_label, (p[0] for p in points), LEFT, WIDTH - RIGHT)
+    x = Axis.fit(x_label, (p[0] for p in points), LEFT, WIDTH - RIGHT, whole)
     y = Axis.fit(y_label, (p[1] for p in points), HEIGHT - BOTTOM, TOP)
     body = _axes(x, y)
     body += [_polyline(x, y, link, "link") for link in links]
     body += [_polyline(x, y, _steps(front), "front") for front in fronts if len(front) > 1]
     body += [_line(x, y, line) for line in sorted(lines, key=lambda line: line.group == "winner")]
     body += [_mark(x(m.x), y(m.y), m.group, m.text, m.early) for m in marks]
+    body += _names(x, y, lines)
     used = {item.group for item in (*marks, *lines)}
     return _svg(title, HEIGHT, [*body, *_legend([g for g in GROUPS if g in used])])
 
 
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float, float | None]]) -> str:
     """Draw horizontal bars from 0: (name, group, value, spread or None), first on top."""
-    left, top, step = 245, 12, 36
+    left, top, step = 268, 12, 36
     longest = max(value + (spread or 0) for _, _, value, spread in rows)
     x = Axis(unit, 0.0, longest * 1.15, left, WIDTH - RIGHT, False)
     height = top + step * len(rows) + 42
@@ -201,7 +212,7 @@ def strips(
     Each row has a mark per seed, a tick at the mean, and a whisker of one standard deviation. The
     shaded band reaches from the first mean as far as `floor`: means inside of it are tied.
     """
-    left, top, step = 245, 34, 34
+    left, top, step = 268, 34, 34
     means = [statistics.fmean(values) for _, _, values in rows]
     edge = [means[0], means[0] + (floor or 0.0)]
     x = Axis.fit(unit, [v for _, _, vs in rows for v in vs] + edge, left, WIDTH - RIGHT)
@@ -244,7 +255,6 @@ def sketch(title: str, rows: Sequence[Sequence[str]]) -> str:
     A box is "kind: details"; boxes of one kind have one colour.
     """
     left, top, step, gap = 92, 6, 44, 10
-    kinds = list(dict.fromkeys(box.split(":")[0] for row in rows for box in row[1:]))
     body: list[str] = []
     for i, (label, *boxes) in enumerate(rows):
         y = top + step * i
@@ -256,21 +266,20 @@ def sketch(title: str, rows: Sequence[Sequence[str]]) -> str:
         width = (WIDTH - RIGHT - left - gap * (len(boxes) - 1)) / len(boxes)
         for j, box in enumerate(boxes):
             x = left + j * (width + gap)
-            hue = 215 + 67 * kinds.index(box.split(":")[0])
+            hue = crc32(box.split(":")[0].encode())  # one kind, one colour, in every report
             body.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="32" rx="6" '
                 f'fill="hsl({hue % 360} 65% 55% / .22)" stroke="hsl({hue % 360} 55% 55%)"/>'
                 f'<text class="name" x="{x + 12:.1f}" y="{y + 20}">'
-                f"{_cut(box, int(width / 6.6))}</text>"
+                f"{_cut(box, int(width / 7.7))}</text>"
             )
     return _svg(title, top + step * len(rows), body)
 
 
 def _svg(title: str, height: float, body: Iterable[str]) -> str:
     return (
-        f'<svg role="img" viewBox="0 0 {WIDTH} {height}"><title>{escape(title)}</title>'
-        + "".join(body)
-        + "</svg>"
+        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {WIDTH} {height}">'
+        f"<title>{escape(title)}</title>" + "".join(body) + "</svg>"
     )
 
 
@@ -304,7 +313,7 @@ def _legend(groups: Sequence[str]) -> list[str]:
     for group in groups:
         parts.append(_mark(x + 5, 18, group, "", False))
         parts.append(f'<text x="{x + 18:.1f}" y="22">{GROUPS[group]}</text>')
-        x += 36 + 6.4 * len(GROUPS[group])
+        x += 34 + 7.4 * len(GROUPS[group])
     return parts
 
 
@@ -319,8 +328,7 @@ def _mark(x: float, y: float, group: str, text: str, early: bool) -> str:
         "searched": f"M{x:.1f} {y - 5:.1f}v10M{x - 5:.1f} {y:.1f}h10",
         "outside": f"M{x:.1f} {y - 5.5:.1f}l5.5 5.5-5.5 5.5-5.5-5.5z",
     }[group]
-    title = f"<title>{escape(text)}</title>" if text else ""
-    return f'<path class="mark {group}{" early" * early}" d="{shape}">{title}</path>'
+    return f'<path class="mark {group}{" early" * early}" d="{shape}"{_about(text)}</path>'
 
 
 def _line(x: Axis, y: Axis, line: Line) -> str:
@@ -332,11 +340,28 @@ def _line(x: Axis, y: Axis, line: Line) -> str:
     return f'{drawn}<path class="cross {line.group}" d="{cross}"/>'
 
 
+def _names(x: Axis, y: Axis, lines: Sequence[Line]) -> list[str]:
+    """The names of lines at their ends, one above the other where these are close."""
+    parts, above = [], math.inf
+    for line in sorted((line for line in lines if line.name), key=lambda ln: -y(ln.points[-1][1])):
+        above = min(y(line.points[-1][1]) - 6, above - 15)
+        parts.append(
+            f'<text class="name" x="{x(line.points[-1][0]) - 4:.1f}" y="{above:.1f}" '
+            f'text-anchor="end">{_cut(line.name, 40)}</text>'
+        )
+    return parts
+
+
 def _polyline(x: Axis, y: Axis, points: Sequence[Point], style: str, text: str = "") -> str:
     path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
     path += "h0" if len(points) == 1 else ""  # round ends make it a dot
-    title = f"<title>{escape(text)}</title>" if text else ""
-    return f'<path class="{style}" d="M{path}">{title}</path>'
+    return f'<path class="{style}" d="M{path}"{_about(text)}</path>'
+
+
+def _about(text: str) -> str:
+    """The end of a tag that tells, on hover or touch and to readers, what it stands for."""
+    said = escape(text)
+    return f' data-about="{said}"><title>{said}</title>' if text else ">"
 
 
 def _steps(front: Sequence[Point]) -> list[Point]:

@@ -181,7 +181,7 @@ def time_rows(summary: Summary) -> Rows:
     rows = []
     ranked = equal_time(summary.finals) if summary.metric.of_loss else []
     for row in ranked:
-        speeds = " .. ".join(dict.fromkeys(short(v) for v in (row.speeds[0], row.speeds[-1])))
+        speeds = " .. ".join(dict.fromkeys(short(v) for v in (min(row.speeds), max(row.speeds))))
         read = ["-", "-"] if row.mean is None else [summary.show(row.mean), f"{row.error:.3f}"]
         own = [row.final.entry["name"], speeds, f"{row.tokens:,}", *read]
         rows.append([*own, timed_verdict(summary, ranked[0], row)])
