@@ -10,8 +10,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,14 @@ CPU_ATTENTION = {
 class Exam:
     """Small causal or other models on tokens, and where they are asked.
 
-    plain: layers of one kind. hybrid: the same with another kind between them.
+    plain: layers of one kind. hybrid: the same with another kind between them. kept: the models
+    that were made, if questions share them; None makes each anew.
     """
 
     plain: ModelSpec
     hybrid: ModelSpec
     device: str = "cpu"
+    kept: dict[Any, SequenceModel] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, part: MixerSpec | ChannelSpec, d_model: int = 16, device: str = "cpu") -> Exam:
@@ -94,6 +97,14 @@ class Exam:
         """A model whose every parameter is perturbed: nothing hides behind a zero or a one; in
         evaluation if it encodes what is to come.
         """
+        if self.kept is None:
+            return self._make(dtype, hybrid, engine)
+        key = dtype, hybrid, engine
+        if key not in self.kept:
+            self.kept[key] = self._make(*key)
+        return self.kept[key]
+
+    def _make(self, dtype: torch.dtype, hybrid: bool, engine: Engine) -> SequenceModel:
         model = build_model(self.spec(hybrid=hybrid), seed=1, dtype=torch.float64, engine=engine)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():

@@ -33,10 +33,11 @@ this one with a spec, a state and a module, and one import line in `__init__.py`
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
@@ -46,7 +47,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
-from kizzasi.models.strict import Registered, field_types, join, require
+from kizzasi.models.strict import Registered, Strict, field_types, join, require
 
 Part = MixerSpec | ChannelSpec
 Self = TypeVar("Self", bound="LayerSpec")
@@ -220,9 +221,9 @@ def check_stack(layers: Layers, d_model: int, path: str) -> None:
             _check_source(layers, d_model, path, i, what, source)
         for name, part in layer.parts(where):
             for mixer in _mixers(part):
-                outside = mixer.sources.items() - (layer.sources.items() if mixer is part else ())
-                rule = f"{dict(outside)} names other layers, which a part of a part cannot read"
-                require(not outside, name, rule)
+                if mixer.sources and (mixer is not part or mixer.sources != layer.sources):
+                    given = dict(mixer.sources)
+                    raise SpecError(f"{name}: {given} names other layers; a block's mixer may")
 
 
 def _check_source(layers: Layers, d_model: int, path: str, i: int, what: str, source: int) -> None:
@@ -240,16 +241,26 @@ def _check_source(layers: Layers, d_model: int, path: str, i: int, what: str, so
         require(not differ, where, rule)
 
 
-def _mixers(part: Any) -> Iterator[MixerSpec]:
+def _mixers(part: Strict) -> Iterator[MixerSpec]:
     """A part's mixers at any depth, itself included."""
     if isinstance(part, MixerSpec):
         yield part
-    if isinstance(part, (tuple, list)):
-        for one in part:
-            yield from _mixers(one)
-    elif is_dataclass(part):
-        for field in fields(part):
-            yield from _mixers(getattr(part, field.name))
+    for name in _specs(type(part)):
+        value = getattr(part, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Strict):
+                yield from _mixers(one)
+
+
+@functools.cache
+def _specs(cls: type[Strict]) -> tuple[str, ...]:
+    """The fields of a class that may hold specs."""
+    kinds = {name: (hint, *get_args(hint)) for name, hint in field_types(cls).items()}
+    return tuple(
+        name
+        for name, hints in kinds.items()
+        if any(isinstance(hint, type) and issubclass(hint, Strict) for hint in hints)
+    )
 
 
 def settle_stack(layers: Layers, offered: bool, path: str) -> tuple[Layers, bool]:
