@@ -48,8 +48,8 @@ def _check_in_a_model(exam: Exam) -> None:
     ask(questions.float64_stays_float64, exam)
     ask(questions.rows_are_independent, exam)
     ask(questions.cost_is_measured, exam, 2, 13)
-    ask(questions.packed_equals_separate, exam, None)
-    ask(questions.padded_equals_unpadded, exam, (12,))
+    ask(questions.packed_equals_separate, exam, 9 if spec.causal else None)
+    ask(questions.padded_equals_unpadded, exam, (4, 1, 7) if spec.causal else (12,))
     with tempfile.TemporaryDirectory() as folder:
         ask(questions.comes_back_from_files, exam, Path(folder))
     if not spec.causal:
@@ -58,9 +58,7 @@ def _check_in_a_model(exam: Exam) -> None:
         ask(question, exam)
     for length in (1, 13):
         ask(questions.steps_equal_one_call, exam, length)
-    ask(questions.splits_equal_one_call, exam, (1, 12, 8))
-    ask(questions.packed_equals_separate, exam, 9)
-    return ask(questions.padded_equals_unpadded, exam, (4, 1, 7))
+    return ask(questions.splits_equal_one_call, exam, (1, 12, 8))
 
 
 def _check_by_itself(spec: MixerSpec | ChannelSpec, d_model: int) -> None:
