@@ -355,3 +355,52 @@ def test_a_broken_pipe_and_a_full_device(place):
     assert done.stdout.split() == ["2", "141"]
     told = "kizzasi info: No space left on device; make room and try again"
     assert done.stderr.splitlines() == [told]
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Nothing can be written, as on a disk that is mounted so."""
+
+    def refused(path, *_more, **_options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path, flags, *more, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path) != os.devnull:
+            refused(path)
+        return real(path, flags, *more, **options)
+
+    real = os.open
+    return lambda: (
+        monkeypatch.setattr(os, "open", opened),
+        monkeypatch.setattr(os, "mkdir", refused),
+    )
+
+
+def test_a_read_only_disk_loses_nothing_and_shows_what_is_there(capsys, place, read_only):
+    command = ["search", "--data", "text", "--space", "space.json", *SEARCH, "--out"]
+    run(capsys, *command, "found")
+    run(capsys, *train(steps=1))
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    read_only()
+    assert "Read-only file system" in refusal(capsys, *command, "new")
+    assert "Read-only file system" in refusal(capsys, "search", "--resume", "--out", "found")
+    assert "Read-only file system" in refusal(capsys, *train(out="new"))
+    assert "Read-only file system" in refusal(capsys, *train("--overwrite"))
+    assert "Read-only file system" in refusal(capsys, "convert", "run", "new")
+    assert "Read-only file system" in refusal(capsys, "export", "found", "--out", "new")
+    assert "complete" in run(capsys, "report", "found")
+    for words in (["info", "found"], ["generate", "found", "--tokens", 2], ["validate", "found"]):
+        run(capsys, *words)
+    run(capsys, "score", "run", "--data", "text", *SHAPE, "--score-windows", 2)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+
+
+def test_numbers_that_would_never_end_are_refused(capsys, place):
+    build_model(SPEC).save_pretrained("model")
+    for words in (["--beams", 10**6], ["--tokens", 10**30], ["--device", "meta"], ["--top-p", 2]):
+        assert words[0].strip("-").replace("-", "_") in refusal(
+            capsys, "generate", "model", *words
+        ).replace("-", "_")
+    assert "--score-windows" in refusal(
+        capsys, "score", "model", "--data", "text", "--score-windows", -1
+    )

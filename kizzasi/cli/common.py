@@ -88,6 +88,8 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"--device {name}: not usable here ({reason}); use cpu") from error

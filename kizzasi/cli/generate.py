@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from kizzasi.cli.common import check_device, checkpoint_of
 from kizzasi.cli.errors import shown
-from kizzasi.errors import DataError
+from kizzasi.errors import DataError, SpecError
+from kizzasi.files import read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from kizzasi.models.checkpoints.tokenizer import Tokenizer
 
 TEMPERATURE, MAX_SEED = 0.8, 2**31
+MOST_PROMPT = 2**24  # bytes
+MOST_BEAMS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +84,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.models.checkpoints.tokenizer import load_tokenizer
 
     check_device(args.device)
+    if args.beams > MOST_BEAMS or args.tokens > MAX_SEED:
+        raise SpecError(f"--beams above {MOST_BEAMS} or --tokens above 2^31: give fewer")
     prompt_text = read_prompt(args)
     path = checkpoint_of(args.model)
     model = load(path, device=args.device, quantized=args.quantized)
@@ -96,11 +101,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if not prompt:
         raise DataError(f"{prompt_text!r:.60}: the tokenizer makes no token of this prompt")
     streamed = args.beams == 1 and not args.json
-    show = Show(prompt_text, Text(tokenizer.decode, prompt, args.stop))
     seed = secrets.randbelow(MAX_SEED) if args.seed is None else args.seed
     settings = sampling(args, tokenizer)
-    if args.seed is None and settings["temperature"] > 0 and not args.json:
-        print(f"seed {seed} (--seed {seed} gives this text again)", file=sys.stderr)
+    drawn = args.seed is None and settings["temperature"] > 0
+    note = f"seed {seed} (--seed {seed} gives this text again)" if drawn else ""
+    show = Show(prompt_text, Text(tokenizer.decode, prompt, args.stop), note)
     start = time.perf_counter()
     out = model.generate(
         torch.tensor(prompt, device=args.device),
@@ -137,9 +142,9 @@ def sampling(args: argparse.Namespace, tokenizer: Quiet) -> dict[str, Any]:
 def read_prompt(args: argparse.Namespace) -> str:
     """The text of --prompt, of stdin or of --prompt-file. Raises DataError if it is none."""
     if args.prompt_file is not None:
-        name, data = f"--prompt-file {args.prompt_file}", Path(args.prompt_file).read_bytes()
+        name, data = f"--prompt-file {args.prompt_file}", read_bytes(args.prompt_file, MOST_PROMPT)
     elif args.prompt == "-":
-        name, data = "--prompt -", sys.stdin.buffer.read()
+        name, data = "--prompt -", sys.stdin.buffer.read(MOST_PROMPT)
     else:
         name, data = "--prompt", args.prompt.encode(errors="surrogateescape")
     try:
@@ -189,12 +194,15 @@ class Quiet:
 
 
 class Show:
-    """Prints a text as its tokens come, the prompt before the first."""
+    """Prints a text as its tokens come, the prompt before the first, and a note before that."""
 
-    def __init__(self, prompt: str, text: Text) -> None:
-        self.prompt, self.text = prompt, text
+    def __init__(self, prompt: str, text: Text, note: str) -> None:
+        self.prompt, self.text, self.note = prompt, text, note
 
     def __call__(self, ids: Tensor) -> None:
+        if self.note:
+            print(self.note, file=sys.stderr)
+            self.note = ""
         new = self.prompt + self.text.add(int(ids[0]))
         print(shown(new, lines=True) if sys.stdout.isatty() else new, end="", flush=True)
         self.prompt = ""

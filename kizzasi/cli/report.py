@@ -8,21 +8,24 @@ example:
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizzasi.errors import SpecError
+from kizzasi.errors import SpecError, StudyError
 
 if TYPE_CHECKING:
     from kizzasi.nas.results.summary import Summary
 
+NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)  # a run of somebody else's
 CLEAR = "\x1b[H\x1b[2J"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="folder of a search")
+    parser.add_argument("--out", help="folder of report.md and report.html (default RUN)")
     parser.add_argument(
         "--watch",
         type=float,
@@ -40,18 +43,30 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.report.other_tools import to_tensorboard
     from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
+    from kizzasi.nas.results.summary import summarise
     from kizzasi.nas.study.journal import read_run
 
     folder = Path(args.run)
+    out = Path(args.out or folder)
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
+    files = [str(out / name) for name in ("report.md", "report.html")]
     if args.watch is None:
-        summary = write_report(folder, read_run(folder / "journal.jsonl"))
+        events = read_run(folder / "journal.jsonl")
+        try:
+            summary = write_report(out, events)
+        except StudyError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in NOT_OURS:
+                raise
+            print(f"{out}: {cause.strerror}; --out writes the report elsewhere", file=sys.stderr)
+            summary, files = summarise(events), []
     elif args.watch > 0:
-        summary = _watch(folder, args.watch, quiet=args.json)
+        summary = _watch(folder, out, args.watch, quiet=args.json)
     else:
         raise SpecError(f"--watch {args.watch:g}: give a number of seconds above 0")
     if args.tensorboard:
         to_tensorboard(folder, Path(args.tensorboard))
-    files = [str(folder / name) for name in ("report.md", "report.html")]
     best = summary.best
     result = {
         "finished": summary.finished,
@@ -65,14 +80,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, screen + "\n".join(files)
 
 
-def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
+def _watch(folder: Path, out: Path, pause: float, *, quiet: bool) -> Summary:
     """Show the state again and again until the search is complete or the user has seen enough."""
     from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
     from kizzasi.nas.study.journal import read_run
 
     events = read_run(folder / "journal.jsonl")
-    summary = write_report(folder, events)
+    summary = write_report(out, events)
     begin, trained = time.monotonic(), pace_of(summary).seconds
     try:
         while True:
@@ -86,7 +101,7 @@ def _watch(folder: Path, pause: float, *, quiet: bool) -> Summary:
             time.sleep(pause)
             known, events = len(events), read_run(folder / "journal.jsonl")
             if len(events) > known:
-                summary = write_report(folder, events)
+                summary = write_report(out, events)
     except KeyboardInterrupt:
         pass  # the way to end it; the search itself is another process and goes on
     return summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.report.pages import md, md_json, md_lineage, md_rows, md_table
 from kizzasi.nas.report.sentences import findings
@@ -49,6 +50,8 @@ def model_card(summary: Summary, spec: ModelSpec) -> str:
 def saved_trial(winner: Final) -> Event:
     """The final training whose weights the search kept: the best of the seeds."""
     scored = [trial for trial in winner.trials if trial["score"] is not None]
+    if not scored:
+        raise StudyError("no final training of the winner has a score; its run is damaged")
     return min(scored, key=lambda trial: trial["score"])
 
 
