@@ -109,7 +109,13 @@ def _add_strategy(parser: Group, default: SearchConfig) -> None:
         ("--screen-tokens", "screen_tokens", "of training from the parent's weights, for inherit"),
         ("--population", "population", "members of an evolving population"),
         ("--sample", "sample", "contestants for a parent's place"),
-        ("--side-by-side", "side_by_side", "trainings decided on at once"),
+    )
+    parser.add_argument(
+        "--side-by-side",
+        type=int,
+        metavar="N",
+        help="trainings decided on together, which end before the next begin: workers wait, and "
+        "their number does not change the result (default: no worker ever waits)",
     )
     parser.add_argument(
         "--mutation",

@@ -10,8 +10,9 @@ Baselines (in a named search the families' usual proportions at the same budget)
 rungs by the same rules. Searchers begin with those that lie in the space. The winner is the best
 searched candidate; where a baseline is better, the result says so first and keeps its weights.
 
-Nothing is decided by a clock: a search is a function of its plan and its scores, told in the order
-asked for. So a resumed run walks through its journal and goes on from there.
+Nothing is decided by a clock: a search is a function of its plan and of the order in which its
+results came, which the journal keeps. So a resumed run walks along its journal and goes on from
+there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kizzasi.models import ModelSpec, SequenceModel, load
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
+from kizzasi.nas.executors.work import Work
 from kizzasi.nas.report.export import export
 from kizzasi.nas.report.pages import table, write_report
 from kizzasi.nas.results.finals import Final
@@ -44,12 +46,15 @@ from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.flow import Flow
 from kizzasi.nas.study.folder import claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
+from kizzasi.nas.study.session import session_of
 from kizzasi.nas.study.study import Study
+from kizzasi.nas.study.waves import Waves
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Shape, Task
 
@@ -170,7 +175,8 @@ class Search:
         finals: the last trainings.
         executor: makes what runs the trials: `InProcess`, or partial(Processes, n_workers=8).
         seed: of everything random.
-        side_by_side: trainings decided on at once.
+        side_by_side: None: a free worker gets the next training at once. A number: that many are
+            decided on at once, and the number of workers does not change the result.
         budget: no training on the rungs starts beyond this sum; None for no limit.
         proxies: zero-cost proxies to record, with a MicroTrain.
     """
@@ -189,7 +195,7 @@ class Search:
     finals: Finals = field(default_factory=Finals, kw_only=True)
     executor: Callable[[Evaluator], Executor] = field(default=InProcess, kw_only=True)
     seed: int = field(default=0, kw_only=True)
-    side_by_side: int = field(default=8, kw_only=True)
+    side_by_side: int | None = field(default=None, kw_only=True)
     budget: int | None = field(default=None, kw_only=True)
     proxies: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -300,17 +306,25 @@ def run_plan(
 ) -> Found:
     """Run a plan in a folder; see `Search.run`."""
     plan.check()
-    if isinstance(plan.evaluator, MicroTrain):
-        recipe, task = plan.evaluator.recipe, plan.evaluator.task
+    evaluator: Evaluator = plan.evaluator
+    if isinstance(evaluator, MicroTrain):
+        recipe, task = evaluator.recipe, evaluator.task
         task.check(Shape(recipe.seq_len, recipe.batch_size, recipe.score_windows), task.stem)
+        evaluator = Work(evaluator, plan.seed)
     with (
-        executor(plan.evaluator) as running,
+        executor(evaluator) as running,
         claimed(folder, resume=resume) as journal,
         tqdm(total=total, unit="tok", unit_scale=True, desc="search") as bar,
     ):
         study = Study(folder, journal, running, bar)
         begin(study, plan)
-        Run(plan, study, device).to_the_end()
+        run, session = Run(plan, study, device), session_of(running)
+        if plan.side_by_side is None:
+            Flow(run, session).climb()
+        else:
+            study.begin(session)
+            Waves(run, plan.side_by_side).climb()
+        run.finish()
         return Found(folder, write_report(folder, study.events))
 
 

@@ -9,7 +9,7 @@ from small_search import SPACE, killed_after, outcome, write_text
 from kizzasi.errors import SpecError
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.search import SearchConfig, named_search
-from kizzasi.nas.searchers.screened import Screened
+from kizzasi.nas.searchers.screened import Screened, one_at_a_time
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.journal import read_events
 
@@ -72,7 +72,7 @@ def test_a_proposal_is_the_best_of_its_draws():
         asked.append((draw, parent))
         return -abs(draw - 5)
 
-    space, rng = Screened(Numbers(), worth, 3), Xorshift64(1)  # pyright: ignore[reportArgumentType]
+    space, rng = Screened(Numbers(), one_at_a_time(worth), 3), Xorshift64(1)  # pyright: ignore[reportArgumentType]
     assert [space.sample(rng) for _ in range(3)] == [3, 5, 7]
     assert asked == [(n, None) for n in range(1, 10)]
     asked.clear()
@@ -84,9 +84,10 @@ def test_a_proposal_is_the_best_of_its_draws():
 
 
 def test_what_cannot_be_judged_comes_last_and_of_equals_the_first():
-    space = Screened(Numbers(), lambda draw, _: math.nan if draw == 1 else draw % 2, 3)  # pyright: ignore[reportArgumentType]
+    odd = one_at_a_time(lambda draw, _: math.nan if draw == 1 else draw % 2)
+    space = Screened(Numbers(), odd, 3)  # pyright: ignore[reportArgumentType]
     assert space.sample(Xorshift64(1)) == 3
-    space = Screened(Numbers(), lambda draw, _: None, 3)  # pyright: ignore[reportArgumentType]
+    space = Screened(Numbers(), one_at_a_time(lambda draw, _: None), 3)  # pyright: ignore[reportArgumentType]
     assert space.sample(Xorshift64(1)) == 1
 
 

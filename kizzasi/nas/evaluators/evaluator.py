@@ -35,6 +35,8 @@ class Job:
         device: "cpu", "cuda:0", ...
         split: which part of the data to score; "test" only once, for finalists.
         key: the trial's id, unique in a study.
+        kind: "train"; an evaluator that is handed to a search never sees another one.
+        parent: with kind "child", the training that the weights come from.
     """
 
     spec: ModelSpec
@@ -46,6 +48,8 @@ class Job:
     device: str = "cpu"
     split: Split = "valid"
     key: str = ""
+    kind: str = "train"
+    parent: Job | None = None
 
 
 @dataclass(frozen=True)

@@ -59,19 +59,42 @@ NO_LIMITS = Limits()
 
 
 class Executor(Protocol):
-    """Runs jobs that do not depend on each other and yields each result as it is there.
+    """Runs jobs that do not depend on each other, each as soon as there is a place for it.
 
     A context manager: leaving it stops what is still running.
+
+    Attributes:
+        places: how many jobs run side by side; more may be submitted, and wait.
+        device: of its jobs: "cpu", "cuda", ...
     """
+
+    places: int
+    device: str
 
     @property
     def evaluator(self) -> Evaluator: ...
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]: ...
+    def submit(self, job: Job) -> None:
+        """Hand over a job; it begins when there is a place, the first one submitted first."""
+        ...
+
+    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+        """Wait for the next result of any job submitted; the bar follows the progress of all."""
+        ...
 
     def __enter__(self) -> Executor: ...
 
     def __exit__(self, *error: object) -> None: ...
+
+
+def run_jobs(
+    executor: Executor, jobs: Sequence[Job], bar: tqdm
+) -> Iterator[tuple[Job, Measurement]]:
+    """Run jobs, and nothing else beside them; yield each result as it is there."""
+    for job in jobs:
+        executor.submit(job)
+    for _ in jobs:
+        yield executor.collect(bar)
 
 
 def evaluate(evaluator: Evaluator, job: Job, report: Report) -> Measurement:

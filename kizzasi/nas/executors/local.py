@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import NO_LIMITS, Limits, run_job
+from kizzasi.nas.executors.execute import NO_LIMITS, Limits, run_job, run_jobs
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -20,13 +20,21 @@ POLL_SECONDS = 0.25
 class InProcess:
     """One job after the other, here: for CUDA, debugging and small machines."""
 
+    places = 1
+
     def __init__(self, evaluator: Evaluator, device: str = "cpu") -> None:
         self.evaluator, self.device = evaluator, device
+        self.waiting: deque[Job] = deque()
+
+    def submit(self, job: Job) -> None:
+        self.waiting.append(job)
+
+    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+        job = self.waiting.popleft()
+        return job, run_job(self.evaluator, replace(job, device=self.device), bar.update)
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
-        for job in jobs:
-            on = replace(job, device=self.device)
-            yield job, run_job(self.evaluator, on, bar.update)
+        return run_jobs(self, jobs, bar)
 
     def __enter__(self) -> InProcess:
         return self
@@ -56,7 +64,7 @@ class Processes:
         limits: Limits = NO_LIMITS,
         device: str = "cpu",
     ) -> None:
-        self.evaluator, self.device = evaluator, device
+        self.evaluator, self.device, self.places = evaluator, device, n_workers
         devices = [device]
         if device == "cuda":
             devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -64,37 +72,55 @@ class Processes:
             Worker(evaluator, n_threads, limits, devices[i % len(devices)])
             for i in range(n_workers)
         ]
+        self.idle = deque(self.workers)
+        self.waiting: deque[Job] = deque()
+        self.busy: dict[Worker, Job] = {}
+        self.done: deque[tuple[Job, Measurement]] = deque()
+        self.alone: deque[Job] = deque()
+        self.again: set[str] = set()
+        self.by_itself = False
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
-        """Yield results as they come; the bar follows every step of every worker.
+    def submit(self, job: Job) -> None:
+        self.waiting.append(job)
+        self._begin()
 
-        A trial whose process was killed from outside, as the kernel does when memory is short, is
-        tried once more when all others are done, alone.
-        """
-        waiting, idle = deque(jobs), deque(self.workers)
-        busy: dict[Worker, Job] = {}
-        alone, again = deque[Job](), set[str]()
-        while waiting or busy or alone:
-            if alone and not waiting and not busy:
-                waiting.append(alone.popleft())
-            while waiting and idle:
-                worker, job = idle.popleft(), waiting.popleft()
-                worker.submit(job)
-                busy[worker] = job
-            wait([worker.connection for worker in busy], POLL_SECONDS)
-            for worker in list(busy):
+    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+        while not self.done:
+            self._begin()
+            wait([worker.connection for worker in self.busy], POLL_SECONDS)
+            for worker in list(self.busy):
                 tokens, measured = worker.poll()
                 bar.update(tokens)
                 if measured is None:
                     continue
-                idle.append(worker)
-                job = busy.pop(worker)
-                if worker.killed and job.key not in again:
-                    again.add(job.key)
-                    alone.append(job)
+                self.idle.appendleft(worker)  # it has torch loaded; the others may not
+                job = self.busy.pop(worker)
+                self.by_itself = False
+                if worker.killed and job.key not in self.again:
+                    self.again.add(job.key)
+                    self.alone.append(job)
                     bar.update(-worker.tokens)
                 else:
-                    yield job, measured
+                    self.done.append((job, measured))
+        return self.done.popleft()
+
+    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+        """Yield results as they come; the bar follows every step of every worker."""
+        return run_jobs(self, jobs, bar)
+
+    def _begin(self) -> None:
+        """Hand out what waits. A trial whose process was killed from outside, as the kernel does
+        when memory is short, is tried once more first, with nothing beside it."""
+        if self.alone and not self.busy:
+            self.by_itself = True
+            self._hand(self.alone.popleft())
+        while self.waiting and self.idle and not self.alone and not self.by_itself:
+            self._hand(self.waiting.popleft())
+
+    def _hand(self, job: Job) -> None:
+        worker = self.idle.popleft()
+        worker.submit(job)
+        self.busy[worker] = job
 
     def __enter__(self) -> Processes:
         return self

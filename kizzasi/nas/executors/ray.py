@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kizzasi.errors import KizzasiError, StudyError
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import NO_LIMITS, Limits, failed
+from kizzasi.nas.executors.execute import NO_LIMITS, Limits, failed, run_jobs
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -63,7 +63,7 @@ class Ray:
         if self.own:
             _connect(self.ray, address)
         n_gpus = int(device != "cpu")
-        self.n_workers = n_workers or _room(self.ray, n_threads, n_gpus)
+        self.places = self.n_workers = n_workers or _room(self.ray, n_threads, n_gpus)
         self.actor = self.ray.remote(num_cpus=n_threads, num_gpus=n_gpus)(_Place)
         self.arguments = (self.ray.put(evaluator), n_threads, limits, device)
         self.actors: list[Any] = []
@@ -71,19 +71,21 @@ class Ray:
         self.pending: dict[Any, tuple[Any, Job | None]] = {}  # Job None: the actor is starting
         self.failed_starts = 0
         self.probes: dict[Path, str] = {}
+        self.waiting: deque[Job] = deque()
+        self.losses: dict[str, int] = {}
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
-        """Yield results as they come; the bar moves when a trial ends."""
-        jobs = [replace(j, checkpoint=j.checkpoint and j.checkpoint.resolve()) for j in jobs]
-        waiting, losses = deque(jobs), dict.fromkeys((job.key for job in jobs), 0)
-        self._leave_probes({job.checkpoint.parent for job in jobs if job.checkpoint})
-        n_left = len(jobs)
-        while n_left:
-            while len(self.actors) < min(self.n_workers, n_left):
-                self._start_actor()
-            while waiting and self.idle:
-                actor, job = self.idle.pop(), waiting.popleft()
-                self.pending[actor.run.remote(job)] = actor, job
+    def submit(self, job: Job) -> None:
+        if (path := job.checkpoint) is not None:
+            job = replace(job, checkpoint=path.resolve())
+            self._leave_probe(path.resolve().parent)
+        self.losses[job.key] = 0
+        self.waiting.append(job)
+        self._begin()
+
+    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+        """The next result; the bar moves when a trial ends."""
+        while True:
+            self._begin()
             for ref in self.ray.wait(list(self.pending), timeout=POLL_SECONDS)[0]:
                 actor, job = self.pending.pop(ref)
                 try:
@@ -91,15 +93,27 @@ class Ray:
                 except self.ray.exceptions.RayActorError as error:
                     self.actors.remove(actor)
                     self.ray.kill(actor)  # it may only be out of reach
-                    measured = self._lost(job, losses, error)
+                    measured = self._lost(job, error)
                     if job is not None and measured is None:
-                        waiting.appendleft(job)
+                        self.waiting.appendleft(job)
                 else:
                     self.idle.append(actor)
                     measured = self._received(answer, bar)
                 if job is not None and measured is not None:
-                    n_left -= 1
-                    yield job, measured
+                    del self.losses[job.key]
+                    return job, measured
+
+    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+        """Yield results as they come."""
+        return run_jobs(self, jobs, bar)
+
+    def _begin(self) -> None:
+        """Start actors while there is work for them, and hand out what waits."""
+        while len(self.actors) < min(self.places, len(self.losses)):
+            self._start_actor()
+        while self.waiting and self.idle:
+            actor, job = self.idle.pop(), self.waiting.popleft()
+            self.pending[actor.run.remote(job)] = actor, job
 
     def _start_actor(self) -> None:
         actor = self.actor.remote(*self.arguments)
@@ -114,23 +128,21 @@ class Ray:
         bar.update(tokens)
         return measured
 
-    def _lost(
-        self, job: Job | None, losses: dict[str, int], error: Exception
-    ) -> Measurement | None:
+    def _lost(self, job: Job | None, error: Exception) -> Measurement | None:
         """An actor died, with its node or alone. None: another one is worth trying."""
         if job is None:
             self.failed_starts += 1
             if self.failed_starts > MAX_LOSSES:
                 raise StudyError(f"--executor ray: no worker can start: {error}") from error
             return None
-        losses[job.key] += 1
-        if losses[job.key] <= MAX_LOSSES:
+        self.losses[job.key] += 1
+        if self.losses[job.key] <= MAX_LOSSES:
             return None
-        return failed(f"lost its Ray actor {losses[job.key]} times; the last time: {error}")
+        return failed(f"lost its Ray actor {self.losses[job.key]} times; the last time: {error}")
 
-    def _leave_probes(self, folders: set[Path]) -> None:
+    def _leave_probe(self, folder: Path) -> None:
         """A random word in every folder of checkpoints, which each actor has to find there."""
-        for folder in folders - self.probes.keys():
+        if folder not in self.probes:
             self.probes[folder] = secrets.token_hex(8)
             (folder / PROBE).write_text(self.probes[folder])
 

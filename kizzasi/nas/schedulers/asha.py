@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kizzasi.nas.schedulers.schedule import Results, geometric_budgets, ranked
+from kizzasi.nas.schedulers.schedule import Results, geometric_budgets
 from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
@@ -56,6 +56,6 @@ def promotable(results: Results, top: int, eta: int) -> list[int]:
     found = []
     for k in reversed(range(top)):
         here, above = results.rung(k), results.rung(k + 1)
-        best = ranked(here)[: len(here) // eta]
+        best = results.best(k, len(here) // eta)
         found += [candidate for candidate in best if candidate not in above]
     return found

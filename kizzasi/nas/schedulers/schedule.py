@@ -15,12 +15,14 @@ Glossary
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kizzasi.errors import StudyError
 from kizzasi.nas.searchers.ask_tell import AskTell, require_at_least
+from kizzasi.nas.searchers.stream import Flowing
 
 C = TypeVar("C")
 
@@ -47,11 +49,18 @@ class Results:
         self.told: list[tuple[int, int, float]] = []
         self.n_candidates: int | None = None
         self._rungs: list[dict[int, float]] = []
+        self._orders: list[list[tuple[float, int]]] = []
         self._scores: dict[int, list[float]] = {}
 
     def rung(self, rung: int) -> Mapping[int, float]:
         """Candidate -> score at this rung."""
         return self._rungs[rung] if rung < len(self._rungs) else {}
+
+    def best(self, rung: int, n: int | None = None) -> list[int]:
+        """The n best candidates of a rung, or all, best first, of equals the earlier one; without
+        those that failed there. Kept in order, so that it costs no sorting."""
+        order = self._orders[rung] if rung < len(self._orders) else []
+        return [candidate for _, candidate in order[:n]]
 
     def scores(self, candidate: int) -> Sequence[float]:
         """The scores of a candidate, one for each rung that it has reached."""
@@ -63,8 +72,11 @@ class Results:
         rung = len(scores)
         if rung == len(self._rungs):
             self._rungs.append({})
+            self._orders.append([])
         scores.append(score)
         self._rungs[rung][candidate] = score
+        if score != FAILED:
+            insort(self._orders[rung], (-score, candidate))
         self.told.append((candidate, rung, score))
 
 
@@ -112,12 +124,17 @@ class Schedule(Generic[C]):
     """A study in progress: ask for jobs, run them anywhere, tell their scores in any order.
 
     What is asked for depends on the results in the order told and on what is running, not on
-    when it was asked. Survivors go first, then new candidates. A searcher that learns from scores
-    is told a candidate's score when the scheduler lets it rest for the first time.
+    when it was asked. Survivors go first, then new candidates.
+
+    A searcher learns a candidate's score where it was trained furthest. A stream is told every
+    score at once; one of batches when the scheduler lets a candidate rest for the first time, and
+    of later scores while its batch is not complete. So with a stream, what is asked for depends on
+    when it was asked, too, and a study repeats itself only where asking and telling alternate
+    alike.
 
     Args:
         scheduler: who trains on.
-        search: who takes part; the schedule asks it and tells it.
+        search: who takes part, in batches or as a stream; the schedule asks it and tells it.
 
     Attributes:
         candidates: what the searcher proposed so far; a job names one by its index.
@@ -129,13 +146,14 @@ class Schedule(Generic[C]):
         SpecError: a setting of the scheduler is out of range.
     """
 
-    def __init__(self, scheduler: Scheduler, search: AskTell[C]) -> None:
+    def __init__(self, scheduler: Scheduler, search: AskTell[C] | Flowing[C]) -> None:
         scheduler.check()
         self.scheduler, self.search = scheduler, search
         self.candidates: list[C] = []
         self.results = Results()
         self.running: dict[int, Instalment] = {}
         self.steps = 0
+        self._first_untrained = 0
 
     def ask(self, n: int = 1) -> list[Instalment]:
         """Return up to n jobs that can run side by side, also beside those that run already.
@@ -207,7 +225,9 @@ class Schedule(Generic[C]):
     def _untrained(self) -> Iterator[int]:
         """Numbers of candidates never trained, proposed already or not: after a crash, the
         first ones may be among them."""
-        number = 0
+        while self.results.scores(self._first_untrained):
+            self._first_untrained += 1
+        number = self._first_untrained
         while True:
             if not self.results.scores(number) and number not in self.running:
                 yield number
@@ -222,12 +242,11 @@ class Schedule(Generic[C]):
 
     def _propose(self) -> bool:
         """Take one more candidate from the searcher, if it has one now."""
-        waiting = self.search.ask()
-        ahead = len(self.candidates) - len(self.search.history)
-        if ahead < len(waiting):
-            self.candidates.append(waiting[ahead])
+        candidate = self.search.propose()
+        if candidate is not None:
+            self.candidates.append(candidate)
             return True
-        if not waiting:
+        if self.search.over:
             self.results.n_candidates = len(self.candidates)
         return False
 
@@ -239,16 +258,23 @@ class Schedule(Generic[C]):
         if score is None or not math.isfinite(score):
             score = FAILED
         self.results.add(job.candidate, score)
-        self._tell_searcher()
+        if isinstance(self.search, Flowing):
+            self.search.tell(job.candidate, score)
+        else:
+            self.search.amend(job.candidate, score)
+            self._tell_batch(self.search)
 
-    def _tell_searcher(self) -> None:
+    def _tell_batch(self, search: AskTell[C]) -> None:
         """Scores go to the searcher in its order, each when its candidate comes to rest."""
-        going_on = set(self.scheduler.survivors(self.results))
-        while (candidate := len(self.search.history)) < len(self.candidates):
-            scores = self.results.scores(candidate)
-            if not scores or candidate in going_on:
+        going_on: set[int] | None = None
+        while (candidate := len(search.history)) < len(self.candidates):
+            if not (scores := self.results.scores(candidate)):
                 return
-            self.search.tell([scores[-1]])
+            if going_on is None:
+                going_on = set(self.scheduler.survivors(self.results))
+            if candidate in going_on:
+                return
+            search.tell([scores[-1]])
 
 
 def run(schedule: Schedule[C], evaluate: Callable[[C, int], float | None]) -> Schedule[C]:

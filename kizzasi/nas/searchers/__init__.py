@@ -15,6 +15,7 @@ from kizzasi.nas.searchers.local import LocalSearch
 from kizzasi.nas.searchers.nsga2 import NSGA2, pareto_front
 from kizzasi.nas.searchers.random import Random
 from kizzasi.nas.searchers.regularized import RegularizedEvolution
+from kizzasi.nas.searchers.stream import Flowing, News, Stream, Streaming
 from kizzasi.nas.searchers.tpe import TPE
 
 __all__ = [
@@ -22,14 +23,18 @@ __all__ = [
     "TPE",
     "AskTell",
     "Evolution",
+    "Flowing",
     "Grid",
     "History",
     "LocalSearch",
+    "News",
     "Proposals",
     "Random",
     "RegularizedEvolution",
     "Score",
     "Searcher",
+    "Stream",
+    "Streaming",
     "one_by_one",
     "pareto_front",
     "run",

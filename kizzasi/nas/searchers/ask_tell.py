@@ -108,6 +108,7 @@ class AskTell(Generic[C]):
         self._proposals = searcher.proposals(space)
         self._batch: Sequence[C] = ()
         self._start = 0
+        self._proposed = 0
 
     def ask(self, n: int | None = None) -> Sequence[C]:
         """Return the next candidates, at most `n`, that may be evaluated side by side.
@@ -139,6 +140,25 @@ class AskTell(Generic[C]):
             )
         self.history.scores += new
 
+    def propose(self) -> C | None:
+        """One more of the candidates that wait for a score; None if all of them were proposed."""
+        waiting = self.ask()
+        ahead = self._proposed - len(self.history)
+        if ahead >= len(waiting):
+            return None
+        self._proposed += 1
+        return waiting[ahead]
+
+    @property
+    def over(self) -> bool:
+        """Whether there will be no more candidates."""
+        return not self.ask()
+
+    def amend(self, number: int, score: Any) -> None:
+        """Replace a score told before, as long as its batch is not complete."""
+        if self._start <= number < len(self.history):
+            self.history.scores[number] = score
+
     def replay(self, history: Iterable[tuple[C, Score]]) -> None:
         """Continue a recorded search: take its scores as told, without evaluating anything.
 
@@ -162,7 +182,7 @@ class AskTell(Generic[C]):
             if not self.history.batches:
                 self._batch = next(self._proposals)
             else:
-                self._batch = self._proposals.send([_without_nan(score) for score in told])
+                self._batch = self._proposals.send([without_nan(score) for score in told])
         except StopIteration:
             self._batch = ()
             return
@@ -171,7 +191,7 @@ class AskTell(Generic[C]):
         self.history.starts.append(self._start)
 
 
-def _without_nan(score: Any) -> Any:
+def without_nan(score: Any) -> Any:
     """What a searcher is told: a failure is the worst there is."""
     if isinstance(score, tuple):
         return tuple(math.inf for _ in score) if any(map(math.isnan, score)) else score

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kizzasi.nas.searchers.ask_tell import Proposals, require_at_least
+from kizzasi.nas.searchers.stream import Stream
 from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
@@ -25,3 +26,10 @@ class Grid:
         """Yield one batch, as lazy as the space makes it."""
         require_at_least(1, max_candidates=self.max_candidates)
         yield space.iterate(self.max_candidates)
+
+    def stream(self, space: Space[C]) -> Stream[C]:
+        """Yield the same one by one."""
+        require_at_least(1, max_candidates=self.max_candidates)
+        candidates = space.iterate(self.max_candidates)
+        for i in range(len(candidates)):
+            yield candidates[i]

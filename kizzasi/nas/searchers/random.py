@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from kizzasi.nas.searchers.ask_tell import Proposals, fresh, require_at_least
+from kizzasi.nas.searchers.stream import Stream
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
 
@@ -15,42 +17,44 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Random:
-    """Propose `n_candidates` independent samples, in one batch.
+    """Propose `n_candidates` independent samples.
 
     Args:
-        n_candidates: how many, at least 1; repeats are kept.
+        n_candidates: how many, at least 1.
         seed: 0 .. 2^64 - 1.
+        distinct: draw what was there before again, so that none comes twice; the search ends early
+            when 100 draws bring nothing new. Else repeats are kept.
+        batch_size: drawn at once; None draws all.
     """
 
     n_candidates: int
     seed: int
+    distinct: bool = False
+    batch_size: int | None = None
 
     def proposals(self, space: Space[C]) -> Proposals[C]:
-        """Yield one batch of samples."""
-        require_at_least(1, n_candidates=self.n_candidates)
-        rng = Xorshift64(self.seed)
-        yield [space.sample(rng) for _ in range(self.n_candidates)]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Random search without repeats, in batches, so that it may end at any time.
-
-    Args:
-        n_candidates: proposed in all.
-        batch_size: drawn at once.
-        seed: 0 .. 2^64 - 1.
-    """
-
-    n_candidates: int
-    batch_size: int
-    seed: int
-
-    def proposals(self, space: Space[C]) -> Proposals[C]:
-        """Yield batches; the search ends early when 100 draws bring nothing new."""
-        rng, known = Xorshift64(self.seed), set[C]()
-        while (left := self.n_candidates - len(known)) > 0:
-            batch = fresh(partial(space.sample, rng), known, min(self.batch_size, left))
+        """Yield batches of samples."""
+        left, size = self.n_candidates, self.batch_size or self.n_candidates
+        draws = self._draws(space)
+        while left > 0:
+            batch = [c for c in islice(draws, min(size, left)) if c is not None]
             if not batch:
                 return
+            left -= len(batch)
             yield batch
+
+    def stream(self, space: Space[C]) -> Stream[C]:
+        """Yield samples; no score changes them."""
+        return self._draws(space)
+
+    def _draws(self, space: Space[C]) -> Stream[C]:
+        require_at_least(1, n_candidates=self.n_candidates)
+        rng, known = Xorshift64(self.seed), set[C]()
+        draw = partial(space.sample, rng)
+        for _ in range(self.n_candidates):
+            if not self.distinct:
+                yield draw()
+            elif new := fresh(draw, known, 1):
+                yield new[0]
+            else:
+                return

@@ -11,7 +11,13 @@ from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 
-Judge = Callable[[Any, Any], "float | None"]  # of a draw and its parent; higher is better
+# Of the draws for one place and their parent: what each is worth, higher is better.
+Judge = Callable[[Sequence[Any], Any], Sequence["float | None"]]
+
+
+def one_at_a_time(worth: Callable[[Any, Any], float | None]) -> Judge:
+    """A judge of a function of one draw and its parent."""
+    return lambda draws, parent: [worth(draw, parent) for draw in draws]
 
 
 class Screened(Generic[C]):
@@ -22,7 +28,7 @@ class Screened(Generic[C]):
 
     Args:
         space: to draw from.
-        judge: says what a draw is worth; None if it cannot.
+        judge: says what each draw is worth; None where it cannot.
         width: draws for each place, at least 1.
     """
 
@@ -58,10 +64,13 @@ class Screened(Generic[C]):
     def _best(self, draw: Callable[[], C], parent: C | None) -> C:
         draws = list(dict.fromkeys(draw() for _ in range(self.width)))
         new = [d for d in draws if d not in self.given and d != parent] or draws
-        chosen = max(new, key=lambda d: self._worth(d, parent)) if len(new) > 1 else new[0]
+        chosen = new[0]
+        if len(new) > 1:
+            worths = [_number(worth) for worth in self.judge(new, parent)]
+            chosen = new[max(range(len(new)), key=worths.__getitem__)]
         self.given.add(chosen)
         return chosen
 
-    def _worth(self, draw: C, parent: C | None) -> float:
-        worth = self.judge(draw, parent)
-        return -math.inf if worth is None or math.isnan(worth) else worth
+
+def _number(worth: float | None) -> float:
+    return -math.inf if worth is None or math.isnan(worth) else worth

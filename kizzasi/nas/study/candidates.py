@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
-from kizzasi.models import ModelSpec, build_model
-from kizzasi.nas.evaluators.zero_cost import PROXIES, Batch
-from kizzasi.nas.executors.execute import EXPLOSIONS
-from kizzasi.nas.searchers import Proposals, Searcher
+from kizzasi.models import ModelSpec
+from kizzasi.nas.searchers import Flowing, Proposals, Searcher, Stream, Streaming
 from kizzasi.nas.searchers.traced import Traced
 from kizzasi.nas.spaces.constraints import Constraints, Refusal, Rules
 from kizzasi.nas.spaces.describe import describe, spec_of
@@ -205,6 +203,42 @@ class Entrants:
             except StopIteration:
                 return
 
+    def stream(self, space: Space[Any]) -> Stream[Entry]:
+        """Yield the presets, then a new entry at every call."""
+        assert isinstance(self.searcher, Streaming), "checked"
+        traced, ids, scores = Traced(space, self.first), dict[Any, str](), dict[str, float]()
+        inner = Flowing(self.searcher.stream(traced))
+        entered, numbers = list[Entry](), dict[str, list[int]]()  # by id: the inner numbers
+        presets, n_inner, known = list(self.presets)[::-1], 0, set[str]()
+        entry: Entry | None = None
+        while True:
+            if presets:
+                entry = presets.pop()
+            else:
+                candidate = inner.propose()
+                if candidate is None and inner.over:
+                    return
+                if candidate is None:
+                    entry = None
+                else:
+                    entry = self._entered(candidate, traced, ids)
+                    ids[candidate] = entry.id
+                    traced.forget()
+                    numbers.setdefault(entry.id, []).append(n_inner)
+                    n_inner += 1
+                    if entry.id in known:
+                        if entry.id in scores:
+                            inner.tell(n_inner - 1, self._score(entry, scores[entry.id]))
+                        continue
+            if entry is not None:
+                known.add(entry.id)
+                entered.append(entry)
+            for number, score in (yield entry):
+                told = entered[number]
+                scores[told.id] = score
+                for own in numbers.get(told.id, ()):
+                    inner.tell(own, self._score(told, score))
+
     def _entered(self, candidate: Any, traced: Traced[Any], ids: dict[Any, str]) -> Entry:
         parents = tuple(ids[parent] for parent in traced.parents(candidate, ids))
         group = "random" if traced.sampled(candidate) else "searched"
@@ -212,20 +246,6 @@ class Entrants:
 
     def _score(self, entry: Entry, score: float) -> Any:
         return (-score, *self.objectives(entry.spec)) if self.objectives else score
-
-
-def zero_cost(spec: ModelSpec, names: Sequence[str], batch: Batch, seed: int) -> dict[str, Any]:
-    """Scores without training, by name; null where a proxy failed, with its reason."""
-    scores: dict[str, float | None] = {}
-    failures: dict[str, str] = {}
-    model = None
-    for name in names:
-        try:
-            model = build_model(spec, seed=seed) if model is None else model
-            scores[name] = PROXIES[name](model, batch)
-        except EXPLOSIONS as error:
-            scores[name], failures[name] = None, repr(error)
-    return {"proxies": scores, **({"proxy_failures": failures} if failures else {})}
 
 
 def costs(spec: ModelSpec) -> tuple[float, ...]:

@@ -50,8 +50,10 @@ class SearchConfig(Strict):
         screen_width, screen_tokens: see there.
         population, sample, mutation: of the evolving searchers: members, contestants for a
             parent's place, and chance per gene.
-        side_by_side: trainings decided on at once where scores lead the search; unlike the number
-            of workers, it belongs to the result.
+        side_by_side: None: a worker that becomes free gets the next training at once, and what that
+            is depends on the results that are there by then. A number: that many trainings are
+            decided on at once, and all end before the next are; workers wait, and their number
+            does not change the result.
         rungs: tokens at each rung, rising; of asha, stopping, pasha and hyperband, the first and
             the last one count, and each rung between them is eta times the one before.
         eta: see there, and one in eta goes on.
@@ -95,7 +97,7 @@ class SearchConfig(Strict):
     population: int = 6
     sample: int = 3
     mutation: float = 0.1
-    side_by_side: int = 4
+    side_by_side: int | None = None
     rungs: tuple[int, ...] = (16_384, 49_152)
     eta: int = 3
     keep: float = 0.34
@@ -135,7 +137,7 @@ class SearchConfig(Strict):
     def check(self) -> None:
         """Raises SpecError naming the value and the rule."""
         counts = ("n_params", "pool", "n_best", "final_tokens", "final_seeds", "seq_len")
-        more = ("batch_size", "bounds_len", "population", "sample", "side_by_side", "n_sweep")
+        more = ("batch_size", "bounds_len", "population", "sample", "n_sweep")
         last = ("n_finalists", "score_windows", "screen_width", "screen_tokens")
         self.require_positive("", *counts, *more, *last)
         rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
@@ -145,6 +147,10 @@ class SearchConfig(Strict):
             (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
             (self.lrs and min(self.lrs) > 0, f"lrs: {self.lrs} must be positive"),
+            (
+                self.side_by_side is None or self.side_by_side > 0,
+                f"side_by_side: {self.side_by_side} must be above 0, or null",
+            ),
             (min(self.n_random, self.n_outside) >= 0, "n_random, n_outside: must not be negative"),
             (
                 0 <= self.slope_seeds <= self.final_seeds,

@@ -159,7 +159,8 @@ class FinalTraining:
         path, evaluator = job.checkpoint, self.plan.evaluator
         assert path is not None, "a study keeps checkpoints"
         if not path.exists():
-            list(study.executor.run([job], study.bar))  # its checkpoint is gone: once more
+            study.executor.submit(job)  # its checkpoint is gone: once more
+            study.executor.collect(study.bar)
         try:
             if isinstance(evaluator, MicroTrain):
                 training = evaluator.training(replace(job, device=self.device))

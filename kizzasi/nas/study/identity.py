@@ -101,7 +101,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     if task is not None:
         named = {"name": task.name, "digest": task.digest}
         facts = {"data": {**named, **task.facts()}, "baselines": task.baselines()}
-    metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric("x"), k)}
+    metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric(""), k)}
     config = dict(plan.described)
     return {"config": config, "metric": metric, **facts, "versions": versions()}
 

@@ -21,10 +21,10 @@ from kizzasi.nas.searchers import (
     TPE,
     Evolution,
     LocalSearch,
+    Random,
     RegularizedEvolution,
     Searcher,
 )
-from kizzasi.nas.searchers.random import Samples
 from kizzasi.nas.spaces.constraints import Constraints
 from kizzasi.nas.spaces.families import ArchSearchSpace
 from kizzasi.nas.spaces.model_space import ModelSpace
@@ -133,16 +133,17 @@ def constraints_of(config: SearchConfig) -> Constraints:
 def searcher_of(config: SearchConfig, seed: int) -> Searcher | ProxyPool:
     """The searcher of the config. All begin with the same random candidates, TPE excepted."""
     limit, size, mutation = config.n_candidates, config.population, config.mutation
+    at_once = config.side_by_side or 1
     searchers: dict[str, Callable[[], Searcher | ProxyPool]] = {
         "proxy": lambda: ProxyPool(
             config.pool, config.n_best, config.n_random, config.n_outside, seed
         ),
-        "random": lambda: Samples(limit, config.side_by_side, seed),
+        "random": lambda: Random(limit, seed, distinct=True, batch_size=at_once),
         "regularized": lambda: RegularizedEvolution(
-            size, config.sample, limit, mutation, seed, config.side_by_side
+            size, config.sample, limit, mutation, seed, at_once
         ),
         "evolution": lambda: Evolution(size, -(-limit // size), config.sample, mutation, seed),
-        "local": lambda: LocalSearch(limit, config.side_by_side, "best", mutation, seed),
+        "local": lambda: LocalSearch(limit, config.side_by_side or 4, "best", mutation, seed),
         "nsga2": lambda: NSGA2(size, -(-limit // size), 0.9, mutation, seed),
         "tpe": lambda: TPE(limit, config.population, seed),
     }

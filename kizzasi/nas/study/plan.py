@@ -61,9 +61,10 @@ class Plan:
         n_sweep: candidates of a family that share a sweep.
         finals: the last trainings.
         seed: of everything random.
-        side_by_side: trainings decided on at once; unlike the number of workers, it belongs to the
-            result.
-        at_once: everything that can run is decided on at once: where no score leads the search.
+        side_by_side: None: what a free worker does is decided when it is free; a number: so many
+            trainings are decided on at once, and all end before the next are.
+        at_once: with such a number, everything that can run is decided on at once: where no score
+            leads the search.
         budget: no training on the rungs starts beyond this sum; None for no limit.
         first: candidates that the searcher begins with.
         proxies: zero-cost proxies of every trained candidate; recorded, never decisive.
@@ -84,7 +85,7 @@ class Plan:
     n_sweep: int = 1
     finals: Finals = field(default_factory=Finals)
     seed: int = 0
-    side_by_side: int = 8
+    side_by_side: int | None = None
     at_once: bool = False
     budget: int | None = None
     first: Sequence[Any] = ()

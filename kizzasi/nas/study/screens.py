@@ -14,93 +14,79 @@ Journal:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from kizzasi.models import ModelSpec
-from kizzasi.nas.evaluators.inherit import train_child
+from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.evaluators.probes import PROBES
-from kizzasi.nas.evaluators.zero_cost import Batch
-from kizzasi.nas.executors.execute import EXPLOSIONS, USERS_ERRORS
+from kizzasi.nas.results.words import gist
 from kizzasi.nas.spaces.describe import spec_of
-from kizzasi.nas.study.candidates import zero_cost
 from kizzasi.nas.study.config import ANALYTIC, INHERIT
 from kizzasi.nas.study.plan import Plan
-from kizzasi.nas.study.study import Study, Trial
-
-C = TypeVar("C")
+from kizzasi.nas.study.study import Study, Task, Trial
 
 
 @dataclass(frozen=True)
 class Screen:
     """A judge that writes down what it finds, so that a resumed search chooses alike.
 
+    The draws for one place are judged side by side, by whatever workers are free.
+
     Args:
         by: one of SCREENS.
         plan: of the search.
-        study: whose journal serves.
-        batch: what zero-cost proxies look at.
+        study: whose journal and workers serve.
         last_trial: the last training of a candidate's model, None unless its checkpoint is kept.
-        device: where probes and children train.
     """
 
     by: str
     plan: Plan
     study: Study
-    batch: Callable[[], Batch]
     last_trial: Callable[[ModelSpec], Trial | None]
-    device: str
 
-    def __call__(self, draw: Any, parent: Any) -> float | None:
+    def __call__(self, draws: Sequence[Any], parent: Any) -> list[float | None]:
         if self.by == ANALYTIC:
-            return draw.proxy_score()
-        spec, trial = spec_of(draw, self.plan.stem), None
+            return [draw.proxy_score() for draw in draws]
+        trial = None
         if self.by == INHERIT:
             if parent is not None:
                 trial = self.last_trial(spec_of(parent, self.plan.stem))
             if trial is None:
-                return None
-        event = self.study.once(
-            "screen",
-            lambda: self._measure(spec, trial),
-            id=spec.digest[:12],
-            by=self.by,
-            parent=trial and trial.id,
-        )
-        return event["score"]
+                return [None] * len(draws)
+        specs = [spec_of(draw, self.plan.stem) for draw in draws]
+        found = {spec: self._known(spec, trial) for spec in specs}
+        tasks = {spec: self._task(spec, trial) for spec, event in found.items() if event is None}
+        events = self.study.all_of(list(tasks.values()))
+        found.update((spec, events[task.key]) for spec, task in tasks.items())
+        return [(found[spec] or {}).get("score") for spec in specs]
 
-    def _measure(self, spec: ModelSpec, parent: Trial | None) -> dict[str, Any]:
-        seed = self.plan.seed
-        try:
-            if parent is not None:
-                return self._child(spec, parent)
-            if self.by in PROBES:
-                probed = PROBES[self.by](spec, seed, self.device)
-                return {"score": probed.accuracy, "failure": probed.failure}
-        except USERS_ERRORS:
-            raise
-        except EXPLOSIONS as error:
-            return {"score": None, "failure": repr(error)}
-        found = zero_cost(spec, (self.by,), self.batch(), seed)
-        failure = found.get("proxy_failures", {}).get(self.by)
-        return {"score": found["proxies"][self.by], "failure": failure}
+    def _known(self, spec: ModelSpec, parent: Trial | None) -> dict[str, Any] | None:
+        return self.study.find("screen", **self._match(spec, parent))
 
-    def _child(self, spec: ModelSpec, parent: Trial) -> dict[str, Any]:
-        """Train it for a while, with its parent's settings, from its parent's weights."""
-        evaluator, tokens = self.plan.micro_training, self.plan.screen_tokens
-        trained = evaluator.training(replace(self.study.job(parent), device=self.device))
-        trained.restore(self.study.checkpoint(parent))
-        found = train_child(
-            evaluator,
-            spec,
-            trained.model,
-            tokens,
-            self.plan.seed,
-            parent_tokens=trained.tokens,
-            settings=parent.settings,
-            device=self.device,
-        ).to_dict()
-        score, kept = found["score"], ("failure", "tokens", "inherited")
-        worth = None if score is None else -self.plan.metric.sign * score
-        return {"score": worth, **{key: found[key] for key in kept}}
+    def _match(self, spec: ModelSpec, parent: Trial | None) -> dict[str, Any]:
+        return {"id": spec.digest[:12], "by": self.by, "parent": parent and parent.id}
+
+    def _task(self, spec: ModelSpec, parent: Trial | None) -> Task:
+        match = self._match(spec, parent)
+        key = " ".join(("screen", *map(str, match.values())))
+        tokens, seed = self.plan.screen_tokens, self.plan.seed
+        if parent is not None:
+            job = Job(spec, tokens, seed, key=key, kind="child", parent=self.study.job(parent))
+        elif self.by in PROBES:
+            job = Job(spec, 0, seed, {"by": self.by}, key=key, kind="probe")
+        else:
+            job = Job(spec, 0, seed, {"names": (self.by,)}, key=key, kind="proxies")
+        return Task(job, lambda measured: {"event": "screen", **match, **self._found(measured)})
+
+    def _found(self, measured: Measurement) -> dict[str, Any]:
+        facts = measured.facts or {}
+        if "proxies" in facts:
+            failure = facts.get("proxy_failures", {}).get(self.by)
+            return {"score": facts["proxies"][self.by], "failure": failure}
+        failure = measured.failure and gist(measured.failure)
+        if self.by != INHERIT:
+            return {"score": measured.score, "failure": failure}
+        score = None if measured.score is None else -self.plan.metric.sign * measured.score
+        return {"score": score, "failure": failure, "tokens": measured.spent, **facts}

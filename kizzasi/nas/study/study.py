@@ -2,14 +2,17 @@
 
 Events of a run, one JSON object per line of journal.jsonl:
 
+session    places, device, torch, kizzasi, ...: where the events after it come from; left out while
+           nothing changes
 study      config, metric {name, unit, lower_is_better, root}, data {name, digest, and more},
            baselines {name: score}, versions {kizzasi, torch, python}
 extended   see `kizzasi.nas.results.extended`
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
-           spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
-           proxies {name: value or null}, proxy_failures {name: reason} if there are any
+           spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids)
+proxies    id (of the candidate), proxies {name: value or null}, proxy_failures {name: reason} if
+           there are any; part of "candidate" in earlier journals
 settings   family, candidate, scores {settings: score or null}, settings; a mean over candidates
            where several share a sweep
 trial      id, candidate, rung ("0", "1", ..., "final", "test" or "narrow"), seed, settings,
@@ -27,8 +30,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +64,10 @@ class Entry:
     genotype: dict[str, Any] | None = None
     parents: tuple[str, ...] = ()
 
+    @cached_property
+    def digest(self) -> str:
+        return self.spec.digest
+
     def to_event(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"event": "candidate", **own, "spec": self.spec.to_dict()}
@@ -81,13 +90,25 @@ class Trial:
         """Names the training across its rungs; its checkpoint has this name."""
         chosen = self.settings
         named = repr(chosen["lr"]) if [*chosen] == ["lr"] else json.dumps(chosen, sort_keys=True)
-        text = f"{self.entry.spec.digest} {self.seed} {named} {self.horizon}"
+        text = f"{self.entry.digest} {self.seed} {named} {self.horizon}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def id(self) -> str:
         scored = "" if self.split == "valid" else f"-{self.split}"
         return f"{self.run_id}-{self.tokens}{scored}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job of a study, and the event that its result becomes."""
+
+    job: Job
+    event: Callable[[Measurement], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        return self.job.key
 
 
 class Study:
@@ -111,6 +132,9 @@ class Study:
         self.places: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
         self.done = {e["id"]: e for e in self.events if e["event"] == "trial"}
         self.own = {own.partition("-")[0] for own in self.done}  # trainings of this very run
+        self.succeeded = any(e["score"] is not None for e in self.done.values())
+        self.tasks: dict[str, Task] = {}
+        self.arrived: deque[tuple[str, dict[str, Any]]] = deque()
 
     def clear(self) -> None:
         """Forget every event of a search that was refused before it trained anything."""
@@ -121,14 +145,17 @@ class Study:
 
     def once(self, event: str, make: Callable[[], dict[str, Any]], **match: Any) -> dict[str, Any]:
         """The event of this kind and match from the journal, or a new one, made and appended."""
+        known = self.find(event, **match)
+        return self.append({"event": event, **match, **make()}) if known is None else known
+
+    def find(self, event: str, **match: Any) -> dict[str, Any] | None:
+        """The event of this kind and match, if the journal has one."""
         kind = (event, *match)
         if kind not in self.places:  # so that a look-up among many events does not read them all
             self.places[kind] = {}
             for old in reversed(self.events):
                 self._place(kind, old)
-        if known := self.places[kind].get(tuple(match.values())):
-            return known
-        return self.append({"event": event, **match, **make()})
+        return self.places[kind].get(tuple(match.values()))
 
     def _place(self, kind: tuple[str, ...], event: dict[str, Any]) -> None:
         name, *keys = kind
@@ -142,15 +169,53 @@ class Study:
             self._place(kind, written)
         return written
 
+    def begin(self, session: Mapping[str, Any]) -> None:
+        """Write down where the next events come from, if that has changed."""
+        last = next((e for e in reversed(self.events) if e["event"] == "session"), {})
+        if {key: last.get(key) for key in session} != dict(session):
+            self.append({"event": "session", **session})
+
+    def start(self, task: Task) -> None:
+        """Hand a task to the executor."""
+        self.tasks[task.key] = task
+        self.executor.submit(task.job)
+
+    def next(self) -> tuple[str, dict[str, Any]]:
+        """Key and event of the next task that ends; the event is in the journal."""
+        return self.arrived.popleft() if self.arrived else self._collect()
+
+    def _collect(self) -> tuple[str, dict[str, Any]]:
+        job, measured = self.executor.collect(self.bar)
+        event = self.append(self.tasks.pop(job.key).event(measured))
+        if event["event"] == "trial":
+            self.done[job.key] = event
+            self.succeeded |= event["score"] is not None
+        return job.key, event
+
+    def all_of(self, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+        """Run tasks beside whatever runs already, whose results wait for `next`."""
+        for task in tasks:
+            self.start(task)
+        found: dict[str, dict[str, Any]] = {}
+        keys = {task.key for task in tasks}
+        while len(found) < len(tasks):
+            key, event = self._collect()
+            if key in keys:
+                found[key] = event
+            else:
+                self.arrived.append((key, event))
+        return found
+
     def run(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
         """Results of all trials by id: from the journal where they are there, else by running."""
         todo = {t.id: t for t in trials if t.id not in self.done}
-        jobs = [
-            self.job(t) for t in sorted(todo.values(), key=lambda t: -t.tokens)
-        ]  # the longest are not last
-        for job, measured in self.executor.run(jobs, self.bar) if jobs else ():
-            self.done[job.key] = self.append(_trial_event(todo[job.key], measured))
+        longest_first = sorted(todo.values(), key=lambda t: -t.tokens)
+        self.all_of([self.task(t) for t in longest_first])
         return {t.id: self.done[t.id] for t in trials}
+
+    def task(self, trial: Trial) -> Task:
+        """A trial as what can be started."""
+        return Task(self.job(trial), lambda measured: _trial_event(trial, measured))
 
     def job(self, trial: Trial) -> Job:
         """What an executor is asked to run."""
@@ -173,9 +238,10 @@ class Study:
         """Whether the journal holds all their results."""
         return all(trial.id in self.done for trial in trials)
 
-    def keep(self, trials: Sequence[Trial]) -> None:
-        """Delete all checkpoints of this run but those of these trials; strange files stay."""
-        kept = {self.checkpoint(trial) for trial in trials}
+    def keep(self, trials: Sequence[Trial], busy: Collection[Path | None] = ()) -> None:
+        """Delete all checkpoints of this run but those of these trials, and those in use; strange
+        files stay."""
+        kept = {self.checkpoint(trial) for trial in trials} | set(busy)
         for path in self.checkpoints.glob("*.pt"):
             if path not in kept and path.stem in self.own:
                 remove(path)

@@ -1,0 +1,189 @@
+"""Trainings as workers become free: no worker waits while something can run.
+
+What a free worker is given depends on the results that are there by then. The journal has them in
+the order in which they came, and says with every session how many places there were. So a resumed
+run decides everything as it was decided, along the journal, and goes on from there.
+
+Glossary
+    task      one job of a worker: a candidate's proxies, one trial of a sweep, or a training
+    place     one of the executor's; a task in a place is running
+    held      asked for, and waiting for the sweep of its family
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kizzasi.errors import StudyError
+from kizzasi.nas.results.finals import APART
+from kizzasi.nas.schedulers import Instalment
+from kizzasi.nas.study.run import Run
+from kizzasi.nas.study.study import Entry, Task, Trial
+
+Event = dict[str, Any]
+TIDY_EVERY = 8  # results between looks at which checkpoints are still wanted
+
+
+@dataclass
+class Sweep:
+    """A family that looks for its settings: who is tried, what is left, and who waits."""
+
+    members: list[Entry] = field(default_factory=list)
+    left: set[str] = field(default_factory=set)
+    held: list[Instalment] = field(default_factory=list)
+
+
+class Flow:
+    """Climb the rungs as workers become free.
+
+    Args:
+        run: of the search.
+        session: what the journal's session event says of this machine.
+    """
+
+    def __init__(self, run: Run, session: Event) -> None:
+        self.run, self.study, self.session = run, run.study, session
+        self.order = deque(self._recorded())
+        self.places, self.live, self.spent, self.n_taken = 0, False, 0, 0
+        self.ready: deque[tuple[Task, Callable[[Event], None]]] = deque()
+        self.running: dict[str, tuple[Task, Callable[[Event], None]]] = {}
+        self.sweeps: dict[str, Sweep] = {}
+        self.n_held = 0
+        self.taken: set[str] = set()  # trials whose result has been told
+
+    def _recorded(self) -> list[Event]:
+        """What happened to places and tasks, in order."""
+        kinds = {"session", "trial", *(["candidate"] if self.run.plan.proxies else [])}
+        wanted = (e for e in self.study.events if e["event"] in kinds)
+        return [e for e in wanted if e["event"] != "trial" or e["rung"] not in APART]
+
+    def climb(self) -> None:
+        """Until nothing is left to train."""
+        while self.order or not self.live or self.running:
+            if self.order and self.order[0]["event"] == "session":
+                self.places = self.order.popleft()["places"]
+            elif self.order:
+                self._replay(self.order.popleft())
+            elif not self.live:
+                self._go_live()
+            else:
+                key, event = self.study.next()
+                self._take(key, event)
+            self._fill()
+
+    def _replay(self, event: Event) -> None:
+        key = event["id"] if event["event"] == "trial" else f"candidate {event['id']}"
+        while key not in self.running and self._begin_one():
+            pass  # a search that was extended has other tasks in its places
+        if key not in self.running:
+            folder = self.study.checkpoints.parent
+            raise StudyError(
+                f"{folder}: the journal has a result that this search does not ask for ({key}); "
+                "resume with the version that wrote it, or begin anew"
+            )
+        self._take(key, event)
+
+    def _go_live(self) -> None:
+        self.study.begin(self.session)
+        self.places, self.live = self.session["places"], True
+        for task, _ in self.running.values():
+            self.study.start(task)
+
+    def _fill(self) -> None:
+        """Give every free place a task, as far as there are any."""
+        while len(self.running) < self.places and self._begin_one():
+            pass
+
+    def _begin_one(self) -> bool:
+        """Take the next task in hand; False if there is none now."""
+        while not self.ready and self._ask():
+            pass
+        if not self.ready:
+            return False
+        task, then = self.ready.popleft()
+        self.running[task.key] = task, then
+        if self.live:
+            self.study.start(task)
+        return True
+
+    def _take(self, key: str, event: Event) -> None:
+        _, then = self.running.pop(key)
+        then(event)
+        if event["event"] != "trial":
+            return
+        self.n_taken += 1
+        self.run.stop_if_all_fail_alike()
+        if self.live and self.n_taken % TIDY_EVERY == 0:
+            self._tidy()
+
+    def _ask(self) -> bool:
+        """Ask the schedule for one more job; False if there is none now."""
+        plan, run = self.run.plan, self.run
+        over = plan.budget is not None and self.spent >= plan.budget
+        if over or self.n_held >= 2 * self.places:
+            return False
+        job = next(iter(run.schedule.ask()), None)
+        if job is None:
+            return False
+        self.spent += run.increment(job)
+        entry = run.schedule.candidates[job.candidate]
+        task = None if run.schedule.results.scores(job.candidate) else self._entering(entry)
+        if task is None:
+            self._train(job)
+        else:
+            self.ready.append((task, lambda _: self._train(job)))
+        return True
+
+    def _entering(self, entry: Entry) -> Task | None:
+        """The task that a new candidate begins with, if it has one."""
+        if self.run.plan.proxies:
+            return self.run.entering(entry)
+        self.study.once("candidate", entry.to_event, id=entry.id)
+        return None
+
+    def _train(self, job: Instalment) -> None:
+        """A training at the settings of its family, now or when they are known."""
+        entry = self.run.schedule.candidates[job.candidate]
+        grid = self.run.plan.grid
+        if entry.family not in self.run.settings and len(grid) == 1:
+            self.run.settings[entry.family] = grid[0]
+        if entry.family in self.run.settings:
+            self._start(self.run.trial(job), job)
+            return
+        sweep = self.sweeps.setdefault(entry.family, Sweep())
+        sweep.held.append(job)
+        self.n_held += 1
+        if len(sweep.members) < self.run.plan.n_sweep:
+            sweep.members.append(entry)
+            for trial in self.run.sweep_trials(entry):
+                sweep.left.add(trial.id)
+                self.ready.append((self.study.task(trial), self._swept(trial, entry.family)))
+
+    def _swept(self, trial: Trial, family: str) -> Callable[[Event], None]:
+        def then(event: Event) -> None:
+            self.taken.add(trial.id)
+            sweep = self.sweeps[family]
+            sweep.left.discard(trial.id)
+            if not sweep.left:
+                del self.sweeps[family]
+                self.run.settle(family, sweep.members)
+                self.n_held -= len(sweep.held)
+                for job in sweep.held:
+                    self._start(self.run.trial(job), job)
+
+        return then
+
+    def _start(self, trial: Trial, job: Instalment) -> None:
+        """Train, unless the sweep has done it."""
+        if trial.id in self.taken:
+            self.run.tell(job, self.study.done[trial.id])
+        else:
+            self.ready.append((self.study.task(trial), lambda event: self.run.tell(job, event)))
+
+    def _tidy(self) -> None:
+        """Delete checkpoints that nobody wants any more."""
+        busy = {task.job.checkpoint for task, _ in (*self.running.values(), *self.ready)}
+        self.study.keep(self.run.promotable(), busy)

@@ -1,0 +1,18 @@
+"""Where a run's results come from: places, device and versions, for the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kizzasi.nas.executors import Executor
+from kizzasi.nas.study.identity import versions
+
+
+def session_of(executor: Executor) -> dict[str, Any]:
+    """Facts of this machine that results may depend on, and the number of places."""
+    device = torch.device(executor.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = {"gpu": name} if name else {}
+    return {"places": executor.places, "device": executor.device, **gpu, **versions()}
