@@ -210,12 +210,13 @@ class Entrants:
         inner = Flowing(self.searcher.stream(traced))
         entered, numbers = list[Entry](), dict[str, list[int]]()  # by id: the inner numbers
         presets, n_inner, known = list(self.presets)[::-1], 0, set[str]()
+        ahead = [inner.propose()]  # so that a space without candidates is known before a training
         entry: Entry | None = None
         while True:
             if presets:
                 entry = presets.pop()
             else:
-                candidate = inner.propose()
+                candidate = ahead.pop() if ahead else inner.propose()
                 if candidate is None and inner.over:
                     return
                 if candidate is None:
