@@ -76,9 +76,7 @@ class Processes:
         self.waiting: deque[Job] = deque()
         self.busy: dict[Worker, Job] = {}
         self.done: deque[tuple[Job, Measurement]] = deque()
-        self.alone: deque[Job] = deque()
-        self.again: set[str] = set()
-        self.by_itself = False
+        self.alone: set[str] = set()  # keys of trials that were killed from outside
 
     def submit(self, job: Job) -> None:
         self.waiting.append(job)
@@ -95,10 +93,9 @@ class Processes:
                     continue
                 self.idle.appendleft(worker)  # it has torch loaded; the others may not
                 job = self.busy.pop(worker)
-                self.by_itself = False
-                if worker.killed and job.key not in self.again:
-                    self.again.add(job.key)
-                    self.alone.append(job)
+                if worker.killed and job.key not in self.alone:
+                    self.alone.add(job.key)
+                    self.waiting.append(job)
                     bar.update(-worker.tokens)
                 else:
                     self.done.append((job, measured))
@@ -109,18 +106,16 @@ class Processes:
         return run_jobs(self, jobs, bar)
 
     def _begin(self) -> None:
-        """Hand out what waits. A trial whose process was killed from outside, as the kernel does
-        when memory is short, is tried once more first, with nothing beside it."""
-        if self.alone and not self.busy:
-            self.by_itself = True
-            self._hand(self.alone.popleft())
-        while self.waiting and self.idle and not self.alone and not self.by_itself:
-            self._hand(self.waiting.popleft())
-
-    def _hand(self, job: Job) -> None:
-        worker = self.idle.popleft()
-        worker.submit(job)
-        self.busy[worker] = job
+        """Hand out what waits, in order. A trial whose process was killed from outside, as the
+        kernel does when memory is short, waits again, and then runs with nothing beside it."""
+        while self.waiting and self.idle:
+            beside = [job.key for job in self.busy.values()]
+            lonely = self.waiting[0].key in self.alone
+            if beside and (lonely or not self.alone.isdisjoint(beside)):
+                return
+            worker, job = self.idle.popleft(), self.waiting.popleft()
+            worker.submit(job)
+            self.busy[worker] = job
 
     def __enter__(self) -> Processes:
         return self

@@ -9,9 +9,9 @@ L = seq_len: the length at which state, flops, latency and memory are taken, at 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 
@@ -129,12 +129,22 @@ class Rules(Protocol):
 C = TypeVar("C")
 
 
+@runtime_checkable
+class Resizable(Protocol[C]):
+    """A space that knows a candidate's sizes: what else is equal."""
+
+    def resized(self, candidate: C) -> Sequence[C]:
+        """The candidate at every size of the space, small first."""
+        ...
+
+
 class Feasible(Generic[C]):
     """The part of a space that keeps the constraints; itself a space, for any searcher.
 
-    Moves are repeated until their result is feasible. Every candidate is judged once; candidates
-    must be hashable. With measured rules the moves depend on this device and its load, and a
-    replayed search may ask for other candidates.
+    A draw that breaks the bounds on parameters is repaired, where the space knows its sizes: the
+    same layers at a width that keeps them. Moves are repeated until their result is feasible.
+    Every candidate is judged once; candidates must be hashable. With measured rules the moves
+    depend on this device and its load, and a replayed search may ask for other candidates.
 
     Args:
         space: of candidates.
@@ -151,6 +161,7 @@ class Feasible(Generic[C]):
         self.space, self.constraints, self.stem = space, constraints, stem
         self.refused: Counter[str] = Counter()
         self._judged: dict[C, bool] = {}
+        self._missed: dict[C, int] = {}
 
     @property
     def admitted(self) -> int:
@@ -162,12 +173,36 @@ class Feasible(Generic[C]):
             try:
                 broken = self.constraints.refusal(spec_of(candidate, self.stem))
                 rule = broken and broken.rule
+                if broken and rule == "params":
+                    over = broken.high is not None and broken.value > broken.high
+                    self._missed[candidate] = 1 if over else -1
             except SpecError:
                 rule = "invalid"
             self._judged[candidate] = rule is None
             if rule is not None:
                 self.refused[rule] += 1
         return self._judged[candidate]
+
+    def repaired(self, candidate: C) -> C | None:
+        """The candidate, or itself at another size, if that keeps every rule."""
+        if self.admits(candidate):
+            return candidate
+        if not self._misses_size(candidate) or not isinstance(self.space, Resizable):
+            return None
+        sizes = list(self.space.resized(candidate))
+        while sizes:  # parameters rise with the size
+            middle = len(sizes) // 2
+            if self.admits(sizes[middle]):
+                return sizes[middle]
+            over = self._misses_size(sizes[middle])
+            if not over:
+                return None
+            sizes = sizes[:middle] if over > 0 else sizes[middle + 1 :]
+        return None
+
+    def _misses_size(self, candidate: C) -> int:
+        """1 for too many parameters, -1 for too few; 0 where another rule is broken."""
+        return self._missed.get(candidate, 0)
 
     def report(self) -> str:
         """How many candidates were admitted, and how many refused by each rule."""
@@ -187,8 +222,9 @@ class Feasible(Generic[C]):
         """
         for _ in range(PATIENCE):
             for _ in range(TRIES):
-                if self.admits(candidate := self.space.sample(rng)):
-                    return candidate
+                fit = self.repaired(self.space.sample(rng))
+                if fit is not None:
+                    return fit
             if known := [candidate for candidate, fit in self._judged.items() if fit]:
                 return rng.choice(known)
         raise SpecError(
@@ -226,5 +262,5 @@ class Feasible(Generic[C]):
         return self.space.contains(candidate) and self.admits(candidate)
 
     def _first(self, draw: Callable[[], C], otherwise: C) -> C:
-        draws: Iterator[C] = (draw() for _ in range(TRIES))
-        return next((candidate for candidate in draws if self.admits(candidate)), otherwise)
+        draws = (self.repaired(draw()) for _ in range(TRIES))
+        return next((fit for fit in draws if fit is not None), otherwise)

@@ -5,9 +5,12 @@ gene, path of a gene: see `kizzasi.nas.spaces.template.parse`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from kizzasi.nas.spaces.stem import with_stem
 from kizzasi.nas.spaces.template.encode import genes_of
 from kizzasi.nas.spaces.template.nodes import TRIES, Decide, MisfitError, Walk, every
 from kizzasi.nas.spaces.template.parse import parse, plain
+
+WIDTH = re.compile(r"(:\d+\.)?d_model")  # the path of the gene that sets it
 
 
 def name_of(spec: ModelSpec) -> str:
@@ -152,6 +157,28 @@ class ModelSpace:
             return (parents[0] if len(parents) == 1 else rng.choice(parents))[path]
 
         return self._try(decide, decide, a)
+
+    def resized(self, candidate: Candidate) -> list[Candidate]:
+        """The candidate at every width of the space that its parts fit, narrow first.
+
+        All its other genes stay, so where the template leaves no choice of d_model, it is the only
+        one.
+        """
+        genes, found, options = dict(candidate.genes), dict[int, Candidate](), [1]
+
+        def decide(path: str, n: int, option: int) -> int:
+            if not WIDTH.fullmatch(path):
+                return genes[path]
+            options[0] = n
+            return option
+
+        for option in count():
+            if option == options[0]:
+                return [found[d_model] for d_model in sorted(found)]
+            with suppress(MisfitError):
+                made = self._fill(partial(decide, option=option), None)
+                found.setdefault(made.spec.d_model, made)
+        raise AssertionError("options end")
 
     def iterate(self, limit: int | None = None) -> Sequence[Candidate]:
         """All models, each once, the last hole turning fastest, or the first `limit` of them."""

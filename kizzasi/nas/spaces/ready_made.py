@@ -87,7 +87,7 @@ def _layers(block: Any, most: int) -> dict[str, Any]:
 
 def _channel(*more: Any) -> dict[str, Any]:
     """A SwiGLU of some width, an MLP, or one of `more`."""
-    swiglu = {"kind": "swiglu", "hidden": choice(64, 128, 256, 384)}
+    swiglu = {"kind": "swiglu", "hidden": choice(None, 64, 128, 256, 384)}
     mlp = {"kind": "mlp", "hidden": choice(128, 256), "activation": "relu2"}
     return choice(swiglu, mlp, *more)
 

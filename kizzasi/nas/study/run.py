@@ -20,6 +20,8 @@ from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.searchers import NSGA2, AskTell, Flowing, Streaming
 from kizzasi.nas.searchers.screened import Screened
 from kizzasi.nas.spaces.constraints import Feasible
+from kizzasi.nas.spaces.layer_moves import LayerMoves
+from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.study.candidates import (
     Entrants,
@@ -52,7 +54,10 @@ class Run:
     def __init__(self, plan: Plan, study: Study, device: str) -> None:
         self.plan, self.study, self.device = plan, study, device
         self.rules = Recorded(replace(plan.constraints, device=device), study)
-        self.feasible = Feasible(plan.space, self.rules, stem=plan.stem)
+        space = plan.space
+        if isinstance(space, ModelSpace):
+            space = LayerMoves(space, plan.first)
+        self.feasible: Feasible[Any] = Feasible(space, self.rules, stem=plan.stem)
         self.settings: dict[str, dict[str, Any]] = {}  # by family
         self.budgets = plan.budgets
         self.schedule = self._schedule()

@@ -13,6 +13,7 @@ from kizzasi.nas.spaces.template.nodes import (
     List,
     Model,
     Node,
+    Part,
     Pattern,
     Repeat,
     Walk,
@@ -84,8 +85,11 @@ def _block(node: Block, block: BlockSpec, path: str, d_model: int) -> Iterator[G
         return  # what the template leaves out has its default
     ways: list[Genes] = [{}]
     for key, part in parts.items():
-        fillings = list(_fillings(part, join(path, key), d_model))
-        fitting = [genes for value, genes in fillings if value == getattr(block, key)]
+        wanted, where = getattr(block, key), join(path, key)
+        if isinstance(part, Part):
+            fitting = part.ways(wanted, where, d_model)
+        else:
+            fitting = [g for value, g in _fillings(part, where, d_model) if value == wanted]
         ways = [{**way, **genes} for way in ways for genes in fitting]
     yield from ways
 

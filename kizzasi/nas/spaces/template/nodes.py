@@ -17,6 +17,7 @@ from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
 from kizzasi.models.strict import join
 
 TRIES = 50  # draws before a part, and before a whole model, is given up
+HERE = "@"  # stands for the path of a part
 T = TypeVar("T")
 
 Decide = Callable[[str, int], int]  # (path of a hole, its number of options) -> an option's number
@@ -164,6 +165,7 @@ class Part:
     def __init__(self, family: type[MixerSpec] | type[ChannelSpec], node: Node) -> None:
         self.family, self.node = family, node
         self._counts: dict[int, int] = {}
+        self._ways: dict[int, dict[Any, list[dict[str, int]]]] = {}
 
     def fill(self, path: str, walk: Walk) -> Any:
         decide, before = walk.decide, len(walk.genes)
@@ -184,6 +186,20 @@ class Part:
                     walk.genes.popitem()
         finally:
             walk.decide = decide
+
+    def ways(self, value: Any, path: str, d_model: int) -> list[dict[str, int]]:
+        """All genes with which this part is `value` at this width."""
+        if d_model not in self._ways:
+            table = self._ways[d_model] = {}
+            for filled, genes in every(lambda decide: self._filled(decide, d_model)):
+                table.setdefault(filled, []).append(genes)
+        found = self._ways[d_model].get(value, [])
+        return [{path + where: gene for where, gene in genes.items()} for genes in found]
+
+    def _filled(self, decide: Decide, d_model: int) -> tuple[Any, dict[str, int]]:
+        walk = Walk(decide, d_model=d_model)
+        value = self.fill(HERE, walk)
+        return value, {where.removeprefix(HERE): gene for where, gene in walk.genes.items()}
 
     def count(self, d_model: int) -> int:
         if d_model not in self._counts:
