@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kizzasi.errors import SpecError
+from kizzasi.models.strict import unknown_name
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Recipe:
         optimizer: "adamw", or "muon": matrices made orthogonal, AdamW for all other parameters.
         matrix_lr: peak learning rate of Muon's matrices; None means lr.
         score_windows: held-out windows that a score uses, evenly spread; None means all of them.
+        precision: of the forward pass: "fp32", "bf16", "fp16" with a loss scaler, or "auto", which
+            is bf16 on CUDA and fp32 elsewhere. Weights and optimiser stay float32.
+        compile: let torch.compile make the training step's forward pass; the first step waits.
+        accumulate: parts of which each step's windows are taken one after the other; a divisor of
+            batch_size. Saves memory.
+        fused: one kernel for AdamW's whole step.
     """
 
     horizon: int
@@ -42,6 +51,10 @@ class Recipe:
     score_windows: int | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     matrix_lr: float | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    accumulate: int = 1
+    fused: bool = False
 
     @property
     def tokens_per_step(self) -> int:
@@ -65,5 +78,16 @@ class Recipe:
         for name in ("horizon", "seq_len", "batch_size", "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise SpecError(f"{name}: {getattr(self, name)} must be above 0")
+        if self.precision not in PRECISIONS:
+            raise SpecError(
+                f"precision: {self.precision!r} {unknown_name(self.precision, PRECISIONS)}"
+            )
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise SpecError(
+                f"accumulate: {self.accumulate} does not divide the {self.batch_size} windows of a "
+                "step; give a divisor"
+            )
+        if self.fused and self.optimizer != "adamw":
+            raise SpecError("fused: muon has no fused form; leave it out, or take adamw")
         if not (0 <= self.warmup <= 1 and 0 <= self.min_lr <= 1 and self.weight_decay >= 0):
             raise SpecError("warmup and min_lr must lie in [0, 1], weight_decay at 0 or above")

@@ -67,6 +67,7 @@ class Training:
         self.model, self.recipe, self.data_seed, self.ranks = model, recipe, data_seed, ranks
         self.device = next(model.parameters()).device
         self.shared_model = ranks.share(model)
+        self.forward = torch.compile(self.shared_model) if recipe.compile else self.shared_model
         self.task = task.to(self.device)
         groups = parameter_groups(
             model,
@@ -76,8 +77,13 @@ class Training:
             matrix_lr=recipe.matrix_lr,
         )
         self.peaks = [group["lr"] for group in groups]
-        kinds = {"adamw": torch.optim.AdamW, "muon": Muon}
-        self.optimizer = kinds[recipe.optimizer](groups, betas=(0.9, 0.95))
+        if recipe.optimizer == "muon":
+            self.optimizer: torch.optim.Optimizer = Muon(groups, betas=(0.9, 0.95))
+        else:
+            fused = True if recipe.fused else None
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        self.dtype = _autocast_dtype(recipe.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.notes: dict[str, Any] = {}  # saved beside the identity: no part of it
         self.step = 0
         self.curve: list[tuple[int, float]] = []
@@ -119,16 +125,27 @@ class Training:
         factor = self.recipe.factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        batch = Batch(*map(self.ranks.rows, batch))
-        with self._autocast(), self._chance():
-            loss = self.task.loss(self.shared_model(batch.inputs), batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self._backward(Batch(*map(self.ranks.rows, batch)))
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.model.after_step()
         self.step += 1
-        return loss.detach()
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of the mean loss of all parts of a batch; and that loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        n, losses = self.recipe.accumulate, []
+        with self._chance():
+            for part in zip(*(whole.chunk(n) for whole in batch), strict=True):
+                piece = Batch(*part)
+                with self._autocast():
+                    loss = self.task.loss(self.forward(piece.inputs), piece) / n
+                self.scaler.scale(loss).backward()
+                losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def score(self, split: Split = "valid") -> float:
         """The task's metric on held-out windows; every window starts from an empty state."""
@@ -167,6 +184,7 @@ class Training:
             "step": self.step,
             "curve": self.curve,
             "losses": [self.ranks.mean(loss) for loss in self.losses],
+            "scaler": self.scaler.state_dict(),
             "identity": self.identity,
             "notes": self.notes,
         }
@@ -189,6 +207,7 @@ class Training:
             step, curve, losses = saved["step"], saved["curve"], saved["losses"]
             _check_progress(step, curve, losses, self.recipe.steps(self.recipe.horizon))
             scatter(self.model, self.optimizer, saved)
+            self.scaler.load_state_dict(saved.get("scaler", {}))
             self.step, self.curve, self.losses = step, [tuple(pair) for pair in curve], losses
         except (*DAMAGED, CheckpointError) as error:
             raise _cannot_continue(path, error) from error
@@ -199,7 +218,9 @@ class Training:
         if not isinstance(told, Mapping):
             return
         grown = "horizon" in told and told["horizon"] <= own["horizon"]
-        other = [k for k in own if told.get(k) != own[k] and not (k == "horizon" and grown)]
+        other = [
+            k for k in own if k in told and told[k] != own[k] and not (k == "horizon" and grown)
+        ]
         if other:
             given = ", ".join(f"{k}: {told.get(k)!s:.40} then, {own[k]!s:.40} now" for k in other)
             raise _cannot_continue(path, f"it is another training; {given}")
@@ -217,8 +238,14 @@ class Training:
             yield
 
     def _autocast(self) -> torch.autocast:
-        on_cuda = self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return named.get(precision, usual)
 
 
 def read_training(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
