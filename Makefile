@@ -12,7 +12,7 @@ LOWEST = $(shell sed -n '/^dependencies/,/^]/s/"\([a-z]*\)>=\([0-9.]*\)",*/\1==\
 .PHONY: search test test-weights test-latest test-oldest lint lock
 
 search: .venv/ready  ## search a model on the text that ships with Python, about 3 minutes on 2 cores
-	$(BIN)/kizzasi search --out runs/first --resume
+	$(BIN)/kizzasi search --out runs/first $(if $(wildcard runs/first/journal.jsonl),--resume)
 
 test: .venv/test  ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python $(TESTS)

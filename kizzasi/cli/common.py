@@ -81,6 +81,17 @@ def checkpoint_of(source: str) -> str:
     return source
 
 
+def usable_device(name: str) -> str:
+    """The device that a name stands for: "auto" is CUDA where there is a GPU, or else the CPU.
+    Raises SpecError when it is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
 def check_device(name: str) -> None:
     """Raises SpecError when the device is not there."""
     import torch

@@ -104,7 +104,9 @@ def parser_of(verb: str, module: ModuleType) -> Parser:
     module.add_arguments(own)
     every = own.add_argument_group("every verb")
     every.add_argument("--seed", type=seed, help=SEED)
-    every.add_argument("--device", default="cpu", help='"cpu" (default), "cuda", "cuda:1"')
+    every.add_argument(
+        "--device", default="cpu", help='"cpu" (default), "cuda", "cuda:1"; "auto" in search'
+    )
     every.add_argument("--json", action="store_true", help="print one JSON object instead")
     every.add_argument(
         "--import",

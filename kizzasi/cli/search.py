@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from kizzasi.cli.common import check_device
+from kizzasi.cli.common import usable_device
 from kizzasi.errors import SpecError, StudyError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     default = SearchConfig()
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
+    parser.add_argument("--test", metavar="FILE", help="a text of its own, read for the result")
+    parser.add_argument("--config", metavar="FILE", help="settings as YAML; flags go before it")
     parser.add_argument("--out", default="runs/first", help="folder (default runs/first)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument(
@@ -126,6 +128,8 @@ def _add_strategy(parser: Group, default: SearchConfig) -> None:
 
 
 def _add_bounds(parser: Group, default: SearchConfig) -> None:
+    from kizzasi.nas.study.config import Precision
+
     parser.add_argument(
         "--optimizer",
         choices=("muon", "adamw"),
@@ -137,9 +141,17 @@ def _add_bounds(parser: Group, default: SearchConfig) -> None:
         nargs="+",
         type=float,
         metavar="LR",
-        default=list(default.lrs),
-        help=f"learning rates of the sweeps ({' '.join(f'{lr:g}' for lr in default.lrs)})",
+        help="learning rates of the sweeps (default: as suits the optimizer and --params)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=default.precision,
+        help="of every forward pass (auto: bf16 on CUDA, fp32 elsewhere)",
+    )
+    parser.add_argument("--compile", action="store_true", help="train by torch.compile")
+    parser.add_argument("--fused", action="store_true", help="AdamW in one kernel")
+    _add_numbers(parser, default, ("--accumulate", "accumulate", "parts of a step's windows"))
     _add_numbers(parser, default, ("--params", "n_params", "parameter budget"))
     parser.add_argument(
         "--band", type=float, default=default.band, help=f"width of the band ({default.band})"
@@ -200,10 +212,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.executors import Limits
     from kizzasi.nas.search import named_search
 
-    check_device(args.device)
+    args.device = usable_device(args.device)
     folder = Path(args.out)
     config, space = _wanted(args, folder)
-    config.check()
     limits = Limits(args.trial_seconds, _bytes(args.trial_memory))
     limits.check(args.device)
     if args.dry_run:
@@ -249,19 +260,25 @@ def _wanted(args: argparse.Namespace, folder: Path) -> tuple[SearchConfig, Any]:
     """The config and, where the journal alone has it, the space. A resumed run takes from its
     journal what no flag says."""
     from kizzasi.nas.search import SearchConfig
+    from kizzasi.nas.study.config_file import read_config, require_read
     from kizzasi.nas.study.identity import settings_of
 
     names = SearchConfig().to_dict().keys() & vars(args).keys()
     given = {name: args.given[name] for name in names & args.given.keys()}
     told = settings_of(folder / "journal.jsonl") if args.resume else None
     if args.resume and told is None:
-        if not given:
+        if not given and args.config is None:
             raise StudyError(f"{folder}: holds no search; nothing to resume")
         print(f"{folder}: holds no search yet; a new one begins", file=sys.stderr)
-    if told is None:
-        return SearchConfig.from_dict({name: getattr(args, name) for name in names}), None
-    space = None if "space" in given else told.space
-    return SearchConfig.from_dict({**told.config, **given}), space
+    base: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if args.config is not None:
+        base = read_config(args.config)[0].to_dict()
+    elif told is not None:
+        base = told.config
+    config = SearchConfig.from_dict({**base, **given})
+    config.check()
+    require_read(config, given)
+    return config, None if told is None or "space" in given else told.space
 
 
 def _dry_run(

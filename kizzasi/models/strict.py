@@ -270,6 +270,8 @@ def plain(value: Any, hint: Any, path: str, *, brief: bool = False) -> Any:
     if isinstance(value, Strict):
         return value._data(brief=brief)
     if isinstance(value, (list, tuple)):
+        options = typing.get_args(hint) if typing.get_origin(hint) is not tuple else (hint,)
+        hint = next((own for own in options if typing.get_origin(own) is tuple), hint)
         (item, *_) = typing.get_args(hint) or (Any,)
         return [plain(v, item, f"{path}[{i}]", brief=brief) for i, v in enumerate(value)]
     if isinstance(value, Mapping):

@@ -46,8 +46,9 @@ from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
+from kizzasi.nas.study.config_file import write_config
 from kizzasi.nas.study.flow import Flow
-from kizzasi.nas.study.folder import claimed
+from kizzasi.nas.study.folder import CONFIG, claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
@@ -285,14 +286,16 @@ def named_search(
         DataError, SpecError: the data, the space or the config break a rule.
     """
     config.check()
-    task = task or open_task(config.data, test_fraction=config.test_fraction, apart=folder)
+    task = task or open_task(
+        config.data, test_fraction=config.test_fraction, apart=folder, test=config.test
+    )
     plan = plan_of(config, task, space)
 
     def opened(evaluator: Evaluator) -> Executor:
         return open_executor(evaluator, executor, workers, threads, limits, address, device)
 
     total = tokens_at_most(config, len(plan.baselines))
-    return run_plan(plan, folder, opened, resume=resume, total=total, device=device)
+    return run_plan(plan, folder, opened, resume=resume, total=total, device=device, config=config)
 
 
 def run_plan(
@@ -303,8 +306,9 @@ def run_plan(
     resume: bool = False,
     total: int | None = None,
     device: str = "cpu",
+    config: SearchConfig | None = None,
 ) -> Found:
-    """Run a plan in a folder; see `Search.run`."""
+    """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML."""
     plan.check()
     evaluator: Evaluator = plan.evaluator
     if isinstance(evaluator, MicroTrain):
@@ -318,6 +322,8 @@ def run_plan(
     ):
         study = Study(folder, journal, running, bar)
         begin(study, plan)
+        if config is not None:
+            write_config(config, folder / CONFIG)
         run, session = Run(plan, study, device), session_of(running)
         if plan.side_by_side is None:
             Flow(run, session).climb()
@@ -337,7 +343,7 @@ def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
         total += n * (tokens - before)
         before, n = tokens, max(2, round(config.keep * n)) + 1
     total = config.search_tokens or total
-    sweeps = (n_baselines + config.n_sweep) * (len(config.lrs) - 1) * config.budgets[0]
+    sweeps = (n_baselines + config.n_sweep) * (len(config.rates) - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
     return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
 
@@ -363,14 +369,14 @@ def outline(
         DataError, SpecError: as there.
     """
     config.check()
-    task = task or open_task(config.data, test_fraction=config.test_fraction)
+    task = task or open_task(config.data, test_fraction=config.test_fraction, test=config.test)
     plan = plan_of(config, task, space)
     plan.check()
     n, presets = config.n_candidates, len(plan.baselines)
     if config.searcher == "proxy":
         n = config.n_best + config.n_random + config.n_outside
     tokens = tokens_at_most(config, presets)
-    sweeps = (presets + config.n_sweep) * (len(config.lrs) - 1)
+    sweeps = (presets + config.n_sweep) * (len(config.rates) - 1)
     finals = (1 + config.n_finalists) * (config.final_seeds + config.slope_seeds)
     spec = next(iter(plan.baselines.values()))
     pace = _pace(plan.micro_training, spec, device)

@@ -187,6 +187,28 @@ def load_corpus(
     return ByteText(name, train, held_out, found, len(text), test, tuple(left_out))
 
 
+def with_test(corpus: ByteText, source: str | Path, max_bytes: int | None = None) -> ByteText:
+    """The same text with all of another one as its test split, which nobody looks at before the
+    result.
+
+    Args:
+        corpus: to learn from; a test split of its own stays unused.
+        source: a file or folder of text.
+        max_bytes: use this many bytes from its start.
+
+    Raises:
+        DataError: nothing there, or empty.
+    """
+    left_out: list[str] = []
+    listed = left_out if Path(source).is_dir() else None
+    text = read_files(files_of(Path(source), left_out=left_out), max_bytes, listed)[:max_bytes]
+    if len(text) < 2:
+        raise DataError(f"{source}: no text to test on; give a file or a folder with text in it")
+    digest = hashlib.sha256(f"{corpus.digest} test".encode() + text).hexdigest()
+    test = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return replace(corpus, test=test, digest=digest)
+
+
 def check_vocab(vocab_size: int, corpus: ByteText) -> None:
     """Refuse data with a byte that a model of this vocabulary has no embedding for.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kizzasi.errors import DataError
-from kizzasi.train.bytes import load_corpus
+from kizzasi.train.bytes import ByteText, load_corpus, with_test
 from kizzasi.train.frames import Frames
 from kizzasi.train.labels import Labels
 from kizzasi.train.task import Task
@@ -24,6 +24,7 @@ def open_task(
     test_fraction: float = 0.1,
     max_bytes: int | None = None,
     apart: Path | None = None,
+    test: str | Path | None = None,
 ) -> Task:
     """Find out what kind of data this is.
 
@@ -39,10 +40,16 @@ def open_task(
         test_fraction: share that nobody looks at before the result.
         max_bytes: of text.
         apart: a folder that a run writes into, which is never part of the data.
+        test: a text of its own, in place of a share; for text alone.
 
     Raises:
         DataError: nothing there, or a file of a kind that no task reads.
     """
+    if test is not None:
+        task = open_task(source, test_fraction=0.0, max_bytes=max_bytes, apart=apart)
+        if not isinstance(task, ByteText):
+            raise DataError(f"{test}: a test file of its own is for text; {source} is none")
+        return with_test(task, test)
     if source == BUILTIN and not os.path.exists(BUILTIN):
         source = None
     path = Path(source or "")

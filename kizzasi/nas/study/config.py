@@ -10,8 +10,12 @@ from kizzasi.models.strict import Strict, require, unknown_name
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.evaluators.zero_cost import PROXIES
 from kizzasi.nas.schedulers.schedule import geometric_budgets
+from kizzasi.nas.spaces.ready_made import width_ratio
 
-SearcherName = Literal["proxy", "random", "regularized", "evolution", "local", "nsga2", "tpe"]
+SearcherName = Literal[
+    "proxy", "random", "grid", "regularized", "evolution", "local", "nsga2", "tpe"
+]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SchedulerName = Literal["halving", "hyperband", "asha", "stopping", "pasha", "pdh"]
 Optimizer = Literal["muon", "adamw"]
 ANALYTIC, INHERIT = "analytic", "inherit"
@@ -26,11 +30,14 @@ class SearchConfig(Strict):
     Args:
         data: a file or folder, "stdlib", or None for the text that ships with CPython; see
             `kizzasi.train.open_task`.
+        test: a file or folder of text, all of it read once for the result, in place of a share of
+            the data.
         test_fraction: share of the data that nobody looks at before the result.
         space: "families" (every layer has the same genes), "tiny", "hybrid", "mamba_rwkv" or "moe"
             (every layer chooses its own parts), or a YAML file of a `ModelSpace`.
         searcher: "proxy" trains the best of a random pool by an analytic proxy and a random control
-            group; the others propose what is trained one after another, led by the scores.
+            group; "grid" all candidates in the order of the space; the others propose what is
+            trained one after another, led by the scores.
         scheduler: who trains on to the next rung; "halving" judges a rung when it is complete.
         n_params: the parameter budget, embeddings included.
         band: candidates have between (1 - band) and (1 + band) times n_params parameters.
@@ -61,7 +68,7 @@ class SearchConfig(Strict):
         search_tokens: no training starts beyond this budget; None ends with n_pool. Learning-rate
             sweeps and final trainings come on top.
         optimizer: of every training, "muon" or "adamw"; see `Recipe`.
-        lrs: learning rates of the sweep.
+        lrs: learning rates of the sweep; None takes those that suit optimizer and n_params.
         n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
             with the same main mixer.
         n_finalists: searched candidates trained anew at the final budget, beside the best preset.
@@ -70,11 +77,13 @@ class SearchConfig(Strict):
         slope_seeds: as many of these seeds also train every finalist at about half of the
             parameters, to see what it gains from size; 0 leaves that out.
         seq_len, batch_size: of the training windows.
+        precision, compile, accumulate, fused: of every training; see `Recipe`.
         score_windows: held-out windows that a score uses, evenly spread, or all if there are fewer.
         seed: of everything random.
     """
 
     data: str | None = None
+    test: str | None = None
     test_fraction: float = 0.1
     space: str = "hybrid"
     searcher: SearcherName = "regularized"
@@ -103,7 +112,7 @@ class SearchConfig(Strict):
     keep: float = 0.34
     search_tokens: int | None = None
     optimizer: Optimizer = "muon"
-    lrs: tuple[float, ...] = (8e-3, 1.6e-2)
+    lrs: tuple[float, ...] | None = None
     n_sweep: int = 1
     n_finalists: int = 1
     final_tokens: int = 131_072
@@ -112,6 +121,10 @@ class SearchConfig(Strict):
     seq_len: int = 128
     batch_size: int = 4
     score_windows: int = 512
+    precision: Precision = "auto"
+    compile: bool = False
+    accumulate: int = 1
+    fused: bool = False
     seed: int = 0
 
     @property
@@ -120,6 +133,11 @@ class SearchConfig(Strict):
         if self.scheduler in ("halving", "pdh"):
             return self.rungs
         return geometric_budgets(self.rungs[0], self.rungs[-1], self.eta)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the sweep."""
+        return self.lrs or usual_rates(self.optimizer, self.n_params)
 
     @property
     def pool(self) -> int:
@@ -137,7 +155,7 @@ class SearchConfig(Strict):
     def check(self) -> None:
         """Raises SpecError naming the value and the rule."""
         counts = ("n_params", "pool", "n_best", "final_tokens", "final_seeds", "seq_len")
-        more = ("batch_size", "bounds_len", "population", "sample", "n_sweep")
+        more = ("batch_size", "accumulate", "bounds_len", "population", "sample", "n_sweep")
         last = ("n_finalists", "score_windows", "screen_width", "screen_tokens")
         self.require_positive("", *counts, *more, *last)
         rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
@@ -146,7 +164,7 @@ class SearchConfig(Strict):
             (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
             (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
-            (self.lrs and min(self.lrs) > 0, f"lrs: {self.lrs} must be positive"),
+            (self.lrs is None or min(self.lrs, default=0) > 0, f"lrs: {self.lrs} must be positive"),
             (
                 self.side_by_side is None or self.side_by_side > 0,
                 f"side_by_side: {self.side_by_side} must be above 0, or null",
@@ -185,3 +203,16 @@ class SearchConfig(Strict):
             ok = self.scheduler in ONE_AFTER_ANOTHER and self.search_tokens > 0
             rule = f"needs a positive number, and a scheduler of {', '.join(ONE_AFTER_ANOTHER)}"
             require(ok, "search_tokens", f"{self.search_tokens} with {self.scheduler}: {rule}")
+
+
+def usual_rates(optimizer: Optimizer, n_params: int) -> tuple[float, ...]:
+    """Learning rates that trainings of this size are good at: they fall as models get wider.
+
+        rate(n) = rate(200,000) * (n / 200,000)^-0.375,    the rule of `ready_made.ratio` for widths
+
+    For small models that is measured, see docs/LOG.md; for large ones it is the rule of muP for
+    matrices and no more.
+    """
+    rates = {"muon": (8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}[optimizer]
+    scale = 1 / width_ratio(n_params)
+    return tuple(float(f"{rate * scale:.2g}") for rate in rates)

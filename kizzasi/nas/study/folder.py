@@ -3,6 +3,7 @@
 journal.jsonl    the run's memory; see journal.py
 trials           checkpoints, each under the id of its training
 best             the best model
+config.yaml      of a search made of names: its settings, for --config
 report.md, .html
 """
 
@@ -20,8 +21,8 @@ from kizzasi.models.checkpoints import spec_of
 from kizzasi.nas.results.events import check_events
 from kizzasi.nas.study.journal import Journal, read_events, read_run
 
-JOURNAL, TRIALS, BEST = "journal.jsonl", "trials", "best"
-WRITTEN = (TRIALS, BEST, "report.md", "report.html")
+JOURNAL, TRIALS, BEST, CONFIG = "journal.jsonl", "trials", "best", "config.yaml"
+WRITTEN = (TRIALS, BEST, CONFIG, "report.md", "report.html")
 
 
 @contextmanager

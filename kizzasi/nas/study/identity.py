@@ -26,8 +26,7 @@ from kizzasi.nas.study.study import Study
 from kizzasi.train.task import Metric
 
 # What version 0.1 did where its journals say nothing.
-OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw"}
-SPACE_FILES = (".yaml", ".yml", ".json")
+OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw", "test": None}
 GROWING = ("n_pool", "search_tokens", "n_finalists", "final_seeds", "slope_seeds")
 
 
@@ -91,8 +90,9 @@ def settings_of(path: Path) -> Settings | None:
         raise StudyError(f"{path}: of a search made of objects; resume it with Search(..).run")
     of_old = {**_json(SearchConfig().to_dict()), **OF_OLD}
     named = {key: value for key, value in {**of_old, **config}.items() if key in of_old}
-    ready = Path(str(config["space"])).suffix not in SPACE_FILES
-    return Settings(named, None if ready else ModelSpace(config["template"]))
+    template = config["template"]  # as it was then, also where a ready-made space has changed
+    layered = isinstance(template, Mapping) and "model_types" not in template
+    return Settings(named, ModelSpace(template) if layered else None)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kizzasi.nas.searchers import (
     NSGA2,
     TPE,
     Evolution,
+    Grid,
     LocalSearch,
     Random,
     RegularizedEvolution,
@@ -50,7 +51,7 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         SpecError: the config or the space breaks a rule.
     """
     config.check()
-    space = space or read_space(config.space, task.stem)
+    space = space or read_space(config.space, task.stem, config.n_params)
     if isinstance(space, ArchSearchSpace):
         space.check()
     recipe = Recipe(
@@ -59,6 +60,10 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         batch_size=config.batch_size,
         score_windows=config.score_windows,
         optimizer=config.optimizer,
+        precision=config.precision,
+        compile=config.compile,
+        accumulate=config.accumulate,
+        fused=config.fused,
     )
     baselines = usual(config, space, task.stem)
     seed = derive_seed(config.seed, "candidates")
@@ -77,7 +82,7 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         stem=task.stem,
         constraints=constraints_of(config),
         baselines=baselines,
-        settings={"lr": config.lrs},
+        settings={"lr": config.rates},
         n_sweep=config.n_sweep if isinstance(space, ModelSpace) else 1,
         finals=finals,
         seed=config.seed,
@@ -138,6 +143,7 @@ def searcher_of(config: SearchConfig, seed: int) -> Searcher | ProxyPool:
         "proxy": lambda: ProxyPool(
             config.pool, config.n_best, config.n_random, config.n_outside, seed
         ),
+        "grid": lambda: Grid(limit),
         "random": lambda: Random(limit, seed, distinct=True, batch_size=at_once),
         "regularized": lambda: RegularizedEvolution(
             size, config.sample, limit, mutation, seed, at_once
