@@ -10,7 +10,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.spaces.constraints import Constraints, Feasible
-from kizzasi.nas.spaces.ready_made import hybrid, read_space
+from kizzasi.nas.spaces.ready_made import hybrid, read_space, tiny
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.config import usual_rates
 from kizzasi.nas.study.config_file import SECTIONS, nested, read_config, unread, write_config
@@ -124,5 +124,5 @@ def test_a_grid_takes_all_candidates_in_order(tmp_path):
         for e in read_events(tmp_path / "run" / "journal.jsonl")
         if e["event"] == "candidate" and e["group"] != "preset"
     ]
-    wanted = Feasible(read_space("tiny"), Constraints(params=(2_200, 41_800))).iterate(3)
+    wanted = Feasible(tiny(), Constraints(params=(2_200, 41_800))).iterate(3)
     assert [ModelSpec.from_dict(e["spec"]) for e in entered] == [c.to_spec() for c in wanted]
