@@ -2,8 +2,6 @@
 
 import json
 import math
-import statistics
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import numpy as np
 import pytest
 
 from kizzasi.errors import SpecError
+from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.results.rank_agreement import kendall_tau_b
 from kizzasi.nas.searchers.arch_search import (
     ArchSearchConfig,
     EvolutionarySearcher,
@@ -20,6 +20,8 @@ from kizzasi.nas.searchers.arch_search import (
 )
 from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace, proxy_scores
 from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.train import Recipe
+from kizzasi.train.bytes import load_corpus
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "arch_search.jsonl"
 GOLDEN = [json.loads(line) for line in GOLDEN_FILE.read_text().splitlines()]
@@ -125,14 +127,19 @@ def test_vectorised_scores_equal_scalar_ones(seed):
     ]
 
 
-def test_a_million_combinations_in_two_seconds():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = GridSearcher(MILLION, 10**6).search()
-        seconds.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < 2.0
+def test_a_million_combinations_are_scored_by_columns(monkeypatch):
+    """Two seconds on a free core; counted here is the work, which no other program slows down."""
+    made = []
+    check = ArchCandidate.__init__
+
+    def counted(self, *genes):
+        made.append(genes)
+        check(self, *genes)
+
+    monkeypatch.setattr(ArchCandidate, "__init__", counted)
+    result = GridSearcher(MILLION, 10**6).search()
     assert result.n_evaluations == 10**6 == len(result.all_candidates)
+    assert len(made) < 10, "candidates are made when somebody looks at them"
     some = result.all_candidates[::101]
     assert [score for _, score in some] == [candidate.proxy_score() for candidate, _ in some]
     assert result.best_score == result.best_candidate.proxy_score()
@@ -210,3 +217,35 @@ def test_an_impossible_option_is_named(name, options, rule):
 def test_a_bad_setting_is_named(setting, searcher):
     with pytest.raises(SpecError, match=f"{setting}: "):
         searcher.search()
+
+
+def test_searchers_train_each_model_once_and_survive_failures(tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(b"".join(b"%d of a text\n" % (i % 7) for i in range(200)))
+    corpus = load_corpus(tmp_path / "text")
+    space = ArchSearchSpace((8,), (3, 4), (1, 2), ("mamba", "transformer"), (1.0,), (0.0,))
+    evaluator, jobs = MicroTrain(corpus, Recipe(64, seq_len=16, batch_size=2)), []
+    call = MicroTrain.__call__
+
+    def counted(self, job, report):
+        jobs.append(job.spec)
+        if len(job.spec.blocks) == 2:
+            raise RuntimeError("out of luck")
+        return call(self, job, report)
+
+    monkeypatch.setattr(MicroTrain, "__call__", counted)
+    found = GridSearcher(space, 99).search(evaluate=evaluator)
+    again = RandomArchSearcher(space, ArchSearchConfig(9, seed=3)).search(evaluate=evaluator)
+    assert len(jobs) == len({*jobs}) + len([one for one in again.trained if one.params])
+    assert found.n_evaluations == 8
+    failures = {one.candidate: one.failure for one in found.trained if one.failure}
+    assert any("out of luck" in reason for reason in failures.values())
+    assert any("does not divide" in reason for reason in failures.values()), "3 heads at 8"
+    assert found.best_score == max(one.score for one in found.trained) > -math.inf
+    assert found.best_candidate not in failures
+    assert found.table.count("\n") == len(found.trained)
+    assert found.table.count("failed") == len(failures)
+    sized = [one for one in found.trained if one.params is not None]
+    scores = [one.score for one in sized]
+    taus = {"proxy": [one.proxy for one in sized], "params": [one.params for one in sized]}
+    for name, values in taus.items():
+        assert found.correlations[name] == pytest.approx(kendall_tau_b(values, scores))

@@ -10,6 +10,7 @@ from typing import Any
 
 from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas.evaluators.evaluator import Job, Measurement, Report
+from kizzasi.nas.spaces.describe import spec_of
 from kizzasi.train import Recipe, Task, Training, derive_seed, find_leak
 from kizzasi.train.task import Metric
 
@@ -65,6 +66,21 @@ class MicroTrain:
             values=None if values is None else tuple(values.tolist()),
             facts=facts or None,
         )
+
+    def model_of(self, candidate: Any) -> ModelSpec:
+        """The model of a candidate of any space, with the task's stem. Raises SpecError."""
+        return spec_of(candidate, self.task.stem)
+
+    def worth(self, spec: ModelSpec) -> float:
+        """Train a model to the recipe's horizon, with seed 0; its score, higher is better.
+
+        Raises:
+            RuntimeError: the training failed; says why.
+        """
+        found = self(Job(spec, self.recipe.horizon, 0), lambda n: None)
+        if found.score is None:
+            raise RuntimeError(found.failure)
+        return -self.metric.sign * found.score
 
     def training(self, job: Job) -> Training:
         """A fresh training of the job's spec, for callers that want the model."""

@@ -34,6 +34,7 @@ class Random:
 
     def proposals(self, space: Space[C]) -> Proposals[C]:
         """Yield batches of samples."""
+        require_at_least(1, n_candidates=self.n_candidates)
         left, size = self.n_candidates, self.batch_size or self.n_candidates
         draws = self._draws(space)
         while left > 0:
