@@ -324,7 +324,7 @@ def run_plan(
         begin(study, plan)
         if config is not None:
             write_config(config, folder / CONFIG)
-        run, session = Run(plan, study, device), session_of(running)
+        run, session = Run(plan, study, device), session_of(running, plan.searcher)
         if plan.side_by_side is None:
             Flow(run, session).climb()
         else:

@@ -17,6 +17,7 @@ from kizzasi.nas.searchers import (
     NSGA2,
     TPE,
     AskTell,
+    Flowing,
     Grid,
     LocalSearch,
     Random,
@@ -333,3 +334,29 @@ def test_a_vector_history_resumes_and_a_grid_takes_tuples():
     whole = run(Grid(9), SPACE, one_by_one(zdt1))
     assert run(Grid(9), SPACE, one_by_one(zdt1), history=list(whole)[:4]) == whole
     assert SPACE.contains(SPACE.sample(Xorshift64(1)))
+
+
+def test_tpe_is_told_what_the_space_refuses_and_can_always_be_asked():
+    pytest.importorskip("optuna")
+    refused: list[bool] = []
+
+    class Even(Digits):
+        def build(self, decide):
+            candidate = super().build(decide)
+            refused.append(candidate[0] % 2 == 1)
+            if refused[-1]:
+                raise SpecError("odd")
+            return candidate
+
+    stream = Flowing(TPE(60, 5, seed=3).stream(Even(3, 6)))
+    first = [stream.propose() for _ in range(4)]  # four workers begin
+    assert None not in first
+    numbers = iter(range(60))
+    for candidate in first:
+        stream.tell(next(numbers), sum(candidate))
+    stream.tell(0, 99.0)  # trained further
+    while (candidate := stream.propose()) is not None:
+        stream.tell(next(numbers), sum(candidate))
+    assert stream.over
+    n = len(refused) // 2
+    assert sum(refused[n:]) < 0.6 * sum(refused[:n])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from kizzasi.nas.executors import Executor
+from kizzasi.nas.searchers import TPE
 from kizzasi.nas.study.identity import versions
 
 
-def session_of(executor: Executor) -> dict[str, Any]:
+def session_of(executor: Executor, searcher: Any = None) -> dict[str, Any]:
     """Facts of this machine that results may depend on, and the number of places."""
     device = torch.device(executor.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     gpu = {"gpu": name} if name else {}
-    return {"places": executor.places, "device": executor.device, **gpu, **versions()}
+    used = {"optuna": version("optuna")} if isinstance(searcher, TPE) else {}
+    return {"places": executor.places, "device": executor.device, **gpu, **versions(), **used}
