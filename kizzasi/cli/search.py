@@ -144,6 +144,13 @@ def _add_bounds(parser: Group, default: SearchConfig) -> None:
         help="learning rates of the sweeps (default: as suits the optimizer and --params)",
     )
     parser.add_argument(
+        "--matrix-lrs",
+        nargs="+",
+        type=float,
+        metavar="LR",
+        help="learning rates of Muon's matrices, swept beside them (default: the same)",
+    )
+    parser.add_argument(
         "--precision",
         choices=get_args(Precision),
         default=default.precision,
@@ -235,6 +242,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         address=args.address,
     )
     best = found.best
+    edge = found.summary.at_edge
     result = {
         **found.summary.result,
         "folder": str(folder),
@@ -245,7 +253,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "score": best.score,
         "searched": best.searched,
     }
-    return result, f"{found.table}\n{folder / 'report.html'}\n{folder / 'best'}"
+    warning = f"best model: {edge} (--lrs)\n" if edge else ""
+    return result, f"{found.table}\n{warning}{folder / 'report.html'}\n{folder / 'best'}"
 
 
 def _bytes(mebibytes: float | None) -> int | None:

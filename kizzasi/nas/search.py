@@ -17,6 +17,7 @@ there.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from kizzasi.nas.schedulers import Scheduler
 from kizzasi.nas.searchers import Searcher, pareto_front
 from kizzasi.nas.spaces.constraints import Constraints
 from kizzasi.nas.spaces.describe import name_of
+from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import definition
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
@@ -170,6 +172,7 @@ class Search:
         stem: of every model, for spaces that name none; that of the task, if there is one.
         constraints: that candidates keep.
         baselines: models to beat, as a sequence or by name.
+        enqueue: candidates of the space, or models in it, that the searcher begins with.
         settings: by name, the values among which a short sweep chooses for each family, such as
             {"lr": (1e-3, 3e-3)}.
         n_sweep: candidates of a family that share a sweep.
@@ -191,6 +194,7 @@ class Search:
     stem: Stem | None = field(default=None, kw_only=True)
     constraints: Constraints = field(default_factory=Constraints, kw_only=True)
     baselines: Sequence[ModelSpec] | Mapping[str, ModelSpec] = field(default=(), kw_only=True)
+    enqueue: Sequence[Any] = field(default=(), kw_only=True)
     settings: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     n_sweep: int = field(default=1, kw_only=True)
     finals: Finals = field(default_factory=Finals, kw_only=True)
@@ -208,6 +212,15 @@ class Search:
             SpecError: a part breaks a rule.
         """
         return run_plan(self.plan(), Path(self.folder), self.executor, resume=resume)
+
+    def _member(self, one: Any) -> Any:
+        """A candidate of the space, also where its model is given. Raises SpecError."""
+        found = one
+        if isinstance(one, ModelSpec) and isinstance(self.space, ModelSpace):
+            found = self.space.encode(one)
+        if found is None or not self.space.contains(found):
+            raise SpecError(f"enqueue: {one!r:.80} does not lie in the space; widen that")
+        return found
 
     def plan(self) -> Plan:
         """Everything that decides the result. Raises SpecError."""
@@ -227,6 +240,7 @@ class Search:
             "scheduler": repr(self.scheduler),
             "constraints": repr(self.constraints),
             "baselines": [spec.digest[:12] for spec in baselines.values()],
+            **({"enqueue": [repr(one)[:200] for one in self.enqueue]} if self.enqueue else {}),
             "settings": {name: list(values) for name, values in self.settings.items()},
             "n_sweep": self.n_sweep,
             "finals": repr(self.finals),
@@ -249,6 +263,7 @@ class Search:
             seed=self.seed,
             side_by_side=self.side_by_side,
             budget=self.budget,
+            first=[self._member(one) for one in self.enqueue],
             proxies=self.proxies,
             described=parts,
         )
@@ -343,7 +358,8 @@ def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
         total += n * (tokens - before)
         before, n = tokens, max(2, round(config.keep * n)) + 1
     total = config.search_tokens or total
-    sweeps = (n_baselines + config.n_sweep) * (len(config.rates) - 1) * config.budgets[0]
+    n_tried = math.prod(map(len, config.sweep.values()))
+    sweeps = (n_baselines + config.n_sweep) * (n_tried - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
     return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
 
@@ -376,7 +392,8 @@ def outline(
     if config.searcher == "proxy":
         n = config.n_best + config.n_random + config.n_outside
     tokens = tokens_at_most(config, presets)
-    sweeps = (presets + config.n_sweep) * (len(config.rates) - 1)
+    n_tried = math.prod(map(len, config.sweep.values()))
+    sweeps = (presets + config.n_sweep) * (n_tried - 1)
     finals = (1 + config.n_finalists) * (config.final_seeds + config.slope_seeds)
     spec = next(iter(plan.baselines.values()))
     pace = _pace(plan.micro_training, spec, device)

@@ -18,7 +18,13 @@ from kizzasi.nas.searchers.arch_search import (
     RandomArchSearcher,
     search_best_arch,
 )
-from kizzasi.nas.spaces.families import ArchCandidate, ArchSearchSpace, proxy_scores
+from kizzasi.nas.spaces.families import (
+    ArchCandidate,
+    ArchSearchSpace,
+    analytic_score,
+    proxy_scores,
+)
+from kizzasi.nas.spaces.ready_made import hybrid
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.train import Recipe
 from kizzasi.train.bytes import load_corpus
@@ -249,3 +255,19 @@ def test_searchers_train_each_model_once_and_survive_failures(tmp_path, monkeypa
     taus = {"proxy": [one.proxy for one in sized], "params": [one.params for one in sized]}
     for name, values in taus.items():
         assert found.correlations[name] == pytest.approx(kendall_tau_b(values, scores))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "rwkv", "s4", "transformer", "mamba+transformer"])
+def test_the_analytic_score_of_a_model_is_that_of_its_genes(model_type):
+    types = (model_type,)
+    space = ArchSearchSpace((16, 32), (4, 8), (2, 3), types, (1.0, 2.5), (0.0,))
+    for candidate in space.iterate():
+        spec = candidate.to_spec(vocab_size=9)
+        assert analytic_score(spec) == candidate.proxy_score()
+
+
+def test_any_model_has_an_analytic_score():
+    space, rng = hybrid(), Xorshift64(1)
+    scores = {analytic_score(space.sample(rng).spec) for _ in range(20)}
+    assert len(scores) > 10
+    assert all(0 < score < 3 for score in scores)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_search import SPACE, config, killed_after, outcome, write_text
 
-from kizzasi.errors import StudyError
+from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec, Signal
 from kizzasi.nas import ASHA, Finals, ModelSpace, Search, choice, named_search, repeat
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
@@ -20,6 +20,7 @@ from kizzasi.nas.searchers import Flowing, Grid, LocalSearch, Random, Regularize
 from kizzasi.nas.searchers.ask_tell import AskTell
 from kizzasi.nas.study.flow import Flow
 from kizzasi.nas.study.journal import read_events
+from kizzasi.nas.study.run import at_edges
 
 BLOCK = {"mixer": {"kind": "mamba", "d_state": choice(*range(1, 17))}}
 TEMPLATE = {"d_model": choice(8, 12, 16), "stem": Signal(1, 1), "blocks": repeat(BLOCK, 1, 4)}
@@ -275,3 +276,31 @@ def test_checkpoints_of_those_that_run_are_not_tidied_away(tmp_path):
     found = run.run()
     assert not [e for e in found.summary.trials if e["failure"]]
     assert list((tmp_path / "run" / "trials").iterdir()) == []
+
+
+# --- what a search begins with, and what its sweeps say
+
+
+def test_what_is_enqueued_comes_first(tmp_path):
+    space = ModelSpace(TEMPLATE)
+    wanted = [space.iterate(9)[n].spec for n in (8, 3)]
+    run = search(tmp_path / "run", RegularizedEvolution(4, 2, 6, 0.3, 0), ASHA(6, 9, 27))
+    replace(run, enqueue=wanted).run()
+    entered = [e for e in read_events(tmp_path / "run" / "journal.jsonl") if "genotype" in e]
+    assert [ModelSpec.from_dict(e["spec"]) for e in entered[:2]] == wanted
+    with pytest.raises(SpecError, match="enqueue: .* does not lie in the space"):
+        replace(run, enqueue=[wanted[0].replace(d_model=24)]).plan()
+
+
+def test_a_best_setting_at_the_edge_of_its_sweep_is_told(tmp_path):
+    grid = {"lr": (0.1, 0.2, 0.4), "flag": (True, False), "wd": (0.5,)}
+    assert at_edges(grid, {"lr": 0.4, "flag": True, "wd": 0.5}) == {"lr": "highest"}
+    assert at_edges(grid, {"lr": 0.2, "flag": True, "wd": 0.5}) == {}
+
+    def train(job: Job, report) -> float:
+        return chance(job.spec, 0) + job.settings["lr"]
+
+    found = search(tmp_path / "run", Random(4, 0), ASHA(4, 9, 27), train=train).run()
+    assert (
+        found.summary.at_edge == "lr 0.1 is the lowest of its sweep; a better value may lie beyond"
+    )

@@ -113,6 +113,17 @@ class Summary:
     result: Event
 
     @property
+    def at_edge(self) -> str:
+        """A warning if the best model's settings are the lowest or highest that were tried."""
+        entry = self.saved.entry if self.saved else self.leader
+        own = next((s for s in self.sweeps if entry and s["family"] == entry["family"]), {})
+        told = [
+            f"{name} {own['settings'][name]:g} is the {end} of its sweep"
+            for name, end in own.get("edges", {}).items()
+        ]
+        return f"{', '.join(told)}; a better value may lie beyond" if told else ""
+
+    @property
     def finished(self) -> bool:
         """Whether the search is over."""
         return bool(self.result)

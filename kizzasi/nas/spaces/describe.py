@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kizzasi.models import MixerSpec, ModelSpec
-from kizzasi.nas.spaces.families import ArchCandidate
+from kizzasi.nas.spaces.families import ArchCandidate, analytic_score
 from kizzasi.nas.spaces.model_space import Candidate, name_of
 from kizzasi.nas.spaces.stem import Stem, with_stem
 
@@ -26,7 +26,7 @@ class Description:
         name: for tables.
         family: its members share a learning rate.
         genotype: the genes that made it; None if there are none.
-        proxy: a score by a formula, higher is better, if there is one.
+        proxy: the analytic score, higher is better.
         estimated_params: by a formula, if there is one.
     """
 
@@ -63,7 +63,7 @@ def describe(candidate: Any, stem: Stem | None) -> Description:
         )
     genes = candidate.to_dict() if isinstance(candidate, Candidate) else None
     name = f"{name_of(spec)} {spec.digest[:4]}"  # widths are not in a name
-    return Description(spec, name, main_mixer(spec), genes)
+    return Description(spec, name, main_mixer(spec), genes, analytic_score(spec))
 
 
 def main_mixer(spec: ModelSpec) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from kizzasi.errors import SpecError
-from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens
+from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
 from kizzasi.models.strict import unknown_name
@@ -183,6 +183,42 @@ class ArchCandidate:
     def exact_param_count(self, *, vocab_size: int) -> int:
         """Count the parameters of the real model, embedding and head included."""
         return self.to_spec(vocab_size=vocab_size).cost(1).params
+
+
+def analytic_score(spec: ModelSpec) -> float:
+    """The `proxy_score` of any model: equal to that of the genes where there are some.
+
+        log2(d_model * mean d_state * n_layers) / max(log2(params + 1), 1)
+
+    A layer's d_state is what the table above says, and of other mixers their state per channel, or
+    else the width of their heads. Layers of one family have its estimate of parameters, all others
+    2 d_model^2 each.
+    """
+    layers = [_layer_genes(layer, spec.d_model) for layer in spec.blocks]
+    n, states = len(layers), [float(state) for _, state, _ in layers]
+    kinds = {(family, e) for family, _, e in layers}
+    family, e = kinds.pop() if len(kinds) == 1 else ("", 0)
+    layer_params = _LAYER_PARAMS.get(family, _other_layer_params)
+    params = sum(layer_params(spec.d_model, state, e) for _, state, _ in layers)
+    product = float(spec.d_model) * (sum(states) / max(n, 1)) * n
+    capacity = math.log2(product) if product else -math.inf
+    return capacity / max(math.log2(params + 1.0), 1.0)
+
+
+def _layer_genes(layer: LayerSpec, d_model: int) -> tuple[str, int, int]:
+    """Family, d_state and E of a layer."""
+    mixer = layer.mixer if isinstance(layer, BlockSpec) else None
+    if isinstance(mixer, MambaSpec):
+        return "mamba", mixer.d_state, int(mixer.expand)
+    if isinstance(mixer, RWKV7Spec):
+        return "rwkv", mixer.head_dim, 0
+    if isinstance(mixer, S4DSpec):
+        return "s4", mixer.d_state, 0
+    if isinstance(mixer, AttentionSpec):
+        return "transformer", d_model // mixer.n_heads, 0
+    told = {} if mixer is None else mixer.to_dict()
+    heads = told.get("n_heads")
+    return "", told.get("d_state") or told.get("head_dim") or (d_model // heads if heads else 1), 0
 
 
 _genes = attrgetter(*(field.name for field in fields(ArchCandidate)))

@@ -69,6 +69,7 @@ class SearchConfig(Strict):
             sweeps and final trainings come on top.
         optimizer: of every training, "muon" or "adamw"; see `Recipe`.
         lrs: learning rates of the sweep; None takes those that suit optimizer and n_params.
+        matrix_lrs: learning rates of Muon's matrices, swept beside `lrs`; None takes the same one.
         n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
             with the same main mixer.
         n_finalists: searched candidates trained anew at the final budget, beside the best preset.
@@ -113,6 +114,7 @@ class SearchConfig(Strict):
     search_tokens: int | None = None
     optimizer: Optimizer = "muon"
     lrs: tuple[float, ...] | None = None
+    matrix_lrs: tuple[float, ...] | None = None
     n_sweep: int = 1
     n_finalists: int = 1
     final_tokens: int = 131_072
@@ -140,6 +142,12 @@ class SearchConfig(Strict):
         return self.lrs or usual_rates(self.optimizer, self.n_params)
 
     @property
+    def sweep(self) -> dict[str, tuple[float, ...]]:
+        """By name, the settings among which each family's are chosen."""
+        matrices = {"matrix_lr": self.matrix_lrs} if self.matrix_lrs else {}
+        return {"lr": self.rates, **matrices}
+
+    @property
     def pool(self) -> int:
         """n_pool, or what the searcher usually has: 200 to score by proxy, 12 to train."""
         usual = 200 if self.searcher == "proxy" else 12
@@ -165,6 +173,11 @@ class SearchConfig(Strict):
             (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
             (self.lrs is None or min(self.lrs, default=0) > 0, f"lrs: {self.lrs} must be positive"),
+            (
+                self.matrix_lrs is None
+                or (self.optimizer == "muon" and min(self.matrix_lrs, default=0) > 0),
+                f"matrix_lrs: {self.matrix_lrs} must be positive, and are of muon alone",
+            ),
             (
                 self.side_by_side is None or self.side_by_side > 0,
                 f"side_by_side: {self.side_by_side} must be above 0, or null",

@@ -48,6 +48,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "training": (
         "optimizer",
         "lrs",
+        "matrix_lrs",
         "n_sweep",
         "seq_len",
         "batch_size",

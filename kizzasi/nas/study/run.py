@@ -6,6 +6,7 @@ The trainings in between are those of `kizzasi.nas.study.flow`, in which no work
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -171,6 +172,8 @@ class Run:
         sign = self.plan.metric.sign
         named = {k: None if s == UNSCORED else sign * s for k, s in scores.items()}
         found = {"candidate": members[0].id, "scores": named, "settings": best}
+        if edges := at_edges(self.plan.settings, best):
+            found["edges"] = edges
         study.once("settings", lambda: found, family=family)
 
     def promotable(self) -> list[Trial]:
@@ -201,3 +204,16 @@ class Run:
                 found.append((min(sound), entry, len(sound) == len(scores)))
         found.sort(key=lambda place: place[0])
         return [(entry, sound) for _, entry, sound in found]
+
+
+def at_edges(grid: Mapping[str, Sequence[Any]], chosen: Mapping[str, Any]) -> dict[str, str]:
+    """The settings whose best value is the lowest or the highest that was tried, so that a better
+    one may lie beyond."""
+    found = {}
+    for name, values in grid.items():
+        numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        if len(set(numbers)) == len(values) > 1:
+            ends = {min(numbers): "lowest", max(numbers): "highest"}
+            if chosen[name] in ends:
+                found[name] = ends[chosen[name]]
+    return found

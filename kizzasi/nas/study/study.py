@@ -13,8 +13,8 @@ candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the b
            spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids)
 proxies    id (of the candidate), proxies {name: value or null}, proxy_failures {name: reason} if
            there are any; part of "candidate" in earlier journals
-settings   family, candidate, scores {settings: score or null}, settings; a mean over candidates
-           where several share a sweep
+settings   family, candidate, scores {settings: score or null}, settings, edges {setting: "lowest"
+           or "highest" of those tried} if it is one; a mean where several share a sweep
 trial      id, candidate, rung ("0", "1", ..., "final", "test" or "narrow"), seed, settings,
            tokens, score, seconds, tokens_per_second, curve, failure, values of windows if known
 saved      candidate, seed, files {name: sha256}: the best model, as it was put into the folder best
