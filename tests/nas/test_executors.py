@@ -100,7 +100,7 @@ class KilledOnce(Mined):
 
 
 def test_a_trial_killed_from_outside_is_tried_again_alone(tmp_path):
-    executor = Processes(KilledOnce(None, Recipe(512), str(tmp_path / "seen")), 1, 1)
+    executor = Processes(KilledOnce(None, Recipe(512), seen=str(tmp_path / "seen")), 1, 1)
     with executor, tqdm(disable=True) as bar:
         found = {j.key: m for j, m in executor.run([job("killed", 3), job("fine", 7)], bar)}
     assert list(found) == ["fine7", "killed3"], "the killed one comes last"

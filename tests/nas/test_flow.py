@@ -288,7 +288,7 @@ def test_what_is_enqueued_comes_first(tmp_path):
     replace(run, enqueue=wanted).run()
     entered = [e for e in read_events(tmp_path / "run" / "journal.jsonl") if "genotype" in e]
     assert [ModelSpec.from_dict(e["spec"]) for e in entered[:2]] == wanted
-    with pytest.raises(SpecError, match="enqueue: .* does not lie in the space"):
+    with pytest.raises(SpecError, match=r"enqueue: .* does not lie in the space"):
         replace(run, enqueue=[wanted[0].replace(d_model=24)]).plan()
 
 
