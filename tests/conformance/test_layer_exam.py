@@ -21,10 +21,13 @@ def heads(**fields):
 # kind -> name -> the layers of a stack that belong together
 VARIANTS: dict[str, dict[str, list[dict]]] = {
     "block": {
-        "post": [{**HEADS, "norm_at": "post"}],
         "keys-lent": [heads(qk_norm=True), MAMBA, heads(kv_from=0, qk_norm=True, gate=True)],
-        "window-lent": [heads(window=3), heads(window=3, kv_from=0)],
-        "memory": [MAMBA, heads(), heads(memory_from=0), heads(kv_from=2)],
+        "window-memory": [
+            MAMBA,
+            heads(),
+            heads(memory_from=0, window=3),
+            heads(kv_from=2, window=3),
+        ],
     },
     "chunked": {
         "one": [MAMBA, {"kind": "chunked", "body": [HEADS, NEAR], "rate": 2.0}],
