@@ -295,6 +295,8 @@ def test_no_verb_version_and_typos(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS)
+    code = "import sys, kizzasi.cli.parsing as p; p.overview(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)  # help comes at once
     assert "did you mean search?" in refusal(capsys, "searhc")
     assert "did you mean --params?" in refusal(capsys, "search", "--parms", 3)
     assert "did you mean regularized?" in refusal(capsys, "search", "--searcher", "regularised")

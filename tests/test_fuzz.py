@@ -114,19 +114,19 @@ def folder(tmp_path) -> Path:
 
 def test_journals(folder):
     chance, counts = random.Random(0), Counter[str]()
-    runs = [complete_events(failures=True), evolved_events(), complete_events()]
+    made = (complete_events(failures=True), evolved_events(), complete_events())
+    runs = json.loads(json.dumps(made))
     kinds = [
         {kind: [e for e in run if e["event"] == kind] for kind in kinds_of(run)} for run in runs
     ]
-    for _ in range(1000):
+    for _ in range(1100):
         which = chance.randrange(3)
         event = chance.choice(kinds[which][chance.choice([*kinds[which]])])
         events = [damaged(e, chance) if e is event else e for e in runs[which]]
-        events = json.loads(json.dumps(events))
         error = refused(lambda events=events: check_events(events, "journal.jsonl"))
         assert error == "" or error.startswith("journal.jsonl, line ")
         counts[error[:1]] += 1
-        if not error and counts[""] % 8 == 0:
+        if not error and counts[""] % 50 == 0:
             refused(lambda events=events: summarise(events))
     assert min(counts.values()) > 100, counts
     journal = folder / "journal.jsonl"
@@ -206,14 +206,14 @@ def test_hostile_specs_and_spaces(verb, folder):
 
 def test_specs(folder):
     chance, n = random.Random(1), 0
-    for i in range(400):
+    for i in range(300):
         path = folder / ("x.json" if i % 2 else "x.yaml")
         data = damaged(SPEC.to_dict(), chance)
         path.write_text(json.dumps(data))  # which is YAML too
         code, error = told("validate", path)
         require_refusal_or_success(code, error, data)
         n += code == 2
-    assert n > 200
+    assert n > 150
 
 
 def test_spaces(folder):

@@ -11,7 +11,6 @@ from typing import Any
 
 from kizzasi.cli.common import columns, read_spec
 from kizzasi.errors import SpecError
-from kizzasi.models import BlockSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.seq_len < 1:
         raise SpecError(f"--seq-len {args.seq_len}: must be at least 1")
+    from kizzasi.models import BlockSpec
+
     spec = read_spec(args.spec)
     if args.mermaid:
         from kizzasi.nas.pipelines import sketch
