@@ -14,8 +14,10 @@ from kizzasi.models.init import materialize
 from kizzasi.models.linear import Linear
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.norm import Norm
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
+from kizzasi.models.stems import TokenStem
 
 
 def build_model(
@@ -62,6 +64,8 @@ def skeleton(spec: ModelSpec, target: torch.device, engine: Engine = "auto") -> 
     for name, part in model.named_modules():
         if isinstance(part, Mixer):
             part.engine = _admit(engine, part, name, target)
+        elif isinstance(part, (Norm, TokenStem)):
+            part.engine = "torch" if engine in ("torch", "reference") else "auto"
         elif type(part) is nn.Linear and engine in ("auto", "native"):
             part.__class__ = Linear  # the same layer, whose product has engines
     return model

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.ops.norm import RMS_NORM
 from kizzasi.models.ops.precision import LOW_PRECISION, full_precision, without_autocast
 
 NormKind = Literal["rms", "rms_plus_one", "layer", "layer_unbiased", "scale"]
@@ -105,6 +106,7 @@ class Norm(KeepFloat32):
     """
 
     float32_parameters = ("weight", "bias")
+    engine: str = "auto"
 
     def __init__(self, kind: NormKind, d: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -130,12 +132,8 @@ class Norm(KeepFloat32):
             weight = 1 + weight
         elif self.kind == "scale":
             weight = (weight / math.sqrt(self.d)).expand(self.d)
-        if not x.is_cpu:
-            return F.rms_norm(wide, (self.d,), weight, self.eps).to(x.dtype)
-        # The CPU has no fused kernel: torch runs eight small ones, and decoding waits for each.
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._eps, size, size, value=1 / self.d).rsqrt()
-        return (wide * weight * scale).to(x.dtype)
+        run = RMS_NORM.pick(self.engine, x.device)
+        return run(wide, weight.to(wide.dtype), self.eps, self._eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.d}, eps={self.eps}"

@@ -129,6 +129,7 @@ class Signal(StemSpec):
 
 
 class TokenStem(Stem):
+    engine: str = "auto"
     roles = {"lm_head.weight": "head"}  # noqa: RUF012 (read-only by contract)
 
     def __init__(self, spec: Tokens, d_model: int, tie_head: bool) -> None:
@@ -176,7 +177,7 @@ class TokenStem(Stem):
 
     def head(self, x: Tensor) -> Tensor:
         if self.lm_head is None:
-            return LINEAR.pick("auto", x.device)(x, self._table(x))
+            return LINEAR.pick(self.engine, x.device)(x, self._table(x))
         return self.lm_head(x)
 
     def _table(self, x: Tensor) -> Tensor:

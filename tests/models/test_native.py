@@ -13,6 +13,7 @@ from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN
 from kizzasi.models.ops.delta import DELTA_RULE
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
+from kizzasi.models.ops.norm import RMS_NORM
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
 from kizzasi.models.ops.ssd import SSD, TRAPEZOID, TrapezoidState
 from kizzasi.models.ops.wkv7 import WKV7
@@ -91,6 +92,14 @@ def wkv7(t):
     return given, {}, {}
 
 
+class Norms:
+    """The norm's table, with an epsilon; its state is nothing."""
+
+    def pick(self, engine, device):
+        op, eps = RMS_NORM.pick(engine, device), torch.tensor(0.1, dtype=torch.float64)
+        return lambda x, w, starts: (op(x, w, 0.1, eps), ())
+
+
 # name: table, makes (inputs, inputs by name, options) for t tokens
 KERNELS = {
     "scan": (SELECTIVE_SCAN, scan),
@@ -105,6 +114,7 @@ KERNELS = {
     "delta": (DELTA_RULE, lambda t: delta(t, 19, 6, 1)),
     "delta-channel": (DELTA_RULE, lambda t: delta(t, 5, 9, 5)),
     "wkv7": (WKV7, wkv7),
+    "norm": (Norms(), lambda t: ((normal(B, t, 19), normal(19)), {}, {})),
     "decay": (DECAY_SCAN, lambda t: ((decays(B, t, 19), normal(B, t, 19), normal(B, 19)), {}, {})),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)
