@@ -6,6 +6,8 @@ to ask one at many lengths. A fault is an AssertionError that names the question
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -105,17 +107,24 @@ class Exam:
         return self.kept[key]
 
     def _make(self, dtype: torch.dtype, hybrid: bool, engine: Engine) -> SequenceModel:
-        model = build_model(self.spec(hybrid=hybrid), seed=1, dtype=torch.float64, engine=engine)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for p in model.parameters():
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.add_(0.1 * noise.to(p.dtype))
+        model = copy.deepcopy(_perturbed(self.spec(hybrid=hybrid), engine))
         return model.train(not model.spec.encodes).to(device=self.device, dtype=dtype)
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self.vocab_size, (batch, length), generator=generator).to(self.device)
+
+
+@functools.lru_cache(maxsize=512)  # small ones
+def _perturbed(spec: ModelSpec, engine: Engine) -> SequenceModel:
+    """Made once: many questions ask the same model, each a copy of its own."""
+    model = build_model(spec, seed=1, dtype=torch.float64, engine=engine)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.add_(0.1 * noise.to(p.dtype))
+    return model
 
 
 def check_mixer(spec: MixerSpec | ChannelSpec, *, d_model: int = 16, device: str = "cpu") -> None:

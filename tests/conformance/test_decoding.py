@@ -5,9 +5,10 @@ from cases import MIXERS, VOCAB, causal_parts, make, tokens
 from tolerance import assert_close
 from torch import Tensor
 
+from kizzasi.models.decoding import own_cache
 from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.decoder import Decoder
-from kizzasi.models.decoding.own_cache import SPARE
+from kizzasi.models.decoding.inplace import attention
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.state import join_states, map_state
 from kizzasi.testing.mixer import assert_same_state
@@ -88,9 +89,11 @@ def test_every_row_of_a_batcher_is_decoded_as_if_alone(name):
 
 @causal_parts
 @torch.no_grad()
-def test_a_state_written_in_place_decodes_as_a_value_does(name):
-    """Across a store that grows, with a fork on the way that nothing later touches."""
-    model, x = make(name, hybrid=name in MIXERS), tokens(2, 5 + SPARE + 9)
+def test_a_state_written_in_place_decodes_as_a_value_does(name, monkeypatch):
+    """Across a store that grows twice, with a fork on the way that nothing later touches."""
+    for module in (own_cache, attention):
+        monkeypatch.setattr(module, "SPARE", 4)
+    model, x = make(name, hybrid=name in MIXERS), tokens(2, 5 + 5 + 10 + 6)
     begun = model(x[:, :5]).state
     kept = map_state(Tensor.clone, begun)
     decoder, state, forks = Decoder(model, begun), begun, []
@@ -98,7 +101,7 @@ def test_a_state_written_in_place_decodes_as_a_value_does(name):
         out = model.step(x[:, t], state)
         state = out.state
         assert_close(decoder.step(x[:, t]), out.logits)
-        if t in (6, 40):
+        if t in (6, 15):
             forks.append((t, decoder.fork(), state))
     assert_same_state(decoder.fork(), state)
     assert_same_state(begun, kept)

@@ -151,7 +151,7 @@ def test_low_precision(name, dtype, device):
     def run(model, autocast=False):
         with torch.autocast(device, dtype=dtype, enabled=autocast):
             logits = model(x).logits
-            stepped = fold(model, x)[0] if CAUSAL.get(name, True) else logits
+            stepped = fold(model, x[:, :12])[0] if CAUSAL.get(name, True) else logits
         weights = torch.linspace(-1, 1, logits.numel(), device=device).view_as(logits)
         return logits, stepped, gradients(model, (logits.double() * weights).sum())
 
