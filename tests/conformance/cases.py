@@ -85,6 +85,10 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "fast-decay": {"n_heads": 1, "expand_k": 0.25, "expand_v": 1.5, "gate_normalizer": 0.1},
     },
     "kda": {"two-heads": {"n_heads": 2}},
+    "kernel_attention": {
+        "favor": {"n_heads": 2, "n_features": 12},
+        "laplace": {"n_heads": 2, "n_features": 9, "feature": "laplace", "qkv_bias": True},
+    },
     "lightning": {"two-heads": {"n_heads": 2}, "wide": {"n_heads": 2, "head_dim": 5}},
     "long_conv": {"short": {"max_len": 9, "n_bands": 3}, "long": {"max_len": 128, "d_conv": 1}},
     "mamba": {

@@ -26,6 +26,7 @@ def mixer(kind: str, d: int) -> MixerSpec:
         "gated_delta": heads,
         "gla": {**heads, "gate_rank": 4},
         "kda": heads,
+        "kernel_attention": heads,
         "lightning": heads,
         "long_conv": {"max_len": 16, "n_bands": 3},
         "mamba": {"d_state": 4},

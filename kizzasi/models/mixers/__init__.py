@@ -6,6 +6,7 @@ from kizzasi.models.mixers.delta_product import DeltaProduct, DeltaProductSpec
 from kizzasi.models.mixers.gated_delta import GatedDelta, GatedDeltaSpec
 from kizzasi.models.mixers.gla import GLA, GLASpec
 from kizzasi.models.mixers.kda import KDA, KDASpec
+from kizzasi.models.mixers.kernel_attention import KernelAttention, KernelAttentionSpec
 from kizzasi.models.mixers.lightning import Lightning, LightningSpec
 from kizzasi.models.mixers.long_conv import LongConv, LongConvSpec
 from kizzasi.models.mixers.mamba import Mamba, MambaSpec
@@ -52,6 +53,8 @@ __all__ = [
     "GatedDelta",
     "GatedDeltaSpec",
     "KDASpec",
+    "KernelAttention",
+    "KernelAttentionSpec",
     "Lightning",
     "LightningSpec",
     "LongConv",
