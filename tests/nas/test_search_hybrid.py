@@ -9,7 +9,7 @@ from small_search import killed_after, outcome
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec, load
-from kizzasi.models.mixers.gla import GLA
+from kizzasi.models.mixers.gated_delta import GatedDelta
 from kizzasi.nas import report
 from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.spaces.model_space import ModelSpace
@@ -172,13 +172,13 @@ def test_a_candidate_that_explodes_is_recorded_and_skipped(data, tmp_path, monke
     def explode(self, *args, **kwargs):
         raise RuntimeError("this mixer is broken")
 
-    monkeypatch.setattr(GLA, "forward", explode)
+    monkeypatch.setattr(GatedDelta, "forward", explode)
     config = replace(
         CONFIG, data=data, n_finalists=1, final_seeds=1, search_tokens=1_200, lrs=(3e-3,)
     )
     named_search(config, tmp_path / "run")
     candidates = {e["id"]: e for e in events_of(tmp_path / "run", "candidate")}
-    broken = {k for k, e in candidates.items() if "'gla'" in str(e["spec"])}
+    broken = {k for k, e in candidates.items() if "'gated_delta'" in str(e["spec"])}
     assert broken
     for e in events_of(tmp_path / "run", "trial"):
         assert (e["score"] is None) == (e["candidate"] in broken)
