@@ -165,7 +165,9 @@ class Line:
             self._put(layers, stage, module, path, where)
 
     def _latent_sampler(self, stage: Stage, module: Module, path: str, where: str) -> None:
-        self.findings.drop(where, "latent samplers are not built")
+        self.findings.drop(
+            where, "no layer of the house samples a latent; a cond turns layers by the past"
+        )
 
     def _put(self, layers: list[Any], stage: Stage, module: Module, path: str, where: str) -> None:
         if stage.repeat is not None and stage.repeat > 1:

@@ -80,8 +80,8 @@ def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: F
     if source is not None and source.H is not None:
         findings.drop(f"{path}.source.H", "the summary is as wide as the stream")
     if cond.reg is not None:
-        rule = "a summary of the past is known; only a latent has bits to pay for"
-        findings.drop(f"{path}.reg", rule, "leave it out, or give a latent_sampler")
+        rule = "a summary of the past is known, so there are no bits to pay for; no latent is built"
+        findings.drop(f"{path}.reg", rule)
     if not cond.ops:
         findings.add(f"{path}.ops", "it is needed", "give an op, or leave cond out", (path, DROP))
     for i, op in enumerate(cond.ops):

@@ -13,6 +13,7 @@ from typing import Any
 from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
 from kizzasi.nas.pipelines.space.fields import any_field
 from kizzasi.nas.pipelines.space.topologies import (
+    chunking,
     condition,
     cross_skip,
     depth_router,
@@ -346,6 +347,7 @@ MOVES: Mapping[str, Move] = {
         norm,
         residual,
         hierarchy,
+        chunking,
         depth_router,
         recurrence,
         recurrence_loops,

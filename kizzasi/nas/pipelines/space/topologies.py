@@ -16,6 +16,11 @@ def hierarchy(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     return _around(spec, rng, "downsample", around)
 
 
+def chunking(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A few layers see one token for every chunk, whose ends they learn, or no longer."""
+    return _around(spec, rng, "chunked", {"rate": rng.choice((2.0, 4.0, 6.0))})
+
+
 def depth_router(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     """Tokens may pass a few layers by, or no longer."""
     return _around(spec, rng, "depth_routed", {"capacity": rng.choice((0.25, 0.5, 0.75))})
