@@ -13,11 +13,14 @@ from collections.abc import Callable
 from kizzasi.errors import SpecError
 from kizzasi.models.channels import MLPSpec, RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.layers.latent import LatentSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
     GatedDeltaSpec,
     Mamba2Spec,
     MambaSpec,
+    RetentionSpec,
+    RoutedSpec,
     RWKV4Spec,
     RWKV6Spec,
     RWKV7Spec,
@@ -262,6 +265,35 @@ def qwen3_next_80b() -> ModelSpec:
         a=BlockSpec(attention, mixture, "rms_plus_one"),
     )
     return ModelSpec(2048, blocks, Tokens(151936), norm="rms_plus_one", norm_eps=1e-6)
+
+
+def free_transformer_routed(vocab_size: int = 65536) -> ModelSpec:
+    """EvoForge's best pipeline: a routed Free Transformer with caches in 4 bits.
+
+    Two layers in which every token chooses two of local attention, retention and Mamba; bits that
+    a non-causal encoder of four layers chooses, read by FiLM and a low rank; two layers of full
+    attention, its cache a window of 8192. Heads are 128 wide, of which all entries are rotated.
+    examples/free_transformer_routed.yaml spells it.
+
+    Source: Fleuret 2025, arXiv:2510.17558, on the latent.
+    Differs: the encoder reads what the routed layers leave, where EvoForge's read the embeddings,
+        and its keys, which know the future, were read by them.
+    """
+    heads = {"n_heads": 8, "n_kv_heads": 2, "head_dim": 128}
+    rope = {"rope_theta": 25000.0, "rope_dims": 128}
+    near = AttentionSpec(**heads, **rope, window=1024, kv_quant="nf4")
+    mixers = (near, RetentionSpec(n_heads=8, rope_theta=25000.0), MambaSpec(d_state=32))
+    routed = RoutedSpec(mixers, top_k=2, temperature=0.7)
+    far = AttentionSpec(**heads, **rope, window=8192, qk_norm=True, kv_quant="nf4")
+    whole = AttentionSpec(**heads, **rope, causal=False)
+    upper = LatentSpec(
+        body=(BlockSpec(far, SwiGLUSpec(hidden=2240)),) * 2,
+        encoder=(BlockSpec(whole, SwiGLUSpec(hidden=1920)),) * 4,
+        inject=("film", "lora"),
+        rank=4,
+    )
+    lower = (BlockSpec(routed, SwiGLUSpec(hidden=2240)),) * 2
+    return ModelSpec(640, (*lower, upper), Tokens(vocab_size))
 
 
 def s4d(d_model: int, n_layers: int, vocab_size: int) -> ModelSpec:

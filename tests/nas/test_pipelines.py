@@ -263,3 +263,58 @@ def test_programs(capsys, tmp_path):
     assert main(["info", str(good), "--json"]) == 0
     assert main(["schema"]) == 0
     assert "$defs" in json.loads(capsys.readouterr().out.split("\n", 1)[1])
+
+
+FREE = {
+    "arch": {
+        "d_model": 16,
+        "norm": "RMSNorm",
+        "modules": {
+            "encoder": {
+                "kind": "transformer",
+                "n_layers": 2,
+                "mix_unit": {"kind": "single", "mixer": {"kind": "Attention", "heads": 2}},
+            },
+            "sampler": {
+                "kind": "latent_sampler",
+                "cond": {
+                    "source": {"kind": "pool-mlp", "H": 8},
+                    "reg": {"kind": "freebits", "kappa": 0.25},
+                    "ops": [{"where": "pre_mixer", "op": "lora", "r": 2}],
+                },
+            },
+            "decoder": {
+                "kind": "transformer",
+                "n_layers": 1,
+                "mix_unit": {"kind": "single", "mixer": {"kind": "Attention", "heads": 2}},
+            },
+        },
+        "pipeline": [
+            {"name": "encoder", "mode": "train_prefill"},
+            {"name": "sampler", "inputs": ["encoder"], "mode": "train_prefill"},
+            {"name": "low", "module": "decoder"},
+            {"name": "high", "module": "decoder", "kv_from": ["sampler"]},
+        ],
+    },
+    "train": {"ctx_len": 32, "vocab_size": 50},
+}
+
+
+def test_an_encoder_and_a_latent_stand_beside_the_line():
+    spec = Pipeline.from_data(FREE).spec
+    assert [layer.kind for layer in spec.blocks] == ["block", "latent"]
+    latent = spec.blocks[1]
+    assert (latent.n_bits, latent.free_bits, latent.inject, latent.rank) == (8, 0.25, ("lora",), 2)
+    assert [len(latent.encoder), len(latent.body)] == [2, 1]
+    assert not latent.encoder[0].mixer.causal
+    assert spec.causal
+    assert to_pipeline(spec).spec == spec
+    for path, value, said in (
+        ("arch.pipeline[2].kv_from", ["encoder"], "would show the future"),
+        ("arch.pipeline[0].mode", "all", "run where the tokens are known"),
+        ("arch.modules.sampler.cond.ops[0].where", "proj_q", "layers read the bits first"),
+        ("arch.modules.sampler.params", {"latent_dim": 4}, "as wide as its bits"),
+    ):
+        broken = changed(FREE, path, value)
+        assert any(said in str(misfit) for misfit in examined(broken)[1]), said
+        assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[1].kind == "latent"

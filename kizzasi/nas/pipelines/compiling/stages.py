@@ -13,6 +13,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.layers.layer import check_stack
 from kizzasi.models.strict import unknown_name
+from kizzasi.nas.pipelines.compiling.latents import encoder_of, latent, latent_fields
 from kizzasi.nas.pipelines.compiling.stack import INHERITED, Frame, layers_of
 from kizzasi.nas.pipelines.compiling.topology import layer
 from kizzasi.nas.pipelines.document import Arch, Module, Params, Stage
@@ -45,6 +46,8 @@ class Line:
         vocab_size: of the stem.
         layers: so far.
         spans: layers of every stage so far, as (first, last + 1).
+        whole: whether nothing is missing.
+        encoders, latents: stages that stand beside the line, and what they are made of.
     """
 
     arch: Arch
@@ -54,6 +57,8 @@ class Line:
     layers: list[Any] = field(default_factory=list)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole: bool = True
+    encoders: dict[str, list[Any]] = field(default_factory=dict)
+    latents: dict[str, tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)
 
     def take(self, stage: Stage, i: int) -> None:
         """Put one stage at the end."""
@@ -87,6 +92,10 @@ class Line:
         takers[module.kind](stage, module, f"arch.modules.{name}", path)
         self.spans[stage.name] = (first, len(self.layers))
 
+    def _samples(self, stage: Stage) -> bool:
+        module = self.arch.modules.get(stage.module or stage.name)
+        return module is not None and module.kind == "latent_sampler"
+
     def _order(self, stage: Stage, path: str) -> None:
         """What a stage reads: the stage before it, or what is refused."""
         findings = self.findings
@@ -101,7 +110,9 @@ class Line:
                         "name an earlier stage",
                         (f"{path}.{name}", DROP),
                     )
-        if stage.inputs and before and stage.inputs != (before[-1],):
+        before = [name for name in before if name not in (*self.encoders, *self.latents)]
+        reads = tuple(name for name in stage.inputs if name not in self.latents)
+        if reads and before and not self._samples(stage) and reads != (before[-1],):
             rule = f"{list(stage.inputs)}: a stage reads the stream that {before[-1]!r} leaves"
             findings.drop(f"{path}.inputs", rule)
         for name, mode in (("train_only", "train"), ("prefill_only", "prefill")):
@@ -109,7 +120,11 @@ class Line:
                 findings.drop(f"{path}.{name}", f"the mode is {stage.mode!r}")
         mode = stage.mode or ("train" if stage.train_only else None)
         mode = mode or ("prefill" if stage.prefill_only else "all")
-        if mode != "all":
+        beside = stage.name in self._encoding() or self._samples(stage)
+        if beside and mode != "train_prefill":
+            rule = "an encoder and its latent run where the tokens are known, and nowhere else"
+            findings.set(f"{path}.mode", rule, "train_prefill")
+        elif mode != "all" and not beside:
             rule = f"what runs in {mode!r} alone would make another model when decoding"
             findings.drop(f"{path}.mode" if stage.mode else f"{path}.train_only", rule)
         if stage.params is not None:
@@ -151,7 +166,20 @@ class Line:
         if layers is None:
             self.whole = False
             return
+        if stage.name in self._encoding():
+            self.encoders[stage.name] = encoder_of(layers, f"{path}.mix_unit", self.findings)
+            return
         self._put(layers, stage, module, path, where)
+
+    def _encoding(self) -> set[str]:
+        """Stages that a latent sampler reads."""
+        modules = self.arch.modules
+        samplers = [
+            stage
+            for stage in self.arch.pipeline
+            if (m := modules.get(stage.module or stage.name)) and m.kind == "latent_sampler"
+        ]
+        return {name for stage in samplers for name in stage.inputs}
 
     def _custom(self, stage: Stage, module: Module, path: str, where: str) -> None:
         for name in OF_A_STACK:
@@ -165,14 +193,28 @@ class Line:
             self._put(layers, stage, module, path, where)
 
     def _latent_sampler(self, stage: Stage, module: Module, path: str, where: str) -> None:
-        self.findings.drop(
-            where, "no layer of the house samples a latent; a cond turns layers by the past"
-        )
+        source = next((name for name in stage.inputs if name in self.encoders), None)
+        if source is None:
+            self.findings.drop(where, "its inputs name no stage that could be its encoder")
+            return
+        for name in OF_A_STACK:
+            if name != "cond" and getattr(module, name) is not None:
+                self.findings.drop(f"{path}.{name}", "a latent has no layers of its own")
+        if module.params is not None and module.params.latent_dim is not None:
+            rule = "a latent is as wide as its bits, cond.source.H"
+            self.findings.drop(f"{path}.params.latent_dim", rule)
+        given = latent_fields(module.cond, f"{path}.cond", self.findings)
+        self.latents[stage.name] = (self.encoders[source], given)
 
     def _put(self, layers: list[Any], stage: Stage, module: Module, path: str, where: str) -> None:
         if stage.repeat is not None and stage.repeat > 1:
             layers = [layer("loop", layers, n_loops=stage.repeat)]
-        self.layers += self._reading(layers, stage, where)
+        layers = self._reading(layers, stage, where)
+        for name in (*stage.inputs, *stage.kv_from, *stage.mem_from):
+            if name in self.latents:
+                encoder, given = self.latents[name]
+                layers = [latent(layers, encoder, given)] if encoder else layers
+        self.layers += layers
         if module.budget is not None or stage.budget is not None:
             flops = self._flops(layers)
             self._budget(module, stage, path, where, flops)
@@ -180,10 +222,15 @@ class Line:
     def _reading(self, layers: list[Any], stage: Stage, where: str) -> list[Any]:
         """The layers, their attention reading keys and values, or the stream, of a stage."""
         for name, source in (("kv_from", "kv_from"), ("mem_from", "memory_from")):
-            named = [one for one in getattr(stage, name) if one in self.spans]
+            path, findings = f"{where}.{name}", self.findings
+            if future := [one for one in getattr(stage, name) if one in self.encoders]:
+                rule = f"{future[0]!r} sees the whole document, and would show the future"
+                findings.drop(path, rule, "read it through a latent_sampler")
+                continue
+            beside = {*self.encoders, *self.latents}
+            named = [one for one in getattr(stage, name) if one in self.spans and one not in beside]
             if not named:
                 continue
-            path, findings = f"{where}.{name}", self.findings
             if len(named) > 1:
                 rule = f"{named}: a layer reads one other"
                 findings.set(path, rule, named[:1], "name one stage")
@@ -192,16 +239,22 @@ class Line:
             attends = plain and all(one.mixer.kind == "attention" for one in layers)
             if last == first or not attends:
                 rule = f"only plain layers of attention read {named[0]!r}, which has layers"
-                findings.drop(path, rule)
+                self._keep_latent(path, rule, getattr(stage, name))
                 continue
             read = [replace(one, mixer=replace(one.mixer, **{source: last - 1})) for one in layers]
             try:
                 check_stack((*self.layers, *read), self.arch.d_model or 1, "layers")
             except SpecError as error:
-                findings.drop(path, str(error).partition(": ")[2])
+                self._keep_latent(path, str(error).partition(": ")[2], getattr(stage, name))
                 continue
             layers = read
         return layers
+
+    def _keep_latent(self, path: str, rule: str, named: tuple[str, ...]) -> None:
+        """Find keys that cannot be read, and leave the latents that are named beside them."""
+        latents = [name for name in named if name in self.latents]
+        remedy = "name the latent alone" if latents else "leave it out"
+        self.findings.add(path, rule, remedy, (path, latents or DROP))
 
     # ----------------------------------------------------------------- budgets
 

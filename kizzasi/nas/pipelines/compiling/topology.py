@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from kizzasi.models import LayerSpec
+from kizzasi.nas.pipelines.compiling.latents import halved, is_latent
 from kizzasi.nas.pipelines.document import (
     Cond,
     DepthRouter,
@@ -33,7 +34,13 @@ NORMS_ALONE = "inside attention and norms there is no condition"
 
 def arranged(layers: list[Any], stack: Stack, path: str, findings: Findings) -> list[Any]:
     """The layers of a stack with its topologies around them."""
-    if stack.cond is not None:
+    if stack.cond is not None and is_latent(stack.cond):
+        others = (stack.depth_router, stack.recurrence, stack.hierarchy)
+        if all(other is None for other in others):
+            return halved(layers, stack.cond, f"{path}.cond", findings)
+        rule = "a latent parts a stack in two, and so do a depth_router, recurrence, or hierarchy"
+        findings.drop(f"{path}.cond", rule, "leave one out, or give each a module")
+    elif stack.cond is not None:
         heads = _heads(stack)
         layers = [_conditioned(one, stack.cond, heads, f"{path}.cond", findings) for one in layers]
     if stack.depth_router is not None:
@@ -80,8 +87,8 @@ def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: F
     if source is not None and source.H is not None:
         findings.drop(f"{path}.source.H", "the summary is as wide as the stream")
     if cond.reg is not None:
-        rule = "a summary of the past is known, so there are no bits to pay for; no latent is built"
-        findings.drop(f"{path}.reg", rule)
+        rule = "a summary of the past is known, so there are no bits to pay for"
+        findings.drop(f"{path}.reg", rule, "leave it out, or give freebits for a latent")
     if not cond.ops:
         findings.add(f"{path}.ops", "it is needed", "give an op, or leave cond out", (path, DROP))
     for i, op in enumerate(cond.ops):
