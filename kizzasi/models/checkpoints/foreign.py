@@ -98,7 +98,8 @@ FAMILIES: dict[str, Family] = {}
 # What a ModelSpec would need, of formats that people will try.
 LACKING = {
     "zamba2": "it runs one Transformer block at several depths, on the embeddings beside the "
-    "stream, and gives the result to one mixer only; a spec has layers of their own"
+    "stream, with adapters of each depth, and gives the result to one mixer only; a spec has no "
+    "such layer; use Falcon-H1, Nemotron-H or Granite 4, which mix the same two kinds"
 }
 
 

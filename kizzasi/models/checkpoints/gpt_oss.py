@@ -91,10 +91,18 @@ def _spec(config: Config, shapes: Shapes) -> ModelSpec:
         up_offset=1.0,
     )
     mixture = mixtures.read_mixture(config, shapes, n_layers, hidden=1, experts=128, top_k=4)
-    experts = (expert,) * mixture.n_experts
+    experts = (expert,) * rows_of_router(config, shapes, "mlp.router", mixture.n_experts)
     mixture = replace(mixture, hidden=None, experts=experts, router=TopK(logit_bias=True))
     blocks = [BlockSpec(replace(heads, window=window if s else None), mixture) for s in slides]
     return llama.trunk(config, blocks, 1e-5)
+
+
+def rows_of_router(config: Config, shapes: Shapes, name: str, n_experts: int) -> int:
+    """So many experts, if a router knows them: they are listed, so a lie would cost memory."""
+    known = {s[0] for key, s in shapes.items() if key.endswith(f"{name}.weight") and s}
+    if known and known != {n_experts}:
+        config.refuse("num_local_experts", f"{n_experts}, but routers know {sorted(known)}")
+    return n_experts if known else 1
 
 
 def _keys(spec: ModelSpec) -> dict[str, Any]:

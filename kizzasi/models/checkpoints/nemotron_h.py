@@ -22,6 +22,7 @@ from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.deepseek import BIAS_RATE
 from kizzasi.models.checkpoints.deepseek import canonical as rated
 from kizzasi.models.checkpoints.foreign import Family, Rules, register
+from kizzasi.models.checkpoints.gpt_oss import rows_of_router
 from kizzasi.models.checkpoints.mamba_hf import (
     PARTS,
     STEPS,
@@ -122,6 +123,7 @@ def _mixture(config: Config, shapes: Shapes, n_mixtures: int) -> MoESpec:
     count, most = config.get("n_routed_experts", int, 8), count_values(shapes) // n_mixtures
     if not 1 <= count <= most:
         config.refuse("n_routed_experts", f"{count} cannot be: the tensors allow 1 to {most}")
+    count = rows_of_router(config, shapes, "mixer.gate", count)
     config.only("moe_latent_size")
     config.only("n_shared_experts", 1)
     plain = MLPSpec(config.get("moe_intermediate_size", int, 7688), "relu2")
