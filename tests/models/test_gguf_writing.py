@@ -13,7 +13,7 @@ gguf = pytest.importorskip("gguf", reason="the oracle is the package gguf")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 
 from kizzasi.cli import main  # noqa: E402
-from kizzasi.errors import CheckpointError  # noqa: E402
+from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load, presets  # noqa: E402
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec  # noqa: E402
 from kizzasi.models.checkpoints import companions_of, save, spec_of  # noqa: E402
@@ -341,3 +341,57 @@ def test_ranks_that_lie_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="gate_lora_rank: 33 is not supported; only 32"):
         load(tmp_path / "b.gguf")
     assert isinstance(load(tmp_path / "a.gguf").spec.blocks[0].mixer, RWKV7Spec)
+
+
+WORLD = {1: b"\x00", 5: b"a", 6: b"the", 7: b" the", 8: "\u00ef".encode(), 9: b"'", 10: b"\n\n"}
+WORLD |= {20 + i: bytes([i]) for i in range(32, 127) if i not in (39, 97)}
+
+
+def world_folder(folder):
+    lines = []
+    for i, token in WORLD.items():
+        text = repr(token.decode()) if token.isascii() else repr(token)
+        lines.append(f"{i} {text} {len(token)}")
+    build_model(presets.rwkv7(32, 2, 160, 8), seed=1).save_pretrained(folder)
+    (folder / "rwkv_vocab_v20230424.txt").write_text("\n".join(lines))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "bos_token_id": 0}')
+    config = json.loads((folder / "config.json").read_text())
+    config["generation"] = {"eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_rwkvs_vocabulary_goes_along(tmp_path, capsys):
+    """The longest token that fits is taken; GGUF holds literals without their quotes."""
+    folder = world_folder(tmp_path / "a")
+    ours = load_tokenizer(folder, 160)
+    assert ours.encode("a the the'na\u00efve\n\n")[:5] == [5, 7, 7, 9, 130]
+    assert ours.decode(ours.encode("a the\u00ef\n\n'")) == "a the\u00ef\n\n'"
+    assert ours.eos == 0
+    with pytest.raises(CheckpointError, match="has id 146, and the model 100"):
+        load_tokenizer(folder, 100)
+    with pytest.raises(DataError, match="no token for"):
+        ours.encode("\u6f22")
+    path = tmp_path / "a.gguf"
+    assert main(["convert", str(folder), str(path), "--to", "gguf"]) == 0
+    assert main(["convert", str(path), str(tmp_path / "b")]) == 0
+    metadata, _ = read(path)
+    assert metadata["tokenizer.ggml.model"] == "rwkv"
+    assert metadata["tokenizer.ggml.tokens"][:11] == [
+        *("<s>", "\\x00", "[PAD2]", "[PAD3]", "[PAD4]", "a", "the", " the"),
+        *("\\xc3\\xaf", "'", "\\n\\n"),
+    ]
+    for again in (load_tokenizer(path, 160), load_tokenizer(tmp_path / "b", 160)):
+        assert again.encode("the 'the\u00ef'") == ours.encode("the 'the\u00ef'")
+        assert again.eos == 0
+    assert main(["generate", str(path), "--prompt", "the", "--tokens", "3"]) == 0
+
+
+LIES = ["5 'a' 1\n6 'a' 1", "5 '' 0", "5 'a' 2", "x 'a' 1", "5 open('x') 1", "5 'a'", "5 ((( 1"]
+
+
+@pytest.mark.parametrize("line", LIES)
+def test_vocabularies_that_lie_are_refused(tmp_path, line):
+    (tmp_path / "rwkv_vocab_v20230424.txt").write_text(line)
+    with pytest.raises(CheckpointError, match=r"not a vocabulary|empty or there twice"):
+        load_tokenizer(tmp_path, 160)

@@ -12,25 +12,24 @@ of config.json:
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.checkpoints import world
 from kizzasi.models.checkpoints.gguf import is_gguf
 from kizzasi.models.checkpoints.gguf_file import open_gguf
 from kizzasi.models.checkpoints.native import CONFIG, NAME, to_json
-from kizzasi.models.checkpoints.storage import read_json
-from kizzasi.models.checkpoints.tokenizer import KEY, ends_of, from_gguf
+from kizzasi.models.checkpoints.storage import read_json, small_file
+from kizzasi.models.checkpoints.tokenizer import KEY, WorldTokenizer, ends_of, from_gguf
 
 GENERATION = "generation_config.json"
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", world.FILE),
 )
-MAX_BYTES = 128 * 2**20  # of a tokenizer's file
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 POSITIONS = "max_position_embeddings"
 OWN = ("transformers_version", "_from_model_config")  # what a program says of itself
@@ -62,7 +61,7 @@ def companions_of(path: Path) -> Companions:
     """Those of a checkpoint, whatever its format. Raises CheckpointError."""
     if path.is_file():
         return _of_gguf(path) if is_gguf(path) else Companions()
-    files = {name: _bytes(path / name) for name in FILES if (path / name).exists()}
+    files = {name: small_file(path / name) for name in FILES if (path / name).exists()}
     data = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if data.get("model_type") == NAME or "spec" in data:
         generation = data.get("generation", {})
@@ -77,16 +76,6 @@ def companions_of(path: Path) -> Companions:
     return Companions(files, {**generation, **({"config": rest} if rest else {})})
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: not a regular file of at most {MAX_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read it: {error}") from error
-
-
 def _of_gguf(path: Path) -> Companions:
     metadata = open_gguf(path).metadata
     keys = {"bos_token_id": f"{KEY}bos_token_id"}
@@ -99,6 +88,8 @@ def _of_gguf(path: Path) -> Companions:
     if tokens is None:
         return Companions({}, generation)
     tokenizer = from_gguf(metadata, str(path))
+    if isinstance(tokenizer, WorldTokenizer):
+        return Companions({world.FILE: tokenizer.inner.to_file()}, generation)
     named: dict[str, str] = {}
     for key in ("bos", "eos", "pad"):
         i = generation.get(f"{key}_token_id", -1)

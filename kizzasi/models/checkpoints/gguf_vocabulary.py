@@ -1,7 +1,8 @@
 """The tokenizer of a transformers folder as metadata of GGUF; tokenizer.py reads it back.
 
-Only byte-level BPE whose way of splitting text has a name there. Whether it has is found out by
-comparing with what the reader would make of each name, and then by encoding a few texts.
+RWKV's vocabulary goes along as it is. Else it must be byte-level BPE whose way of splitting text
+has a name there. Whether it has is found out by comparing with what the reader would make of each
+name, and then by encoding a few texts.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.checkpoints import world
 from kizzasi.models.checkpoints.tokenizer import (
     KEY,
     NO_TOKENIZER,
     SPLITS,
     TOKENIZER,
+    WORLD,
     from_gguf,
+    from_json,
     splitter,
     tokenizers_package,
 )
@@ -40,13 +44,14 @@ def to_gguf(
         CheckpointError: the tokenizer cannot be said there, or its package is missing.
     """
     metadata = _ids(generation)
+    if TOKENIZER not in files and world.FILE in files:
+        return {**metadata, **_world(world.from_file(files[world.FILE], world.FILE), vocab_size)}
     if TOKENIZER not in files:
         if files:
             _refuse(f"a tokenizer in {', '.join(sorted(files))} without {TOKENIZER}")
         return {f"{KEY}model": NO_TOKENIZER, **metadata}
     package = tokenizers_package()
-    text = files[TOKENIZER].decode()
-    inner, data = package.Tokenizer.from_str(text), json.loads(text)
+    inner, data = from_json(files[TOKENIZER], TOKENIZER), json.loads(files[TOKENIZER])
     model = data.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         _refuse(f"a tokenizer of the kind {model.get('type')!r}")
@@ -65,6 +70,18 @@ def to_gguf(
         if again.encode(sample) != inner.encode(sample).ids:
             _refuse(f"a tokenizer that splits {sample[:40]!r} in a way of its own")
     return metadata
+
+
+def _world(vocabulary: world.World, vocab_size: int) -> dict[str, Any]:
+    """RWKV's. Id 0 ends a text and begins one."""
+    if max(vocabulary.tokens, default=0) >= vocab_size:
+        most = max(vocabulary.tokens)
+        raise CheckpointError(f"gguf: a token {most}, but the model has {vocab_size} ids")
+    found = vocabulary.to_gguf(vocab_size)
+    tokens = [(f"[PAD{i}]" if i else "<s>") if t is None else t for i, t in enumerate(found)]
+    types = [(UNUSED if i else CONTROL) if t is None else NORMAL for i, t in enumerate(found)]
+    keys = {"model": WORLD, "tokens": tokens, "token_type": types}
+    return {f"{KEY}{key}": value for key, value in keys.items()}
 
 
 def _refuse(what: str) -> Any:

@@ -35,6 +35,7 @@ from kizzasi.models.spec import MAX_FILE_BYTES
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = tuple(f"{name}.index.json" for name in WHOLE)
+MAX_SMALL_BYTES = 128 * 2**20
 ZIP, OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\n"
 # What wrappers put before every name (DataParallel, torch.compile, DeepSpeed), or inside it.
 WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|_forward_module)\.)+")
@@ -206,6 +207,17 @@ def shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
         parts[-1][name] = tensor
         size += tensor.nbytes
     return parts
+
+
+def small_file(path: Path) -> bytes:
+    """A tokenizer's file and the like, whole. Raises CheckpointError."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_SMALL_BYTES:
+            raise CheckpointError(f"{path}: not a regular file of at most {MAX_SMALL_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error}") from error
 
 
 def require_equal(path: Path, tensors: Mapping[str, Tensor]) -> None:

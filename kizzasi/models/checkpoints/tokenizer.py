@@ -2,7 +2,7 @@
 
 A GGUF file has its vocabulary and merges among the metadata; a folder in transformers' layout has a
 tokenizer.json. Both are run by the package tokenizers, the extra `kizzasi-models[tokenizers]`.
-Without either, ids are bytes.
+RWKV's own vocabulary is run here (world.py). Without any of them, ids are bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from kizzasi.errors import CheckpointError, DataError
 from kizzasi.files import read_bytes
+from kizzasi.models.checkpoints import world
 from kizzasi.models.checkpoints.gguf import is_gguf
 from kizzasi.models.checkpoints.gguf_file import open_gguf
 from kizzasi.models.checkpoints.native import CONFIG
-from kizzasi.models.checkpoints.storage import read_json
+from kizzasi.models.checkpoints.storage import read_json, small_file
 
 TOKENIZER = "tokenizer.json"
 MOST_FILE = 2**26  # bytes of a tokenizer.json
@@ -33,6 +36,7 @@ WORDS = (
 )
 DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}
 SPLITS = ("smollm", "gpt-2", *DIGITS)
+WORLD = "rwkv"
 NO_TOKENIZER = "none"  # what a file says of itself that has none
 SPECIAL = (3, 4)  # token types: control, and user-defined
 
@@ -116,6 +120,33 @@ def _guarded(what: str, call: Callable[[], Any]) -> Any:
         raise DataError(f"the checkpoint's tokenizer cannot take {what}: {reason:.200}") from error
 
 
+class WorldTokenizer(Tokenizer):
+    """RWKV's.
+
+    Raises:
+        CheckpointError: it has ids that the model has not.
+    """
+
+    def __init__(
+        self,
+        inner: world.World,
+        eos: int | Sequence[int] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        most = max(inner.tokens, default=0)
+        if vocab_size is not None and most >= vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has id {most}, and the model {vocab_size}: it is another model's"
+            )
+        self.inner, self.eos = inner, eos
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.inner.decode(ids)
+
+
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
@@ -132,9 +163,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         if metadata.get(f"{KEY}model") != NO_TOKENIZER or vocab_size > 2 * 256:
             return from_gguf(metadata, str(path), vocab_size)
         return ByteTokenizer(vocab_size)
+    eos = _ids(_eos(path), vocab_size)
     if (path / TOKENIZER).is_file():
-        eos = _ids(_eos(path), vocab_size)
         return PackagedTokenizer(_read(path / TOKENIZER), eos, None, vocab_size)
+    if (path / world.FILE).is_file():
+        inner = world.from_file(small_file(path / world.FILE), str(path))
+        return WorldTokenizer(inner, eos, vocab_size)
     if vocab_size > 2 * 256:
         raise CheckpointError(
             f"{path}: no {TOKENIZER} there, and {vocab_size} ids are no bytes; put it in the folder"
@@ -144,14 +178,17 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 def from_gguf(
     metadata: Mapping[str, Any], where: str, vocab_size: int | None = None
-) -> PackagedTokenizer:
-    """The byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) of a file.
+) -> PackagedTokenizer | WorldTokenizer:
+    """The byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) of a file, or
+    RWKV's vocabulary.
 
     Raises:
         CheckpointError: as in `load_tokenizer`.
     """
     own = {key.removeprefix(KEY): v for key, v in metadata.items() if key.startswith(KEY)}
     model, split = own.get("model"), own.get("pre", "gpt-2")
+    if model == WORLD:
+        return WorldTokenizer(_world(own, where), ends_of(metadata), vocab_size)
     if model != "gpt2" or split not in SPLITS:
         raise CheckpointError(
             f"{where}: a tokenizer {model!r:.40} that splits text like {split!r:.40} is not "
@@ -197,6 +234,16 @@ def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def _world(own: Mapping[str, Any], where: str) -> world.World:
+    """Of RWKV's vocabulary what is a normal token."""
+    tokens, types = own.get("tokens"), own.get("token_type")
+    kinds = [1] * len(tokens) if types is None and _texts(tokens) else types
+    if not _texts(tokens) or kinds is None or np.shape(kinds) != (len(tokens),):
+        raise CheckpointError(f"{where}: {KEY}tokens: missing, or without a type; damaged")
+    normal = {i: text for i, text in enumerate(tokens) if kinds[i] == 1}
+    return world.from_literals(normal, where)
+
+
 def ends_of(metadata: Mapping[str, Any]) -> int | list[int] | None:
     """What ends a text, of a GGUF file: of a document and of a turn, if they differ."""
     found = [metadata.get(f"{KEY}{name}_token_id") for name in ("eos", "eot")]
@@ -233,16 +280,25 @@ def _ids(value: Any, vocab_size: int) -> int | list[int] | None:
 
 
 def _read(path: Path) -> Any:
+    try:
+        content = read_bytes(path, MOST_FILE)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error}") from error
+    return from_json(content, str(path))
+
+
+def from_json(content: bytes, where: str) -> Any:
+    """The package's own, of a tokenizer.json. Raises CheckpointError."""
     package = tokenizers_package()
     try:
-        text = read_bytes(path, MOST_FILE).decode()
+        text = content.decode()
         _require_modest(json.loads(text))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot read it: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: cannot read it: {error}") from error
     try:
         return _guarded("its own file", lambda: package.Tokenizer.from_str(text))
     except DataError as error:
-        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+        raise CheckpointError(f"{where}: not a tokenizer: {error}") from error
 
 
 def _require_modest(data: Any) -> None:
