@@ -73,7 +73,11 @@ HOLDERS = {
     words.Stencil: (with_(f"{MIXER}.stencil", {"kind": "local", "window": 8}), f"{MIXER}.stencil"),
     words.Softmax: (with_(f"{MIXER}.softmax", {"softcap": 5.0}), f"{MIXER}.softmax"),
     words.Kernel: (
-        with_(f"{MIXER}.softmax", {"kernel": {"features": 8}}),
+        with_(
+            f"{MIXER}.softmax",
+            {"type": "kernel", "kernel": {"features": 8, "name": "favor"}},
+            {**PLAIN, "arch": {k: v for k, v in PLAIN["arch"].items() if k != "pos"}},
+        ),
         f"{MIXER}.softmax.kernel",
     ),
     words.Projection: (
@@ -232,7 +236,7 @@ def outcome(text):
 
 @functools.cache
 def does(spec):
-    """Outputs in evaluation; of a training step the loss, auxiliary ones too, and its slopes."""
+    """Outputs in evaluation; of a training step the loss and its slopes; what steps change."""
     model = build_model(spec, seed=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -246,7 +250,11 @@ def does(spec):
     loss = trained.logits.double().square().sum() + sum(trained.aux.values())
     loss.backward()
     slopes = sum(p.grad.double().abs().sum() for p in model.parameters() if p.grad is not None)
-    return round(out, 9), round(loss.item(), 9), round(slopes.item(), 9)
+    for _ in range(4):
+        model.after_step()
+    with torch.no_grad():
+        later = model.eval()(tokens).logits.double().sum()
+    return tuple(round(float(x.detach()), 9) for x in (torch.tensor(out), loss, slopes, later))
 
 
 FIELDS = [

@@ -179,6 +179,15 @@ def _words(spec: Any) -> dict[str, Any]:
             low = {"type": "low_rank", "rank": data["qkv_rank"], "shared": data["qkv_shared"]}
             found["projection"] = low
         return {"kind": "Attention", **_given(found)}
+    if spec.kind == "kernel_attention":
+        kernel = {"name": data["feature"], "features": data["n_features"]}
+        kernel |= {"orthogonal": data["orthogonal"], "redraw": data["redraw"]}
+        found = {"heads": data["n_heads"], "head_dim": data["head_dim"]}
+        return {
+            "kind": "Attention",
+            **_given(found),
+            "softmax": {"type": "kernel", "kernel": kernel},
+        }
     if spec.kind == "retention":
         return {"kind": "Retention", "heads": data["n_heads"]}
     if spec.kind == "mamba":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kizzasi.nas.pipelines.compiling.place import DEFAULT_HEAD, Place, heads_of, only
-from kizzasi.nas.pipelines.document import KVPolicy, Mixer, Softmax, Stencil
+from kizzasi.nas.pipelines.document import Kernel, KVPolicy, Mixer, Softmax, Stencil
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 
 READ_BY_STENCIL: Mapping[str, tuple[str, ...]] = {
@@ -22,9 +22,13 @@ READ_BY_STENCIL: Mapping[str, tuple[str, ...]] = {
 POSITIONS = {"relbias": "relative", "learned": "none"}  # the others have the same names
 ROTATED = ("rope", "xpos")
 DEFAULT_WINDOW = 256
+KERNEL = "kernel_attention"
 
 
 def attention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[str, Any]:
+    """The fields of attention, by softmax or by random features."""
+    if by_features(m):
+        return kernel_attention(m, place, path, findings)
     heads = heads_of(m, place.d_model, 1, path, findings)
     head_dim = m.head_dim or place.d_model // heads
     groups = m.groups
@@ -43,6 +47,34 @@ def attention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[str
         **_projection(m, path, findings),
         "value_glu": m.value_glu,
     }
+
+
+def kernel_attention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[str, Any]:
+    """Attention by random features: a memory of constant size, so no stencil and no cache."""
+    assert m.softmax is not None, "asked"
+    kernel, where = m.softmax.kernel or Kernel(), f"{path}.softmax"
+    heads = heads_of(m, place.d_model, 1, path, findings)
+    features = kernel.features
+    if features is None:
+        features = findings.set(f"{where}.kernel.features", "'kernel' needs it", 64)
+    for name in ("groups", "stencil", "pos", "projection", "value_glu"):
+        if getattr(m, name) is not None:
+            findings.drop(f"{path}.{name}", "attention by random features does not read it")
+    only(m.softmax, ("kernel",), "'kernel'", where, findings)
+    return {
+        "kind": KERNEL,
+        "n_heads": heads,
+        "head_dim": m.head_dim,
+        "feature": kernel.name,
+        "n_features": features,
+        "orthogonal": kernel.orthogonal,
+        "redraw": kernel.redraw,
+    }
+
+
+def by_features(m: Any) -> bool:
+    """Whether this is attention by random features."""
+    return isinstance(m, Mixer) and m.softmax is not None and m.softmax.type == "kernel"
 
 
 def _projection(m: Mixer, path: str, findings: Findings) -> dict[str, Any]:
@@ -143,15 +175,8 @@ def _softmax(
     if softmax is None:
         return {}
     where = f"{path}.softmax"
-    if softmax.type == "kernel" or softmax.kernel is not None:
-        rule = "random features are not built"
-        findings.add(
-            where,
-            rule,
-            "leave type and kernel out",
-            (f"{where}.type", DROP),
-            (f"{where}.kernel", DROP),
-        )
+    if softmax.kernel is not None:
+        findings.drop(f"{where}.kernel", "only the type 'kernel' reads it")
     found: dict[str, Any] = {"softcap": softmax.softcap}
     scale = softmax.qk_scale
     if softmax.type == "scaled" and scale is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import MixerSpec
-from kizzasi.nas.pipelines.compiling.attention import attention
+from kizzasi.nas.pipelines.compiling.attention import attention, by_features
 from kizzasi.nas.pipelines.compiling.place import Place, heads_of
 from kizzasi.nas.pipelines.document import Mixer, MixUnit, Own
 from kizzasi.nas.pipelines.misfits import Findings
@@ -63,7 +63,8 @@ def mixer_of(unit: MixUnit, place: Place, findings: Findings) -> MixerSpec | Non
 
 def _unread(unit: MixUnit, given: Any, place: Place, findings: Findings) -> None:
     """Positions and caches that no mixer of the unit reads."""
-    attends = [m for m in given if isinstance(m, Mixer) and m.kind == "Attention"]
+    softmaxes = [m for m in given if isinstance(m, Mixer) and m.kind == "Attention"]
+    attends = [m for m in softmaxes if not by_features(m)]
     if place.pos is not None and place.pos.kind != "none":
         reads = any(m.pos in (None, place.pos.kind) for m in attends)
         reads = reads or any(isinstance(m, Mixer) and m.kind == "Retention" for m in given)
