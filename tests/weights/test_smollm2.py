@@ -117,3 +117,21 @@ def test_the_program_streams_up_to_a_stop(capsys):
     options = ["--prompt", prompt, "--temperature", "0", "--tokens", "30", "--quantized"]
     assert main(["generate", str(FILE), *options, "--stop", " Paris"]) == 0
     assert capsys.readouterr().out == f"{prompt}The capital of France is\n"
+
+
+@pytest.mark.parametrize(
+    ("quant", "bytes_of_float16", "nats", "same"),
+    [("int8", 0.53, 1e-3, 0.97), ("nf4", 0.3, 0.1, 0.85)],
+)
+@torch.inference_mode()
+def test_a_coded_cache_takes_its_share_of_bytes_and_says_nearly_the_same(
+    full, ids, quant, bytes_of_float16, nats, same
+):
+    policy = {"window": 8192, "n_global": 4}
+    coded, plain = (full.with_cache(q, **policy).init_state(1) for q in (quant, "none"))
+    places = sum(block.mixer.position.nbytes for block in plain.blocks)
+    assert coded.nbytes <= bytes_of_float16 * ((plain.nbytes - places) / 2 + places)
+    wanted = full(ids).logits.log_softmax(-1)
+    found = full.with_cache(quant, **policy)(ids).logits.log_softmax(-1)
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < nats
+    assert (wanted.argmax(-1) == found.argmax(-1)).float().mean() >= same
