@@ -119,8 +119,8 @@ def learns(name, steps):
 
 @pytest.mark.parametrize("name", ONE_A_KIND)
 def test_every_kind_learns_under_muon(name):
-    losses = learns(name, 25)
-    assert losses[-1] < losses[0] - 0.1
+    losses = learns(name, 35)
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.1  # one step's loss may stand out
 
 
 @pytest.mark.slow

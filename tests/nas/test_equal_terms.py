@@ -209,7 +209,7 @@ def test_after_equal_time_by_hand():
     assert max(row.error for row in rows.values()) < 1e-6
     assert [row[0] for row in time_rows(summary)[1:]] == ["child 19", "child 18", "child 20"]
     assert time_rows(summary)[3][1:] == [
-        "500 .. 300",
+        "300 .. 500",
         f"{FINAL_TOKENS // 4:,}",
         "3.020",
         "0.000",
