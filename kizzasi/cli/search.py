@@ -195,7 +195,7 @@ def _add_budgets(parser: Group, default: SearchConfig) -> None:
         dest="n_pool",
         type=int,
         metavar="N",
-        help="candidates that a searcher proposes (12), or that the proxy scores (200)",
+        help="candidates that a searcher proposes (16), or that the proxy scores (200)",
     )
     parser.add_argument(
         "--rungs",

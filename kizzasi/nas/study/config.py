@@ -46,7 +46,7 @@ class SearchConfig(Strict):
             and then read from the journal.
         bounds_len: see there.
         n_pool: candidates that the proxy scores (200), or that another searcher proposes at most
-            (12).
+            (16).
         n_best, n_random: trained from the pool: the best by proxy, and a random control group.
         n_outside: trained on the first rung only, from outside the band, to see what the proxy is
             worth over all sizes.
@@ -108,7 +108,7 @@ class SearchConfig(Strict):
     sample: int = 3
     mutation: float = 0.1
     side_by_side: int | None = None
-    rungs: tuple[int, ...] = (16_384, 49_152)
+    rungs: tuple[int, ...] = (16_384, 147_456)
     eta: int = 3
     keep: float = 0.34
     search_tokens: int | None = None
@@ -117,7 +117,7 @@ class SearchConfig(Strict):
     matrix_lrs: tuple[float, ...] | None = None
     n_sweep: int = 1
     n_finalists: int = 1
-    final_tokens: int = 131_072
+    final_tokens: int = 524_288
     final_seeds: int = 3
     slope_seeds: int = 0
     seq_len: int = 128
@@ -149,8 +149,8 @@ class SearchConfig(Strict):
 
     @property
     def pool(self) -> int:
-        """n_pool, or what the searcher usually has: 200 to score by proxy, 12 to train."""
-        usual = 200 if self.searcher == "proxy" else 12
+        """n_pool, or what the searcher usually has: 200 to score by proxy, 16 to train."""
+        usual = 200 if self.searcher == "proxy" else 16
         return usual if self.n_pool is None else self.n_pool
 
     @property
