@@ -11,6 +11,7 @@ import torch
 from kizzasi.cli import VERBS, main
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec
+from kizzasi.models.layers import LatentSpec
 from kizzasi.models.mixers import AttentionSpec
 
 
@@ -187,3 +188,57 @@ def test_train_goes_on_from_a_single_file_of_weights(capsys, tmp_path, data):
     after = load(tmp_path / "out").state_dict()
     for name, before in model.state_dict().items():
         torch.testing.assert_close(after[name], before, atol=1e-6, rtol=0)
+
+
+def test_info_asks_the_leak_gate_of_checkpoints_and_specs(capsys, tmp_path, spec_file):
+    assert json.loads(output(capsys, "info", spec_file, "--leak", "--json"))["leak"] is None
+    sees_all = BlockSpec(AttentionSpec(n_heads=2, causal=False))
+    build_model(ModelSpec(16, (sees_all,), Tokens(9))).save_pretrained(tmp_path / "encoder")
+    assert "outputs depend on later inputs" in output(
+        capsys, "info", tmp_path / "encoder", "--leak"
+    )
+
+
+def test_programs_run_on_the_engine_that_they_are_told(
+    capsys, spec_file, data, tmp_path, monkeypatch
+):
+    import kizzasi.models as models
+
+    engines = []
+    for name in ("build_model", "load"):
+        plain = getattr(models, name)
+
+        def noted(*args, _plain=plain, **kwargs):
+            engines.append(kwargs["engine"])
+            return _plain(*args, **kwargs)
+
+        monkeypatch.setattr(models, name, noted)
+    shape = ["--seq-len", 16, "--batch-size", 2, "--engine", "reference"]
+    trained = tmp_path / "trained"
+    output(capsys, "train", spec_file, "--data", data, "--out", trained, "--steps", 2, *shape)
+    output(capsys, "score", trained, "--data", data, "--score-windows", 2, *shape)
+    output(capsys, "generate", trained, "--tokens", 2, "--engine", "reference")
+    assert engines == ["reference"] * 3
+
+
+def test_a_score_pays_for_latent_bits_as_a_training_does(capsys, data, tmp_path):
+    heads = BlockSpec(AttentionSpec(n_heads=2))
+    sees_all = BlockSpec(AttentionSpec(n_heads=2, causal=False))
+    spec = ModelSpec(16, (LatentSpec((heads,), (sees_all,), n_bits=3),), Tokens(256))
+    spec.to_file(tmp_path / "latent.yaml")
+    shape = ["--seq-len", 16, "--batch-size", 2, "--score-windows", 4, "--json"]
+    run = tmp_path / "run"
+    told = output(
+        capsys,
+        "train",
+        tmp_path / "latent.yaml",
+        "--data",
+        data,
+        "--out",
+        run,
+        "--steps",
+        3,
+        *shape,
+    )
+    again = output(capsys, "score", run, "--data", data, *shape)
+    assert json.loads(told)["score"] == json.loads(again)["score"]

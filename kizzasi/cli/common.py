@@ -122,6 +122,15 @@ def read_spec(source: str) -> ModelSpec:
     return spec
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "torch", "reference", "native"),
+        help="what recurrences run on (default auto: the fastest that is there; kizzasi doctor)",
+    )
+
+
 def check_numbers(args: argparse.Namespace, *names: str) -> None:
     """Raises SpecError unless these flags are at least 1, and --score-windows at least 0."""
     for name in (*names, "score_windows"):

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizzasi.cli.common import check_device, checkpoint_of
+from kizzasi.cli.common import add_engine, check_device, checkpoint_of
 from kizzasi.cli.errors import shown
 from kizzasi.errors import DataError, SpecError
 from kizzasi.files import read_bytes
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="beside the window, remember the first N tokens, as they are (try 4)",
     )
+    add_engine(parser)
     parser.add_argument(
         "--quantized", action="store_true", help="keep a .gguf file's small weights: faster on CPU"
     )
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise SpecError(f"--beams above {MOST_BEAMS} or --tokens above 2^31: give fewer")
     prompt_text = read_prompt(args)
     path = checkpoint_of(args.model)
-    model = load(path, device=args.device, quantized=args.quantized)
+    model = load(path, device=args.device, engine=args.engine, quantized=args.quantized)
     if (args.cache, args.cache_window, args.cache_first) != (None, None, None):
         window, first = args.cache_window, args.cache_first
         model = model.with_cache(args.cache or "none", window=window, n_global=first)

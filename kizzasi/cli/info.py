@@ -2,21 +2,30 @@
 
 example:
   kizzasi info runs/first/best --seq-len 1024
+  kizzasi info downloads/model --leak           # does it see the future?
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kizzasi.cli.common import columns, read_spec
+from kizzasi.cli.common import checkpoint_of, columns, is_spec_file, read_spec
 from kizzasi.errors import SpecError
+
+if TYPE_CHECKING:
+    from kizzasi.models import ModelSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("spec", help="a .yaml or .json file, or a checkpoint folder")
     parser.add_argument(
         "--seq-len", type=int, default=1024, help="tokens of flops and state (default 1024)"
+    )
+    parser.add_argument(
+        "--leak",
+        action="store_true",
+        help="look for a way in which later inputs move earlier outputs",
     )
     parser.add_argument("--mermaid", action="store_true", help="draw it as a Mermaid flowchart")
 
@@ -27,6 +36,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.models import BlockSpec
 
     spec = read_spec(args.spec)
+    if args.leak:
+        return _leak(args, spec)
     if args.mermaid:
         from kizzasi.nas.pipelines import sketch
 
@@ -53,3 +64,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     head = f"d_model {spec.d_model}, stem {spec.stem.to_dict()}, {spec.digest}"
     note = f"flops and state at {args.seq_len} tokens; total includes stem and norms"
     return result, f"{head}\n{columns(table)}\n{note}"
+
+
+def _leak(args: argparse.Namespace, spec: ModelSpec) -> tuple[dict[str, Any], str]:
+    """What the gate says of a checkpoint, or of a spec's model as it starts."""
+    from kizzasi.models import build_model, load
+    from kizzasi.train.leak import find_leak
+
+    if is_spec_file(args.spec):
+        model = build_model(spec, seed=args.seed, device=args.device)
+    else:
+        model = load(checkpoint_of(args.spec), device=args.device)
+    reason = find_leak(model, args.seq_len)
+    said = f"{args.spec}: {reason or 'no output depends on later inputs'}"
+    return {"digest": spec.digest, "leak": reason}, said

@@ -14,7 +14,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kizzasi.cli.common import SCORE_WINDOWS, check_device, check_numbers, checkpoint_of, scoring
+from kizzasi.cli.common import (
+    SCORE_WINDOWS,
+    add_engine,
+    check_device,
+    check_numbers,
+    checkpoint_of,
+    scoring,
+)
 from kizzasi.errors import DataError
 
 
@@ -22,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a checkpoint folder or file, or a search's folder")
     parser.add_argument("--data", required=True, help='as of train, or "builtin"')
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="default valid")
+    add_engine(parser)
     parser.add_argument("--seq-len", type=int, default=256, help="window in tokens (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows at once (default 16)")
     parser.add_argument(
@@ -38,6 +46,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.models import load
     from kizzasi.train.open import open_task
     from kizzasi.train.task import Shape
+    from kizzasi.train.trainer import to_score
 
     check_device(args.device)
     check_numbers(args, "seq_len", "batch_size")
@@ -45,12 +54,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     task = open_task(args.data)
     if not task.has(args.split):
         raise DataError(f"{args.data}: has no split {args.split}")
-    model = load(path, device=args.device).eval()
+    model = load(path, device=args.device, engine=args.engine).eval()
     shape = Shape(args.seq_len, args.batch_size, args.score_windows or None)
     task.check(shape, model.spec.stem)
     task = task.to(torch.device(args.device))
     with scoring(model, args.score_windows, args.batch_size), torch.no_grad():
-        found = task.score(model, args.split, shape)
+        found = task.score(to_score(model, task), args.split, shape)
     score, beside = found.mean(task.metric), task.baselines()
     result = {
         "model": path,

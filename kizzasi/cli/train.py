@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kizzasi.cli.common import (
     SCORE_WINDOWS,
+    add_engine,
     check_device,
     check_numbers,
     checkpoint_of,
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "spec", nargs="?", help="a .yaml or .json file, or a checkpoint to go on from"
     )
+    add_engine(parser)
     parser.add_argument(
         "--data",
         help='text (a file, a folder or "stdlib"), ids (.npy, .bin), frames (.csv, .npy, .wav) '
@@ -249,9 +251,9 @@ def _model(wanted: _Wanted, task: Task, args: argparse.Namespace) -> SequenceMod
     source, seed = wanted.values["spec"], wanted.values["seed"]
     if wanted.saved is not None and "spec" not in args.given:
         spec = _noted_spec(wanted.saved)
-        return build_model(spec, seed=seed, device=args.device)
+        return build_model(spec, seed=seed, device=args.device, engine=args.engine)
     if is_spec_file(source):
-        return build_model(read_spec(source), seed=seed, device=args.device)
+        return build_model(read_spec(source), seed=seed, device=args.device, engine=args.engine)
     like = checkpoint_of(source)
     if wanted.values["data"] is None:
         raise DataError(
@@ -265,8 +267,8 @@ def _model(wanted: _Wanted, task: Task, args: argparse.Namespace) -> SequenceMod
     if wanted.saved is not None:
         from kizzasi.models.checkpoints import spec_of
 
-        return build_model(spec_of(like), seed=seed, device=args.device)
-    return load(like, device=args.device)
+        return build_model(spec_of(like), seed=seed, device=args.device, engine=args.engine)
+    return load(like, device=args.device, engine=args.engine)
 
 
 def _noted_spec(saved: Mapping[str, Any]) -> Any:

@@ -24,16 +24,23 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError
 from kizzasi.files import open_regular, write_file
-from kizzasi.models import SequenceModel, Tokens, parameter_groups
+from kizzasi.models import ModelOutput, SequenceModel, Tokens, parameter_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.muon import Muon
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.seeds import derive_seed
-from kizzasi.train.task import Batch, Scores, Shape, Split, Task
+from kizzasi.train.task import Batch, Forward, Scores, Shape, Split, Task
 
 UNREADABLE = (OSError, EOFError, ValueError, pickle.UnpicklingError)
 DAMAGED = (*UNREADABLE, RuntimeError, LookupError, TypeError, AttributeError, OverflowError)
 CHECK_EVERY = 10  # steps between looks at the loss, which on CUDA wait for the device
+
+
+def to_score(model: Callable[..., ModelOutput], task: Task) -> Forward:
+    """The function that a task scores: of a language model with latent bits, one that pays for them
+    (`SequenceModel.forward(coded=True)`).
+    """
+    return partial(model, coded=task.metric.of_loss and isinstance(task.stem, Tokens))
 
 
 class Training:
@@ -161,9 +168,8 @@ class Training:
         """The metric on every held-out window of this process; of a language model with latent
         bits, these included (`SequenceModel.forward(coded=True)`)."""
         self.model.eval()
-        coded = self.task.metric.of_loss and isinstance(self.task.stem, Tokens)
         with self._autocast():
-            return self.task.score(partial(self.shared_model, coded=coded), split, self.shape)
+            return self.task.score(to_score(self.shared_model, self.task), split, self.shape)
 
     @property
     def identity(self) -> dict[str, Any]:
