@@ -1,9 +1,12 @@
 """Sequence models: specs in, `nn.Module`s out."""
 
-from kizzasi.models import channels, layers, mixers, presets
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kizzasi.models import channels, layers, mixers
 from kizzasi.models.build import build_model
-from kizzasi.models.checkpoints import load
-from kizzasi.models.checkpoints.quantized import quantize_weights
 from kizzasi.models.cost import Cost
 from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.decoder import Decoder
@@ -20,6 +23,25 @@ from kizzasi.models.spec import ModelSpec, pattern
 from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
 from kizzasi.models.strict import register
+
+if TYPE_CHECKING:
+    from kizzasi.models import presets
+    from kizzasi.models.checkpoints import load
+    from kizzasi.models.checkpoints.quantized import quantize_weights
+
+# Imported when first asked for: with the formats of checkpoints they take as long as all mixers.
+LATER = {
+    "load": "kizzasi.models.checkpoints",
+    "presets": "kizzasi.models.presets",
+    "quantize_weights": "kizzasi.models.checkpoints.quantized",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(LATER[name])
+    return module if LATER[name].endswith(f".{name}") else getattr(module, name)
 
 
 def list_mixers() -> list[str]:

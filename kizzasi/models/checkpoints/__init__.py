@@ -10,39 +10,7 @@ from typing import Any
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import (
-    bamba,
-    cohere,
-    deepseek,
-    falcon_h1,
-    foreign,
-    gguf,
-    gguf_vocabulary,
-    gguf_writer,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite_hybrid,
-    jamba,
-    kimi_linear,
-    lfm2,
-    llama,
-    mamba_hf,
-    mixtures,
-    native,
-    nemotron_h,
-    olmo_hybrid,
-    phi3,
-    qwen3_5,
-    qwen3_next,
-    recurrent_gemma,
-    rwkv_flat,
-    rwkv_hf,
-    rwkv_pth,
-    sandwich,
-    state_spaces,
-    xlstm,
-)
+from kizzasi.models.checkpoints import foreign, gguf, gguf_vocabulary, gguf_writer, llama, native
 from kizzasi.models.checkpoints.companions import Companions, companions_of
 from kizzasi.models.checkpoints.rwkv_state import tuned_state
 from kizzasi.models.model import SequenceModel
@@ -52,41 +20,16 @@ from kizzasi.models.strict import unknown_name
 
 __all__ = [
     "Companions",
-    "bamba",
-    "cohere",
     "companions_of",
-    "deepseek",
-    "falcon_h1",
     "foreign",
     "formats",
     "gguf",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "granite_hybrid",
-    "jamba",
-    "kimi_linear",
-    "lfm2",
     "llama",
     "load",
-    "mamba_hf",
-    "mixtures",
     "native",
-    "nemotron_h",
-    "olmo_hybrid",
-    "phi3",
-    "qwen3_5",
-    "qwen3_next",
-    "recurrent_gemma",
-    "rwkv_flat",
-    "rwkv_hf",
-    "rwkv_pth",
-    "sandwich",
     "save",
     "spec_of",
-    "state_spaces",
     "tuned_state",
-    "xlstm",
 ]
 
 

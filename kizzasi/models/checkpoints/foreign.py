@@ -14,15 +14,16 @@ To add a family, write a file beside this one:
    `canonical` makes equal what means the same, such as a width of None and the width it stands for.
 4. `Family(...)` of these, with `ignored` (names of stored tensors that are no weights), `tied` (the
    head and its twin), and, if there is no "model_type", the `signature`: names that only it has.
-5. `register` it, and import the file in __init__.py. Test against the original: logits of prefill
+5. `register` it, and import the file in families.py. Test against the original: logits of prefill
    and cached decoding, tensors byte-equal after read and write, and the original reading ours.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,28 @@ class Family:
     file: str = f"model{SAFE}"
 
 
-FAMILIES: dict[str, Family] = {}
+class Families(Mapping[str, Family]):
+    """The families by name, which families.py imports when one is first asked for: that takes as
+    long as all mixers do."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Family] = {}
+
+    def __getitem__(self, name: str) -> Family:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def _all(self) -> dict[str, Family]:
+        importlib.import_module("kizzasi.models.checkpoints.families")
+        return self.known
+
+
+FAMILIES = Families()
 # What a ModelSpec would need, of formats that people will try.
 LACKING = {
     "zamba2": "it runs one Transformer block at several depths, on the embeddings beside the "
@@ -105,8 +127,8 @@ LACKING = {
 
 def register(family: Family) -> Family:
     """Make a family known to `load` and `save`."""
-    assert family.name not in FAMILIES, f"{family.name} is registered twice"
-    FAMILIES[family.name] = family
+    assert family.name not in FAMILIES.known, f"{family.name} is registered twice"
+    FAMILIES.known[family.name] = family
     return family
 
 
