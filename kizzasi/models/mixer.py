@@ -272,7 +272,7 @@ class MixerSpec(_Part):
 
     def reading(self, source: int) -> MixerSpec:
         """The same mixer with the keys and values of a layer in place of its own."""
-        raise NotImplementedError(f"{self.kind} has no keys and values")
+        raise SpecError(f"{self.kind}: it has no keys and values of its own; name attention")
 
 
 class ChannelSpec(_Part):

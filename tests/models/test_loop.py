@@ -196,3 +196,9 @@ def test_a_call_alone_and_in_steps():
         out = module(x[:, t], state, call=Call.of(x[:, t], step=True))
         state, rows = out.state, [*rows, out.y]
     assert_close(torch.stack(rows, 1), module(x).y)
+
+
+def test_costs_of_a_body_without_keys_say_so_before_any_check():
+    spec = LoopSpec((BlockSpec(MambaSpec()),), 2, keys="first")
+    with pytest.raises(SpecError, match="mamba: it has no keys and values of its own"):
+        spec.cost(LayerContext(8), 4, 1)

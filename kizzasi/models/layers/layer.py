@@ -123,7 +123,7 @@ class LayerSpec(Registered):
 
     def reading(self: Self, source: int) -> Self:
         """The same layer with the keys and values of another; see `MixerSpec.reading`."""
-        raise NotImplementedError(f"{self.kind} has no keys and values")
+        raise SpecError(f"{self.kind}: it has no keys and values of its own; name attention")
 
     @property
     def shares(self) -> int | None:
