@@ -188,6 +188,23 @@ def test_proxies_are_jobs_of_the_workers(tmp_path, monkeypatch):
     assert all(e["proxies"]["flops"] > 0 for e in candidates)
 
 
+def test_whose_proxies_are_done_first_does_not_choose_who_is_swept(tmp_path, monkeypatch):
+    """Of two candidates of one family the first asked for shares the sweep, on any machine."""
+    small, outcomes = config(write_text(tmp_path)), []
+    for places, salt in ((1, 0), (4, 1), (4, 2), (4, 3)):
+
+        def seconds(job: Job, salt: int = salt) -> float:
+            return 1 + 9 * chance(job.spec, salt) if job.kind == "proxies" else 1
+
+        def opened(evaluator, *_, places=places, seconds=seconds):
+            return Simulated(evaluator, places, seconds)
+
+        monkeypatch.setattr("kizzasi.nas.search.open_executor", opened)
+        named_search(replace(small, proxies=("flops",)), tmp_path / f"{salt}", SPACE)
+        outcomes.append(outcome(tmp_path / f"{salt}"))
+    assert all(found == outcomes[0] for found in outcomes)
+
+
 # --- streams
 
 

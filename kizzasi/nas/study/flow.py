@@ -130,6 +130,7 @@ class Flow:
             return False
         self.spent += run.increment(job)
         entry = run.schedule.candidates[job.candidate]
+        self._enrol(entry)
         task = None if run.schedule.results.scores(job.candidate) else self._entering(entry)
         if task is None:
             self._train(job)
@@ -144,22 +145,31 @@ class Flow:
         self.study.once("candidate", entry.to_event, id=entry.id)
         return None
 
+    def _enrol(self, entry: Entry) -> None:
+        """Make a candidate a member of its family's sweep, if that wants one. The first asked for
+        are members, whoever's proxies are done first."""
+        run, grid = self.run, self.run.plan.grid
+        if entry.family in run.settings:
+            return
+        if len(grid) == 1:
+            run.settings[entry.family] = grid[0]
+            return
+        sweep = self.sweeps.setdefault(entry.family, Sweep())
+        if len(sweep.members) < run.plan.n_sweep:
+            sweep.members.append(entry)
+            sweep.left.update(trial.id for trial in run.sweep_trials(entry))
+
     def _train(self, job: Instalment) -> None:
         """A training at the settings of its family, now or when they are known."""
         entry = self.run.schedule.candidates[job.candidate]
-        grid = self.run.plan.grid
-        if entry.family not in self.run.settings and len(grid) == 1:
-            self.run.settings[entry.family] = grid[0]
         if entry.family in self.run.settings:
             self._start(self.run.trial(job), job)
             return
-        sweep = self.sweeps.setdefault(entry.family, Sweep())
+        sweep = self.sweeps[entry.family]
         sweep.held.append(job)
         self.n_held += 1
-        if len(sweep.members) < self.run.plan.n_sweep:
-            sweep.members.append(entry)
+        if any(entry is member for member in sweep.members):
             for trial in self.run.sweep_trials(entry):
-                sweep.left.add(trial.id)
                 self.ready.append((self.study.task(trial), self._swept(trial, entry.family)))
 
     def _swept(self, trial: Trial, family: str) -> Callable[[Event], None]:
