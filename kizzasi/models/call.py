@@ -17,7 +17,7 @@ from torch import Tensor
 from kizzasi.models.ops.attention import document_positions
 
 T = TypeVar("T")
-HERE = -1  # in `Call.lent`: the layer itself, an iterate before
+HERE = -1  # in `Call.lent`: the layer itself; its keys and values are of an iterate before
 
 
 class Call:
@@ -35,7 +35,8 @@ class Call:
     Attributes:
         shared: what earlier layers have offered to later ones (RWKV-7's v_first).
         lent: of layers of the same stack that later ones name, by what and which: ("memory", 3) is
-            the stream after layer 3, ("kv", 3) what its mixer lent (`MixerOut.lent`).
+            the stream after layer 3, ("kv", 3) what its mixer lent (`MixerOut.lent`). With HERE
+            for the index, what this layer alone is lent.
     """
 
     def __init__(

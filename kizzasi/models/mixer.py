@@ -270,6 +270,12 @@ class MixerSpec(_Part):
         by name; None if there are none."""
         return None
 
+    @property
+    def crosses(self) -> bool:
+        """Whether its keys and values can be made of a stream beside x, which the call lends it as
+        `Call.lent["memory", HERE]`, normalised as x is."""
+        return False
+
     def reading(self, source: int) -> MixerSpec:
         """The same mixer with the keys and values of a layer in place of its own."""
         raise SpecError(f"{self.kind}: it has no keys and values of its own; name attention")

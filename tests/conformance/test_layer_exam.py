@@ -80,6 +80,17 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
         ],
     },
     "latent": {
+        "paper": [
+            HEADS,
+            {
+                "kind": "latent",
+                "body": [HEADS, HEADS],
+                "encoder": [SEES_ALL],
+                "n_bits": 3,
+                "inject": ["kv"],
+                "query": "learned",
+            },
+        ],
         "add": [{"kind": "latent", "body": [HEADS], "encoder": [SEES_ALL], "n_bits": 3}],
         "film-lora": [
             RWKV7,

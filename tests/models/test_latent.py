@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
@@ -15,19 +17,22 @@ from kizzasi.models.channels import MLPSpec
 from kizzasi.models.layers import LatentSpec, LoopSpec
 from kizzasi.models.layers.latent import with_latent_key
 from kizzasi.models.loss import with_charge
-from kizzasi.models.mixers import AttentionSpec
+from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.train import Recipe, Training
 from kizzasi.train.leak import find_leak
 from kizzasi.train.token_ids import TokenIds
 
 HEADS = BlockSpec(AttentionSpec(n_heads=2), MLPSpec(hidden=16))
 SEES_ALL = BlockSpec(AttentionSpec(n_heads=2, causal=False), MLPSpec(hidden=16))
+LOW_RANK = BlockSpec(AttentionSpec(n_heads=2, qkv_rank=2))
+MIXES = BlockSpec(MambaSpec(d_state=2))
 LATENT = LatentSpec((HEADS,), (SEES_ALL,), n_bits=3)
 SPEC = ModelSpec(16, (HEADS, LATENT), Tokens(7))
 FORMS = {
     "add": LATENT,
     "table": replace(LATENT, form="table"),
     "film-lora": replace(LATENT, inject=("film", "lora"), rank=2),
+    "paper": replace(LATENT, inject=("kv",), query="learned", form="table"),
 }
 
 
@@ -47,7 +52,8 @@ def ids(*shape, seed=0):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_layer_starts_as_its_body_whatever_the_bits(form):
     model, x = build_model(SPEC.replace(blocks=(HEADS, FORMS[form])), seed=0), ids(2, 9)
-    layer, stream = model.blocks[1], model.hidden(x, layer=1)
+    layer: Any = model.blocks[1]
+    stream = model.hidden(x, layer=1)
     plain = layer.body(stream, None, Call.of(stream)).x
     for module in (model.train(), model.eval()):
         torch.testing.assert_close(module.hidden(x, layer=2), plain)
@@ -68,7 +74,7 @@ def test_every_part_learns(form):
 def test_a_coded_score_is_that_of_the_tokens_plus_that_of_the_bits():
     model, x = perturbed().eval(), ids(2, 9)
     seen = []
-    layer = model.blocks[1]
+    layer: Any = model.blocks[1]
     layer.register_forward_hook(lambda _, __, out: seen.append(out.aux["charge"]))
     out = model(x, coded=True)
     targets = x.roll(-1, 1)
@@ -129,6 +135,40 @@ def test_bits_of_a_text_are_those_of_its_key_and_show_no_future():
     assert model.generate(x[0, :4], max_new_tokens=3).shape == (7,)
 
 
+def test_in_the_papers_form_bits_reach_keys_and_values_alone():
+    model, x = perturbed(SPEC.replace(blocks=(HEADS, FORMS["paper"]))), ids(1, 12)
+    latent: Any = model.eval().blocks[1]
+    attention = latent.body[0].mixer
+
+    def moved():
+        texts = [model(x, with_latent_key(model.init_state(1), key)).logits for key in (0, 9)]
+        return (texts[0] - texts[1]).abs().max().item()
+
+    for silent in (attention.k_proj, attention.v_proj):
+        weight = silent.weight.detach().clone()
+        assert moved() > 1e-3
+        nn.init.zeros_(silent.weight)
+    assert moved() == 0
+    with torch.no_grad():
+        attention.k_proj.weight.copy_(weight)  # keys alone: there are no values to tell apart
+    assert moved() == 0
+
+
+def test_a_learned_query_knows_nothing_of_its_token():
+    """Without positions all queries are one, and so are all bits; the stream's own differ."""
+    blind = replace(HEADS, mixer=AttentionSpec(n_heads=2, causal=False, position="none"))
+    for query, equal in (("learned", True), ("stream", False)):
+        layer = replace(LATENT, encoder=(blind,), query=query)
+        out = perturbed(SPEC.replace(blocks=(HEADS, layer))).eval()
+        latent: Any = out.blocks[1]
+        read = []
+        latent.read.register_forward_hook(lambda _, __, y, read=read: read.append(y))
+        out(ids(1, 6), coded=True)
+        assert torch.allclose(read[0], read[0][:, :1].expand_as(read[0])) == equal
+        out(ids(1, 6, seed=4), coded=True)
+        assert not torch.allclose(read[0], read[1])  # but of the document
+
+
 def test_a_training_scores_the_bits_too(tmp_path):
     path = tmp_path / "ids.npy"
     np.save(path, ids(600).numpy())
@@ -150,6 +190,9 @@ def test_a_training_scores_the_bits_too(tmp_path):
         (replace(LATENT, inject=()), "inject: .* must name"),
         (replace(LATENT, inject=("lora",)), "rank: .* needs a rank"),
         (replace(LATENT, rank=2), "rank: .* takes no rank"),
+        (replace(LATENT, inject=("kv", "add")), "inject: what is added reaches keys"),
+        (replace(LATENT, inject=("kv",), body=(LOW_RANK,)), r"body\[0\]: its keys .* inject 'add'"),
+        (replace(LATENT, query="learned", encoder=(MIXES,)), r"encoder\[0\]: its .* 'stream'"),
         (replace(LATENT, body=(SEES_ALL,)), "body: it reads later tokens"),
         (LoopSpec((LATENT,), 2), r"body\[0\]: latent bits inside a layer"),
     ],

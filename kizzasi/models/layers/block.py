@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.call import Call
+from kizzasi.models.call import HERE, Call
 from kizzasi.models.cost import Cost, norm
 from kizzasi.models.layers.layer import LayerModule, LayerSpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
@@ -87,6 +87,10 @@ class BlockSpec(LayerSpec):
     def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
         return self.mixer.lends(d_model)
 
+    @property
+    def crosses(self) -> bool:
+        return self.mixer.crosses
+
     def reading(self, source: int) -> BlockSpec:
         return replace(self, mixer=self.mixer.reading(source))
 
@@ -141,6 +145,9 @@ class Block(LayerModule):
     def parallel(self, x: Tensor, state: BlockState | None, call: Call) -> MixerOut:
         before = BlockState(None, None) if state is None else state
         read = x if self.mixer_norm is None else self.mixer_norm(x)
+        memory = call.lent.get(("memory", HERE))
+        if memory is not None and self.mixer_norm is not None:
+            call = call.lending({**call.lent, ("memory", HERE): self.mixer_norm(memory)})
         out = self.mixer(read, before.mixer, call=call)
         y = self._leave(out.y, self.mixer_post_norm)
         if self.channel is None:

@@ -7,6 +7,7 @@
     kappa   bits of a token that cost nothing in training, free_bits
 
     l = W_read norm(encoder(x))      the encoder's layers see the whole document
+        or encoder(zeta; x)          "learned": one vector everywhere, which looks at x
     B ~ p in training, else B ~ 1/2
     r = W_post (2 B - 1)             "factored";  or  r = W_post onehot(B)      "table", 2^H rows
     y = body(x with r)
@@ -16,6 +17,7 @@
     add     the body reads x + r
     film    the body reads (1 + s) x + a,     s, a = W_film r
     lora    the body reads x + W_up (W_mid r * W_down x)
+    kv      the body reads x; keys and values of its first layer are made of x + r
 
 What the bits change starts at zero, so that the layer starts as its body.
 
@@ -24,8 +26,9 @@ are charged; elsewhere bits are drawn from the prior, as functions of the state'
 position, and the encoder does not run: no output then depends on later tokens.
 
 Source: Fleuret 2025, arXiv:2510.17558, sections 3 and 4.
-Differs: the encoder's queries come from the stream, where the paper has one learned query; what the
-bits make is read by the whole body, where the paper has the keys and values of one layer read it.
+Differs: the paper's are query "learned", inject "kv", form "table" and an encoder of one layer
+(`presets.free_transformer`); add is that of the first part of its section 3, film and lora are
+EvoForge's. The bits of a prompt are drawn from the prior too, where the paper encodes it.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ from kizzasi.models.mixer import CHARGE, LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.noise import uniform_of
 from kizzasi.models.state import ModelState
-from kizzasi.models.strict import join, register, require
+from kizzasi.models.strict import added, join, register, require
 
 MOST_IN_A_TABLE = 8
 LN2 = math.log(2)
@@ -68,6 +71,8 @@ class LatentSpec(LayerSpec):
     Args:
         body: the layers that read the bits.
         encoder: the layers that choose them; they may see the whole document.
+        query: what the encoder's stream begins as: "stream", x; "learned", one vector, while the
+            keys and values of its first layer are made of x.
         n_bits: H; at most 8 for a table.
         free_bits: kappa, in bits.
         inject: how the body reads them; see above.
@@ -81,10 +86,11 @@ class LatentSpec(LayerSpec):
     encoder: tuple[LayerSpec, ...]
     n_bits: int = 16
     free_bits: float = 0.5
-    inject: tuple[Literal["add", "film", "lora"], ...] = ("add",)
+    inject: tuple[Literal["add", "film", "lora", "kv"], ...] = ("add",)
     rank: int | None = None
     form: Literal["factored", "table"] = "factored"
     seed: int = 0
+    query: Literal["stream", "learned"] = added("stream")
 
     def check(self, d_model: int, path: str) -> None:
         super().check(d_model, path)
@@ -94,15 +100,27 @@ class LatentSpec(LayerSpec):
         require(small, join(path, "n_bits"), rule)
         rule = f"{self.free_bits} is negative; give 0 or more"
         require(self.free_bits >= 0, join(path, "free_bits"), rule)
-        rule = f"{self.inject} must name some of add, film and lora, each once"
+        rule = f"{self.inject} must name some of add, film, lora and kv, each once"
         once = len(self.inject) > 0 and len(set(self.inject)) == len(self.inject)
         require(once, join(path, "inject"), rule)
+        rule = "what is added reaches keys and values too; leave out 'add' or 'kv'"
+        require(not {"add", "kv"} <= {*self.inject}, join(path, "inject"), rule)
+        self._check_crossing(path)
         lora = "lora" in self.inject
         rule = f"{self.inject} {'needs a rank' if lora else 'takes no rank'}"
         require((self.rank is not None) == lora, join(path, "rank"), rule)
         if self.rank is not None:
             self.require_positive(path, "rank")
         require(self.causal, join(path, "body"), "it reads later tokens; only the encoder may")
+
+    def _check_crossing(self, path: str) -> None:
+        """Raise SpecError where a layer is to look at another stream and cannot."""
+        rule = "its keys and values are made of another stream; begin with a block of attention"
+        rule += ", without kv_from, memory_from, qkv_rank and value_glu, or give "
+        body, encoder = join(path, "body[0]"), join(path, "encoder[0]")
+        rules = f"{rule}inject 'add'", f"{rule}query 'stream'"
+        require("kv" not in self.inject or self.body[0].crosses, body, rules[0])
+        require(self.query == "stream" or self.encoder[0].crosses, encoder, rules[1])
 
     def settle(self, offered: bool, path: str = "") -> tuple[LatentSpec, bool]:
         """The encoder stands alone: it does not always run."""
@@ -120,6 +138,7 @@ class LatentSpec(LayerSpec):
         total = cost_of(self.body, context, seq_len, batch)
         total += Cost(encoder.params, encoder.active_params, 0, 16 * batch)
         total += norm("rms", d) + dense((d + 1) * self.n_bits)
+        total += dense(d if self.query == "learned" else 0)
         total += linear(n, self.width, d)
         if "film" in self.inject:
             total += linear(n, d, 2 * d)
@@ -183,6 +202,7 @@ class Latent(LayerModule):
         d, self.spec = context.d_model, spec
         self.body = Stack.of(spec.body, context, eps, dropout)
         self.encoder = Stack.of(spec.encoder, context, eps, dropout)
+        self.query = nn.Parameter(torch.empty(d)) if spec.query == "learned" else None
         self.norm = Norm("rms", d, eps)
         self.read = WideLinear(d, spec.n_bits)
         self.post = nn.Linear(spec.width, d, bias=False)
@@ -199,8 +219,10 @@ class Latent(LayerModule):
         self.norm.reset_parameters()
         init.linear_(self.read, generator)
         init.linear_(self.post, generator)
-        if "add" in self.spec.inject:
+        if not {"add", "kv"}.isdisjoint(self.spec.inject):
             nn.init.zeros_(self.post.weight)
+        if self.query is not None:
+            nn.init.normal_(self.query, std=0.02, generator=generator)
         if self.film is not None:
             nn.init.zeros_(self.film.weight)
         if self.down is not None and self.mid is not None and self.up is not None:
@@ -221,7 +243,9 @@ class Latent(LayerModule):
             bits = (self._chance(position, key) < 0.5).to(x.dtype)
             read = self._read_by_body(bits[:, 0] if call.step else bits, None)
         before = None if state is None else state.body
-        ran = self.body(self._injected(x, self.post(read)), before, call)
+        r = self.post(read)
+        y = self._injected(x, r)
+        ran = self.body(y, before, call, memory=y + r if "kv" in self.spec.inject else None)
         after = LatentState(ran.state, position[:, -1] + 1, key)
         return MixerOut(ran.x, after, add_losses(aux, ran.aux), ran.shared)
 
@@ -238,7 +262,11 @@ class Latent(LayerModule):
 
         Training draws from torch's generator; a score from the position, so that it is one number.
         """
-        ran = self.encoder(x, None, call.alone())
+        if self.query is None:
+            ran = self.encoder(x, None, call.alone())
+        else:
+            begun = self.query.to(x.dtype).expand_as(x)
+            ran = self.encoder(begun, None, call.alone(), memory=x)
         logits = self.read(self.norm(ran.x))
         p = logits.sigmoid()
         chance = torch.rand_like(p) if self.training else self._chance(position, key).to(p)

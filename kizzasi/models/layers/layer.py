@@ -121,6 +121,11 @@ class LayerSpec(Registered):
         """What the keys and values look like that it can lend; see `MixerSpec.lends`."""
         return None
 
+    @property
+    def crosses(self) -> bool:
+        """Whether `Stack.forward` can give it a stream for its keys and values; see `MixerSpec`."""
+        return False
+
     def reading(self: Self, source: int) -> Self:
         """The same layer with the keys and values of another; see `MixerSpec.reading`."""
         raise SpecError(f"{self.kind}: it has no keys and values of its own; name attention")

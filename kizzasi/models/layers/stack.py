@@ -54,6 +54,7 @@ class Stack(nn.ModuleList):
         n_layers: int | None = None,
         recompute: bool = False,
         borrowed: Sequence[Any] | None = None,
+        memory: Tensor | None = None,
     ) -> StackOut:
         """Either form.
 
@@ -63,6 +64,7 @@ class Stack(nn.ModuleList):
             n_layers: run the first so many alone; None means all.
             recompute: keep only the input of every layer, which backward runs again.
             borrowed: what every layer lent in an earlier run, and reads again.
+            memory: like x: what the first layer, which `crosses`, makes its keys and values of.
         """
         states: list[Any] = []
         lent: list[Any] = []
@@ -70,10 +72,12 @@ class Stack(nn.ModuleList):
         offered: Mapping[str, Tensor] = {}
         before = (None,) * len(self) if state is None else state
         call = call.lending({}) if call.lent else call
-        for i, (layer, memory) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
+        for i, (layer, past) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
             run = partial(_recomputed, layer) if recompute else layer
             own = {} if borrowed is None else {("kv", HERE): borrowed[i]}
-            out: MixerOut = run(x, memory, call=call.lending({**call.lent, **own}) if own else call)
+            if memory is not None and i == 0:
+                own["memory", HERE] = memory
+            out: MixerOut = run(x, past, call=call.lending({**call.lent, **own}) if own else call)
             x, aux, call = out.y, add_losses(aux, out.aux), call.offering(out.shared)
             states.append(out.state)
             lent.append(out.lent)

@@ -257,6 +257,10 @@ class AttentionSpec(MixerSpec):
     def lends(self, d_model: int) -> tuple[tuple[str, object], ...] | None:
         return lendable(self, self.kv_heads, self.width(d_model))
 
+    @property
+    def crosses(self) -> bool:
+        return not self.sources and self.qkv_rank is None and not self.value_glu
+
     def reading(self, source: int) -> AttentionSpec:
         return replace(self, kv_from=source, memory_from=None)
 
@@ -400,6 +404,14 @@ class Attention(Mixer):
         assert lent is not None, "a stack runs what is read before"
         return lent
 
+    def _memory(self, call: Call) -> Tensor | None:
+        """(b, t, d) what keys and values are made of in place of x, normalised; None for x."""
+        if self.memory_norm is None or self.spec.memory_from is None:
+            memory = call.lent.get(("memory", HERE))
+        else:
+            memory = self.memory_norm(call.lent["memory", self.spec.memory_from])
+        return memory[:, None] if memory is not None and call.step else memory
+
     def _lend(self, k: Tensor, v: Tensor, before: State) -> Lent | None:
         return Lent(k, v, before) if self.lends else None
 
@@ -413,9 +425,7 @@ class Attention(Mixer):
         if self.spec.qkv_rank is not None:
             down = self.qkv_down(x)
             parts = (down,) * 3 if self.spec.qkv_shared else down.chunk(3, -1)
-        elif self.memory_norm is not None and self.spec.memory_from is not None:
-            memory = call.lent["memory", self.spec.memory_from]
-            memory = self.memory_norm(memory[:, None] if call.step else memory)
+        elif (memory := self._memory(call)) is not None:
             parts = (x, memory, memory)
         q, gate = self.q_proj(parts[0]), None
         if self.spec.gate:
