@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.models import SequenceModel, Tokens, load
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
 POLICIES = ("none", "int8", "fp8", "nf4")
 

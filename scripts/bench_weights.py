@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.models import SequenceModel, load
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
 PROMPT = "A list of the planets, from the nearest to the sun to the farthest:"
 EXACT, CLOSE = 1e-3, 0.01  # logits in float32; nats per token that the quantized model loses

@@ -296,7 +296,7 @@ RUNAWAY = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolate
 def test_tokenizers(folder):
     """Some ends well: what would pad or cut is not done."""
     from kizzasi.cli.generate import quiet
-    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+    from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
     sound = tokenizer_file()
     vocab = sound["model"]["vocab"]
@@ -346,7 +346,7 @@ def test_tokenizers(folder):
 
 @pytest.mark.parametrize("eos", [-1, 2**70, [1, 2**70], "x", True, 1e300])
 def test_ends_that_no_model_can_reach_end_nothing(folder, eos):
-    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+    from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
     (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))

@@ -27,7 +27,7 @@ from kizzasi.files import read_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kizzasi.models.checkpoints.tokenizer import Tokenizer
+    from kizzasi.models.checkpoints.tokenizers import Tokenizer
 
 TEMPERATURE, MAX_SEED = 0.8, 2**31
 MOST_PROMPT = 2**24  # bytes
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
     from kizzasi.models import Tokens, load
-    from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+    from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
     check_device(args.device)
     if args.beams > MOST_BEAMS or args.tokens > MAX_SEED:

@@ -136,7 +136,7 @@ class ModelState(NamedTuple):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which `load_state` reads, and read it back before it gets its
         name. Raises CheckpointError."""
-        from kizzasi.models.checkpoints.storage import write_safetensors
+        from kizzasi.models.checkpoints.storage.files import write_safetensors
 
         leaves = {name: leaf.detach() for name, leaf in named_leaves(self)}
         write_safetensors(Path(path), leaves, {"model": self.model})

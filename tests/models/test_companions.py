@@ -11,7 +11,7 @@ from kizzasi.cli import main
 from kizzasi.errors import CheckpointError
 from kizzasi.models import build_model, load, presets
 from kizzasi.models.checkpoints import companions_of, save, spec_of
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizer is of this package")

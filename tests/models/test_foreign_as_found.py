@@ -170,7 +170,7 @@ def test_links_to_a_cache_are_followed(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
-    from kizzasi.models.checkpoints.storage import open_file
+    from kizzasi.models.checkpoints.storage.files import open_file
 
     save_file({"a": torch.zeros(1000)}, tmp_path / "a")
     stored = open_file(tmp_path / "a")

@@ -16,10 +16,10 @@ from kizzasi.cli import main  # noqa: E402
 from kizzasi.cli.generate import Text  # noqa: E402
 from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import load  # noqa: E402
-from kizzasi.models.checkpoints.gguf_blocks import TYPES, dequantize  # noqa: E402
-from kizzasi.models.checkpoints.gguf_file import open_gguf  # noqa: E402
+from kizzasi.models.checkpoints.gguf.blocks import TYPES, dequantize  # noqa: E402
+from kizzasi.models.checkpoints.gguf.container import open_gguf  # noqa: E402
 from kizzasi.models.checkpoints.quantized import LevelTensor, QuantizedHead, QuantizedLinear  # noqa: E402
-from kizzasi.models.checkpoints.tokenizer import ByteTokenizer, load_tokenizer  # noqa: E402
+from kizzasi.models.checkpoints.tokenizers import ByteTokenizer, load_tokenizer  # noqa: E402
 
 QUANTIZED = {code: kind for code, kind in TYPES.items() if kind.unpack is not None}
 Kind = gguf.GGMLQuantizationType

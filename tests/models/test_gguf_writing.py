@@ -17,7 +17,7 @@ from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load, presets  # noqa: E402
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec  # noqa: E402
 from kizzasi.models.checkpoints import companions_of, save, spec_of  # noqa: E402
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer  # noqa: E402
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer  # noqa: E402
 from kizzasi.models.mixers import AttentionSpec, RWKV6Spec, RWKV7Spec  # noqa: E402
 
 LLAMA = ModelSpec(32, (BlockSpec(AttentionSpec(4), SwiGLUSpec(24)),) * 2, Tokens(300))
@@ -115,7 +115,7 @@ def test_smaller_types(source, tmp_path, kind):
 
 
 def test_q8_0_is_the_packages_bit_for_bit(tmp_path):
-    from kizzasi.models.checkpoints.gguf_writer import encode
+    from kizzasi.models.checkpoints.gguf.writer import encode
 
     values = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
     values[3] = 0

@@ -17,7 +17,7 @@ from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, load, load
 from kizzasi.models.build import skeleton
 from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.checkpoints import save
-from kizzasi.models.checkpoints.storage import open_file, safetensors
+from kizzasi.models.checkpoints.storage.files import open_file, safetensors
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 
 BLOCK = BlockSpec(MambaSpec(d_state=4), SwiGLUSpec(24))

@@ -19,7 +19,7 @@ pytest.importorskip("gguf", reason="transformers reads GGUF with it")
 
 from kizzasi.cli import main  # noqa: E402
 from kizzasi.models import load  # noqa: E402
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer  # noqa: E402
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer  # noqa: E402
 
 FILE = next(Path(PACKAGE.origin).parent.glob("*.gguf"))
 TEXT = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kizzasi.models import load
-from kizzasi.models.checkpoints.tokenizer import load_tokenizer
+from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 from kizzasi.models.moe import upcycle, watch_routing
 
 pytestmark = pytest.mark.weights

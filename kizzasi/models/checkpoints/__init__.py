@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import foreign, gguf, gguf_vocabulary, gguf_writer, llama, native
+from kizzasi.models.checkpoints import foreign, gguf, native
 from kizzasi.models.checkpoints.companions import Companions, companions_of
-from kizzasi.models.checkpoints.rwkv_state import tuned_state
+from kizzasi.models.checkpoints.families import llama
+from kizzasi.models.checkpoints.families.rwkv_state import tuned_state
+from kizzasi.models.checkpoints.gguf.vocabulary import to_gguf
+from kizzasi.models.checkpoints.gguf.writer import Kind
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
@@ -103,7 +106,7 @@ def save(
     max_shard_size: int | str = native.SHARD_BYTES,
     overwrite: bool = False,
     like: str | os.PathLike[str] | None = None,
-    gguf_type: gguf_writer.Kind = "F32",
+    gguf_type: Kind = "F32",
 ) -> None:
     """Write a checkpoint folder or a GGUF file, and read it back before it gets its name.
 
@@ -129,7 +132,7 @@ def save(
     along = Companions() if like is None else companions_of(Path(like))
     if format == gguf.NAME:
         vocab_size = llama.vocabulary(model.spec).vocab_size
-        more = gguf_vocabulary.to_gguf(along.files, along.generation, vocab_size)
+        more = to_gguf(along.files, along.generation, vocab_size)
         gguf.write(model, folder, gguf_type, more=more, overwrite=overwrite)
     elif format == native.NAME:
         native.save(model, folder, entries=along.entries(), files=along.files, **options)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kizzasi.errors import CheckpointError
-from kizzasi.models.checkpoints import world
-from kizzasi.models.checkpoints.gguf import is_gguf
-from kizzasi.models.checkpoints.gguf_file import open_gguf
+from kizzasi.models.checkpoints.gguf.container import open_gguf
+from kizzasi.models.checkpoints.gguf.model import is_gguf
 from kizzasi.models.checkpoints.native import CONFIG, NAME, to_json
-from kizzasi.models.checkpoints.storage import read_json, small_file
-from kizzasi.models.checkpoints.tokenizer import KEY, WorldTokenizer, ends_of, from_gguf
+from kizzasi.models.checkpoints.storage.files import read_json, small_file
+from kizzasi.models.checkpoints.tokenizers import world
+from kizzasi.models.checkpoints.tokenizers.tokenizer import KEY, WorldTokenizer, ends_of, from_gguf
 
 GENERATION = "generation_config.json"
 FILES = (

@@ -1,6 +1,6 @@
 """Checkpoints of other programs: one small declarative `Family` per format.
 
-To add a family, write a file beside this one:
+To add a family, write a file in families/:
 
 1. `spec(config, shapes) -> ModelSpec`: take every key by `config.get/count/choose/only/within` (or
    `config.skip`, with the reason); a key nobody took is an error. Bound numbers that repeat
@@ -14,8 +14,9 @@ To add a family, write a file beside this one:
    `canonical` makes equal what means the same, such as a width of None and the width it stands for.
 4. `Family(...)` of these, with `ignored` (names of stored tensors that are no weights), `tied` (the
    head and its twin), and, if there is no "model_type", the `signature`: names that only it has.
-5. `register` it, and import the file in families.py. Test against the original: logits of prefill
-   and cached decoding, tensors byte-equal after read and write, and the original reading ours.
+5. `register` it, and import the file in families/all.py. Test against the original: logits of
+   prefill and cached decoding, tensors byte-equal after read and write, and the original reading
+   ours.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from kizzasi.models.checkpoints.config import Config
 from kizzasi.models.checkpoints.names import Link, Rule, apply, written
 from kizzasi.models.checkpoints.native import CONFIG, SHARD_BYTES, plain_files, to_json
 from kizzasi.models.checkpoints.native import write as write_folder
-from kizzasi.models.checkpoints.storage import (
+from kizzasi.models.checkpoints.storage.files import (
     WHOLE,
     earlier_weights,
     open_file,
@@ -45,7 +46,7 @@ from kizzasi.models.checkpoints.storage import (
     read_json,
     require_equal,
 )
-from kizzasi.models.checkpoints.stored import FLOATS, Shapes, Storage
+from kizzasi.models.checkpoints.storage.stored import FLOATS, Shapes, Storage
 from kizzasi.models.checkpoints.weights import (
     alone,
     compare,
@@ -96,8 +97,8 @@ class Family:
 
 
 class Families(Mapping[str, Family]):
-    """The families by name, which families.py imports when one is first asked for: that takes as
-    long as all mixers do."""
+    """The families by name, which families/all.py imports when one is first asked for: that takes
+    as long as all mixers do."""
 
     def __init__(self) -> None:
         self.known: dict[str, Family] = {}
@@ -112,7 +113,7 @@ class Families(Mapping[str, Family]):
         return len(self._all())
 
     def _all(self) -> dict[str, Family]:
-        importlib.import_module("kizzasi.models.checkpoints.families")
+        importlib.import_module("kizzasi.models.checkpoints.families.all")
         return self.known
 
 

@@ -22,7 +22,7 @@ from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.files import Make, write_files
 from kizzasi.models.checkpoints.experts import native_links
 from kizzasi.models.checkpoints.names import written
-from kizzasi.models.checkpoints.storage import (
+from kizzasi.models.checkpoints.storage.files import (
     earlier_weights,
     open_safetensors,
     read_json,

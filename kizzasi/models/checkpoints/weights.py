@@ -18,8 +18,8 @@ from torch import Tensor
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models.build import refuse_if_too_large, skeleton
 from kizzasi.models.checkpoints.names import Link
-from kizzasi.models.checkpoints.storage import INNER, WRAPPERS
-from kizzasi.models.checkpoints.stored import Shape, Storage
+from kizzasi.models.checkpoints.storage.files import INNER, WRAPPERS
+from kizzasi.models.checkpoints.storage.stored import Shape, Storage
 from kizzasi.models.device import usable_device
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.engines import Engine

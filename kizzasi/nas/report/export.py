@@ -16,7 +16,7 @@ from pathlib import Path
 from kizzasi.errors import StudyError
 from kizzasi.models import load
 from kizzasi.models.checkpoints.native import CONFIG, save
-from kizzasi.models.checkpoints.storage import earlier_weights
+from kizzasi.models.checkpoints.storage.files import earlier_weights
 from kizzasi.nas.report.model_card import model_card
 from kizzasi.nas.results.lineage import lineage, to_json
 from kizzasi.nas.results.summary import summarise
