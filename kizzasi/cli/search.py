@@ -29,6 +29,21 @@ if TYPE_CHECKING:
     Group: TypeAlias = argparse._ArgumentGroup
 
 
+class Gene(argparse.Action):
+    """One more gene: a name and its values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        name, *texts = values
+        numbers: tuple[float, ...] = ()
+        try:
+            numbers = tuple(int(t) if t.isdecimal() else float(t) for t in texts)
+        except ValueError:
+            parser.error(f"{option} {name}: {' '.join(texts):.60} are no numbers")
+        setattr(
+            namespace, self.dest, {**(getattr(namespace, self.dest, None) or {}), name: numbers}
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from kizzasi.nas.executors import KINDS
     from kizzasi.nas.search import SearchConfig
@@ -149,6 +164,16 @@ def _add_bounds(parser: Group, default: SearchConfig) -> None:
         type=float,
         metavar="LR",
         help="learning rates of Muon's matrices, swept beside them (default: the same)",
+    )
+    parser.add_argument(
+        "--gene",
+        dest="genes",
+        nargs="+",
+        action=Gene,
+        metavar="NAME VALUE",
+        default={},
+        help="a setting that candidates bring with them, and its values: lr, weight_decay, "
+        "batch_size, dropout, ...; may be repeated",
     )
     parser.add_argument(
         "--precision",

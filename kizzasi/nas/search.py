@@ -42,6 +42,7 @@ from kizzasi.nas.schedulers import Scheduler
 from kizzasi.nas.searchers import Searcher, pareto_front
 from kizzasi.nas.spaces.constraints import Constraints
 from kizzasi.nas.spaces.describe import name_of
+from kizzasi.nas.spaces.joint import Joint
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import definition
 from kizzasi.nas.spaces.space import Space
@@ -176,6 +177,9 @@ class Search:
         settings: by name, the values among which a short sweep chooses for each family, such as
             {"lr": (1e-3, 3e-3)}.
         n_sweep: candidates of a family that share a sweep.
+        genes: by name, values of settings that a candidate brings with it: proposed, mutated and
+            crossed with its architecture, such as {"lr": (1e-3, 3e-3), "weight_decay": (0.0, 0.1)};
+            "dropout" is that of the model. The sweep over `settings` then is of baselines alone.
         finals: the last trainings.
         executor: makes what runs the trials: `InProcess`, or partial(Processes, n_workers=8).
         seed: of everything random.
@@ -197,6 +201,7 @@ class Search:
     enqueue: Sequence[Any] = field(default=(), kw_only=True)
     settings: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     n_sweep: int = field(default=1, kw_only=True)
+    genes: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     finals: Finals = field(default_factory=Finals, kw_only=True)
     executor: Callable[[Evaluator], Executor] = field(default=InProcess, kw_only=True)
     seed: int = field(default=0, kw_only=True)
@@ -213,12 +218,16 @@ class Search:
         """
         return run_plan(self.plan(), Path(self.folder), self.executor, resume=resume)
 
+    @property
+    def _space(self) -> Space[Any]:
+        return Joint(self.space, self.genes) if self.genes else self.space
+
     def _member(self, one: Any) -> Any:
         """A candidate of the space, also where its model is given. Raises SpecError."""
-        found = one
-        if isinstance(one, ModelSpec) and isinstance(self.space, ModelSpace):
-            found = self.space.encode(one)
-        if found is None or not self.space.contains(found):
+        found, space = one, self._space
+        if isinstance(one, ModelSpec) and isinstance(space, (ModelSpace, Joint)):
+            found = space.encode(one)
+        if found is None or not space.contains(found):
             raise SpecError(f"enqueue: {one!r:.80} does not lie in the space; widen that")
         return found
 
@@ -243,13 +252,14 @@ class Search:
             **({"enqueue": [repr(one)[:200] for one in self.enqueue]} if self.enqueue else {}),
             "settings": {name: list(values) for name, values in self.settings.items()},
             "n_sweep": self.n_sweep,
+            **({"genes": {name: list(v) for name, v in self.genes.items()}} if self.genes else {}),
             "finals": repr(self.finals),
             "seed": self.seed,
             "side_by_side": self.side_by_side,
             "budget": self.budget,
         }
         return Plan(
-            space=self.space,
+            space=self._space,
             evaluator=self.evaluator,
             metric=metric,
             searcher=self.searcher,

@@ -156,6 +156,7 @@ KINDS: dict[str, Check] = {
         state_bytes=count,
         latency_ms_=maybe(number),
         parents_=maybe(list_of(text)),
+        settings_=mapping,
         inherited_=maybe(number),
         proxies_=maybe(map_of(maybe(number))),
         proxy_failures_=map_of(text),

@@ -116,7 +116,9 @@ class Summary:
     def at_edge(self) -> str:
         """A warning if the best model's settings are the lowest or highest that were tried."""
         entry = self.saved.entry if self.saved else self.leader
-        own = next((s for s in self.sweeps if entry and s["family"] == entry["family"]), {})
+        if entry is None or "settings" in entry:  # a sweep has not chosen those
+            return ""
+        own = next((s for s in self.sweeps if s["family"] == entry["family"]), {})
         told = [
             f"{name} {own['settings'][name]:g} is the {end} of its sweep"
             for name, end in own.get("edges", {}).items()
@@ -271,7 +273,11 @@ def _standings(
     result: Event | None,
 ) -> list[Standing]:
     found = [
-        Standing(entry, _counting(trials, entry, settings.get(entry["family"])), None)
+        Standing(
+            entry,
+            _counting(trials, entry, entry.get("settings", settings.get(entry["family"]))),
+            None,
+        )
         for entry in entries.values()
     ]
     scored = [s for s in found if s.scored]

@@ -1,7 +1,7 @@
 """What a search says of a candidate of any space: its model, name, family and genes.
 
 A candidate is an `ArchCandidate`, a `Candidate` of a `ModelSpace`, a `ModelSpec` itself, or
-anything of yours with a method `to_spec(stem=...)`.
+anything of yours with a method `to_spec(stem=...)`; with `described(stem)` it says the rest, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from kizzasi.models import MixerSpec, ModelSpec
 from kizzasi.nas.spaces.families import ArchCandidate, analytic_score
@@ -28,6 +28,8 @@ class Description:
         genotype: the genes that made it; None if there are none.
         proxy: the analytic score, higher is better.
         estimated_params: by a formula, if there is one.
+        settings: of the training, where the candidate brings its own; None takes those of its
+            family.
     """
 
     spec: ModelSpec
@@ -36,6 +38,14 @@ class Description:
     genotype: dict[str, Any] | None = None
     proxy: float | None = None
     estimated_params: int | None = None
+    settings: dict[str, Any] | None = None
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A candidate that describes itself."""
+
+    def described(self, stem: Stem | None) -> Description: ...
 
 
 def spec_of(candidate: Any, stem: Stem | None) -> ModelSpec:
@@ -51,6 +61,8 @@ def spec_of(candidate: Any, stem: Stem | None) -> ModelSpec:
 
 def describe(candidate: Any, stem: Stem | None) -> Description:
     """What is to be said of a candidate. Raises SpecError as `spec_of` does."""
+    if isinstance(candidate, Described):
+        return candidate.described(stem)
     spec = spec_of(candidate, stem)
     if isinstance(candidate, ArchCandidate):
         return Description(

@@ -11,6 +11,8 @@ Glossary
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +35,13 @@ STATE_LENGTH = 1024  # tokens at which state sizes are compared
 def entry_of(group: str, candidate: Any, stem: Stem | None, parents: tuple[str, ...] = ()) -> Entry:
     """A candidate of a space as an entry."""
     told = describe(candidate, stem)
+    plain = plain_entry(group, told.name, told.family, told.spec)
+    if told.settings is not None:
+        text = f"{plain.digest} {json.dumps(told.settings, sort_keys=True)}"
+        ident = hashlib.sha256(text.encode()).hexdigest()[:12]
+        plain = dataclasses.replace(plain, id=ident, settings=told.settings)
     return dataclasses.replace(
-        plain_entry(group, told.name, told.family, told.spec),
+        plain,
         proxy=told.proxy,
         estimated_params=told.estimated_params,
         genotype=told.genotype,

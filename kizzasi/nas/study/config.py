@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from kizzasi.errors import SpecError
@@ -70,6 +70,9 @@ class SearchConfig(Strict):
         optimizer: of every training, "muon" or "adamw"; see `Recipe`.
         lrs: learning rates of the sweep; None takes those that suit optimizer and n_params.
         matrix_lrs: learning rates of Muon's matrices, swept beside `lrs`; None takes the same one.
+        genes: by name, values of settings that each candidate brings with it, mutated and crossed
+            with its architecture: lr, matrix_lr, weight_decay, batch_size, warmup, min_lr, clip and
+            dropout. The presets alone are then swept, over `lrs`, if lr is one of them.
         n_sweep: candidates that share a sweep where layers choose their own mixers: the first ones
             with the same main mixer.
         n_finalists: searched candidates trained anew at the final budget, beside the best preset.
@@ -115,6 +118,7 @@ class SearchConfig(Strict):
     optimizer: Optimizer = "muon"
     lrs: tuple[float, ...] | None = None
     matrix_lrs: tuple[float, ...] | None = None
+    genes: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
     n_sweep: int = 1
     n_finalists: int = 1
     final_tokens: int = 524_288

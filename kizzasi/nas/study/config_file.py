@@ -49,6 +49,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "optimizer",
         "lrs",
         "matrix_lrs",
+        "genes",
         "n_sweep",
         "seq_len",
         "batch_size",

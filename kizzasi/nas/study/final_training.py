@@ -16,7 +16,7 @@ result     equal_params {params, finalists, noise}; slopes and double_size {fina
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,14 @@ class FinalTraining:
         plan: of the search.
         study: whose rungs are done.
         standings: everyone with a score, best first, and whether every training succeeded.
-        settings: by family.
+        chosen: the settings of an entry.
         device: where the best model is made anew.
     """
 
     plan: Plan
     study: Study
     standings: Standings
-    settings: Mapping[str, Mapping[str, Any]]
+    chosen: Callable[[Entry], Mapping[str, Any] | None]
     device: str
 
     def run(self, tokens: int, refused: Mapping[str, int]) -> None:
@@ -139,7 +139,8 @@ class FinalTraining:
 
     def _trials(self, entry: Entry, rung: str, n_seeds: int) -> list[Trial]:
         """Trainings with seeds that no rung has seen."""
-        horizon, chosen = self.plan.final_budget, self.settings[entry.family]
+        horizon, chosen = self.plan.final_budget, self.chosen(entry)
+        assert chosen is not None, "who was scored has settings"
         seeds = range(self.plan.seed + 1, self.plan.seed + 1 + n_seeds)
         return [Trial(entry, rung, seed, chosen, horizon, horizon) for seed in seeds]
 

@@ -149,7 +149,7 @@ class Flow:
         """Make a candidate a member of its family's sweep, if that wants one. The first asked for
         are members, whoever's proxies are done first."""
         run, grid = self.run, self.run.plan.grid
-        if entry.family in run.settings:
+        if run.chosen(entry) is not None:
             return
         if len(grid) == 1:
             run.settings[entry.family] = grid[0]
@@ -162,7 +162,7 @@ class Flow:
     def _train(self, job: Instalment) -> None:
         """A training at the settings of its family, now or when they are known."""
         entry = self.run.schedule.candidates[job.candidate]
-        if entry.family in self.run.settings:
+        if self.run.chosen(entry) is not None:
             self._start(self.run.trial(job), job)
             return
         sweep = self.sweeps[entry.family]

@@ -28,6 +28,7 @@ from kizzasi.nas.searchers import (
 )
 from kizzasi.nas.spaces.constraints import Constraints
 from kizzasi.nas.spaces.families import ArchSearchSpace
+from kizzasi.nas.spaces.joint import Joint
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import definition, read_space
 from kizzasi.nas.spaces.stem import Stem
@@ -66,6 +67,7 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         fused=config.fused,
     )
     baselines = usual(config, space, task.stem)
+    joint = Joint(space, config.genes) if config.genes else space
     seed = derive_seed(config.seed, "candidates")
     finals = Finals(
         config.n_finalists,
@@ -74,7 +76,7 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         config.slope_seeds,
     )
     return Plan(
-        space=space,
+        space=joint,
         evaluator=MicroTrain(task, recipe),
         metric=task.metric,
         searcher=searcher_of(config, seed),
@@ -82,14 +84,14 @@ def plan_of(config: SearchConfig, task: Task, space: Any = None) -> Plan:
         stem=task.stem,
         constraints=constraints_of(config),
         baselines=baselines,
-        settings=config.sweep,
+        settings={k: v for k, v in config.sweep.items() if not config.genes or k in config.genes},
         n_sweep=config.n_sweep if isinstance(space, ModelSpace) else 1,
         finals=finals,
         seed=config.seed,
         side_by_side=config.side_by_side,
         at_once=config.scheduler == "halving" and config.searcher in ("proxy", "random"),
         budget=config.search_tokens,
-        first=_known(space, baselines.values()),
+        first=_known(joint, baselines.values()),
         proxies=config.proxies,
         screens=config.screens,
         screen_width=config.screen_width,
@@ -116,7 +118,7 @@ def at_size(family: str, n_params: int, stem: Stem) -> ModelSpec:
 
 def _known(space: Any, specs: Iterable[ModelSpec]) -> list[Any]:
     """The presets that lie in the space: searchers begin with them."""
-    if not isinstance(space, ModelSpace):
+    if not isinstance(space, (ModelSpace, Joint)):
         return []
     found = [space.encode(spec) for spec in specs]
     return [candidate for candidate in found if candidate]

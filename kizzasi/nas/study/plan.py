@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
+from kizzasi.models.strict import unknown_name
 from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.schedulers import Scheduler
 from kizzasi.nas.searchers import Searcher
 from kizzasi.nas.spaces.constraints import Constraints
+from kizzasi.nas.spaces.joint import DROPOUT, Joint
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
+from kizzasi.nas.study.config import ANALYTIC
 from kizzasi.train.task import Metric
 
 MOST = 100_000  # candidates that a scheduler is asked about
+# What of a recipe may be a gene: neither length nor horizon, at which scores are compared.
+GENES = ("lr", "matrix_lr", "weight_decay", "batch_size", "warmup", "min_lr", "clip")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,24 @@ class Plan:
         for name, values in self.settings.items():
             if not values:
                 raise SpecError(f"settings: {name!r} has no value to choose from; give one")
+        if isinstance(self.space, Joint):
+            self._check_genes(self.space)
+
+    def _check_genes(self, space: Joint[Any]) -> None:
+        if isinstance(self.searcher, ProxyPool) or ANALYTIC in self.screens:
+            raise SpecError("genes: the analytic proxy ranks models alone; choose another searcher")
+        alone = [name for name in self.settings if name not in space.genes]
+        if alone:
+            raise SpecError(
+                f"settings: {alone[0]!r} would be chosen for baselines alone; make it a gene, too"
+            )
+        if not isinstance(self.evaluator, MicroTrain):
+            return
+        for name, values in space.genes.items():
+            if name != DROPOUT and name not in GENES:
+                raise SpecError(f"genes: {name!r} {unknown_name(name, (*GENES, DROPOUT))}")
+            for value in values if name != DROPOUT else ():
+                replace(self.evaluator.recipe, **{name: value}).check()
 
     @property
     def budgets(self) -> tuple[int, ...]:

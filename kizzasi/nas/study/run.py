@@ -21,6 +21,7 @@ from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.searchers import NSGA2, AskTell, Flowing, Streaming
 from kizzasi.nas.searchers.screened import Screened
 from kizzasi.nas.spaces.constraints import Feasible
+from kizzasi.nas.spaces.joint import Joint
 from kizzasi.nas.spaces.layer_moves import LayerMoves
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.space import Space
@@ -58,6 +59,9 @@ class Run:
         space = plan.space
         if isinstance(space, ModelSpace):
             space = LayerMoves(space, plan.first)
+        elif isinstance(space, Joint) and isinstance(space.space, ModelSpace):
+            given = [one.candidate for one in plan.first]
+            space = Joint(LayerMoves(space.space, given), space.genes)
         self.feasible: Feasible[Any] = Feasible(space, self.rules, stem=plan.stem)
         self.settings: dict[str, dict[str, Any]] = {}  # by family
         self.budgets = plan.budgets
@@ -101,7 +105,7 @@ class Run:
 
     def finish(self) -> None:
         """Train the finalists, save the best, write the result."""
-        FinalTraining(self.plan, self.study, self._standings(), self.settings, self.device).run(
+        FinalTraining(self.plan, self.study, self._standings(), self.chosen, self.device).run(
             self.schedule.steps, self.feasible.refused
         )
 
@@ -120,11 +124,16 @@ class Run:
         return job.budget - budgets[budgets.index(job.budget) - 1]
 
     def trial(self, job: Instalment) -> Trial:
-        """A job at the settings of its family."""
+        """A job at its entry's settings."""
         entry, budgets = self.schedule.candidates[job.candidate], self.budgets
         rung = str(budgets.index(job.budget))
-        chosen = self.settings[entry.family]
+        chosen = self.chosen(entry)
+        assert chosen is not None, "a family's settings are known before its members train on"
         return Trial(entry, rung, self.plan.seed, chosen, job.budget, budgets[-1])
+
+    def chosen(self, entry: Entry) -> Mapping[str, Any] | None:
+        """The settings that an entry is trained with; None while its family looks for them."""
+        return self.settings.get(entry.family) if entry.settings is None else entry.settings
 
     def tell(self, job: Instalment, event: dict[str, Any]) -> None:
         """A job's score, as the schedule wants it: higher is better."""

@@ -10,7 +10,8 @@ extended   see `kizzasi.nas.results.extended`
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
-           spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids)
+           spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
+           settings if they are the candidate's own
 proxies    id (of the candidate), proxies {name: value or null}, proxy_failures {name: reason} if
            there are any; part of "candidate" in earlier journals
 settings   family, candidate, scores {settings: score or null}, settings, edges {setting: "lowest"
@@ -63,6 +64,7 @@ class Entry:
     state_bytes: int
     genotype: dict[str, Any] | None = None
     parents: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None  # its own; None takes those of its family
 
     @cached_property
     def digest(self) -> str:
@@ -70,6 +72,8 @@ class Entry:
 
     def to_event(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.settings is None:
+            del own["settings"]
         return {"event": "candidate", **own, "spec": self.spec.to_dict()}
 
 

@@ -69,7 +69,7 @@ class Waves:
         plan, run = self.run.plan, self.run
         first: dict[str, list[Entry]] = {}
         for entry in entries:
-            if entry.family not in run.settings:
+            if run.chosen(entry) is None:
                 first.setdefault(entry.family, []).append(entry)
         first = {family: members[: plan.n_sweep] for family, members in first.items()}
         if len(plan.grid) == 1:
