@@ -18,6 +18,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -52,6 +53,7 @@ def sized(d_model: int, *blocks: LayerSpec) -> ModelSpec:
     return min(widths, key=lambda one: abs(one.cost(1).params - CONFIG.n_params))
 
 
+@functools.cache
 def families() -> dict[str, ModelSpec]:
     """The usual proportions of each family, and a hybrid."""
     mamba = BlockSpec(MambaSpec())
@@ -170,7 +172,7 @@ def hybrid_rows(work: Work, n: int, bar: Callable[[], object]) -> list[dict[str,
             if sweep[rate] == min(sweep.values()):
                 best = training
         assert best is not None, "every rate diverged"
-        scores = [min(sweep.values())]
+        scores: list[float | None] = [min(sweep.values())]
         for times in TIMES[1:]:
             scores.append(best.score() if best.run(times * FIRST) is None else None)
         return {
