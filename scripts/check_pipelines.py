@@ -10,10 +10,10 @@ import time
 from collections import Counter
 
 from kizzasi.models import ModelSpec, Tokens, presets
-from kizzasi.models.strict import Registered
 from kizzasi.nas import Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
 from kizzasi.nas.pipelines.space.tree import nodes
+from kizzasi.strict import Registered
 from kizzasi.testing import check_model
 
 

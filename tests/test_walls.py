@@ -92,7 +92,6 @@ MIXER_CONTRACT = {
     "kizzasi.models.mixer",
     "kizzasi.models.norm",
     "kizzasi.models.ops.attention",
-    "kizzasi.models.strict",
 }
 
 

@@ -32,7 +32,7 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.ops.attention import shielded
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 # With these, v <- eml_soft(v c0 + c1, v + c2) maps 0 to 0 with slope 1 and curvature 0.4.
 _NEUTRAL = (0.5, 0.89451042, 9.85156299)

@@ -22,7 +22,7 @@ from kizzasi.models.mup import mup_groups, mup_spec
 from kizzasi.models.spec import ModelSpec, pattern
 from kizzasi.models.state import ModelState, join_states, load_state
 from kizzasi.models.stems import Signal, Tokens
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 if TYPE_CHECKING:
     from kizzasi.models import presets

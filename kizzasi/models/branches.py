@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, add_losses
-from kizzasi.models.strict import join
+from kizzasi.strict import join
 
 
 class BranchesOut(NamedTuple):

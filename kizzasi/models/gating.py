@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.routing import mean_over, switch_loss
-from kizzasi.models.strict import join, require
+from kizzasi.strict import join, require
 
 
 class GateSpec(Protocol):

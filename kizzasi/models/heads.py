@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kizzasi.errors import SpecError
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.init import linear_
-from kizzasi.models.strict import Registered, join, register, require
+from kizzasi.strict import Registered, join, register, require
 
 Pool = Literal["last", "mean"]
 

@@ -31,7 +31,7 @@ from kizzasi.models.init import Ready
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.state import loadable
-from kizzasi.models.strict import Registered, Strict
+from kizzasi.strict import Registered, Strict
 
 if TYPE_CHECKING:
     from kizzasi.models.layer import Layer

@@ -27,8 +27,8 @@ from kizzasi.models.norm import Norm
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.spec import ModelSpec
 from kizzasi.models.state import ModelState, require_own
-from kizzasi.models.strict import unknown_name
 from kizzasi.models.through import through
+from kizzasi.strict import unknown_name
 
 
 class ModelOutput(NamedTuple):

@@ -48,7 +48,7 @@ from kizzasi.models.moe_tools import (
 )
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.routing import count_jobs, cv_squared
-from kizzasi.models.strict import coerce, field_types, require, unknown_name
+from kizzasi.strict import coerce, field_types, require, unknown_name
 
 __all__ = [
     "ExpertChoice",

@@ -31,7 +31,7 @@ from kizzasi.models.build import build_model
 from kizzasi.models.groups import Treatment, parameter_groups, treatments
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.spec import ModelSpec
-from kizzasi.models.strict import require
+from kizzasi.strict import require
 
 
 def mup_spec(spec: ModelSpec, base: ModelSpec) -> ModelSpec:

@@ -28,7 +28,7 @@ from kizzasi.models.mixers import (
 )
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.stems import Tokens
-from kizzasi.models.strict import unknown_name
+from kizzasi.strict import unknown_name
 
 
 def mamba(d_model: int, n_layers: int, vocab_size: int = 50280) -> ModelSpec:

@@ -19,7 +19,7 @@ from kizzasi.models.ops.rope import (
     yarn_attention_factor,
     yarn_frequencies,
 )
-from kizzasi.models.strict import Strict, added, join, require
+from kizzasi.strict import Strict, added, join, require
 
 READ_BY = {
     "original_context": ("yarn", "llama3", "longrope"),

@@ -32,7 +32,7 @@ from kizzasi.models.layers.layer import (
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
 from kizzasi.models.norm import NormKind
 from kizzasi.models.stems import StemSpec
-from kizzasi.models.strict import Strict, added, coerce, require
+from kizzasi.strict import Strict, added, coerce, require
 
 MAX_FILE_BYTES = 16 * 2**20  # of a config.json
 MAX_LAYERS = 4096

@@ -18,7 +18,7 @@ from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, normal_
 from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.linear import LINEAR
-from kizzasi.models.strict import Registered, added, join, register, require
+from kizzasi.strict import Registered, added, join, register, require
 
 EMBEDDING_STD = 0.02
 

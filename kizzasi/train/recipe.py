@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kizzasi.errors import SpecError
-from kizzasi.models.strict import unknown_name
+from kizzasi.strict import unknown_name
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

@@ -44,7 +44,7 @@ OWN = """
 from dataclasses import dataclass
 from typing import ClassVar
 from kizzasi.eml.attention import EmlAttentionSpec
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 @register
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kizzasi.models.channels.swiglu import SwiGLUSpec
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.rwkv7 import RWKV7Spec
-from kizzasi.models.strict import Strict, added, join
+from kizzasi.strict import Strict, added, join
 
 
 def small(**changes) -> ModelSpec:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kizzasi.models import build_model
-from kizzasi.models.strict import field_types
 from kizzasi.nas.pipelines import document as words
 from kizzasi.nas.pipelines import examined
 from kizzasi.nas.pipelines.misfits import changed, found_at
+from kizzasi.strict import field_types
 
 ATTENTION = {"kind": "Attention", "heads": 4}
 STACK = {

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.stencil import Stencil
 from kizzasi.models.rope_scaling import RopeScaling
-from kizzasi.models.strict import join, require
+from kizzasi.strict import join, require
 
 Position = Literal["rope", "xpos", "alibi", "relative", "none"]
 ROTATED = ("rope", "xpos")

@@ -16,7 +16,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops.activations import ACTIVATIONS, Activation
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 
 @register

@@ -33,7 +33,7 @@ from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")
 PARTS = ("gate_proj", "up_proj", "down_proj")

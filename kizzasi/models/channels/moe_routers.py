@@ -28,7 +28,7 @@ from kizzasi.models.adaptive import Adaptive, Tally
 from kizzasi.models.norm import KeepFloat32, full_precision, without_autocast
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
-from kizzasi.models.strict import Registered, added, join, register, require
+from kizzasi.strict import Registered, added, join, register, require
 
 Mask: TypeAlias = Tensor | None
 

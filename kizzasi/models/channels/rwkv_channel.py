@@ -26,7 +26,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops.shift import token_shift
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 ChannelVersion = Literal[4, 6, 7]
 SHARES: dict[int, tuple[str, ...]] = {

@@ -19,7 +19,7 @@ from kizzasi.models.checkpoints.gguf.writer import Kind
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
-from kizzasi.models.strict import unknown_name
+from kizzasi.strict import unknown_name
 
 __all__ = [
     "Companions",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models.strict import coerce
+from kizzasi.strict import coerce
 
 T = TypeVar("T")
 REQUIRED: Any = object()

@@ -19,7 +19,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.mixers.mla import MLA, MLASpec
 from kizzasi.models.ops.kv_codes import KVQuant
-from kizzasi.models.strict import Strict
+from kizzasi.strict import Strict
 
 if TYPE_CHECKING:
     from kizzasi.models.model import SequenceModel

@@ -16,7 +16,7 @@ from kizzasi.models.layers.layer import LayerModule, LayerSpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.state import BlockState
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 
 @register

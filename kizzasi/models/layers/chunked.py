@@ -41,7 +41,7 @@ from kizzasi.models.mixer import LayerContext, MixerOut, add_losses, state_dtype
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.decay_scan import DECAY_SCAN, decay_scan_step
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 SHARPEST = 1e-4
 

@@ -38,7 +38,7 @@ from kizzasi.models.mixer import NO_DECAY, LayerContext, MixerOut
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.decay_scan import decay_scan
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 LONGEST = 1000.0  # tokens after which the slowest channel of an EMA starts to forget
 

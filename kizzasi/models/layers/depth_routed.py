@@ -36,7 +36,7 @@ from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.state import join_states, map_state
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

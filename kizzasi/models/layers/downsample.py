@@ -40,7 +40,7 @@ from kizzasi.models.layers.layer import (
 from kizzasi.models.layers.ragged import each_length
 from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import LayerContext, MixerOut
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -57,7 +57,7 @@ from kizzasi.models.mixer import CHARGE, LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.noise import uniform_of
 from kizzasi.models.state import ModelState
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 MOST_IN_A_TABLE = 8
 LN2 = math.log(2)

@@ -47,7 +47,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
-from kizzasi.models.strict import Registered, Strict, field_types, join, require
+from kizzasi.strict import Registered, Strict, field_types, join, require
 
 Part = MixerSpec | ChannelSpec
 Self = TypeVar("Self", bound="LayerSpec")

@@ -42,7 +42,7 @@ from kizzasi.models.mixer import LayerContext, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.noise import noise_of
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

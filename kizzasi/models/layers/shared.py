@@ -18,7 +18,7 @@ from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.layers.layer import LayerModule, LayerSpec
 from kizzasi.models.mixer import LayerContext, MixerOut
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 
 @register

@@ -54,7 +54,7 @@ from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Plan, Stencil, distance
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 BIASED = ("alibi", "relative")  # positions that add to scores
 NO_STATE = (

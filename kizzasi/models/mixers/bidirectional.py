@@ -31,7 +31,7 @@ from kizzasi.models.mixer import (
     MixerSpec,
     add_losses,
 )
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

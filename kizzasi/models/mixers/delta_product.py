@@ -37,7 +37,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

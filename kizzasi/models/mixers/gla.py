@@ -39,7 +39,7 @@ from kizzasi.models.ops.linear_attention import (
     linear_attention_flops,
     linear_attention_step,
 )
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

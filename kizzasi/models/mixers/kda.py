@@ -44,7 +44,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
 

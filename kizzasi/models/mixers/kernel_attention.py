@@ -34,7 +34,7 @@ from kizzasi.models.ops.linear_attention import (
     linear_attention_step,
 )
 from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 TINY = 1e-6  # added to every feature, so that nothing is divided by zero
 WIDEST = 100.0  # bound on the spread of a feature, which falls off like a power

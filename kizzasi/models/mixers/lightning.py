@@ -33,7 +33,7 @@ from kizzasi.models.ops.linear_attention import (
     linear_attention_step,
 )
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

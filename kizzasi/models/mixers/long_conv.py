@@ -42,7 +42,7 @@ from kizzasi.models.norm import KeepFloat32, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D, causal_conv1d_step
 from kizzasi.models.ops.long_conv import LONG_CONV1D
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 # Where the slowest and the fastest window have fallen to 1 %, in units of max_len.
 SLOWEST, FASTEST = 1.5, 0.3

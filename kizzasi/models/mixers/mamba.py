@@ -41,7 +41,7 @@ from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN, selective_scan_step
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -40,7 +40,7 @@ from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import SSD, ssd_flops, ssd_step
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -48,7 +48,7 @@ from kizzasi.models.ops.ssd import (
     ssd_flops,
     trapezoid_step,
 )
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 TURN = 2 * math.pi
 NORM_EPS = 1e-5

@@ -29,7 +29,7 @@ from kizzasi.models.ops.attention import ATTENTION
 from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.rope import rotate, split_pairs
 from kizzasi.models.rope_scaling import RopeScaling, Rotary
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 
 @register

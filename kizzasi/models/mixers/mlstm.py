@@ -28,7 +28,7 @@ from kizzasi.models.init import linear_, residual_scale
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, WideLinear
 from kizzasi.models.ops.mlstm import MLSTM_SCAN, MLSTMMemory, mlstm_flops, mlstm_step
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

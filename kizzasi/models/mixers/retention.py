@@ -40,7 +40,7 @@ from kizzasi.models.ops.linear_attention import (
 from kizzasi.models.ops.precision import without_autocast
 from kizzasi.models.ops.rope import rope_frequencies, rope_tables, rotate
 from kizzasi.models.rope_scaling import Rotary
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

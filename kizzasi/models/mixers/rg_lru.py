@@ -32,7 +32,7 @@ from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN, decay_scan_step
 from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 C = 8.0
 

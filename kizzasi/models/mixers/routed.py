@@ -30,7 +30,7 @@ from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -33,7 +33,7 @@ from kizzasi.models.mixer import (
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv4 import WKV4, WKV4State, wkv4_step
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 
 @register

@@ -43,7 +43,7 @@ from kizzasi.models.ops.linear_attention import (
 )
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

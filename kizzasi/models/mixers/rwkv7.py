@@ -40,7 +40,7 @@ from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv7 import WKV7, wkv7_flops, wkv7_step
-from kizzasi.models.strict import added, join, register, require
+from kizzasi.strict import added, join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b
 MAX_DECAY = math.exp(-0.5)  # a memory fades by at most exp(-MAX_DECAY) per token

@@ -44,7 +44,7 @@ from kizzasi.models.ops.dplr import (
     s4_step,
 )
 from kizzasi.models.ops.precision import full_precision
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 SLOWEST = 1e-4  # least decay rate at the start: HiPPO-FouT has none, and its logarithm is needed
 

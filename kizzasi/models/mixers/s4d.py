@@ -41,7 +41,7 @@ from kizzasi.models.ops.s4 import (
     s4d_poles,
     s4d_step,
 )
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -35,7 +35,7 @@ from kizzasi.models.mixer import (
 from kizzasi.models.ops.precision import full_precision, without_autocast
 from kizzasi.models.ops.s4 import discretize, legs_modes, real_rows
 from kizzasi.models.ops.s5 import DIAGONAL_SCAN
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -46,7 +46,7 @@ from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.state import map_state, named_leaves
-from kizzasi.models.strict import join, register
+from kizzasi.strict import join, register
 
 
 @register

@@ -28,7 +28,7 @@ from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, uniform_
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
-from kizzasi.models.strict import register
+from kizzasi.strict import register
 
 
 @register

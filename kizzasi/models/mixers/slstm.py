@@ -29,7 +29,7 @@ from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerS
 from kizzasi.models.norm import HeadNorm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.slstm import SLSTMMemory, slstm, slstm_flops, slstm_step
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from kizzasi.models import ChannelSpec, MixerSpec
-from kizzasi.models.strict import Registered, Strict, join, require, unknown_name
+from kizzasi.strict import Registered, Strict, join, require, unknown_name
 
 NormName = Literal["LayerNorm", "RMSNorm", "ScaleNorm"]
 PosName = Literal["rope", "alibi", "relbias", "learned", "xpos", "none"]

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
-from kizzasi.models.strict import require
 from kizzasi.nas.pipelines.compiling.attention import ROTATED
 from kizzasi.nas.pipelines.compiling.channels import GATES, NORMS
 from kizzasi.nas.pipelines.compiling.stack import Frame, layers_of
@@ -22,6 +21,7 @@ from kizzasi.nas.pipelines.misfits import Findings
 from kizzasi.nas.pipelines.pipeline import Pipeline, examined
 from kizzasi.nas.pipelines.reading import read
 from kizzasi.nas.pipelines.writing import said
+from kizzasi.strict import require
 
 OF_THE_STREAM = ("d_model", "blocks", "norm")
 NAMES = {kind: name for name, kind in NORMS.items()}

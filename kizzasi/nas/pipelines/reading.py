@@ -14,9 +14,9 @@ import yaml
 
 from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
-from kizzasi.models.strict import Strict, field_types, join, unknown_name
 from kizzasi.nas.pipelines.document import Document, Open
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.strict import Strict, field_types, join, unknown_name
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from kizzasi.models.strict import Strict
 from kizzasi.nas.pipelines.document import Own
+from kizzasi.strict import Strict
 
 LINE = 96  # a mapping without mappings inside that fits is written on one line
 

@@ -17,12 +17,12 @@ import torch
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
-from kizzasi.models.strict import require
 from kizzasi.nas.spaces.describe import spec_of
 from kizzasi.nas.spaces.device_cost import built, latency_ms, peak_memory_bytes
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
+from kizzasi.strict import require
 
 Bound: TypeAlias = "float | tuple[float | None, float | None] | None"
 ANALYTIC = ("params", "active_params", "flops_per_token", "state_bytes")

@@ -31,9 +31,9 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec, S4DSpec
-from kizzasi.models.strict import unknown_name
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Combinations
+from kizzasi.strict import unknown_name
 
 
 def _mamba(d_model: int, d_state: int, expand: float) -> BlockSpec:

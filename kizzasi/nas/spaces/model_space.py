@@ -17,12 +17,12 @@ from typing import Any
 from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
-from kizzasi.models.strict import coerce, require
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.stem import with_stem
 from kizzasi.nas.spaces.template.encode import genes_of
 from kizzasi.nas.spaces.template.nodes import TRIES, Decide, MisfitError, Walk, every
 from kizzasi.nas.spaces.template.parse import parse, plain
+from kizzasi.strict import coerce, require
 
 WIDTH = re.compile(r"(:\d+\.)?d_model")  # the path of the gene that sets it
 

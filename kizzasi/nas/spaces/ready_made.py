@@ -16,11 +16,11 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import Tokens
-from kizzasi.models.strict import unknown_name
 from kizzasi.nas.spaces.families import ArchSearchSpace
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.spaces.template.parse import choice, pattern, repeat
+from kizzasi.strict import unknown_name
 
 BYTES = Tokens(256)
 USUAL = 200_000  # parameters, for which widths and depths are written down here

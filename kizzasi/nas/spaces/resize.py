@@ -16,7 +16,7 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ChannelSpec, LayerSpec, MixerSpec, ModelSpec
-from kizzasi.models.strict import field_types, require
+from kizzasi.strict import field_types, require
 
 Part = MixerSpec | ChannelSpec
 WIDTHS = ("hidden", "shared_hidden", "d_inner")  # grow with d_model where they are given

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from kizzasi.errors import SpecError
-from kizzasi.models.strict import Strict, require, unknown_name
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.evaluators.zero_cost import PROXIES
 from kizzasi.nas.schedulers.schedule import geometric_budgets
 from kizzasi.nas.spaces.ready_made import width_ratio
+from kizzasi.strict import Strict, require, unknown_name
 
 SearcherName = Literal[
     "proxy", "random", "grid", "regularized", "evolution", "local", "nsga2", "tpe"

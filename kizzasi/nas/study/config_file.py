@@ -17,8 +17,8 @@ import yaml
 
 from kizzasi.errors import SpecError
 from kizzasi.files import write_file
-from kizzasi.models.strict import require, unknown_name
 from kizzasi.nas.study.config import INHERIT, SearchConfig
+from kizzasi.strict import require, unknown_name
 
 # section -> the settings in it; the first of searcher, scheduler and space is called "name".
 SECTIONS: dict[str, tuple[str, ...]] = {

@@ -29,7 +29,7 @@ from kizzasi.models.mixers.mamba2 import Mamba2Spec
 from kizzasi.models.mixers.mamba3 import Mamba3Spec
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens
-from kizzasi.models.strict import coerce
+from kizzasi.strict import coerce
 
 M = TypeVar("M", bound=MixerSpec)
 PARTS = (

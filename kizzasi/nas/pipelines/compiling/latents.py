@@ -14,9 +14,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from kizzasi.models import BlockSpec, LayerSpec
-from kizzasi.models.strict import Strict
 from kizzasi.nas.pipelines.document import Cond
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.strict import Strict
 
 READS = {"film": "film", "lora": "lora", "add": "add"}
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kizzasi.models import BlockSpec
-from kizzasi.models.strict import join
 from kizzasi.nas.pipelines.compiling.channels import channel_of, norm_of, residual_of
 from kizzasi.nas.pipelines.compiling.mixers import mixer_of
 from kizzasi.nas.pipelines.compiling.place import Place
 from kizzasi.nas.pipelines.compiling.topology import arranged
 from kizzasi.nas.pipelines.document import Stack
 from kizzasi.nas.pipelines.misfits import Findings
+from kizzasi.strict import join
 
 INHERITED = ("d_model", "norm", "pos", "kv_policy", "residual")
 

@@ -12,12 +12,12 @@ from typing import Any
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.layers.layer import check_stack
-from kizzasi.models.strict import unknown_name
 from kizzasi.nas.pipelines.compiling.latents import encoder_of, latent, latent_fields
 from kizzasi.nas.pipelines.compiling.stack import INHERITED, Frame, layers_of
 from kizzasi.nas.pipelines.compiling.topology import layer
 from kizzasi.nas.pipelines.document import Arch, Module, Params, Stage
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.strict import unknown_name
 
 KINDS = {"module": "transformer"}
 READ_PARAMS = {"embedding": "vocab_size", "latent_sampler": "latent_dim", "custom": "layers"}

@@ -10,9 +10,9 @@ from typing import Any, Literal, Union
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
-from kizzasi.models.strict import Registered, Strict, field_types
 from kizzasi.nas.pipelines.space.tree import Path, RefusedError, nodes, put
 from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.strict import Registered, Strict, field_types
 
 NO_GENES = ("stem", "heads")  # of the model: they belong to the task
 WHOLE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # for a number that was none

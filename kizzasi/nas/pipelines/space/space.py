@@ -15,7 +15,6 @@ from itertools import islice
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, Signal, Tokens
-from kizzasi.models.strict import require
 from kizzasi.nas.pipelines.pipeline import Pipeline
 from kizzasi.nas.pipelines.space.genes import distance
 from kizzasi.nas.pipelines.space.moves import MOVES
@@ -23,6 +22,7 @@ from kizzasi.nas.pipelines.space.tree import RefusedError, joined, runs
 from kizzasi.nas.spaces.model_space import name_of
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.stem import with_stem
+from kizzasi.strict import require
 
 TRIES = 24  # of a move that does not fit
 CHANCES = 64  # different outcomes of a move that are listed

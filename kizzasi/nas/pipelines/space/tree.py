@@ -14,8 +14,8 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
-from kizzasi.models.strict import Registered, Strict
 from kizzasi.nas.spaces.rng import Xorshift64
+from kizzasi.strict import Registered, Strict
 
 Path = tuple[str | int, ...]
 

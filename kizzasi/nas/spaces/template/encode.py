@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec
-from kizzasi.models.strict import join
 from kizzasi.nas.spaces.template.nodes import (
     Block,
     Choice,
@@ -19,6 +18,7 @@ from kizzasi.nas.spaces.template.nodes import (
     Walk,
     every,
 )
+from kizzasi.strict import join
 
 Genes = dict[str, int]
 Blocks = Sequence[LayerSpec]

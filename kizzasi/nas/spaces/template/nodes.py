@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
-from kizzasi.models.strict import join
+from kizzasi.strict import join
 
 TRIES = 50  # draws before a part, and before a whole model, is given up
 HERE = "@"  # stands for the path of a part

@@ -27,7 +27,6 @@ from kizzasi.documents import cut
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ChannelSpec, MixerSpec, ModelSpec
 from kizzasi.models.spec import MAX_LAYERS
-from kizzasi.models.strict import Strict, coerce, field_types, join, require, unknown_name
 from kizzasi.nas.spaces.template.nodes import (
     Block,
     Choice,
@@ -43,6 +42,7 @@ from kizzasi.nas.spaces.template.nodes import (
     cover,
     every,
 )
+from kizzasi.strict import Strict, coerce, field_types, join, require, unknown_name
 
 MOST_OPTIONS = 1000  # of a hole
 
