@@ -8,46 +8,28 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "kizzasi"
 
+PROGRAMS = ("kizzasi.train", "kizzasi.nas", "kizzasi.eml", "kizzasi.cli")
+# What is made of the parts of a model, and so is no business of theirs.
+WHOLE = (
+    *("kizzasi.models.model", "kizzasi.models.build", "kizzasi.models.presets"),
+    *("kizzasi.models.checkpoints", "kizzasi.models.decoding"),
+    *PROGRAMS,
+)
+MIXERS, CHANNELS, LAYERS = (f"kizzasi.models.{room}" for room in ("mixers", "channels", "layers"))
+FORMATS = "kizzasi.models.checkpoints"
 # room -> the kizzasi modules it must not import; the first matching room counts.
 FORBIDDEN = {
-    "kizzasi.models.ops": ("kizzasi.models", "kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
-    "kizzasi.models.mixers": (
-        "kizzasi.models.layers",
-        "kizzasi.models.model",
-        "kizzasi.models.build",
-        "kizzasi.models.presets",
-        "kizzasi.models.checkpoints",
-        "kizzasi.models.channels",
-        "kizzasi.nas",
-        "kizzasi.eml",
-        "kizzasi.cli",
-    ),
-    "kizzasi.models.channels": (
-        "kizzasi.models.layers",
-        "kizzasi.models.model",
-        "kizzasi.models.build",
-        "kizzasi.models.presets",
-        "kizzasi.models.checkpoints",
-        "kizzasi.models.mixers",
-        "kizzasi.nas",
-        "kizzasi.eml",
-        "kizzasi.cli",
-    ),
-    "kizzasi.models.layers": (
-        "kizzasi.models.spec",
-        "kizzasi.models.model",
-        "kizzasi.models.build",
-        "kizzasi.models.presets",
-        "kizzasi.models.checkpoints",
-        "kizzasi.models.decoding",
-        "kizzasi.models.mixers",
-        "kizzasi.models.channels",
-        "kizzasi.train",
-        "kizzasi.nas",
-        "kizzasi.eml",
-        "kizzasi.cli",
-    ),
-    "kizzasi.models": ("kizzasi.train", "kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
+    "kizzasi.strict": ("kizzasi.models", *PROGRAMS),
+    "kizzasi.models.ops": ("kizzasi.models", *PROGRAMS),
+    MIXERS: (LAYERS, CHANNELS, *WHOLE),
+    CHANNELS: (LAYERS, MIXERS, *WHOLE),
+    "kizzasi.models.attention": (LAYERS, CHANNELS, MIXERS, "kizzasi.models.spec", *WHOLE),
+    "kizzasi.models.parts": (LAYERS, CHANNELS, MIXERS, "kizzasi.models.spec", *WHOLE),
+    LAYERS: (MIXERS, CHANNELS, "kizzasi.models.spec", *WHOLE),
+    # Tensors in files know of no format, formats of other programs of no container of theirs.
+    f"{FORMATS}.storage": (LAYERS, MIXERS, CHANNELS, *WHOLE),
+    f"{FORMATS}.families": (f"{FORMATS}.gguf", f"{FORMATS}.tokenizers", *PROGRAMS),
+    "kizzasi.models": PROGRAMS,
     # Search knows nothing of eml-core or of trees; trees know of neither.
     "kizzasi.eml.search": (
         "kizzasi.eml.core",
@@ -68,9 +50,9 @@ FORBIDDEN = {
     "kizzasi.train": ("kizzasi.nas", "kizzasi.eml", "kizzasi.cli"),
     "kizzasi.nas": ("kizzasi.eml", "kizzasi.cli"),
 }
-ALLOWED = {"kizzasi.models.ops": ("kizzasi.models.ops",)}
+ALLOWED = {room: (room,) for room in ("kizzasi.models.ops", f"{FORMATS}.storage")}
 # Within nas, only the ready-made spaces may name a concrete mixer.
-CONCRETE = ("kizzasi.models.mixers", "kizzasi.models.channels")
+CONCRETE = (MIXERS, CHANNELS)
 SPACES = {"kizzasi.nas.spaces.ready_made", "kizzasi.nas.spaces.families"}
 # Within nas, a room imports only what stands before it; `search` and `__init__` stand on top.
 NAS_ROOMS = (
@@ -184,9 +166,9 @@ def test_library_code_has_no_side_effects(module):
 
 # One architecture, one file: what may be imported within these rooms.
 SIBLINGS = {
-    "kizzasi.models.mixers": set(),
-    "kizzasi.models.channels": {"kizzasi.models.channels.moe_routers"},  # a part of moe's
-    "kizzasi.models.layers": {  # the contract, and what runs the layers inside a layer
+    MIXERS: set(),
+    CHANNELS: {"kizzasi.models.channels.moe_routers"},  # a part of moe's
+    LAYERS: {  # the contract, and what runs the layers inside a layer
         "kizzasi.models.layers.layer",
         "kizzasi.models.layers.stack",
         "kizzasi.models.layers.ragged",

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import ShapeError, SpecError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.call import Call
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.attention import AttentionSpec
@@ -19,7 +20,6 @@ from kizzasi.models.ops.attention import (
     document_positions,
     visibility,
 )
-from kizzasi.models.rope_scaling import RopeScaling
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 100)
 D_MODEL = 16

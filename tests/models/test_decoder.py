@@ -7,10 +7,10 @@ import torch
 
 from kizzasi.errors import GenerateError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.attention.cache import AttentionState
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.decoding.decoder import Decoder
 from kizzasi.models.decoding.own_cache import SPARE, OwnCache
-from kizzasi.models.kv_cache import AttentionState
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 

@@ -9,12 +9,12 @@ import torch
 
 from kizzasi.errors import CheckpointError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, load
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.checkpoints import save
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.moe import upcycle
-from kizzasi.models.rope_scaling import RopeScaling
 
 HEADS = AttentionSpec(4, 2, head_dim=4)
 LLAMA = ModelSpec(16, (BlockSpec(HEADS, SwiGLUSpec(24)),) * 2, Tokens(11))

@@ -7,9 +7,9 @@ from torch import nn
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec
-from kizzasi.models.linear import Linear
 from kizzasi.models.mixers import AttentionSpec
 from kizzasi.models.ops.linear import LINEAR, linear, linear_ref
+from kizzasi.models.parts.linear import Linear
 
 CPU = torch.device("cpu")
 

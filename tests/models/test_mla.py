@@ -5,10 +5,10 @@ import torch
 from tolerance import assert_close
 
 from kizzasi.errors import SpecError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.mla import MLASpec
 from kizzasi.models.ops.attention import attention, attention_ref
-from kizzasi.models.rope_scaling import RopeScaling
 
 D_MODEL, T = 24, 20
 SIZES = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

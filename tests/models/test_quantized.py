@@ -18,8 +18,8 @@ from kizzasi.models import (
 from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.checkpoints.quantized import QuantizedLinear, levels
 from kizzasi.models.decoding.inplace.line import InPlaceLine
-from kizzasi.models.linear import is_plain
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV4Spec
+from kizzasi.models.parts.linear import is_plain
 
 BLOCKS = (
     BlockSpec(AttentionSpec(4, n_kv_heads=2), SwiGLUSpec(hidden=64)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import assert_close
 
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.ops.rope import (
     ntk_theta,
     rope_frequencies,
@@ -14,7 +15,6 @@ from kizzasi.models.ops.rope import (
     split_pairs,
     yarn_attention_factor,
 )
-from kizzasi.models.rope_scaling import RopeScaling
 
 CPU = torch.device("cpu")
 

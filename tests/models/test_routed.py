@@ -11,11 +11,11 @@ from kizzasi.models.call import Call
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.rwkv_channel import RWKVChannelSpec
-from kizzasi.models.gating import choose
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.mixers.mamba import MambaSpec
 from kizzasi.models.mixers.routed import RoutedSpec
+from kizzasi.models.parts.gating import choose
 
 MAMBA, HEADS, MLP = MambaSpec(d_state=4), AttentionSpec(n_heads=2), MLPSpec(hidden=6)
 MIXED = RoutedSpec((MAMBA, HEADS), (MLP, MLP), top_k=2, temperature=0.5)

@@ -9,7 +9,6 @@ import kizzasi.eml  # noqa: F401 (registers eml_attention)
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.call import Call
-from kizzasi.models.gating import choose
 from kizzasi.models.mixer import LayerContext, MixerSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
@@ -19,6 +18,7 @@ from kizzasi.models.mixers import (
     RWKV7Spec,
     SequenceRoutedSpec,
 )
+from kizzasi.models.parts.gating import choose
 from kizzasi.models.state import map_state, named_leaves
 
 MAMBA, HEADS, EML = MambaSpec(d_state=3), AttentionSpec(2), MixerSpec.registry["eml_attention"]()

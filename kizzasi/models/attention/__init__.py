@@ -1,1 +1,1 @@
-"""Parts of softmax attention that its mixer is made of."""
+"""Parts of softmax attention that its mixers are made of: fields, positions, cache, codes."""

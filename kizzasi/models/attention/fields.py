@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.stencil import Stencil
-from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.strict import join, require
 
 Position = Literal["rope", "xpos", "alibi", "relative", "none"]

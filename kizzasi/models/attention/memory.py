@@ -13,8 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kizzasi.models.attention.cache import (
+    AttentionState,
+    Layout,
+    add_slot,
+    append,
+    empty_cache,
+    pack,
+)
 from kizzasi.models.call import Call
-from kizzasi.models.kv_cache import AttentionState, Layout, add_slot, append, empty_cache, pack
 from kizzasi.models.mixer import state_dtype
 from kizzasi.models.ops.kv_codes import (
     KVQuant,

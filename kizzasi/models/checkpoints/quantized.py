@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.errors import CheckpointError, SpecError
-from kizzasi.models.linear import is_plain
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.parts.linear import is_plain
 from kizzasi.models.stems import TokenStem
 
 GROUP = 32  # inputs that share a scale

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.kv_cache import ALL, AttentionState
+from kizzasi.models.attention.cache import ALL, AttentionState
 from kizzasi.models.ops.stencil import Stencil
 from kizzasi.models.state import map_state
 

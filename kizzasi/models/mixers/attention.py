@@ -23,6 +23,16 @@ from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError
 from kizzasi.models import init
+from kizzasi.models.attention.cache import (
+    Lent,
+    append,
+    cut,
+    in_time,
+    layout,
+    now,
+    seen_now,
+    visible,
+)
 from kizzasi.models.attention.fields import (
     ROTATED,
     Position,
@@ -33,18 +43,9 @@ from kizzasi.models.attention.fields import (
     stencil_of,
 )
 from kizzasi.models.attention.memory import Entered, Memory, State
+from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.call import HERE, Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import (
-    Lent,
-    append,
-    cut,
-    in_time,
-    layout,
-    now,
-    seen_now,
-    visible,
-)
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION
@@ -53,7 +54,6 @@ from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Plan, Stencil, distance
-from kizzasi.models.rope_scaling import RopeScaling, Rotary
 from kizzasi.strict import added, join, register, require
 
 BIASED = ("alibi", "relative")  # positions that add to scores

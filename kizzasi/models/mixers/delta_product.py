@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
@@ -37,6 +36,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 

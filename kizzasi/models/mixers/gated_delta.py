@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -45,6 +44,7 @@ from kizzasi.models.ops.delta import (
     l2_normalise,
 )
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
     NO_DECAY,
@@ -42,6 +41,7 @@ from kizzasi.models.norm import KeepFloat32, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D, causal_conv1d_step
 from kizzasi.models.ops.long_conv import LONG_CONV1D
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import register
 
 # Where the slowest and the fastest window have fallen to 1 %, in units of max_len.

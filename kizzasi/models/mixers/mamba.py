@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -41,6 +40,7 @@ from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN, selective_scan_step
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 

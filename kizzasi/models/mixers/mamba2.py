@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, softplus_inverse, uniform_
 from kizzasi.models.mixer import (
@@ -40,6 +39,7 @@ from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import SSD, ssd_flops, ssd_step
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
+from kizzasi.models.attention.cache import ALL, append, layout, now, visible
 from kizzasi.models.attention.memory import Memory, State
+from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import ALL, append, layout, now, visible
-from kizzasi.models.linear import is_plain
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.attention import ATTENTION
 from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.rope import rotate, split_pairs
-from kizzasi.models.rope_scaling import RopeScaling, Rotary
+from kizzasi.models.parts.linear import is_plain
 from kizzasi.strict import added, join, register, require
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.branches import Branches, BranchesOut, settle_all
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.branches import Branches, BranchesOut, settle_all
 from kizzasi.strict import join, register, require
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kizzasi.models.attention.rope_scaling import Rotary
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import (
@@ -39,7 +40,6 @@ from kizzasi.models.ops.linear_attention import (
 )
 from kizzasi.models.ops.precision import without_autocast
 from kizzasi.models.ops.rope import rope_frequencies, rope_tables, rotate
-from kizzasi.models.rope_scaling import Rotary
 from kizzasi.strict import join, register, require
 
 

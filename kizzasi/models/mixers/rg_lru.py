@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, uniform_
 from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
@@ -32,6 +31,7 @@ from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN, decay_scan_step
 from kizzasi.models.ops.precision import full_precision, without_autocast
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 C = 8.0

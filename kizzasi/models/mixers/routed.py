@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.branches import Branches, BranchesOut, settle_all
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
-from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.branches import Branches, BranchesOut, settle_all
+from kizzasi.models.parts.gating import balance_loss, check_gate, choose
 from kizzasi.strict import join, register, require
 
 

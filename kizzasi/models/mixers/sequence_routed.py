@@ -30,10 +30,8 @@ from torch import Tensor
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
-from kizzasi.models.branches import Branches, settle_alone
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
-from kizzasi.models.gating import balance_loss, check_gate, choose
 from kizzasi.models.mixer import (
     LayerContext,
     Mixer,
@@ -45,6 +43,8 @@ from kizzasi.models.mixer import (
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.devices import eager
 from kizzasi.models.ops.precision import full_precision
+from kizzasi.models.parts.branches import Branches, settle_alone
+from kizzasi.models.parts.gating import balance_loss, check_gate, choose
 from kizzasi.models.state import map_state, named_leaves
 from kizzasi.strict import join, register
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, residual_scale, uniform_
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import register
 
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv, convolve
 from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.init import linear_, uniform_
 from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.slstm import SLSTMMemory, slstm, slstm_flops, slstm_step
+from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
 

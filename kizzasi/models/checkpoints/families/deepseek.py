@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from kizzasi.errors import SpecError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.channels.swiglu import SwiGLUSpec
@@ -25,7 +26,6 @@ from kizzasi.models.checkpoints.foreign import Family, Rules, register
 from kizzasi.models.checkpoints.names import renamed
 from kizzasi.models.checkpoints.storage.stored import Shapes, count_values
 from kizzasi.models.mixers.mla import MLASpec
-from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
 BIAS_RATE = 1e-3

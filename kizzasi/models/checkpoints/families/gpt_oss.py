@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kizzasi.errors import SpecError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels.moe import PARTS, MoESpec
 from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.channels.swiglu import SwiGLUSpec
@@ -23,7 +24,6 @@ from kizzasi.models.checkpoints.families import llama, mixtures
 from kizzasi.models.checkpoints.foreign import Rules
 from kizzasi.models.checkpoints.names import Form, Rule, renamed
 from kizzasi.models.checkpoints.storage.stored import Shapes
-from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import BlockSpec, ModelSpec
 
 ALPHA = 1.702  # of gelu_quick

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from kizzasi.errors import SpecError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels.mlp import MLPSpec
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.channels.swiglu import SwiGLUSpec
@@ -26,7 +27,6 @@ from kizzasi.models.checkpoints.foreign import Family, Rules, register
 from kizzasi.models.checkpoints.names import renamed
 from kizzasi.models.checkpoints.storage.stored import Shapes
 from kizzasi.models.mixers.attention import AttentionSpec
-from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import BlockSpec, ModelSpec
 from kizzasi.models.stems import Tokens
 

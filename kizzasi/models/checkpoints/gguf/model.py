@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kizzasi.errors import CheckpointError
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.checkpoints import foreign
 from kizzasi.models.checkpoints.foreign import Family
 from kizzasi.models.checkpoints.gguf.blocks import dequantize
@@ -34,7 +35,6 @@ from kizzasi.models.mixers.attention import AttentionSpec
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.norm import KeepFloat32
 from kizzasi.models.ops.engines import Engine
-from kizzasi.models.rope_scaling import RopeScaling
 from kizzasi.models.spec import ModelSpec
 
 NAME, SUFFIX = "gguf", ".gguf"

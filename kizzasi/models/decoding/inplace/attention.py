@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.attention.cache import AttentionState
+from kizzasi.models.attention.rope_scaling import Rotary
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.decoding.own_cache import SPARE
-from kizzasi.models.kv_cache import AttentionState
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.norm import Norm
-from kizzasi.models.rope_scaling import Rotary
 
 PLACES = 64  # whose tables are made at once
 READ = ("n_kv_heads", "head_dim", "window", "position", "rope_theta", "rope_dims", "rope_scaling")

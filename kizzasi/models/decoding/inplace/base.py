@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.own_cache import disown, own
-from kizzasi.models.linear import is_plain
 from kizzasi.models.mixer import Mixer, MixerOut
 from kizzasi.models.norm import Norm
+from kizzasi.models.parts.linear import is_plain
 
 Run = Callable[[Tensor], Tensor]
 WIDE = (torch.float32, torch.float64)

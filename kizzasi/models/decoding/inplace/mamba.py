@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
-from kizzasi.models.causal_conv import CausalConv
 from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.mixers.mamba import Mamba, MambaState
 from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
 from kizzasi.models.ops.selective_scan import selective_scan_step_
 from kizzasi.models.ops.ssd import ssd_step_
+from kizzasi.models.parts.causal_conv import CausalConv
 
 LENGTH = 64  # tokens that a tape holds before its end is copied to its start
 

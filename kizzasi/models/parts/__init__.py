@@ -1,0 +1,1 @@
+"""What several mixers and layers are made of, beside attention's parts."""
