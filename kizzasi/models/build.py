@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from kizzasi.errors import SpecError
-from kizzasi.models.device import usable_device
 from kizzasi.models.init import materialize
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.devices import usable_device
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.parts.linear import Linear
 from kizzasi.models.spec import ModelSpec

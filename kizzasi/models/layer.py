@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models.call import Call
-from kizzasi.models.device import usable_device
 from kizzasi.models.init import Ready, materialize
 from kizzasi.models.mixer import ChannelSpec, LayerContext, MixerSpec
+from kizzasi.models.ops.devices import usable_device
 from kizzasi.models.state import BlockState, ModelState, require_own
 from kizzasi.models.through import through
 

@@ -5,8 +5,8 @@ import torch
 
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, load
-from kizzasi.models.device import usable_device
 from kizzasi.models.mixers.mamba import MambaSpec
+from kizzasi.models.ops.devices import usable_device
 
 BLOCKS = (BlockSpec(MambaSpec(d_state=4)),)
 BYTES, SIGNAL = ModelSpec(8, BLOCKS, Tokens(200)), ModelSpec(8, BLOCKS, Signal(3, 2))

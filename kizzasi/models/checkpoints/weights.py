@@ -20,8 +20,8 @@ from kizzasi.models.build import refuse_if_too_large, skeleton
 from kizzasi.models.checkpoints.names import Link
 from kizzasi.models.checkpoints.storage.files import INNER, WRAPPERS
 from kizzasi.models.checkpoints.storage.stored import Shape, Storage
-from kizzasi.models.device import usable_device
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.devices import usable_device
 from kizzasi.models.ops.engines import Engine
 from kizzasi.models.spec import ModelSpec
 
