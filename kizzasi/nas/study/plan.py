@@ -9,7 +9,6 @@ from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
-from kizzasi.models.strict import unknown_name
 from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.schedulers import Scheduler
@@ -20,6 +19,7 @@ from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import ANALYTIC
+from kizzasi.strict import unknown_name
 from kizzasi.train.task import Metric
 
 MOST = 100_000  # candidates that a scheduler is asked about
