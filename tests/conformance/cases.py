@@ -74,6 +74,11 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "three-updates": {"n_heads": 2, "n_updates": 3, "expand_v": 0.5, "gated": False},
     },
     "eml_attention": {"two-heads": {"n_heads": 2}},
+    "forgetting": {
+        "two-heads": {"n_heads": 2},
+        "window": {"n_heads": 4, "n_kv_heads": 2, "window": 5, "gate": True, "qkv_bias": True},
+        "rope": {"n_heads": 2, "position": "rope", "qk_norm": True},
+    },
     "gated_delta": {
         "two-heads": {"n_heads": 2},
         "shared-keys": {"n_heads": 4, "n_key_heads": 2, "key_head_dim": 3, "value_head_dim": 5},

@@ -3,6 +3,7 @@
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.mixers.bidirectional import Bidirectional, BidirectionalSpec
 from kizzasi.models.mixers.delta_product import DeltaProduct, DeltaProductSpec
+from kizzasi.models.mixers.forgetting import Forgetting, ForgettingSpec
 from kizzasi.models.mixers.gated_delta import GatedDelta, GatedDeltaSpec
 from kizzasi.models.mixers.gla import GLA, GLASpec
 from kizzasi.models.mixers.kda import KDA, KDASpec
@@ -49,6 +50,8 @@ __all__ = [
     "BidirectionalSpec",
     "DeltaProduct",
     "DeltaProductSpec",
+    "Forgetting",
+    "ForgettingSpec",
     "GLASpec",
     "GatedDelta",
     "GatedDeltaSpec",
