@@ -74,6 +74,12 @@ def corrected(g_width):
     return (q, k, v, g, beta, normal(b, h, n, m)), {}
 
 
+def erased_and_written():
+    (*streams, _, s), options = corrected(3)
+    v = streams[2]
+    return (*streams, normal(2, 9, 2, 3).sigmoid(), normal(*v.shape, seed=5).sigmoid(), s), options
+
+
 def average(run):
     def wrapped(w, u, k, v, num, den, starts=None):
         y, state = run(w, u, k, v, wkv4.WKV4State(num, den, torch.zeros_like(num)), starts)
@@ -139,6 +145,7 @@ OPS = {
     "trapezoid": (trapezoid(ssd.trapezoid), trapezoid(ssd.trapezoid_ref), two_ends, 6),
     "delta-head": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(1), 5),
     "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
+    "delta-2": (delta.delta_rule_2, delta.delta_rule_2_ref, erased_and_written, 6),
     "wkv7": (wkv7.wkv7, wkv7.wkv7_ref, lambda: rewritten(1), 6),
     "wkv7-strong": (wkv7.wkv7, wkv7.wkv7_ref, lambda: rewritten(60), 6),
     "decay_scan": (decay_scan.decay_scan, decay_scan.decay_scan_ref, leaking, 2),

@@ -89,7 +89,17 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "two-heads": {"n_heads": 2, "gate_rank": 3},
         "fast-decay": {"n_heads": 1, "expand_k": 0.25, "expand_v": 1.5, "gate_normalizer": 0.1},
     },
-    "kda": {"two-heads": {"n_heads": 2}},
+    "kda": {
+        "two-heads": {"n_heads": 2},
+        "values": {
+            **{"n_heads": 2, "n_value_heads": 4, "head_dim": 4, "expand_v": 1.5},
+            **{"negative_eigenvalues": True, "gate_floor": -5.0, "conv_bias": True},
+        },
+        "channel-gates": {
+            **{"n_heads": 1, "n_value_heads": 2, "head_dim": 6, "expand_v": 0.5},
+            **{"conv": False, "gate_bias": True, "channel_gates": True},
+        },
+    },
     "kernel_attention": {
         "favor": {"n_heads": 2, "n_features": 12},
         "laplace": {"n_heads": 2, "n_features": 9, "feature": "laplace", "qkv_bias": True},

@@ -23,6 +23,7 @@ def mixer(kind: str, d: int) -> MixerSpec:
     settings = {
         "attention": heads,
         "delta_product": heads,
+        "forgetting": heads,
         "gated_delta": heads,
         "gla": {**heads, "gate_rank": 4},
         "kda": heads,

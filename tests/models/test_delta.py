@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kizzasi.errors import ShapeError
 from kizzasi.models.ops.delta import (
     delta_rule,
+    delta_rule_2,
+    delta_rule_2_ref,
     delta_rule_flops,
     delta_rule_ref,
     delta_rule_step,
@@ -231,3 +233,35 @@ def test_cuda_is_the_cpu(per_channel):
     actual = values_and_gradients(delta_rule, moved, starts.cuda())
     for name, value in actual.items():
         assert_close(value.cpu(), expected[name], msg=name)
+
+
+@widths_of_g
+@pytest.mark.parametrize("share", [None, 0.2])
+@pytest.mark.parametrize("length", [1, 7, 33, 65])
+def test_two_gates_in_chunks_are_the_loop(length, share, per_channel):
+    q, k, v, g, _, s0 = inputs(length, per_channel)
+    gates = [torch.rand_like(x).requires_grad_() for x in (k, v)]
+    starts, results = None if share is None else document_starts(length, share), []
+    given = [q, k, v, g, *gates, s0]
+    for run in (delta_rule_2, delta_rule_2_ref):
+        out = run(*given, starts)
+        weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x) for x in out]
+        results.append((*out, *torch.autograd.grad(out, given, weights)))
+    for fast, loop in zip(*results, strict=True):
+        assert_close(fast, loop)
+
+
+@pytest.mark.parametrize("run", [delta_rule_2, delta_rule_2_ref])
+def test_two_gates_alike_are_one(run):
+    q, k, v, g, beta, s0 = inputs(40, True)
+    erase, write = (beta.unsqueeze(-1).expand_as(x) for x in (k, v))
+    for ours, plain in zip(
+        run(q, k, v, g, erase, write, s0), delta_rule(q, k, v, g, beta, s0), strict=True
+    ):
+        assert_close(ours, plain)
+
+
+def test_misshapen_gates_are_named():
+    q, k, v, g, _, s0 = inputs(3, True)
+    with pytest.raises(ShapeError, match=r"write is \(2, 3, 2, 6\)"):
+        delta_rule_2(q, k, v, g, k, k, s0)

@@ -9,18 +9,26 @@ Symbols: b batch, t time, h heads, d_k and d_v widths of a key and a value, c ch
 | beta | beta_t | beta_t | share of the old value under a key that a write removes |
 | u | | | what a write adds under its key |
 
-Three published layers are this one recurrence: DeltaNet (g = 0), gated DeltaNet (one g a head) and
-Kimi delta attention (one a channel). It fades first and removes second. The two commute for one g a
-head, since that scales the whole memory; for one a channel they do not.
+| here | Hatamizadeh et al. | meaning |
+|---|---|---|
+| erase, write | b_t, w_t | beta for every channel of a key, and for every channel of a value |
+
+Four published layers are this one recurrence: DeltaNet (g = 0), gated DeltaNet (one g a head), Kimi
+delta attention (one a channel) and gated DeltaNet-2 (erase and write in place of beta). It fades
+first and removes second. The two commute for one g a head, since that scales the whole memory; for
+one a channel they do not.
 
 `ops/wkv7.py` can express all three (a = -k exp(g), b = beta k), but only with d_k = d_v. Here g may
 be as low as -inf, and no exponent is positive.
 
 Sources: DeltaNet, Yang et al. 2024, arXiv:2406.06484. Gated DeltaNet, Yang et al. 2024,
 arXiv:2412.06464, section 3. Kimi delta attention, Kimi Team 2025, arXiv:2510.26692, section 3.
+Gated DeltaNet-2, Hatamizadeh et al. 2026, arXiv:2605.22791.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +75,21 @@ def delta_rule_ref(
     Raises:
         ShapeError: a shape disagrees with those of k and v; the message shows both.
     """
-    s = _check(q, k, v, g, beta, s0)
+    s = _check(q, k, v, g, s0, beta=beta)
+    return _loop(delta_rule_step, (q, k, v, g, beta), s, starts)
+
+
+def _loop(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    streams: Sequence[Tensor],
+    s: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     ys = []
-    for i, token in enumerate(zip(*(x.unbind(1) for x in (q, k, v, g, beta)), strict=True)):
+    for i, token in enumerate(zip(*(x.unbind(1) for x in streams), strict=True)):
         if starts is not None:
             s = s.masked_fill(starts[:, i, None, None, None], 0.0)
-        y, s = delta_rule_step(s, *token)
+        y, s = step(s, *token)
         ys.append(y)
     return torch.stack(ys, 1), s
 
@@ -114,29 +131,94 @@ def delta_rule(
         which does not forget an S that grew infinite out of finite numbers (0 times infinity is
         NaN); NaN and infinities that come in stay in their document.
     """
-    s = _check(q, k, v, g, beta, s0)
+    s = _check(q, k, v, g, s0, beta=beta)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, s: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return _by_chunks(q, k, v, g, beta, s, starts)
+        beta = beta.unsqueeze(-1)
+        return _by_chunks(q, k, beta * k, beta * v, g, s, starts)
 
     return isolated(run, starts, (q, k, v, beta), (g,), (s,))
 
 
-def _by_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Tensor, starts: Tensor | None
+@in_full_precision
+def delta_rule_2_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    s0: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`delta_rule_ref` with gates of their own for what is removed and for what is written.
+
+        S[t] = (I - k[t] (erase[t] k[t])^T) diag(exp(g[t])) S[t-1] + k[t] (write[t] v[t])^T
+        y[t] = S[t]^T q[t]
+
+    This loop is the definition; `delta_rule_2` must agree with it. O(t) steps.
+
+    Args:
+        erase: (b, t, h, d_k) how much of every channel of a key takes part in finding what is
+            removed, in [0, 1]. Where they differ, I - k (erase k)^T is not symmetric, and may
+            lengthen S.
+        write: (b, t, h, d_v) how much of every channel of a value is written, in [0, 1].
+        The others as there.
+
+    Returns, Raises: as there.
+    """
+    s = _check(q, k, v, g, s0, erase=erase, write=write)
+    return _loop(delta_rule_2_step, (q, k, v, g, erase, write), s, starts)
+
+
+@in_full_precision
+def delta_rule_2_step(
+    s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_rule_2_ref`: s (b, h, d_k, d_v), the others without t; y, the new s."""
+    s = s * g.exp().unsqueeze(-1)
+    found = ((erase * k).unsqueeze(-2) @ s).squeeze(-2)
+    s = torch.addcmul(s, k.unsqueeze(-1), (write * v - found).unsqueeze(-2))
+    return (q.unsqueeze(-2) @ s).squeeze(-2), s
+
+
+@in_full_precision
+def delta_rule_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    s0: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule_2_ref` chunk by chunk, as `delta_rule`; what holds there holds here."""
+    s = _check(q, k, v, g, s0, erase=erase, write=write)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, erase: Tensor, write: Tensor, g: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _by_chunks(q, k, erase * k, write * v, g, s, starts)
+
+    return isolated(run, starts, (q, k, v, erase, write), (g,), (s,))
+
+
+def _by_chunks(
+    q: Tensor, k: Tensor, e: Tensor, v: Tensor, g: Tensor, s: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """S[t] = (I - k[t] e[t]^T) diag(exp(g[t])) S[t-1] + k[t] v[t]^T, as in `delta_rule`."""
     (b, t, h, _), c, s = k.shape, _chunk_size(k.shape[1]), s.flatten(0, 1)
     if starts is not None:
         g = g.masked_fill(starts[..., None, None], -torch.inf)
-    q, k, v, g, beta = (_chunks(x, c) for x in (q, k, v, g, beta.unsqueeze(-1)))
-    queries = torch.stack([k, q], -2)
+    q, k, e, v, g = (_chunks(x, c) for x in (q, k, e, v, g))
+    queries = torch.stack([e, q], -2)
     scores, since, until = _decayed_scores(queries, k, g)
     remove, attend = scores.unbind(-2)
     eye = torch.eye(c, dtype=k.dtype, device=k.device).expand_as(remove)
-    solver = torch.linalg.solve_triangular(beta * remove, eye, upper=False, unitriangular=True)
-    solver = solver * beta.mT
+    solver = torch.linalg.solve_triangular(remove, eye, upper=False, unitriangular=True)
     finds, reads = (queries * since.exp().unsqueeze(-2)).unbind(-2)
     writes, fade = (k * until.exp()).mT, since[:, -1:].exp().mT
 
@@ -235,7 +317,9 @@ def _chunks(x: Tensor, c: int) -> Tensor:
     return rearrange(x, "b (z c) h n -> (z b h) c n", c=c)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s0: Tensor | None) -> Tensor:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None, **gates: Tensor
+) -> Tensor:
     """Check shapes; the memory to begin with."""
     (b, t, h, d_k), d_v = k.shape, v.shape[-1]
     s0 = k.new_zeros(b, h, d_k, d_v) if s0 is None else s0
@@ -243,9 +327,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s0: Tensor 
         "q": (q, [(b, t, h, d_k)]),
         "v": (v, [(b, t, h, d_v)]),
         "g": (g, [(b, t, h, d_k), (b, t, h, 1)]),
-        "beta": (beta, [(b, t, h)]),
         "s0": (s0, [(b, h, d_k, d_v)]),
     }
+    of_gates = {"beta": (b, t, h), "erase": (b, t, h, d_k), "write": (b, t, h, d_v)}
+    allowed |= {name: (gate, [of_gates[name]]) for name, gate in gates.items()}
     for name, (x, shapes) in allowed.items():
         if x.shape not in shapes:
             expected = " or ".join(map(str, shapes))
@@ -259,3 +344,4 @@ DELTA_RULE = Engines(
     torch=delta_rule,
     native="kizzasi.models.ops.native.memory:delta_rule_native",
 )
+DELTA_RULE_2 = Engines("delta_rule_2", reference=delta_rule_2_ref, torch=delta_rule_2)

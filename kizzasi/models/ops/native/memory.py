@@ -264,7 +264,7 @@ def delta_rule_native(
 
     What a key finds in the faded memory is what it finds, itself faded, in the memory before.
     """
-    s = delta._check(q, k, v, g, beta, s0)
+    s = delta._check(q, k, v, g, s0, beta=beta)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, s: Tensor
