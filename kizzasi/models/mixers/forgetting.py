@@ -25,9 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.call import Call
-from kizzasi.models.cost import Cost, dense, linear, norm
-from kizzasi.models.kv_cache import (
+from kizzasi.models.attention.cache import (
     AttentionState,
     add_slot,
     append,
@@ -38,14 +36,16 @@ from kizzasi.models.kv_cache import (
     pack,
     visible,
 )
+from kizzasi.models.attention.rope_scaling import Rotary
+from kizzasi.models.call import Call
+from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.attention import ATTENTION
 from kizzasi.models.ops.forgetting import FORGETTING_ATTENTION, fading, forgetting_flops
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.ops.stencil import Stencil
-from kizzasi.models.rope_scaling import Rotary
-from kizzasi.models.strict import join, register, require
+from kizzasi.strict import join, register, require
 
 
 @register
