@@ -19,6 +19,7 @@ VERBS = {
     "evolve": "find a model",
     "report": "find a model",
     "export": "find a model",
+    "scale": "find a model",
     "train": "use a model",
     "score": "use a model",
     "generate": "use a model",

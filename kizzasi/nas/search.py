@@ -45,6 +45,7 @@ from kizzasi.nas.spaces.describe import name_of
 from kizzasi.nas.spaces.joint import Joint
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import definition
+from kizzasi.nas.spaces.resize import stretched
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
@@ -141,6 +142,14 @@ class Found:
             CheckpointError: the evaluator left none that can be loaded.
         """
         return load(self.folder / "best", device=device)
+
+    def at(self, n_params: int) -> ModelSpec:
+        """The best model's design at another budget: its layers stacked, and all of it wider.
+
+        Raises:
+            SpecError: no such model is valid and within a factor of 1.4 of n_params.
+        """
+        return stretched(self.best.spec, n_params)
 
     def export(self, out: Path | str) -> Path:
         """Weights, spec, model card and a script that runs it, in a folder of their own."""

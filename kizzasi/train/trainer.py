@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kizzasi.errors import CheckpointError
 from kizzasi.files import open_regular, write_file
-from kizzasi.models import ModelOutput, SequenceModel, Tokens, parameter_groups
+from kizzasi.models import ModelOutput, ModelSpec, SequenceModel, Tokens, parameter_groups
+from kizzasi.models.mup import mup_groups
 from kizzasi.train.distributed import ALONE, Ranks, check_batch, gather, scatter
 from kizzasi.train.muon import Muon
 from kizzasi.train.recipe import Recipe
@@ -54,6 +55,8 @@ class Training:
         task: what to learn, and how that is scored.
         recipe: how.
         data_seed: which windows are drawn; apart from the seed of the initialisation.
+        base: the model of another width that the recipe's rates are of, carried over by muP; the
+            model is then that of `mup_spec(spec, base)`. None: they are of this model.
         ranks: the processes that train the model together; see distributed.py.
     """
 
@@ -64,6 +67,7 @@ class Training:
         recipe: Recipe,
         data_seed: int = 0,
         ranks: Ranks = ALONE,
+        base: ModelSpec | None = None,
     ) -> None:
         recipe.check()
         check_batch(ranks, recipe.batch_size)
@@ -76,10 +80,12 @@ class Training:
         self.shared_model = ranks.share(model)
         self.forward = torch.compile(self.shared_model) if recipe.compile else self.shared_model
         self.task = task.to(self.device)
-        groups = parameter_groups(
+        self.base = base
+        make = parameter_groups if base is None else partial(mup_groups, base=base)
+        groups = make(
             model,
-            recipe.lr,
-            recipe.weight_decay,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
             optimizer=recipe.optimizer,
             matrix_lr=recipe.matrix_lr,
         )
@@ -179,6 +185,7 @@ class Training:
             "spec": self.model.spec.digest,
             "data": self.task.digest,
             "data_seed": self.data_seed,
+            **({} if self.base is None else {"base": self.base.digest}),
             **recipe,
         }
 
@@ -220,9 +227,10 @@ class Training:
 
     def _require_same(self, path: Path, saved: Mapping[str, Any]) -> None:
         """Checkpoints of version 0.1 do not say what they are, and are taken as they come."""
-        told, own = saved.get("identity"), self.identity
+        told, own = saved.get("identity"), {"base": None, **self.identity}
         if not isinstance(told, Mapping):
             return
+        told = {"base": None, **told}
         grown = "horizon" in told and told["horizon"] <= own["horizon"]
         other = [
             k for k in own if k in told and told[k] != own[k] and not (k == "horizon" and grown)

@@ -28,11 +28,14 @@ class MicroTrain:
         recipe: how; a job's settings (such as lr) and horizon take the place of its own.
         observe: looks at a training, before its first step ("start") and at its budget ("end");
             what it returns stands in the measurement's facts.
+        base: the model that the rates of recipe and settings were found on, where the specs are
+            wider or narrower ones of the same layers, from `mup_spec(spec, base)`.
     """
 
     task: Task
     recipe: Recipe
     observe: Callable[[Training], Mapping[str, Any]] | None = None
+    base: ModelSpec | None = None
 
     @property
     def metric(self) -> Metric:
@@ -86,7 +89,8 @@ class MicroTrain:
         """A fresh training of the job's spec, for callers that want the model."""
         recipe = replace(self.recipe, horizon=job.horizon or job.budget, **job.settings)
         model = build_model(job.spec, seed=job.seed, device=job.device)
-        return Training(model, self.task, recipe, derive_seed(job.seed, "data"))
+        data_seed = derive_seed(job.seed, "data")
+        return Training(model, self.task, recipe, data_seed, base=self.base)
 
 
 @lru_cache(maxsize=4096)

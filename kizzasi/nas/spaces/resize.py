@@ -1,7 +1,9 @@
-"""A narrower twin of a model: the same layers of the same kinds, with fewer parameters.
+"""A model at another size: the same layers of the same kinds, narrower or wider, or stacked.
 
 Glossary
     d, d'     d_model of the model and of the twin
+    n, n'     their parameters
+    k         how often the twin has the model's layers, one stack on the other
     bent      how far the width of heads had to leave the model's own, in doublings
 """
 
@@ -22,6 +24,8 @@ Part = MixerSpec | ChannelSpec
 WIDTHS = ("hidden", "shared_hidden", "d_inner")  # grow with d_model where they are given
 SHARED_HEADS = ("n_kv_heads", "n_key_heads")  # divide n_heads where they are given
 NEAR = 0.5  # doublings that the size may miss the wanted one by
+STEP = 1.05  # from one width that `stretched` looks at to the next
+MOST_STACKED = 64
 
 
 def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
@@ -65,6 +69,99 @@ def at_width(spec: ModelSpec, d_model: int) -> ModelSpec:
     return _at_width(spec, d_model, _narrow)[1]
 
 
+def stretched(spec: ModelSpec, n_params: int) -> ModelSpec:
+    """The same model at a larger or smaller budget: its layers stacked, and all of it wider.
+
+        k  = the whole number nearest to (n' / n)^0.25 in doublings, at least 1
+        d' = argmin of  |log2(params(k, d') / n')| + max over parts of bent(d')
+
+    So depth grows as n^0.25 and width as n^0.375, as in the ready-made spaces. A stack of layers
+    is repeated as a whole, which keeps their order and their shares. Hidden widths and ranks that
+    are given grow with d_model, and so does the number of heads, at about the same head width.
+    States and windows stay.
+
+    Args:
+        spec: valid.
+        n_params: n', embeddings included.
+
+    Raises:
+        SpecError: no such model is valid and within a factor of 1.4 of n_params.
+
+    Source: Gong et al. 2019, "Efficient Training of BERT by Progressively Stacking", on the copies.
+    """
+    require(n_params > 0, "n_params", f"{n_params} must be above 0")
+    ratio = n_params / spec.cost(1).params
+    wanted = min(MOST_STACKED, max(1.0, ratio**0.25))
+    by_depth = sorted(range(1, MOST_STACKED + 1), key=lambda k: abs(math.log2(k / wanted)))
+    for k in by_depth[:3]:  # layers that refer to each other by number may not allow one
+        found = _widths(spec.replace(blocks=spec.blocks * k), n_params)
+        if found:
+            return min(found, key=lambda one: one[0])[-1]
+    raise _no_width(n_params)
+
+
+def widened(spec: ModelSpec, n_params: int) -> ModelSpec:
+    """The same layers, as many, narrower or wider: `stretched` without a stack, for muP.
+
+    Raises:
+        SpecError: as `stretched`.
+    """
+    require(n_params > 0, "n_params", f"{n_params} must be above 0")
+    if found := _widths(spec, n_params):
+        return min(found, key=lambda one: one[0])[-1]
+    raise _no_width(n_params)
+
+
+def _no_width(n_params: int) -> SpecError:
+    return SpecError(
+        f"n_params: these layers make no valid model near {n_params:,} parameters at any width; "
+        "give another budget"
+    )
+
+
+def _widths(spec: ModelSpec, n_params: int) -> list[tuple[float, ModelSpec]]:
+    """The model at widths near the budget, each with how far it misses it, heads included."""
+    wider = functools.cache(functools.partial(_narrow, ranks=True))
+    found: list[tuple[float, ModelSpec]] = []
+    seen: set[int] = set()
+
+    def look(d_model: int) -> int | None:
+        seen.add(d_model)
+        try:
+            bent, twin = _at_width(spec, d_model, wider)
+        except SpecError:
+            return None
+        size = twin.cost(1).params
+        miss = abs(math.log2(size / n_params))
+        if miss <= NEAR:
+            found.append((miss + bent, twin))
+        return size
+
+    sizes: dict[int, int] = {}
+    for up in (True, False):  # a ladder of widths from the model's own
+        width = float(spec.d_model)
+        while width >= 1:
+            d_model = _grained(width)
+            if d_model not in seen and (size := look(d_model)):
+                sizes[d_model] = size
+                if (size > 2 * n_params) if up else (2 * size < n_params):
+                    break
+            width *= STEP if up else 1 / STEP
+    if sizes:
+        nearest = min(sizes, key=lambda d: abs(math.log2(sizes[d] / n_params)))
+        grain = 8 if nearest < 512 else 64
+        for d_model in range(nearest - 4 * grain, nearest + 4 * grain + 1, min(grain, 8)):
+            if d_model > 0 and d_model not in seen:
+                look(d_model)
+    return found
+
+
+def _grained(width: float) -> int:
+    """A width that matrix products and heads like."""
+    grain = 64 if width >= 512 else 8 if width >= 32 else 1
+    return max(1, grain * round(width / grain))
+
+
 Narrow = Callable[[Part, int, int], tuple[float, Any]]
 
 
@@ -91,16 +188,17 @@ def _stack(
     return most, tuple(twins)
 
 
-def _narrow(part: Part, d: int, d_new: int) -> tuple[float, Part]:
+def _narrow(part: Part, d: int, d_new: int, *, ranks: bool = False) -> tuple[float, Part]:
     """The part at another width, with the least bent heads that fit."""
     most, own = 0.0, {name: getattr(part, name) for name in field_types(type(part))}
     for name, value in own.items():
-        if name in WIDTHS and value:
+        grows = name in WIDTHS or (ranks and name.endswith("rank"))
+        if grows and isinstance(value, int) and value:
             own[name] = max(1, round(value * d_new / d))
             continue
         inner = value if isinstance(value, tuple) else (value,)
         if inner and all(isinstance(one, Part) for one in inner):
-            bent, twins = zip(*(_narrow(one, d, d_new) for one in inner), strict=True)
+            bent, twins = zip(*(_narrow(one, d, d_new, ranks=ranks) for one in inner), strict=True)
             most = max(most, *bent)
             own[name] = twins if isinstance(value, tuple) else twins[0]
     for bent, heads in sorted(_heads(own, d_new / d), key=lambda pair: pair[0]):
@@ -114,7 +212,7 @@ def _narrow(part: Part, d: int, d_new: int) -> tuple[float, Part]:
 def _heads(own: dict[str, Any], ratio: float) -> Iterator[tuple[float, dict[str, int]]]:
     """Every way to divide a part into heads, and how far each is bent."""
     if n := own.get("n_heads"):
-        for new in range(1, n + 1):
+        for new in range(1, max(n, math.ceil(2 * n * ratio)) + 1 if ratio > 1 else n + 1):
             shared = {k: max(1, round(own[k] * new / n)) for k in SHARED_HEADS if own.get(k)}
             yield abs(math.log2(n * ratio / new)), {"n_heads": new, **shared}
     elif width := own.get("head_dim"):
