@@ -193,7 +193,7 @@ def _narrow(part: Part, d: int, d_new: int, *, ranks: bool = False) -> tuple[flo
     most, own = 0.0, {name: getattr(part, name) for name in field_types(type(part))}
     for name, value in own.items():
         grows = name in WIDTHS or (ranks and name.endswith("rank"))
-        if grows and isinstance(value, int) and value:
+        if grows and value:
             own[name] = max(1, round(value * d_new / d))
             continue
         inner = value if isinstance(value, tuple) else (value,)
