@@ -179,6 +179,7 @@ def hybrid_rows(work: Work, n: int, bar: Callable[[], object]) -> list[dict[str,
             "rate": best.recipe.lr,
             "sweep": {f"{k:g}": v for k, v in sweep.items()},
             "scores": scores,
+            "curve": best.curve,
         }
 
     try:

@@ -24,6 +24,7 @@ from kizzasi.nas.schedulers import (
     ASHA,
     PASHA,
     PDH,
+    Extrapolated,
     Hyperband,
     Instalment,
     Schedule,
@@ -52,6 +53,8 @@ SCHEDULERS: dict[str, Scheduler] = {
     "halving": SuccessiveHalving(N, SMALLEST, FULL),
     "Hyperband": Hyperband(SMALLEST, FULL),
     "ASHA": ASHA(N, SMALLEST, FULL),
+    "ASHA, expected": Extrapolated(ASHA(N, SMALLEST, FULL)),
+    "halving, expected": Extrapolated(SuccessiveHalving(N, SMALLEST, FULL)),
     "ASHA, stopping": StoppingASHA(N, SMALLEST, FULL),
     "stopping from 27": StoppingASHA(100, 27, 243),
     "PASHA": PASHA(N, SMALLEST, FULL),
@@ -126,7 +129,7 @@ def study(family: str, scheduler: Scheduler, seed: int, n_workers: int) -> dict[
         trained[job.candidate] = job.budget
         return steps * speed
 
-    time = run_workers(schedule, trainings, n_workers, seconds)
+    time = run_workers(schedule, trainings, n_workers, seconds, trainings.points)
     chosen, failures = None, 0
     for candidate in ranking(schedule):
         time += seconds(Instalment(candidate, FULL))

@@ -105,6 +105,11 @@ def _add_strategy(parser: Group, default: SearchConfig) -> None:
         help=f"who trains on ({default.scheduler})",
     )
     parser.add_argument(
+        "--extrapolate",
+        action="store_true",
+        help="promote by what learning curves promise at the next rung (asha, stopping, hyperband)",
+    )
+    parser.add_argument(
         "--proxies",
         nargs="*",
         metavar="NAME",

@@ -9,6 +9,7 @@ from kizzasi.nas.report.svg import short
 from kizzasi.nas.report.tables import timed_verdict, verdicts
 from kizzasi.nas.results.equal_terms import CLOSE, DISTURBED, equal_params, equal_time, turns
 from kizzasi.nas.results.finals import Final
+from kizzasi.nas.results.foresight import foresight
 from kizzasi.nas.results.noise import Noise, noise_of
 from kizzasi.nas.results.summary import ANALYTIC, Summary
 
@@ -31,6 +32,7 @@ def findings(summary: Summary) -> list[str]:
         _control,
         _proxy,
         _further_proxies,
+        _foresight,
         _estimates,
         _repeated,
     )
@@ -49,6 +51,12 @@ def verdict(summary: Summary) -> str:
     if preset is None:
         return f"{said} There is no preset to compare it with."
     return f"{said} {_outcome(winner, preset, summary.noise, summary.unit)}."
+
+
+def _foresight(summary: Summary) -> str:
+    found = foresight([standing.trials for standing in summary.standings])
+    said = "; ".join(map(str, found))
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def _progress(summary: Summary) -> str:

@@ -1,6 +1,7 @@
 """Schedulers: which candidate trains on, and how far, decided from the scores so far."""
 
 from kizzasi.nas.schedulers.asha import ASHA
+from kizzasi.nas.schedulers.extrapolated import Extrapolated
 from kizzasi.nas.schedulers.halving import SuccessiveHalving
 from kizzasi.nas.schedulers.hyperband import Hyperband
 from kizzasi.nas.schedulers.pasha import PASHA
@@ -13,6 +14,7 @@ __all__ = [
     "ASHA",
     "PASHA",
     "PDH",
+    "Extrapolated",
     "Hyperband",
     "Instalment",
     "Results",

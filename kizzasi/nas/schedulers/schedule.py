@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from kizzasi.errors import StudyError
 from kizzasi.nas.searchers.ask_tell import AskTell, require_at_least
 from kizzasi.nas.searchers.stream import Flowing
 
 C = TypeVar("C")
+Curve: TypeAlias = "Sequence[tuple[float, float | None]]"  # (budget, training loss) pairs
 
 FAILED = -math.inf
 
@@ -51,6 +52,8 @@ class Results:
         self._rungs: list[dict[int, float]] = []
         self._orders: list[list[tuple[float, int]]] = []
         self._scores: dict[int, list[float]] = {}
+        self._curves: dict[tuple[int, int], Curve] = {}
+        self._views: dict[Hashable, Results] = {}
 
     def rung(self, rung: int) -> Mapping[int, float]:
         """Candidate -> score at this rung."""
@@ -66,10 +69,31 @@ class Results:
         """The scores of a candidate, one for each rung that it has reached."""
         return self._scores.get(candidate, ())
 
-    def add(self, candidate: int, score: float) -> None:
+    def curve(self, candidate: int, rung: int) -> Curve:
+        """What is known of a training's course until this rung; () if nothing is."""
+        return self._curves.get((candidate, rung), ())
+
+    def view(
+        self, name: Hashable, score_of: Callable[[Results, int, int, float], float]
+    ) -> Results:
+        """The same results with other scores, made of (these, candidate, rung, score) as they come.
+
+        Args:
+            name: equal names have equal functions.
+            score_of: the score to show.
+        """
+        view = self._views.setdefault(name, Results())
+        view.n_candidates = self.n_candidates
+        for candidate, rung, score in self.told[len(view.told) :]:
+            view.add(candidate, score_of(self, candidate, rung, score))
+        return view
+
+    def add(self, candidate: int, score: float, curve: Curve = ()) -> None:
         """Note the score of a candidate at its next rung."""
         scores = self._scores.setdefault(candidate, [])
         rung = len(scores)
+        if curve:
+            self._curves[candidate, rung] = curve
         if rung == len(self._rungs):
             self._rungs.append({})
             self._orders.append([])
@@ -166,15 +190,20 @@ class Schedule(Generic[C]):
             jobs.append(job)
         return jobs
 
-    def tell(self, job: Instalment, score: float | None) -> None:
+    def tell(self, job: Instalment, score: float | None, curve: Curve = ()) -> None:
         """Note a result. None, NaN and infinities all mean that the training failed.
+
+        Args:
+            job: from `ask`.
+            score: higher is better.
+            curve: (budget, training loss) pairs, for a scheduler that looks at them.
 
         Raises:
             StudyError: the job is not running.
         """
         if self.running.get(job.candidate) != job:
             raise StudyError(f"tell: {job} is not running; tell each job of ask() exactly once")
-        self._note(job, score)
+        self._note(job, score, curve)
 
     def replay(self, history: Iterable[tuple[Instalment, float | None]]) -> None:
         """Continue a recorded study: take its results as told. Jobs cut short are asked anew.
@@ -250,14 +279,14 @@ class Schedule(Generic[C]):
             self.results.n_candidates = len(self.candidates)
         return False
 
-    def _note(self, job: Instalment, score: float | None) -> None:
+    def _note(self, job: Instalment, score: float | None, curve: Curve = ()) -> None:
         self.running.pop(job.candidate, None)
         rung = len(self.results.scores(job.candidate))
         before = self.scheduler.budgets(job.candidate)[rung - 1] if rung else 0
         self.steps += job.budget - before
         if score is None or not math.isfinite(score):
             score = FAILED
-        self.results.add(job.candidate, score)
+        self.results.add(job.candidate, score, curve)
         if isinstance(self.search, Flowing):
             self.search.tell(job.candidate, score)
         else:

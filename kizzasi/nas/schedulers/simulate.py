@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers import Instalment, Schedule
+from kizzasi.nas.schedulers.schedule import Curve as Course
 from kizzasi.nas.searchers.ask_tell import require_at_least
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.train.seeds import derive_seed
@@ -26,6 +27,7 @@ from kizzasi.train.seeds import derive_seed
 C = TypeVar("C")
 
 UNIFORM = 8.0  # bits per byte of a model that knows nothing
+POINTS = 16  # of a training's course
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,18 @@ class SimulatedTraining:
     def score(self) -> float:
         """Return the loss after the steps trained, with its noise."""
         rng = Xorshift64(derive_seed(self.curve.seed, "noise", self.step))
-        chance = max(rng.next_f64(), 2.0**-53)
-        return self.curve.loss(self.step) + self.curve.noise * NormalDist().inv_cdf(chance)
+        return self.curve.loss(self.step) + self.curve.noise * _normal(rng)
+
+    def points(self) -> list[tuple[float, float | None]]:
+        """(steps, training loss) pairs, evenly spaced, with noise like that of a score."""
+        rng = Xorshift64(derive_seed(self.curve.seed, "points", self.step))
+        n = min(POINTS, self.step)
+        steps = [self.step * (i + 1) / n for i in range(n)]
+        return [(t, self.curve.loss(t) + self.curve.noise * _normal(rng)) for t in steps]
+
+
+def _normal(rng: Xorshift64) -> float:
+    return NormalDist().inv_cdf(max(rng.next_f64(), 2.0**-53))
 
 
 class SimulatedTrainings:
@@ -135,6 +147,10 @@ class SimulatedTrainings:
         except RuntimeError:
             return None
         return None if failure else -training.score()
+
+    def points(self, candidate: int) -> list[tuple[float, float | None]]:
+        """The course of a candidate's training so far."""
+        return self.trainings[candidate].points()
 
 
 @dataclass(frozen=True)
@@ -229,6 +245,7 @@ def run_workers(
     evaluate: Callable[[C, int], float | None],
     n_workers: int,
     seconds: Callable[[Instalment], float],
+    course: Callable[[C], Course] = lambda candidate: (),
 ) -> float:
     """Run a study to its end with workers that finish at different times.
 
@@ -237,6 +254,7 @@ def run_workers(
         evaluate: trains a candidate up to a budget and scores it.
         n_workers: at least 1; a free one asks at once.
         seconds: what a job takes.
+        course: of a candidate's training so far.
 
     Returns:
         The simulated time at the end, in seconds.
@@ -251,4 +269,6 @@ def run_workers(
         if not busy:
             return clock
         clock, _, job = heapq.heappop(busy)
-        schedule.tell(job, evaluate(schedule.candidates[job.candidate], job.budget))
+        candidate = schedule.candidates[job.candidate]
+        score = evaluate(candidate, job.budget)
+        schedule.tell(job, score, course(candidate))

@@ -64,6 +64,8 @@ class SearchConfig(Strict):
         rungs: tokens at each rung, rising; of asha, stopping, pasha and hyperband, the first and
             the last one count, and each rung between them is eta times the one before.
         eta: see there, and one in eta goes on.
+        extrapolate: asha, stopping and hyperband promote by the scores that learning curves promise
+            at the next rung, in place of those that are there.
         keep: share of the candidates that "halving" passes on.
         search_tokens: no training starts beyond this budget; None ends with n_pool. Learning-rate
             sweeps and final trainings come on top.
@@ -113,6 +115,7 @@ class SearchConfig(Strict):
     side_by_side: int | None = None
     rungs: tuple[int, ...] = (16_384, 147_456)
     eta: int = 3
+    extrapolate: bool = False
     keep: float = 0.34
     search_tokens: int | None = None
     optimizer: Optimizer = "muon"

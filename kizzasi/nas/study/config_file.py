@@ -44,7 +44,15 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "mutation",
     ),
     "screens": ("screens", "screen_width", "screen_tokens", "proxies"),
-    "scheduler": ("scheduler", "rungs", "eta", "keep", "search_tokens", "side_by_side"),
+    "scheduler": (
+        "scheduler",
+        "rungs",
+        "eta",
+        "extrapolate",
+        "keep",
+        "search_tokens",
+        "side_by_side",
+    ),
     "training": (
         "optimizer",
         "lrs",
@@ -74,9 +82,9 @@ SEARCHERS: dict[str, tuple[str, ...]] = {
 }
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "halving": ("keep",),
-    "hyperband": ("eta", "search_tokens"),
-    "asha": ("eta", "search_tokens"),
-    "stopping": ("eta", "search_tokens"),
+    "hyperband": ("eta", "search_tokens", "extrapolate"),
+    "asha": ("eta", "search_tokens", "extrapolate"),
+    "stopping": ("eta", "search_tokens", "extrapolate"),
     "pasha": ("eta", "search_tokens"),
     "pdh": ("population", "search_tokens"),
 }

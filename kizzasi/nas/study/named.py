@@ -11,6 +11,7 @@ from kizzasi.nas.schedulers import (
     ASHA,
     PASHA,
     PDH,
+    Extrapolated,
     Hyperband,
     Scheduler,
     StoppingASHA,
@@ -174,4 +175,5 @@ def scheduler_of(config: SearchConfig, n_presets: int) -> Scheduler:
         "pasha": lambda: PASHA(n, rungs[0], rungs[-1], eta),
         "pdh": lambda: PDH(n, rungs, -(-config.population // 3), config.population),
     }
-    return schedulers[config.scheduler]()
+    scheduler = schedulers[config.scheduler]()
+    return Extrapolated(scheduler) if config.extrapolate else scheduler

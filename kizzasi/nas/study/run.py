@@ -138,7 +138,8 @@ class Run:
     def tell(self, job: Instalment, event: dict[str, Any]) -> None:
         """A job's score, as the schedule wants it: higher is better."""
         failed = event["score"] is None
-        self.schedule.tell(job, None if failed else -score_of(event, self.plan.metric))
+        score = None if failed else -score_of(event, self.plan.metric)
+        self.schedule.tell(job, score, event["curve"])
 
     def entering(self, entry: Entry) -> Task:
         """What writes a candidate down, with its zero-cost proxies."""
