@@ -1,8 +1,14 @@
 """Settings of the whole suite."""
 
+import os
+
 import peers
 import torch
 from hypothesis import settings
+
+# Triton's kernels run anywhere, in its interpreter; it looks when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Small tensors on a shared machine: a second thread costs more than it gives.
 torch.set_num_threads(1)

@@ -245,4 +245,5 @@ CAUSAL_CONV1D = Engines(
     reference=causal_conv1d_ref,
     torch=causal_conv1d,
     native="kizzasi.models.ops.native.conv:causal_conv1d",
+    triton="kizzasi.models.ops.triton.conv:causal_conv1d",
 )

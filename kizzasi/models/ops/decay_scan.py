@@ -107,4 +107,5 @@ DECAY_SCAN = Engines(
     reference=decay_scan_ref,
     torch=decay_scan,
     native="kizzasi.models.ops.native.decay_scan:decay_scan",
+    triton="kizzasi.models.ops.triton.decay_scan:decay_scan",
 )

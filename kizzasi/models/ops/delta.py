@@ -338,10 +338,18 @@ def _check(
     return s0
 
 
+NATIVE, TRITON = (f"kizzasi.models.ops.{engine}.memory" for engine in ("native", "triton"))
 DELTA_RULE = Engines(
     "delta_rule",
     reference=delta_rule_ref,
     torch=delta_rule,
-    native="kizzasi.models.ops.native.memory:delta_rule_native",
+    native=f"{NATIVE}:delta_rule",
+    triton=f"{TRITON}:delta_rule",
 )
-DELTA_RULE_2 = Engines("delta_rule_2", reference=delta_rule_2_ref, torch=delta_rule_2)
+DELTA_RULE_2 = Engines(
+    "delta_rule_2",
+    reference=delta_rule_2_ref,
+    torch=delta_rule_2,
+    native=f"{NATIVE}:delta_rule_2",
+    triton=f"{TRITON}:delta_rule_2",
+)

@@ -9,9 +9,9 @@ The rule (`PREFERRED`): the first of its device's list that the op has and that 
 It looks at where the inputs are, so a model that moves takes what is best there. A name that is
 asked for is taken or refused, never swapped.
 
-One thing besides: compiled C sees memory and nothing else. Where torch looks on (torch.compile and
-export, torch.func, forward mode, a dispatch mode that counts or fakes), a call of "native" takes
-the torch form, and so do its derivatives beyond the first; `observed` tells.
+One thing besides: kernels see memory and nothing else. Where torch looks on (torch.compile and
+export, torch.func, forward mode, a dispatch mode that counts or fakes), a call of "native" or
+"triton" takes the torch form, and so do its derivatives beyond the first; `observed` tells.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Engines(Generic[F]):
 
     def pick(self, wanted: str, device: torch.device) -> F:
         """The function that `resolve` names, for a call that is made now."""
-        if observed():
-            wanted = "torch" if wanted in ("auto", "native") and "native" in self._later else wanted
+        if observed() and wanted in ("auto", *self._later):
+            wanted = "torch"
         return self._ready[self.resolve(wanted, device)]
 
     def _load(self, name: str) -> F | None:

@@ -226,5 +226,6 @@ LINEAR_ATTENTION = Engines(
     "linear_attention",
     reference=linear_attention_ref,
     torch=linear_attention,
-    native="kizzasi.models.ops.native.memory:linear_attention_native",
+    native="kizzasi.models.ops.native.memory:linear_attention",
+    triton="kizzasi.models.ops.triton.memory:linear_attention",
 )

@@ -388,4 +388,5 @@ SELECTIVE_SCAN = Engines(
     reference=selective_scan_ref,
     torch=selective_scan,
     native="kizzasi.models.ops.native.selective_scan:selective_scan",
+    triton="kizzasi.models.ops.triton.selective_scan:selective_scan",
 )

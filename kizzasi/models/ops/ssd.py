@@ -360,8 +360,12 @@ def _chunks(v: Tensor, c: int, groups: int) -> Tensor:
     return rearrange(v, "b (z c) (g r) k -> (b z g) c (r k)", c=c, g=groups)
 
 
-MEMORY = "kizzasi.models.ops.native.memory"
-SSD = Engines("ssd", reference=ssd_ref, torch=ssd, native=f"{MEMORY}:ssd_native")
+NATIVE, TRITON = (f"kizzasi.models.ops.{engine}.memory" for engine in ("native", "triton"))
+SSD = Engines("ssd", reference=ssd_ref, torch=ssd, native=f"{NATIVE}:ssd", triton=f"{TRITON}:ssd")
 TRAPEZOID = Engines(
-    "trapezoid", reference=trapezoid_ref, torch=trapezoid, native=f"{MEMORY}:trapezoid_native"
+    "trapezoid",
+    reference=trapezoid_ref,
+    torch=trapezoid,
+    native=f"{NATIVE}:trapezoid",
+    triton=f"{TRITON}:trapezoid",
 )

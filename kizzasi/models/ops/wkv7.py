@@ -318,5 +318,6 @@ WKV7 = Engines(
     "wkv7",
     reference=wkv7_ref,
     torch=wkv7,
-    native="kizzasi.models.ops.native.memory:wkv7_native",
+    native="kizzasi.models.ops.native.memory:wkv7",
+    triton="kizzasi.models.ops.triton.memory:wkv7",
 )

@@ -22,24 +22,22 @@ def decay_scan(
     wide = torch.promote_types(log_a.dtype, u.dtype)
     log_a, u = log_a.to(wide), u.to(wide)
     h0 = torch.zeros_like(u[:, 0]) if h0 is None else h0.to(u.dtype)
+    packed = None if starts is None else starts.contiguous()
 
     def run(u: Tensor, log_a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        given = (library.rows(log_a), library.rows(u), h0.contiguous(), packed)
         if library.differentiable(log_a, u, h0):
-            return _Decay.apply(log_a, u, h0, starts)
-        h, _ = _forward(log_a, u, h0, starts)
+            return _Decay.apply(*given)
+        h = _forward(*given)
         return h, h[:, -1].clone()
 
     return isolated(run, starts, (u,), (log_a,), (h0,))
 
 
-def _forward(
-    log_a: Tensor, u: Tensor, h0: Tensor, starts: Tensor | None
-) -> tuple[Tensor, list[Tensor | None]]:
-    log_a, u, h0 = library.rows(log_a), library.rows(u), h0.contiguous()
-    starts = None if starts is None else starts.contiguous()
+def _forward(log_a: Tensor, u: Tensor, h0: Tensor, starts: Tensor | None) -> Tensor:
     h = u.new_empty(u.shape)
     library.call("decay_forward", u.dtype, [log_a, u, h0, starts, h], *_sizes(log_a, u))
-    return h, [log_a, h0, starts, h]
+    return h
 
 
 def _sizes(log_a: Tensor, u: Tensor) -> list[int]:
@@ -60,8 +58,8 @@ class _Decay(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, log_a: Tensor, u: Tensor, h0: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        h, kept = _forward(log_a, u, h0, starts)
-        ctx.save_for_backward(*kept, u)
+        h = _forward(log_a, u, h0, starts)
+        ctx.save_for_backward(log_a, h0, starts, h, u)
         return h, h[:, -1].clone()
 
     @staticmethod

@@ -31,11 +31,15 @@ def selective_scan(
     """`selective_scan_ref`: the same arguments, results and errors. Further derivatives are those
     of the torch form."""
     u_, dt, A, B, C, D, h0 = torch_form._prepare(u, dt, A, B, C, D, h0, starts, gate)
+    packed = None if starts is None else starts.contiguous()
     tokens = (u_, dt, B, C) if gate is None else (u_, dt, B, C, gate.to(u_.dtype))
 
     def run(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
         z, h0 = more if len(more) == 2 else (None, *more)
-        given = (u, dt, A, B, C, D, h0, z, starts, softplus)
+        u, dt, B, C = map(library.rows, (u, dt, B, C))
+        z = None if z is None else library.rows(z)
+        ends = (A.contiguous(), D.contiguous(), h0.contiguous())
+        given = (u, dt, ends[0], B, C, *ends[1:], z, packed, softplus)
         if library.differentiable(u, dt, A, B, C, D, h0, z):
             return _Scan.apply(*given)
         y, h, _ = _forward(given, False)
@@ -68,12 +72,8 @@ def _plain(*given: Any) -> tuple[Tensor, Tensor]:
 
 def _forward(given: Sequence[Any], keep: bool) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """y, the last h, and where `keep` what backward needs: inputs and states before blocks."""
-    u, dt, A, B, C, D, h0, z, starts, softplus = given
-    u, dt, B, C = map(library.rows, (u, dt, B, C))
-    z = None if z is None else library.rows(z)
-    A, D, h0 = A.contiguous(), D.contiguous(), h0.contiguous()
-    starts = None if starts is None else starts.contiguous()
-    inputs, sizes = _sizes(u, dt, A, B, C, D, h0, z, starts, softplus)
+    u, _, A, *_ = given
+    inputs, sizes = _sizes(*given)
     (b, t, d), n = u.shape, A.shape[1]
     before = None
     if keep:
