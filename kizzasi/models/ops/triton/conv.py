@@ -178,7 +178,7 @@ def causal_conv1d(
 
 def _grid(b: int, t: int, c: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     bt, bc = launch.block(t, TOKENS), launch.block(c, CHANNELS)
-    return (b, triton.cdiv(t, bt), triton.cdiv(c, bc)), {"BT": bt, "BC": bc}
+    return (b, launch.blocks(t, bt), launch.blocks(c, bc)), {"BT": bt, "BC": bc}
 
 
 def _documents(x: Tensor, starts: Tensor | None) -> Tensor:
@@ -192,9 +192,8 @@ def _forward(
     (b, t, c), y = x.shape, taps.new_empty(x.shape)
     grid, blocks = _grid(b, t, c)
     options = {"K": len(taps), "SILU": silu, "PACKED": starts is not None, **blocks}
-    with launch.on(x):
-        given = (x, taps, bias, before, _documents(x, starts))
-        conv_forward[grid](*given, y, t, c, *launch.strides(x), **options)
+    given = (x, taps, bias, before, _documents(x, starts))
+    launch.run(conv_forward, grid, *given, y, t, c, *launch.strides(x), **options)
     return y
 
 
@@ -232,10 +231,19 @@ class _Conv(torch.autograd.Function):
         dtaps, dbias = taps.new_empty(b * grid[1], k, c), taps.new_empty(b * grid[1], c)
         given = [x, taps, bias, before, documents, dy.contiguous()]
         to, blocks = _grid(b, k - 1 + t, c)
-        with launch.on(x):
-            conv_backward[grid](
-                *given, g, dtaps, dbias, t, c, *launch.strides(x), SILU=ctx.silu, **options
-            )
-            conv_inputs[to](g, taps, documents, dx, t, c, **{**options, **blocks})
+        launch.run(
+            conv_backward,
+            grid,
+            *given,
+            g,
+            dtaps,
+            dbias,
+            t,
+            c,
+            *launch.strides(x),
+            SILU=ctx.silu,
+            **options,
+        )
+        launch.run(conv_inputs, to, g, taps, documents, dx, t, c, **{**options, **blocks})
         dbefore, dx = dx[:, : k - 1], dx[:, k - 1 :].to(x.dtype)
         return dx, dtaps.sum(0), dbias.sum(0), dbefore, None, None

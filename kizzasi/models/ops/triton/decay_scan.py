@@ -98,15 +98,16 @@ def _plain(log_a: Tensor, u: Tensor, h0: Tensor, starts: Tensor | None) -> Tenso
 
 def _grid(u: Tensor) -> tuple[tuple[int, int], int]:
     bd = launch.block(u.shape[2], CHANNELS)
-    return (u.shape[0], triton.cdiv(u.shape[2], bd)), bd
+    return (u.shape[0], launch.blocks(u.shape[2], bd)), bd
 
 
 def _forward(log_a: Tensor, u: Tensor, h0: Tensor, starts: Tensor | None) -> Tensor:
     y, (grid, bd) = u.new_empty(u.shape), _grid(u)
     packed = u if starts is None else starts.view(torch.uint8)
     sizes = [*u.shape[1:], *launch.strides(log_a, u)]
-    with launch.on(u):
-        decay_forward[grid](log_a, u, h0, packed, y, *sizes, PACKED=starts is not None, BD=bd)
+    launch.run(
+        decay_forward, grid, log_a, u, h0, packed, y, *sizes, PACKED=starts is not None, BD=bd
+    )
     return y
 
 
@@ -132,18 +133,19 @@ class _Scan(torch.autograd.Function):
         packed = u if starts is None else starts.view(torch.uint8)
         (da, du), dh0 = u.new_empty(2, *u.shape), u.new_empty(h0.shape)
         sizes = [*u.shape[1:], *launch.strides(log_a)]
-        with launch.on(u):
-            decay_backward[grid](
-                log_a,
-                h0,
-                packed,
-                y,
-                dy.contiguous(),
-                da,
-                du,
-                dh0,
-                *sizes,
-                PACKED=starts is not None,
-                BD=bd,
-            )
+        launch.run(
+            decay_backward,
+            grid,
+            log_a,
+            h0,
+            packed,
+            y,
+            dy.contiguous(),
+            da,
+            du,
+            dh0,
+            *sizes,
+            PACKED=starts is not None,
+            BD=bd,
+        )
         return da, du, dh0, None

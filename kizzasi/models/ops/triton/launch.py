@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 STEPS = 16  # tokens between two memories that forward writes down for backward
@@ -22,13 +22,20 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def on(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels run on the current device: make it the one of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def run(kernel: Any, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
+    """Run a kernel, whose first argument is a tensor, where that one is."""
+    first: Tensor = given[0]
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[grid](*given, **options)
+
+
+def blocks(width: int, size: int) -> int:
+    """How many blocks of a size cover a width."""
+    return -(-width // size)
 
 
 def padded(width: int) -> int:
-    return triton.next_power_of_2(width)
+    return 1 << (width - 1).bit_length()
 
 
 def block(width: int, most: int) -> int:

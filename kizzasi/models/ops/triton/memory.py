@@ -285,7 +285,7 @@ def _ready(
     sizes = [t, h, n, m, h // q.shape[2], *inner, *launch.strides(q, k, v, w, a, b)]
     flags = {"LOOKUP": given[4] is not None, "EARLY": how.early, "ONE": w.shape[-1] == 1}
     options = {**flags, "PACKED": starts is not None, "STEPS": STEPS, "N": width, "BM": bm}
-    return [q, k, v, w, a, b, packed], (batch * h, triton.cdiv(m, bm)), sizes, options
+    return [q, k, v, w, a, b, packed], (batch * h, launch.blocks(m, bm)), sizes, options
 
 
 def _forward(
@@ -298,19 +298,20 @@ def _forward(
     v = tensors[2]
     (b, t, h, m), n = v.shape, tensors[0].shape[-1]
     y, last = v.new_empty(v.shape), torch.empty_like(s0)
-    before = v.new_empty(b * h, triton.cdiv(t, STEPS), n, m) if keep else None
-    with launch.on(v):
-        memory_forward[grid](
-            *tensors,
-            s0,
-            packed,
-            y if before is None else before,
-            y,
-            last,
-            *sizes,
-            KEEP=keep,
-            **options,
-        )
+    before = v.new_empty(b * h, launch.blocks(t, STEPS), n, m) if keep else None
+    launch.run(
+        memory_forward,
+        grid,
+        *tensors,
+        s0,
+        packed,
+        y if before is None else before,
+        y,
+        last,
+        *sizes,
+        KEEP=keep,
+        **options,
+    )
     return y, last, before
 
 
@@ -342,24 +343,25 @@ class _Memory(torch.autograd.Function):
         dw = v.new_empty(parts, b, *([1] if fixed else [t]), h, w.shape[-1])
         dv, ds0 = v.new_empty(v.shape), torch.empty_like(s0)
         history = v.new_empty(b * h * parts, STEPS, options["N"], options["BM"])
-        with launch.on(v):
-            memory_backward[grid](
-                *tensors,
-                before,
-                dy.contiguous(),
-                dlast.contiguous(),
-                history,
-                dq,
-                dk,
-                dv,
-                dw,
-                da,
-                db,
-                ds0,
-                *sizes,
-                FIXED=fixed,
-                **options,
-            )
+        launch.run(
+            memory_backward,
+            grid,
+            *tensors,
+            before,
+            dy.contiguous(),
+            dlast.contiguous(),
+            history,
+            dq,
+            dk,
+            dv,
+            dw,
+            da,
+            db,
+            ds0,
+            *sizes,
+            FIXED=fixed,
+            **options,
+        )
         dq, dk, dw, da, db = (x[0] if parts == 1 else x.sum(0) for x in (dq, dk, dw, da, db))
         if q.shape[2] != h:
             dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))

@@ -276,7 +276,7 @@ def _sizes(given: Sequence[Any]) -> tuple[tuple[int, int], list[int], dict[str, 
     sizes = [t, d, n, *launch.strides(u, dt, B, C, u if z is None else z)]
     flags = {"GATED": z is not None, "SOFTPLUS": bool(softplus), "PACKED": starts is not None}
     options = {**flags, "STEPS": STEPS, "BD": bd, "N": launch.padded(n)}
-    return (b, triton.cdiv(d, bd)), sizes, options
+    return (b, launch.blocks(d, bd)), sizes, options
 
 
 def _forward(given: Sequence[Any], keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -285,13 +285,20 @@ def _forward(given: Sequence[Any], keep: bool) -> tuple[Tensor, Tensor, Tensor |
     grid, sizes, options = _sizes(given)
     (b, t, d), n = u.shape, A.shape[1]
     y, last = A.new_empty(b, t, d), A.new_empty(b, d, n)
-    before = A.new_empty(b, triton.cdiv(t, STEPS), d, n) if keep else None
+    before = A.new_empty(b, launch.blocks(t, STEPS), d, n) if keep else None
     packed = u if starts is None else starts.view(torch.uint8)
     tensors = [*given[:7], u if z is None else z, packed]
-    with launch.on(u):
-        scan_forward[grid](
-            *tensors, y if before is None else before, y, last, *sizes, KEEP=keep, **options
-        )
+    launch.run(
+        scan_forward,
+        grid,
+        *tensors,
+        y if before is None else before,
+        y,
+        last,
+        *sizes,
+        KEEP=keep,
+        **options,
+    )
     return y, last, before
 
 
@@ -322,8 +329,9 @@ class _Scan(torch.autograd.Function):
         packed = u if starts is None else starts.view(torch.uint8)
         tensors = [u, dt, A, B, C, D, u if z is None else z, packed, before]
         tensors += [dy.contiguous(), dlast.contiguous(), history]
-        with launch.on(u):
-            scan_backward[grid](*tensors, du, ddt, dA, dB, dC, dD, dh0, dz, *sizes, **options)
+        launch.run(
+            scan_backward, grid, *tensors, du, ddt, dA, dB, dC, dD, dh0, dz, *sizes, **options
+        )
         dA, dB, dC, dD = (x[0] if len(x) == 1 else x.sum(0) for x in (dA, dB, dC, dD))
         du, ddt, dB, dC = (g.to(x.dtype) for g, x in ((du, u), (ddt, dt), (dB, B), (dC, C)))
         dz = None if z is None else dz.to(z.dtype)
