@@ -32,8 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to die
     try:
         from kizzasi.cli.common import import_own
+        from kizzasi.progress import starting
 
-        module, args = parse(given)
+        asks = not {"-h", "--help"}.isdisjoint(given)
+        with starting("" if asks else f"{_name(given)}: starting"):
+            module, args = parse(given)
         import_own(args.imports)
         result, text = module.run(args)
         _print(json.dumps(result) if args.json else text, raw=args.json or args.verb == "generate")

@@ -10,10 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from kizzasi.errors import DataError, SpecError
 
 if TYPE_CHECKING:
     from kizzasi.models import ModelSpec, SequenceModel
+    from kizzasi.progress import Line
 
 
 CONFIG, BEST = "config.json", "best"
@@ -76,7 +79,8 @@ def checkpoint_of(source: str) -> str:
             "--data ... --out run), or give the folder of a trained model"
         )
     if path.is_dir() and not (path / CONFIG).exists() and (path / BEST / CONFIG).exists():
-        print(f"{source}: a search; taking its best model, {path / BEST}", file=sys.stderr)
+        said = f"{source}: a search; taking its best model, {path / BEST}"
+        tqdm.write(said, file=sys.stderr)  # above a line of progress, if there is one
         return str(path / BEST)
     return source
 
@@ -141,19 +145,15 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
 
 
 @contextmanager
-def scoring(
-    model: SequenceModel, n_windows: int, batch_size: int, *, quiet: bool = False
-) -> Iterator[None]:
-    """A bar that counts the batches that a model scores meanwhile."""
-    from tqdm import tqdm
-
-    total = -(-n_windows // batch_size) or None
-    with tqdm(total=total, unit="batch", desc="scoring", disable=quiet, leave=False) as bar:
-        hook = model.register_forward_hook(lambda *_: bar.update() and None)
-        try:
-            yield
-        finally:
-            hook.remove()
+def scoring(line: Line, model: SequenceModel, n_windows: int, batch_size: int) -> Iterator[None]:
+    """Count on a line the batches that a model scores meanwhile."""
+    line.count_to(-(-n_windows // batch_size) or None, unit="batches")
+    line.say("scoring")
+    hook = model.register_forward_hook(lambda *_: line.update(1))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def columns(rows: list[list[str]]) -> str:

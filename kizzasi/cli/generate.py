@@ -23,10 +23,12 @@ from kizzasi.cli.common import add_engine, check_device, checkpoint_of
 from kizzasi.cli.errors import shown
 from kizzasi.errors import DataError, SpecError
 from kizzasi.files import read_bytes
+from kizzasi.progress import Line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kizzasi.models import SequenceModel
     from kizzasi.models.checkpoints.tokenizers import Tokenizer
 
 TEMPERATURE, MAX_SEED = 0.8, 2**31
@@ -79,25 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    import torch
-
-    from kizzasi.models import Tokens, load
-    from kizzasi.models.checkpoints.tokenizers import load_tokenizer
-
-    check_device(args.device)
     if args.beams > MOST_BEAMS or args.tokens > MAX_SEED:
         raise SpecError(f"--beams above {MOST_BEAMS} or --tokens above 2^31: give fewer")
     prompt_text = read_prompt(args)
-    path = checkpoint_of(args.model)
-    model = load(path, device=args.device, engine=args.engine, quantized=args.quantized)
-    if (args.cache, args.cache_window, args.cache_first) != (None, None, None):
-        window, first = args.cache_window, args.cache_first
-        model = model.with_cache(args.cache or "none", window=window, n_global=first)
-    stem = model.spec.stem
-    if not isinstance(stem, Tokens):
-        raise DataError(f"{path}: a model of signals; text needs a model of tokens")
-    with quiet():
-        tokenizer = Quiet(load_tokenizer(Path(path), stem.vocab_size))
+    with Line("generate") as line:
+        line.say("loading the model")
+        model, tokenizer = _loaded(args)
+    import torch
+
     prompt = tokenizer.encode(prompt_text)
     if not prompt:
         raise DataError(f"{prompt_text!r:.60}: the tokenizer makes no token of this prompt")
@@ -120,6 +111,24 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     whole = prompt_text + Text(tokenizer.decode, prompt, args.stop).finish(new)
     result = {"text": whole, "tokens_per_second": len(new) / seconds, "seed": seed}
     return result, show.text.finish() if streamed else whole
+
+
+def _loaded(args: argparse.Namespace) -> tuple[SequenceModel, Quiet]:
+    """The model, with the cache that flags ask for, and its tokenizer."""
+    from kizzasi.models import Tokens, load
+    from kizzasi.models.checkpoints.tokenizers import load_tokenizer
+
+    check_device(args.device)
+    path = checkpoint_of(args.model)
+    model = load(path, device=args.device, engine=args.engine, quantized=args.quantized)
+    if (args.cache, args.cache_window, args.cache_first) != (None, None, None):
+        window, first = args.cache_window, args.cache_first
+        model = model.with_cache(args.cache or "none", window=window, n_global=first)
+    stem = model.spec.stem
+    if not isinstance(stem, Tokens):
+        raise DataError(f"{path}: a model of signals; text needs a model of tokens")
+    with quiet():
+        return model, Quiet(load_tokenizer(Path(path), stem.vocab_size))
 
 
 def sampling(args: argparse.Namespace, tokenizer: Quiet) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from kizzasi.cli.common import (
     scoring,
 )
 from kizzasi.errors import DataError
+from kizzasi.progress import Line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    with Line("score") as line:
+        line.say("starting")
+        return _run(args, line)
+
+
+def _run(args: argparse.Namespace, line: Line) -> tuple[dict[str, Any], str]:
     import torch
 
     from kizzasi.models import load
@@ -58,8 +65,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     shape = Shape(args.seq_len, args.batch_size, args.score_windows or None)
     task.check(shape, model.spec.stem)
     task = task.to(torch.device(args.device))
-    with scoring(model, args.score_windows, args.batch_size), torch.no_grad():
+    with scoring(line, model, args.score_windows, args.batch_size), torch.no_grad():
         found = task.score(to_score(model, task), args.split, shape)
+    line.say("baselines")
     score, beside = found.mean(task.metric), task.baselines()
     result = {
         "model": path,

@@ -247,6 +247,7 @@ def _add_numbers(parser: Group, default: SearchConfig, *options: tuple[str, str,
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.executors import Limits
+    from kizzasi.nas.report.pages import ending
     from kizzasi.nas.search import named_search
 
     args.device = usable_device(args.device)
@@ -283,8 +284,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "score": best.score,
         "searched": best.searched,
     }
-    warning = f"best model: {edge} (--lrs)\n" if edge else ""
-    return result, f"{found.table}\n{warning}{folder / 'report.html'}\n{folder / 'best'}"
+    warning = f"best model: {edge} (--lrs)\n\n" if edge else ""
+    return result, warning + ending(found.summary, folder)
 
 
 def _bytes(mebibytes: float | None) -> int | None:

@@ -11,7 +11,7 @@ on several GPUs, and on several machines with torchrun's own options:
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +31,7 @@ from kizzasi.cli.common import (
 )
 from kizzasi.errors import DataError, SpecError, StudyError
 from kizzasi.files import BusyError, clear_partial, only_writer, write_text
+from kizzasi.progress import Line
 
 if TYPE_CHECKING:
     from kizzasi.models import SequenceModel
@@ -82,23 +83,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from kizzasi.cli.torchrun import join, leave, restarted
+    check_numbers(args, "save_every", "seq_len", "batch_size", "steps")
+    with Line("train", hidden=os.environ.get("RANK", "0") != "0") as line:
+        line.say("starting")
+        from kizzasi.cli.torchrun import join, restarted  # torch takes its time
+
+        args.resume = args.resume or restarted()
+        ranks, args.device = join(args.device, args.parallel)
+        check_device(args.device)
+        return _run(args, ranks, line)
+
+
+def _run(args: argparse.Namespace, ranks: Any, line: Line) -> tuple[dict[str, Any], str]:
+    from kizzasi.cli.torchrun import leave
     from kizzasi.models.checkpoints import save
 
-    check_numbers(args, "save_every", "seq_len", "batch_size", "steps")
-    ranks, args.device = join(args.device, args.parallel)
-    args.resume = args.resume or restarted()
-    check_device(args.device)
     with _claimed(Path(args.out), args, writes=ranks.rank == 0) as folder:
         state = folder / STATE
+        line.say("reading the data")
         wanted = _wanted(args, state)
-        training = _prepared(wanted, args, ranks)
-        _train(training, wanted.tokens, args, state)
+        training = _prepared(wanted, args, ranks, line)
+        _train(training, wanted.tokens, args, state, line)
+        line.say("saving")
         whole = ranks.whole(training.model)
         if ranks.rank == 0:
             save(whole.eval(), folder, overwrite=True, like=wanted.like)
             state.unlink(missing_ok=True)
-        score, beside = _score(training, args), training.task.baselines()
+        score = _score(training, args, line)
+        line.say("baselines")
+        beside = training.task.baselines()
         leave(ranks)
     metric = training.task.metric
     result = {
@@ -212,8 +225,11 @@ def _of_pipeline(source: str) -> Mapping[str, Any]:
     return Pipeline.from_file(source).recipe
 
 
-def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any) -> Training:
+def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line) -> Training:
     """Everything that can be refused is, before the first step."""
+    from kizzasi.train.bytes import ByteText
+    from kizzasi.train.files import said_of
+    from kizzasi.train.frames import Frames
     from kizzasi.train.leak import find_leak
     from kizzasi.train.open import open_task
     from kizzasi.train.recipe import Recipe
@@ -238,7 +254,9 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any) -> Training
         training.restore(Path(args.out) / STATE, wanted.saved)
         before = wanted.saved.get("identity", {}).get("horizon", wanted.tokens)
         if before < wanted.tokens:
-            print(f"more tokens: {wanted.tokens:,} instead of {before:,}", file=sys.stderr)
+            line.write(f"more tokens: {wanted.tokens:,} instead of {before:,}")
+    if isinstance(task, (ByteText, Frames)) and task.left_out and ranks.rank == 0:
+        line.write(f"{own['data']}: {said_of(task.left_out)}")
     return training
 
 
@@ -283,31 +301,30 @@ def _noted_spec(saved: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"{STATE}: its spec is damaged: {error!s:.200}") from error
 
 
-def _train(training: Training, tokens: int, args: argparse.Namespace, state: Path) -> None:
-    from tqdm import tqdm
+def _train(
+    training: Training, tokens: int, args: argparse.Namespace, state: Path, line: Line
+) -> None:
+    metric = training.task.metric
+    unit = f" {metric.label}" if metric.of_loss else ""
+    line.count_to(tokens, training.tokens)
 
-    alone = training.ranks.world == 1
-    options: dict[str, Any] = {"unit": "tok", "unit_scale": True}
-    with tqdm(
-        total=tokens, initial=training.tokens, disable=training.ranks.rank > 0, **options
-    ) as bar:
+    def on_step(n: int) -> None:
+        told = f", loss {training.curve[-1][1]:.3f}{unit}" if training.curve else ""
+        line.say(f"step {training.step:,}{told}", now=False)
+        line.update(n)
+        if training.step % args.save_every == 0:
+            training.save(state)
 
-        def on_step(n: int) -> None:
-            bar.update(n)
-            if training.step % args.save_every == 0:
-                training.save(state)
-
-        try:
-            failure = training.run(tokens, on_step)
-        except KeyboardInterrupt:
-            if alone:  # several processes are seldom stopped at the same step
-                training.save(state)
-            raise
+    try:
+        failure = training.run(tokens, on_step)
+    except KeyboardInterrupt:
+        if training.ranks.world == 1:  # several processes are seldom stopped at the same step
+            training.save(state)
+        raise
     if failure:
         raise StudyError(failure)
 
 
-def _score(training: Training, args: argparse.Namespace) -> float:
-    quiet = training.ranks.rank > 0
-    with scoring(training.model, args.score_windows, training.recipe.batch_size, quiet=quiet):
+def _score(training: Training, args: argparse.Namespace, line: Line) -> float:
+    with scoring(line, training.model, args.score_windows, training.recipe.batch_size):
         return training.score()

@@ -26,8 +26,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from tqdm import tqdm
-
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, SequenceModel, load
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job
@@ -35,7 +33,9 @@ from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
 from kizzasi.nas.executors.work import Work
 from kizzasi.nas.report.export import export
+from kizzasi.nas.report.live import Live
 from kizzasi.nas.report.pages import table, write_report
+from kizzasi.nas.report.sample import write_sample
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.summary import Summary
 from kizzasi.nas.schedulers import Scheduler
@@ -52,7 +52,7 @@ from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.config_file import write_config
 from kizzasi.nas.study.flow import Flow
-from kizzasi.nas.study.folder import CONFIG, claimed
+from kizzasi.nas.study.folder import BEST, CONFIG, claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
@@ -60,6 +60,9 @@ from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.session import session_of
 from kizzasi.nas.study.study import Study
 from kizzasi.nas.study.waves import Waves
+from kizzasi.progress import Line
+from kizzasi.train.bytes import ByteText
+from kizzasi.train.files import said_of
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Shape, Task
 
@@ -320,16 +323,21 @@ def named_search(
         DataError, SpecError: the data, the space or the config break a rule.
     """
     config.check()
-    task = task or open_task(
-        config.data, test_fraction=config.test_fraction, apart=folder, test=config.test
-    )
-    plan = plan_of(config, task, space)
 
     def opened(evaluator: Evaluator) -> Executor:
         return open_executor(evaluator, executor, workers, threads, limits, address, device)
 
-    total = tokens_at_most(config, len(plan.baselines))
-    return run_plan(plan, folder, opened, resume=resume, total=total, device=device, config=config)
+    with Line("search") as line:
+        line.say("reading the data")
+        task = task or open_task(
+            config.data, test_fraction=config.test_fraction, apart=folder, test=config.test
+        )
+        plan = plan_of(config, task, space)
+        total = tokens_at_most(config, len(plan.baselines))
+        return run_plan(
+            plan, folder, opened, resume=resume, total=total, device=device, config=config,
+            line=line,
+        )  # fmt: skip
 
 
 def run_plan(
@@ -341,10 +349,14 @@ def run_plan(
     total: int | None = None,
     device: str = "cpu",
     config: SearchConfig | None = None,
+    line: Line | None = None,
 ) -> Found:
-    """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML."""
+    """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML,
+    and how far it is, on a line."""
     plan.check()
+    line = line or Line("search")
     evaluator: Evaluator = plan.evaluator
+    task: Task | None = None
     if isinstance(evaluator, MicroTrain):
         recipe, task = evaluator.recipe, evaluator.task
         task.check(Shape(recipe.seq_len, recipe.batch_size, recipe.score_windows), task.stem)
@@ -352,10 +364,22 @@ def run_plan(
     with (
         executor(evaluator) as running,
         claimed(folder, resume=resume) as journal,
-        tqdm(total=total, unit="tok", unit_scale=True, desc="search") as bar,
+        line,
     ):
-        study = Study(folder, journal, running, bar)
+        live = Live(plan.metric, len(plan.budgets))
+
+        def follow(event: dict[str, Any]) -> None:
+            live.tell(event)
+            line.say(live.text)
+
+        line.say(live.text)
+        study = Study(folder, journal, running, line, follow)
         begin(study, plan)
+        live.told(study.events)
+        if left_out := (study.find("study") or {}).get("data", {}).get("left_out"):
+            line.write(f"{line.name}: {said_of(left_out)}")
+        line.count_to(total, live.tokens)
+        line.say(live.text)
         if config is not None:
             write_config(config, folder / CONFIG)
         run, session = Run(plan, study, device), session_of(running, plan.searcher)
@@ -365,6 +389,8 @@ def run_plan(
             study.begin(session)
             Waves(run, plan.side_by_side).climb()
         run.finish()
+        if isinstance(task, ByteText):
+            write_sample(study, folder / BEST)
         return Found(folder, write_report(folder, study.events))
 
 

@@ -9,7 +9,8 @@ import importlib
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,8 +57,8 @@ def files_of(
     Args:
         root: a file, which is taken as it is, or a folder.
         skipped: names of folders to pass by.
-        left_out: is told of what is never read: hidden files and folders, links, and folders of
-            searches.
+        left_out: is told of what is never read: hidden files and folders, links, pipes, and
+            folders of searches.
         apart: a folder that a run writes into, so that it is no data of that run.
 
     Raises:
@@ -84,9 +85,28 @@ def files_of(
         runs = sorted(name for name in folders if _is_run(Path(folder, name), apart))
         told += [f"{Path(folder, name).relative_to(root)}: of a run" for name in runs]
         folders[:] = sorted(set(folders) - skipped - set(hidden) - set(runs))
+        links = (name for name in folders if Path(folder, name).is_symlink())  # not walked
+        told += [f"{Path(folder, name).relative_to(root)}: a link" for name in links]
         for path in (Path(folder, file) for file in sorted(set(files) - set(hidden))):
-            if path.is_file() and not path.is_symlink():
+            if path.is_symlink():
+                told.append(f"{path.relative_to(root)}: a link")
+            elif path.is_file():
                 yield path
+            else:
+                told.append(f"{path.relative_to(root)}: no regular file")
+
+
+def said_of(left_out: Sequence[str]) -> str:
+    """What a program says of what it does not read: how much by reason, and the first of it.
+
+    Args:
+        left_out: "name: reason" each.
+    """
+    reasons = Counter(one.rpartition(": ")[2] for one in left_out)
+    counts = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+    first = ", ".join(one.rpartition(": ")[0] for one in left_out[:3])
+    more = ", ..." if len(left_out) > 3 else ""
+    return f"not read: {counts} ({first}{more})"
 
 
 def _is_run(folder: Path, apart: Path | None) -> bool:

@@ -118,7 +118,9 @@ class Training:
         """
         recipe, last = self.recipe, self.recipe.steps(tokens)
         stream = self.task.batches("train", self.data_seed, self.step, self.shape)
-        ceiling = self.task.ceiling
+        ceiling, stem = self.task.ceiling, self.model.spec.stem
+        if isinstance(stem, Tokens):  # a model of more ids than the data have begins higher
+            ceiling = max(ceiling, 2 * math.log(stem.vocab_size))
         self.model.train()
         while self.step < last:
             self.losses.append(self._step(next(stream)))

@@ -161,6 +161,14 @@ class Bomb:
         return (open, (str(self.place), "w"))
 
 
+def nested(around):
+    """A pickle with a tuple of two equal tuples of two equal tuples ...: 2^40 parts to hash."""
+    text = b"K\x01\x85q\x00"
+    for i in range(40):
+        text += b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1])
+    return b"\x80\x02" + around % text
+
+
 def test_hostile_torch_files_are_refused_and_nothing_is_run(tmp_path, folder):
     (folder / "model.safetensors").unlink()
     path, huge = folder / "pytorch_model.bin", b"J" + struct.pack("<i", 10**9)
@@ -193,6 +201,13 @@ def test_hostile_torch_files_are_refused_and_nothing_is_run(tmp_path, folder):
     torch.save(four, path)
     repack(path, compression=zipfile.ZIP_DEFLATED)
     refused("compressed")
+    for name, at in (("name of a tensor", b"}%sK\x01s."), ("name of a tensor", b"}(%sK\x01u.")):
+        torch.save(four, path)
+        repack(path, lambda data, at=at: nested(at))
+        refused(name)
+    torch.save(four, path)
+    repack(path, lambda data: data.replace(b"X\x01\x00\x00\x000", nested(b"%s")[2:]))
+    refused("a storage called")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")
     refused("not one of torch.save")

@@ -168,6 +168,15 @@ def test_files_are_those_of_safetensors(tmp_path):
     assert all(torch.equal(stored[name].read(), t) for name, t in tensors.items())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    model = build_model(SPEC)
+    model.save_pretrained(folder)
+    for name, tensor in load(folder).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
 def test_a_disk_that_forgets_is_noticed(tmp_path, monkeypatch):
     """What is not read back as written does not replace what was there."""
     model().save_pretrained(tmp_path)

@@ -117,7 +117,9 @@ def complete_events(final_seeds=3, gap=0.1, failures=False, name="topics"):
     result = {"event": "result", "winner": winner["id"], "preset": preset["id"]}
     for key, entry in (("winner_trials", winner), ("preset_trials", preset)):
         result[key] = [t["id"] for t in finals[entry["id"]]]
-    return [*events, {**result, "ranking": ranking}]
+    text = f"def of_the_winner():\n    {name}\n" + "x" * 150
+    sample = {"event": "sample", "candidate": winner["id"], "seed": 1, "prompt": "\n", "text": text}
+    return [*events, sample, {**result, "ranking": ranking}]
 
 
 def final(entry, score, seed):

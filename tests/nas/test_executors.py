@@ -1,9 +1,11 @@
 """Executors: a trial that explodes is recorded with its reason, and the search goes on."""
 
+import multiprocessing
 import os
 import signal
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from kizzasi.errors import ShapeError, SpecError, StudyError
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import InProcess, Limits, Processes, open_executor
+from kizzasi.nas.executors.worker import _sender
 from kizzasi.train.recipe import Recipe
 
 
@@ -106,6 +109,24 @@ def test_a_trial_killed_from_outside_is_tried_again_alone(tmp_path):
     assert list(found) == ["fine7", "killed3"], "the killed one comes last"
     assert [m.score for m in found.values()] == [7.0, 3.0]
     assert (tmp_path / "seen").exists()
+
+
+@pytest.mark.parametrize(("script", "told"), [("<stdin>", "workers=1"), ("a.py", "__main__")])
+def test_a_worker_that_never_began_says_what_may_be_the_reason(monkeypatch, script, told):
+    worker = Processes(evaluator(), 1, 1).workers[0]
+    worker.process = SimpleNamespace(join=lambda: None, exitcode=1)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
+    with pytest.raises(StudyError, match=rf"exit code 1.*{told}"):
+        worker._cause_of_death()
+
+
+def test_a_worker_whose_parent_was_killed_leaves_without_a_word(monkeypatch, capfd):
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit, match="1"):
+        _sender(theirs)("a result")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

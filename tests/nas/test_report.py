@@ -26,7 +26,16 @@ from made_up_runs import (
 
 from kizzasi.errors import StudyError
 from kizzasi.nas.report.figures import choices_of, figures, progress
-from kizzasi.nas.report.pages import findings, html, markdown, summarise, table, write_report
+from kizzasi.nas.report.pages import (
+    ending,
+    findings,
+    html,
+    markdown,
+    summarise,
+    table,
+    write_report,
+)
+from kizzasi.nas.report.sentences import verdict
 from kizzasi.nas.report.style import SCRIPT
 from kizzasi.nas.report.svg import Axis, pareto_front, short
 from kizzasi.nas.report.tables import finalist_rows, spark, tables
@@ -127,9 +136,28 @@ def test_page_stands_alone_and_every_plot_has_marks(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_text_fits_a_terminal(name):
-    lines = table(summary_of(name)).splitlines()
-    assert lines
-    assert max(map(len, lines)) <= 100
+    for text in (table(summary_of(name)), ending(summary_of(name), Path("runs/a b"))):
+        assert text
+        assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_end_of_a_search_is_short_and_says_what_to_type(tmp_path):
+    text = ending(summary_of("complete"), Path("runs/a b"))
+    assert text.count("\n") < 40
+    assert "... and 2 more in the report" in text
+    assert "it writes:\n  def of_the_winner():\n      topics\n  xxxx" in text
+    assert "  kizzasi generate 'runs/a b'" in text
+    hostile = ending(summary_of("hostile"), Path("x"))
+    assert all(c.isprintable() or c == "\n" for c in hostile)
+    assert "it writes" not in ending(summarise(CASES["complete"][:-2]), Path("x"))
+
+
+def test_the_verdict_says_when_a_preset_was_saved():
+    *events, result = complete_events(gap=-0.1)
+    said = verdict(summarise([*events, {**result, "best": result["preset"]}]))
+    assert said.count(". ") == 0
+    assert "behind the best preset, mamba preset, by 0.100 bits/byte" in said
+    assert said.endswith("; the preset, the better one, is what was saved.")
 
 
 def test_complete_plots_are_all_drawn():
@@ -151,7 +179,11 @@ def test_complete_plots_are_all_drawn():
 
 def test_the_page_begins_with_the_verdict_and_leaves_out_what_is_empty():
     text = html(summary_of("complete"))
-    said = "The best searched model is mamba+transformer d96 L4 n16 x2 (210,494 parameters)"
+    said = (
+        "The best searched model is mamba+transformer d96 L4 n16 x2 (210,494 parameters) at 2.320 "
+        "± 0.020 bits/byte, ahead of the best preset, mamba preset, by 0.100 bits/byte, more than "
+        "the noise floor of 0.010 (95 %, paired over 3 seeds)."
+    )
     assert text.index("<h1>") < text.index(said) < text.index("<figure>") < text.index("<table>")
     assert "missing" not in text.replace("is missing", "")
     nothing = html(summarise([]))

@@ -27,6 +27,7 @@ from kizzasi.train.bytes import (
     held_out_windows,
     load_corpus,
 )
+from kizzasi.train.files import said_of
 from kizzasi.train.task import IGNORE
 
 
@@ -128,11 +129,16 @@ def test_folder_is_read_sorted_once_and_only_what_is_text(tmp_path):
     (root / "b" / "copy of a").write_bytes(b"aaa" * 50)
     (root / "link").symlink_to(outside)
     (root / "folder link").symlink_to(tmp_path)
+    os.mkfifo(root / "pipe")
     (tmp_path / "joined").write_bytes(b"aaa" * 50 + b"zzz" * 50 + b"yyy" * 50)
     assert load_corpus(root).digest == load_corpus(tmp_path / "joined").digest
     assert load_corpus(str(root), max_bytes=200).n_bytes == 200
     left = load_corpus(root).facts()["left_out"]
-    assert left == [".DS_Store: hidden", ".git: hidden", f"{root / 'b' / 'x.bin'}: binary"]
+    hidden = [".DS_Store: hidden", ".git: hidden"]
+    links = ["folder link: a link", "link: a link", "pipe: no regular file"]
+    assert left == [*hidden, *links, f"{root / 'b' / 'x.bin'}: binary"]
+    told = "not read: 2 hidden, 2 a link, 1 no regular file, 1 binary (.DS_Store, .git, "
+    assert said_of(left) == f"{told}folder link, ...)"
     (root / "b" / "y.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"y\.gz: "):
         load_corpus(root)

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tqdm import tqdm
-
 from kizzasi.errors import CheckpointError, DataError, SpecError, StudyError
 from kizzasi.files import no_room
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement, Report
@@ -58,6 +56,12 @@ class Limits:
 NO_LIMITS = Limits()
 
 
+class Counter(Protocol):
+    """What is told of tokens as they are trained on: a bar of tqdm, or a `Line`."""
+
+    def update(self, n: int, /) -> object: ...
+
+
 class Executor(Protocol):
     """Runs jobs that do not depend on each other, each as soon as there is a place for it.
 
@@ -78,7 +82,7 @@ class Executor(Protocol):
         """Hand over a job; it begins when there is a place, the first one submitted first."""
         ...
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         """Wait for the next result of any job submitted; the bar follows the progress of all."""
         ...
 
@@ -88,7 +92,7 @@ class Executor(Protocol):
 
 
 def run_jobs(
-    executor: Executor, jobs: Sequence[Job], bar: tqdm
+    executor: Executor, jobs: Sequence[Job], bar: Counter
 ) -> Iterator[tuple[Job, Measurement]]:
     """Run jobs, and nothing else beside them; yield each result as it is there."""
     for job in jobs:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 
 import torch
-from tqdm import tqdm
 
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import NO_LIMITS, Limits, run_job, run_jobs
+from kizzasi.nas.executors.execute import NO_LIMITS, Counter, Limits, run_job, run_jobs
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -29,11 +28,11 @@ class InProcess:
     def submit(self, job: Job) -> None:
         self.waiting.append(job)
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         job = self.waiting.popleft()
         return job, run_job(self.evaluator, replace(job, device=self.device), bar.update)
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+    def run(self, jobs: Sequence[Job], bar: Counter) -> Iterator[tuple[Job, Measurement]]:
         return run_jobs(self, jobs, bar)
 
     def __enter__(self) -> InProcess:
@@ -82,7 +81,7 @@ class Processes:
         self.waiting.append(job)
         self._begin()
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         while not self.done:
             self._begin()
             wait([worker.connection for worker in self.busy], POLL_SECONDS)
@@ -101,7 +100,7 @@ class Processes:
                     self.done.append((job, measured))
         return self.done.popleft()
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+    def run(self, jobs: Sequence[Job], bar: Counter) -> Iterator[tuple[Job, Measurement]]:
         """Yield results as they come; the bar follows every step of every worker."""
         return run_jobs(self, jobs, bar)
 

@@ -17,11 +17,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kizzasi.errors import KizzasiError, StudyError
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import NO_LIMITS, Limits, failed, run_jobs
+from kizzasi.nas.executors.execute import NO_LIMITS, Counter, Limits, failed, run_jobs
 from kizzasi.nas.executors.worker import Worker
 
 POLL_SECONDS = 0.25
@@ -82,7 +80,7 @@ class Ray:
         self.waiting.append(job)
         self._begin()
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         """The next result; the bar moves when a trial ends."""
         while True:
             self._begin()
@@ -103,7 +101,7 @@ class Ray:
                     del self.losses[job.key]
                     return job, measured
 
-    def run(self, jobs: Sequence[Job], bar: tqdm) -> Iterator[tuple[Job, Measurement]]:
+    def run(self, jobs: Sequence[Job], bar: Counter) -> Iterator[tuple[Job, Measurement]]:
         """Yield results as they come."""
         return run_jobs(self, jobs, bar)
 
@@ -120,7 +118,7 @@ class Ray:
         self.actors.append(actor)
         self.pending[actor.ready.remote(self.probes)] = actor, None
 
-    def _received(self, answer: Any, bar: tqdm) -> Measurement | None:
+    def _received(self, answer: Any, bar: Counter) -> Measurement | None:
         if isinstance(answer, KizzasiError):
             raise answer
         self.failed_starts = 0

@@ -6,10 +6,8 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
-from tqdm import tqdm
-
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import run_job
+from kizzasi.nas.executors.execute import Counter, run_job
 
 
 class Simulated:
@@ -49,7 +47,7 @@ class Simulated:
             heapq.heappush(self.busy, (self.clock + self.seconds(job), self.n, job))
             self.n += 1
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         self._begin()
         self.clock, _, job = heapq.heappop(self.busy)
         self.worked += self.seconds(job)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -114,9 +114,12 @@ class Worker:
         assert code is not None
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self.began is None:
+            script = "Search under `if __name__ == '__main__':`"
+            if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
+                script = "From stdin it can start none: save it to a file, or use workers=1"
             raise StudyError(
                 f"a worker process ended before its first trial ({cause}). Out of memory? Use "
-                "fewer --workers and --resume. A script? Search under `if __name__ == '__main__':`"
+                f"fewer --workers and --resume. A script? {script}"
             )
         if code == -signal.SIGKILL:
             self.killed = True
@@ -164,20 +167,33 @@ def _serve(
         # Short of memory, the kernel takes a trial and not the search.
         Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(n_threads)
+    send = _sender(connection)
     while True:
         try:
             job: Job = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
-        connection.send(0)
+        send(0)
         try:
             with _memory_limit(limits.memory_bytes, job.device):
-                answer = evaluate(evaluator, job, connection.send)
+                answer = evaluate(evaluator, job, send)
         except USERS_ERRORS as error:
             answer = error
         except EXPLOSIONS:
             answer = traceback.format_exc(INNERMOST_FRAMES)
-        connection.send(answer)
+        send(answer)
+
+
+def _sender(connection: Connection) -> Callable[[object], None]:
+    """What tells the parent; one that was killed hears nothing, and that is no fault of a trial."""
+
+    def send(message: object) -> None:
+        try:
+            connection.send(message)
+        except ConnectionError:
+            os._exit(1)
+
+    return send
 
 
 def _leave_with_parent() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from html import escape
 
 from kizzasi.nas.report.figures import Figure, figures
+from kizzasi.nas.report.sample import printable
 from kizzasi.nas.report.sentences import findings, verdict
 from kizzasi.nas.report.style import PAGE_STYLE, SCRIPT
 from kizzasi.nas.report.svg import STYLE, short
@@ -54,7 +55,7 @@ def html(summary: Summary) -> str:
         f"<style>{PAGE_STYLE}{STYLE}</style></head><body><main>"
         f'<header><h1>{title}</h1><p class="verdict">{escape(verdict(summary))}</p>'
         f'<div class="cards">{_cards(summary)}</div>{_next_commands(summary)}'
-        f'<nav aria-label="Contents">{links}</nav></header>{body}'
+        f'<nav aria-label="Contents">{links}</nav></header>{_sample(summary)}{body}'
         f'<div id="hint" role="status" hidden></div></main><script>{SCRIPT}</script>'
         "</body></html>\n"
     )
@@ -71,6 +72,18 @@ def _digest(script: str) -> str:
 
 def _anchor(name: str) -> str:
     return re.sub(r"[^a-z]+", "-", name.lower()).strip("-")
+
+
+def _sample(summary: Summary) -> str:
+    """A text by the model that was saved."""
+    if not summary.sample:
+        return ""
+    text = escape(printable(summary.sample["text"]))
+    note = "drawn once, with a fixed seed; kizzasi generate draws others"
+    return (
+        f'<section><h2>What the saved model writes</h2><pre class="sample">{text}</pre>'
+        f'<p class="note">{note}</p></section>'
+    )
 
 
 def _findings(summary: Summary) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -11,7 +12,8 @@ from pathlib import Path
 from kizzasi.errors import StudyError
 from kizzasi.files import write_text
 from kizzasi.nas.report.page import headline, html
-from kizzasi.nas.report.sentences import findings
+from kizzasi.nas.report.sample import printable
+from kizzasi.nas.report.sentences import findings, verdict
 from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, Rows, cells, column_names, tables
 from kizzasi.nas.results.lineage import ancestry, lineage, mermaid, to_json
 from kizzasi.nas.results.summary import Event, Summary, summarise
@@ -20,6 +22,8 @@ from kizzasi.nas.results.words import gist
 __all__ = ["Summary", "findings", "html", "markdown", "summarise", "table", "write_report"]
 
 COLUMNS = 100
+MOST_ROWS = 12  # of candidates, at the end of a search
+MOST_LINES = 12  # of a sample
 
 
 def table(summary: Summary) -> str:
@@ -27,6 +31,34 @@ def table(summary: Summary) -> str:
     said = "\n".join(textwrap.fill(text, COLUMNS) for text in findings(summary))
     if not summary.standings:
         return said
+    return f"{_candidates(summary)}\n\n{said}"
+
+
+def ending(summary: Summary, folder: Path) -> str:
+    """What a person reads when a search is over: the best candidates, the verdict, a text by the
+    model that was saved, and what to type next."""
+    run = shlex.quote(str(folder))
+    rows = _candidates(summary).split("\n")
+    more = len(rows) - 2 - MOST_ROWS
+    if more > 0:
+        rows = [*rows[: 2 + MOST_ROWS], f"... and {more} more in the report"]
+    parts = ["\n".join(rows), textwrap.fill(verdict(summary), COLUMNS)]
+    if summary.sample:
+        lines = printable(summary.sample["text"]).strip().split("\n")[:MOST_LINES]
+        parts.append("it writes:\n" + "\n".join(f"  {line[: COLUMNS - 2]}" for line in lines))
+    text = [f"kizzasi generate {run}", "what it writes"] if summary.sample else []
+    commands = [
+        *([text] if text else []),
+        [f"kizzasi export {run} --out model", "weights, card and a script, to give away"],
+        [f"kizzasi report {run}", f"every finding; pictures are in {folder / 'report.html'}"],
+    ]
+    width = max(len(command) for command, _ in commands)
+    listed = "\n".join(f"  {command.ljust(width)}  # {why}" for command, why in commands)
+    return "\n\n".join([*parts, f"next:\n{listed}"])
+
+
+def _candidates(summary: Summary) -> str:
+    """Everyone who took part, in 100 columns."""
     names = column_names(summary)
     rows = [names, *(cells(summary, s) for s in summary.standings)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
@@ -34,13 +66,16 @@ def table(summary: Summary) -> str:
     widths[1] = max(len("architecture"), widths[1] + min(0, spare))
     lines = ["  ".join(_aligned(row, names, widths)).rstrip() for row in rows]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([lines[0], rule, *lines[1:], "", said])
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def markdown(summary: Summary) -> str:
     """The report without its plots, as Markdown; the family tree is a Mermaid diagram and JSON."""
     said = "\n".join(f"- {md(text)}" for text in findings(summary))
     text = f"# {md(headline(summary))}\n\n{said}"
+    if summary.sample:
+        lines = printable(summary.sample["text"]).split("\n")
+        text += "\n\n## Sample\n\n" + "\n".join(f"> {md(line)}  " for line in lines)
     for part in tables(summary):
         text += f"\n\n## {part.title}\n\n{md_table(part)}"
         if part.title == "Layers" and summary.leader:

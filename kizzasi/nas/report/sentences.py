@@ -40,17 +40,36 @@ def findings(summary: Summary) -> list[str]:
 
 
 def verdict(summary: Summary) -> str:
-    """The one thing to know, in a sentence or two."""
+    """The one thing to know, in one sentence."""
     winner, preset = summary.winner, summary.preset
     if not summary.finished:
         return _progress(summary)
     if winner is None:
         return "The search is complete, and nothing that it trained has a score."
     name, size = winner.entry["name"], winner.entry["params"]
-    said = f"The best searched model is {name} ({size:,} parameters): {summary.say(winner)}."
+    said = f"The best searched model is {name} ({size:,} parameters) at {summary.say(winner)}"
     if preset is None:
-        return f"{said} There is no preset to compare it with."
-    return f"{said} {_outcome(winner, preset, summary.noise, summary.unit)}."
+        return f"{said}; there is no preset to compare it with."
+    kept = ""
+    if summary.saved and summary.saved.entry["group"] == "preset":
+        better = winner.mean is not None and preset.mean is not None and winner.mean < preset.mean
+        why = "better on the data that decide" if better else "the better one"
+        kept = f"; the preset, {why}, is what was saved"
+    return f"{said}, {_beside(winner, preset, summary)}{kept}."
+
+
+def _beside(winner: Final, preset: Final, summary: Summary) -> str:
+    """The winner's place beside the best preset, as the end of a sentence."""
+    name, noise, unit = preset.entry["name"], summary.noise, summary.unit
+    w, p = winner.mean, preset.mean
+    if w is None or p is None:
+        return f"and cannot be compared with the best preset, {name}: one of the two failed"
+    place, gap = "ahead of" if w < p else "behind", f"{abs(p - w):.3f} {unit}"
+    if noise is None:
+        return f"{place} the best preset, {name}, by {gap}, which one seed does not tell from noise"
+    if noise.tied(winner, preset):
+        return f"a tie with the best preset, {name}: {gap} apart, within the noise floor of {noise}"
+    return f"{place} the best preset, {name}, by {gap}, more than the noise floor of {noise}"
 
 
 def _foresight(summary: Summary) -> str:

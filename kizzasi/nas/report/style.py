@@ -48,6 +48,7 @@ tr:last-child td { border-bottom: 0; }
 .number + td:not(.number), .number + th:not(.number) { padding-left: 14px; }
 td { overflow-wrap: break-word; }
 .won td { color: var(--winner); font-weight: 600; }
+.sample { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
 pre { overflow-x: auto; font-size: 12px; } summary { cursor: pointer; }
 #hint { position: fixed; z-index: 1; max-width: min(340px, 90vw); padding: 8px 12px;
   font-size: 13px; background: var(--ink); color: var(--paper); border-radius: 8px;

@@ -188,6 +188,7 @@ KINDS: dict[str, Check] = {
         refusal=maybe(text),
     ),
     "saved": record(candidate=text, seed=whole, files=map_of(text)),
+    "sample": record(candidate=text, seed=whole, prompt=text, text=text),
     "result": record(
         winner=text,
         best_=text,

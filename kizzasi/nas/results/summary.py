@@ -93,6 +93,7 @@ class Summary:
         refused: by rule, candidates that broke it and were never built.
         screened: by screen, how many draws it judged, and tokens that it trained them on.
         result: the `result` event; {} before it is written.
+        sample: the `sample` event of the model in the folder best; {} without one.
     """
 
     study: Event
@@ -111,6 +112,7 @@ class Summary:
     refused: dict[str, int]
     screened: dict[str, tuple[int, int]]
     result: Event
+    sample: Event
 
     @property
     def at_edge(self) -> str:
@@ -257,6 +259,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         refused=(result or {}).get("refused") or {},
         screened=_screened(e for e in events if e["event"] == "screen"),
         result=result or {},
+        sample=next((e for e in reversed(events) if e["event"] == "sample"), {}),
     )
 
 

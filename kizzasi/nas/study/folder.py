@@ -61,6 +61,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
             except KizzasiError:
                 if not begun and not any(e["event"] == "trial" for e in read_events(path)):
                     path.unlink()
+                    (folder / CONFIG).unlink(missing_ok=True)  # there was none, or see above
                 raise
     except KizzasiError:
         if not path.exists():

@@ -19,6 +19,7 @@ settings   family, candidate, scores {settings: score or null}, settings, edges 
 trial      id, candidate, rung ("0", "1", ..., "final", "test" or "narrow"), seed, settings,
            tokens, score, seconds, tokens_per_second, curve, failure, values of windows if known
 saved      candidate, seed, files {name: sha256}: the best model, as it was put into the folder best
+sample     candidate, seed, prompt, text: what the model in best writes, if it is of bytes
 result     best, winner, preset (candidate ids), winner_trials, preset_trials (trial ids), ranking
            (candidate ids, best first), finalists [{candidate, mean, spread, trials}], noise {floor,
            seeds, freedom} or null, ties (candidate ids that noise does not tell from the winner),
@@ -36,14 +37,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.executors import Executor
+from kizzasi.nas.executors.execute import Counter
 from kizzasi.nas.results.extended import current
 from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
@@ -115,6 +115,12 @@ class Task:
         return self.job.key
 
 
+class Shown(Counter, Protocol):
+    """Where a run says how far it is: a `Line`, or a bar of tqdm."""
+
+    def write(self, text: str, /) -> object: ...
+
+
 class Study:
     """Runs trials through an executor and writes every result down before anyone sees it.
 
@@ -123,15 +129,24 @@ class Study:
         journal: open for writing.
         executor: where trials run.
         bar: counts tokens trained.
+        on_event: is told of every event once it is written down.
     """
 
-    def __init__(self, folder: Path, journal: Journal, executor: Executor, bar: tqdm) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        journal: Journal,
+        executor: Executor,
+        bar: Shown,
+        on_event: Callable[[dict[str, Any]], object] | None = None,
+    ) -> None:
         self.checkpoints = folder / "trials"
         try:
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise StudyError(f"{self.checkpoints}: cannot be made: {error.strerror}") from error
         self.journal, self.executor, self.bar = journal, executor, bar
+        self.on_event = on_event
         self.events: list[dict[str, Any]] = current(journal.events)
         self.places: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
         self.done = {e["id"]: e for e in self.events if e["event"] == "trial"}
@@ -171,6 +186,8 @@ class Study:
         self.events.append(written)
         for kind in self.places:
             self._place(kind, written)
+        if self.on_event is not None:
+            self.on_event(written)
         return written
 
     def begin(self, session: Mapping[str, Any]) -> None:

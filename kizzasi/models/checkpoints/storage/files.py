@@ -146,15 +146,24 @@ def _require_regular(path: Path) -> None:
 def _open_safetensors(path: Path) -> Storage:
     _require_regular(path)
     try:
-        with safe_open(path, "pt"):  # refuses every header whose numbers do not add up
-            seen = stamp(path)
         with path.open("rb") as file:
+            with safe_open(_name(path, file), "pt"):  # refuses headers that do not add up
+                seen = stamp(path)
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         return {name: _safetensor(path, entry, 8 + size, seen) for name, entry in header.items()}
     except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: missing or damaged: {error}") from error
+
+
+def _name(path: Path, file: BinaryIO) -> str | Path:
+    """A file's name; safetensors takes none that is no text, and then the open file has another."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{file.fileno()}"
+    return path
 
 
 def _safetensor(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import reprlib
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,18 +62,46 @@ class Described(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+class _Names(dict[Any, Any]):
+    """What stands for an OrderedDict; torch.save fills it afterwards, key by key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def _require_names(keys: Iterable[Any]) -> None:
+    """A tuple of tuples of tuples, each twice the same, takes a few bytes and 2^n steps to hash."""
+    for key in keys:
+        if not isinstance(key, (str, int)):
+            raise ValueError(f"a {type(key).__name__} as the name of a tensor")
+
+
+_InPython: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Unpickler(_InPython):
     """The one in Python: the one in C allocates what a file says before it has read it."""
+
+    stack: list[Any]
+
+    def load_setitem(self) -> None:
+        _require_names(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _require_names(self.stack[::2])  # since the mark
+        super().load_setitems()
 
     dispatch = {  # noqa: RUF012
         code: fn
-        for code, fn in pickle._Unpickler.dispatch.items()  # pyright: ignore[reportAttributeAccessIssue]
+        for code, fn in _InPython.dispatch.items()
         if code in {getattr(pickle, name)[0] for name in OPCODES}
     }
+    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
-            ("collections", "OrderedDict"): type("Names", (dict,), {}),
+            ("collections", "OrderedDict"): _Names,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _describe(*args),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
         }
@@ -86,16 +115,16 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIss
 
     def persistent_load(self, pid: Any) -> Any:
         word, dtype, key, *_ = pid
-        if word != "storage" or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"a storage called {word!r:.40}")
-        return dtype, str(key)
+        if word != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise ValueError(f"a storage called {reprlib.repr(word)}, {reprlib.repr(key)}")
+        return dtype, key
 
 
 def _describe(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> Described:
     dtype, key = storage
     numbers = (offset, *shape, *stride)
     if not all(type(n) is int and 0 <= n < 2**62 for n in numbers) or len(shape) != len(stride):
-        raise ValueError(f"a tensor of shape {shape!r:.40}")
+        raise ValueError(f"a tensor of shape {reprlib.repr(shape)}")
     return Described((dtype, key), offset, tuple(shape), tuple(stride))
 
 

@@ -1,0 +1,149 @@
+"""How far a program is: one line that a terminal shows anew, and elsewhere one line a minute.
+
+A log of a night has a few hundred lines, not a few hundred thousand, and a person at a terminal
+reads what is going on, how long it will take, and the best so far.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+EVERY_SECONDS = 60.0  # between lines where nothing is shown anew
+CLEAR = "\r\x1b[K"
+
+
+class Line:
+    """One line of progress on stderr; a context manager, which takes the line away at the end.
+
+    Args:
+        name: of the program, in front of the line.
+        total: of what is counted; None as long as nobody knows.
+        unit: of it: "tok".
+        done: of it, before this line began.
+        hidden: show nothing at all.
+        stream: where to; stderr if left out.
+        clock: seconds that pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None = None,
+        unit: str = "tok",
+        *,
+        done: int = 0,
+        hidden: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stream = stream or sys.stderr
+        self.name, self.unit, self.clock = name, unit, clock
+        self.alive = not hidden and self.stream.isatty()
+        self.logs = not hidden and not self.alive
+        self.text, self.last = "", float("-inf")
+        self._begin(total, done)
+
+    def _begin(self, total: int | None, done: int) -> None:
+        self.total, self.n, self.before, self.began = total, done, done, self.clock()
+        self.bar = tqdm(
+            total=total,
+            desc=self.name,
+            initial=done,
+            unit=self.unit,
+            unit_scale=True,
+            disable=not self.alive,
+            file=self.stream,
+            ncols=self._columns(),
+            leave=False,
+            smoothing=0.05,
+            bar_format=_format(total),
+        )
+        self.bar.set_postfix_str(self.text)
+
+    def count_to(self, total: int | None, done: int = 0, unit: str = "tok") -> None:
+        """What is counted from now on: so much, of which so much is there already."""
+        self.bar.close()
+        self.unit = unit
+        self._begin(total, done)
+
+    def say(self, text: str, *, now: bool = True) -> None:
+        """What is going on; shown at once on a terminal, or else with the next count."""
+        if text != self.text:
+            self.text = text
+            self.bar.set_postfix_str(text, refresh=now)
+
+    def update(self, n: int) -> None:
+        """Count; where the line is not shown anew, print it once a minute."""
+        self.n += n
+        self.bar.update(n)
+        if self.logs and self.clock() - self.last >= EVERY_SECONDS:
+            self.last = self.clock()
+            self._put(f"{self._head()}{self._counts()}\n")
+
+    def write(self, text: str) -> None:
+        """Print a line that stays, above this one."""
+        if self.alive:
+            self.bar.write(text, file=self.stream)
+        else:
+            self._put(f"{text}\n")
+
+    def _put(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+    def _columns(self) -> int | None:
+        """A terminal that does not say how wide it is, as in some containers, has 80 columns."""
+        try:
+            return (os.get_terminal_size(self.stream.fileno()).columns or 80) - 1
+        except (OSError, ValueError):  # no terminal, or no file
+            return None
+
+    def _head(self) -> str:
+        return f"{self.name}: {self.text}" if self.text else self.name
+
+    def _counts(self) -> str:
+        """Counts and the time that is left, for a log."""
+        gained, seconds = self.n - self.before, self.clock() - self.began
+        told = f", {tqdm.format_sizeof(self.n)} {self.unit}"
+        if not self.total:
+            return told
+        told += f" of at most {tqdm.format_sizeof(self.total)}"
+        if gained <= 0 or self.n > self.total:
+            return told
+        left = seconds * (self.total - self.n) / gained
+        return f"{told}, {tqdm.format_interval(left)} left"
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _format(total: int | None) -> str:
+    if total is None:
+        return "{desc}{postfix}, {elapsed}"
+    return "{desc} {percentage:3.0f}%|{bar:10}| {remaining} left{postfix}"
+
+
+@contextmanager
+def starting(text: str) -> Iterator[None]:
+    """Show a text on a terminal meanwhile, so that a slow import is no silence; elsewhere none."""
+    stream = sys.stderr
+    shown = bool(text) and stream.isatty()
+    if shown:
+        stream.write(text)
+        stream.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            stream.write(CLEAR)
+            stream.flush()
