@@ -231,6 +231,7 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line)
     from kizzasi.train.files import said_of
     from kizzasi.train.frames import Frames
     from kizzasi.train.leak import find_leak
+    from kizzasi.train.memory import require_memory
     from kizzasi.train.open import open_task
     from kizzasi.train.recipe import Recipe
     from kizzasi.train.seeds import derive_seed
@@ -246,6 +247,8 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line)
     model = _model(wanted, task, args)
     if leak := find_leak(model):
         raise StudyError(f"{own['spec']}: {leak}")
+    if ranks.world == 1:
+        require_memory(model.spec, recipe, args.device)
     of_old = wanted.saved is not None and "identity" not in wanted.saved
     data_seed = own["seed"] if of_old else derive_seed(own["seed"], "data")
     training = Training(model, task, recipe, data_seed, ranks)

@@ -63,6 +63,7 @@ from kizzasi.nas.study.waves import Waves
 from kizzasi.progress import Line
 from kizzasi.train.bytes import ByteText
 from kizzasi.train.files import said_of
+from kizzasi.train.memory import require_memory
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Shape, Task
 
@@ -333,6 +334,8 @@ def named_search(
             config.data, test_fraction=config.test_fraction, apart=folder, test=config.test
         )
         plan = plan_of(config, task, space)
+        for spec in plan.baselines.values():
+            require_memory(spec, plan.micro_training.recipe, device, limits.memory_bytes)
         total = tokens_at_most(config, len(plan.baselines))
         return run_plan(
             plan, folder, opened, resume=resume, total=total, device=device, config=config,

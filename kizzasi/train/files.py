@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import importlib
@@ -16,6 +15,7 @@ from typing import BinaryIO
 
 from kizzasi.errors import DataError
 from kizzasi.files import open_regular, read_most
+from kizzasi.train.memory import free_bytes
 
 # Tests and installed packages; and two folders of tables and prose that mostly repeat themselves.
 NOT_STANDARD_LIBRARY_CODE = frozenset(
@@ -163,12 +163,7 @@ def read_files(
 
 def _room() -> int:
     """Bytes of text that the free memory has room for."""
-    free = 2**62
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        told = next(line for line in lines if line.startswith("MemAvailable:"))
-        free = int(told.split()[1]) * 1024
-    return free // COPIES
+    return free_bytes() // COPIES
 
 
 def _require_room(path: Path, file: BinaryIO, most: int) -> None:
