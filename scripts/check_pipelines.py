@@ -1,5 +1,9 @@
 """Random pipelines sit the exam of a whole model; faults are printed with their moves.
 
+No leak, any split (three at random), steps and packed documents, each in float64. Then those with a
+window are given EvoForge's mask, the larger of the causal one and a window on both sides, and every
+one that it reaches has to be caught.
+
 python scripts/check_pipelines.py --n 200
 """
 
@@ -8,13 +12,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
 
 from kizzasi.models import ModelSpec, Tokens, presets
+from kizzasi.models.call import Call
+from kizzasi.models.kv_cache import layout
+from kizzasi.models.mixers import attention
+from kizzasi.models.ops.stencil import Stencil
+from kizzasi.strict import Registered
 from kizzasi.nas import Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
-from kizzasi.nas.pipelines.space.tree import nodes
-from kizzasi.strict import Registered
+from kizzasi.nas.pipelines.space.tree import nodes, of_kind
 from kizzasi.testing import check_model
+from kizzasi.testing.model import LENGTH, first_leak
 
 
 def tiny_seeds() -> tuple[ModelSpec, ...]:
@@ -31,6 +44,33 @@ def drawn(space: PipelineSpace, rng: Xorshift64, most: int) -> Variant:
     return variant
 
 
+def pieces(rng: Xorshift64, length: int = LENGTH + 1) -> tuple[int, ...]:
+    """Lengths that sum to the length."""
+    cuts = sorted({rng.choice(range(1, length)) for _ in range(rng.choice(range(1, 8)))})
+    return tuple(b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True))
+
+
+def evoforges(call: Call, state: Any, stencil: Stencil) -> Tensor:
+    """(b, 1, t, s) whom a query sees by EvoForge's rule."""
+    sight = layout(call, state, stencil)
+    age = sight.query.position[:, :, None] - sight.key.position[:, None]
+    seen = (age >= 0) | (age.abs() <= (stencil.window or 0))
+    alike = sight.query.document[:, :, None] == sight.key.document[:, None]
+    return (seen & alike)[:, None]
+
+
+def caught(spec: ModelSpec) -> bool | None:
+    """Whether that rule is found in a model; None if there is no window in its place."""
+    found = [part for _, part in of_kind(spec.blocks, "attention")]
+    if not any(part.window and part.causal for part in found):
+        return None
+    whole = patch.object(
+        Stencil, "plan", lambda *_, **__: None
+    )  # the rule alone says who sees whom
+    with whole, patch.object(attention, "visible", evoforges):
+        return first_leak(spec) is not None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=200)
@@ -40,12 +80,17 @@ def main() -> None:
     space = PipelineSpace(tiny_seeds(), max_layers=6, max_width=64)
     rng, start, faults = Xorshift64(args.seed), time.perf_counter(), 0
     kinds: Counter[str] = Counter()
+    planted: Counter[bool] = Counter()
     for i in range(args.n):
         variant = drawn(space, rng, args.moves)
         kinds.update({part.kind for _, part in nodes(variant.spec) if isinstance(part, Registered)})
         try:
             assert to_pipeline(variant.spec).spec == variant.spec, "prints as another model"
-            check_model(variant.spec)
+            splits = [pieces(rng) for _ in range(3)]
+            check_model(variant.spec, splits=splits)
+            seen = caught(variant.spec)
+            planted.update([] if seen is None else [seen])
+            assert seen is not False, "EvoForge's mask is not caught"
         except Exception as error:  # whatever it is, it is a finding
             faults += 1
             text = " ".join(str(error).split())
@@ -54,6 +99,7 @@ def main() -> None:
             print("   ", variant.spec.canonical_json())
     seconds = time.perf_counter() - start
     print(f"{args.n} pipelines, {faults} with a fault, {seconds:.0f} s")
+    print(f"EvoForge's mask caught in {planted[True]} of {planted.total()} with a window")
     print(", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))
 
 

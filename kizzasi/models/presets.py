@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from kizzasi.errors import SpecError
 from kizzasi.models.channels import MLPSpec, RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.channels.moe import MoESpec
 from kizzasi.models.layers.latent import LatentSpec
+from kizzasi.models.mixer import MixerSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
     GatedDeltaSpec,
@@ -28,7 +30,7 @@ from kizzasi.models.mixers import (
 )
 from kizzasi.models.spec import BlockSpec, ModelSpec, pattern
 from kizzasi.models.stems import Tokens
-from kizzasi.strict import unknown_name
+from kizzasi.strict import require, unknown_name
 
 
 def mamba(d_model: int, n_layers: int, vocab_size: int = 50280) -> ModelSpec:
@@ -265,6 +267,37 @@ def qwen3_next_80b() -> ModelSpec:
         a=BlockSpec(attention, mixture, "rms_plus_one"),
     )
     return ModelSpec(2048, blocks, Tokens(151936), norm="rms_plus_one", norm_eps=1e-6)
+
+
+def free_transformer(plain: ModelSpec, *, n_bits: int = 16, free_bits: float = 0.5) -> ModelSpec:
+    """The Free Transformer of a Transformer: its upper half reads the bits that an encoder chooses.
+
+    The encoder is one more of its layers, over the whole document, with one learned query; the
+    bits reach the keys and values of the first layer above.
+
+    Args:
+        plain: two layers of attention or more, such as a `llama`.
+        n_bits, free_bits: of a token.
+
+    Raises:
+        SpecError: the middle layer is no block of attention with keys and values of its own.
+
+    Source: Fleuret 2025, arXiv:2510.17558, section 3.
+    Differs: bits are read one by one ("factored"), where the paper has 2^16 rows.
+    """
+    half = len(plain.blocks) // 2
+    lower, upper = plain.blocks[:half], plain.blocks[half:]
+    first = upper[0]
+    rule = "it reads no other stream; give blocks of attention"
+    require(isinstance(first, BlockSpec) and first.crosses, f"plain.blocks[{half}]", rule)
+    assert isinstance(first, BlockSpec)
+    sees_all = {"causal": False, "window": None, "kv_quant": "none"}
+    mixer = MixerSpec.from_dict({**first.mixer.to_dict(), **sees_all})
+    encoder = replace(first, mixer=mixer)
+    latent = LatentSpec(
+        upper, (encoder,), n_bits=n_bits, free_bits=free_bits, inject=("kv",), query="learned"
+    )
+    return plain.replace(blocks=(*lower, latent))
 
 
 def free_transformer_routed(vocab_size: int = 65536) -> ModelSpec:

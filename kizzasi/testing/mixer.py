@@ -59,6 +59,7 @@ class Exam:
     hybrid: ModelSpec
     device: str = "cpu"
     kept: dict[Any, SequenceModel] | None = field(default=None, compare=False)
+    training: bool | None = None
 
     @classmethod
     def of(cls, part: MixerSpec | ChannelSpec, d_model: int = 16, device: str = "cpu") -> Exam:
@@ -96,8 +97,8 @@ class Exam:
         hybrid: bool = False,
         engine: Engine = "auto",
     ) -> SequenceModel:
-        """A model whose every parameter is perturbed: nothing hides behind a zero or a one; in
-        evaluation if it encodes what is to come.
+        """A model whose every parameter is perturbed: nothing hides behind a zero or a one; where
+        `training` does not say it, in evaluation if it encodes what is to come, else in training.
         """
         if self.kept is None:
             return self._make(dtype, hybrid, engine)
@@ -108,7 +109,8 @@ class Exam:
 
     def _make(self, dtype: torch.dtype, hybrid: bool, engine: Engine) -> SequenceModel:
         model = copy.deepcopy(_perturbed(self.spec(hybrid=hybrid), engine))
-        return model.train(not model.spec.encodes).to(device=self.device, dtype=dtype)
+        mode = not model.spec.encodes if self.training is None else self.training
+        return model.train(mode).to(device=self.device, dtype=dtype)
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,12 @@
 """Synthetic tasks that ask a mixer one question each: can it select, recall, look up, keep count?
 
-Every task is a seeded generator of `TaskBatch`; `SyntheticTask` trains and scores on one.
+Every task is a seeded generator of `TaskBatch`; `SyntheticTask` trains and scores on one. Of
+`HiddenPlace` no prefix tells the answers, so it stands apart from `TASKS`.
 """
 
 from kizzasi.train.synthetic.copying import Reverse, SelectiveCopying
 from kizzasi.train.synthetic.examples import Examples, TaskBatch
+from kizzasi.train.synthetic.hidden_place import HiddenPlace
 from kizzasi.train.synthetic.recall import MQAR, InContextRecall, InductionHeads, Memorization
 from kizzasi.train.synthetic.task import SyntheticTask
 from kizzasi.train.synthetic.tracking import GroupProducts, ModularArithmetic, Parity
@@ -26,6 +28,7 @@ __all__ = [
     "TASKS",
     "Examples",
     "GroupProducts",
+    "HiddenPlace",
     "InContextRecall",
     "InductionHeads",
     "Memorization",
