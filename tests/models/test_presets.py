@@ -6,6 +6,7 @@ import torch
 from kizzasi.errors import SpecError
 from kizzasi.models import build_model, presets
 from kizzasi.models.checkpoints.foreign import FAMILIES
+from kizzasi.models.mixer import LayerContext
 
 # As published: the Hugging Face model cards, table 2 of the RWKV-7 paper; for RWKV-6 its paper's
 # 13 D^2 L + 464 D L + 4 D + 2 D V; GPT-2 as transformers counts it, not 117M.
@@ -75,6 +76,19 @@ def test_transformers_counts_as_many(name):
     with torch.device("meta"):
         peer = transformers.AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in peer.parameters()) == PUBLISHED[name]
+
+
+def test_a_free_transformer_is_a_transformer_and_one_encoder():
+    plain = presets.llama(32, 4, 2, 1, 48, 11)
+    free = presets.free_transformer(plain, n_bits=3)
+    latent = free.blocks[-1]
+    assert free.blocks[:2] == plain.blocks[:2]
+    assert latent.body == plain.blocks[2:]
+    layer = plain.blocks[0].cost(LayerContext(32), 1, 1).params
+    more = 3 * 32 + 3 + 3 * 32 + 32 + 32  # reading bits, making keys of them, query, norm
+    assert build_model(free).n_params == plain.cost(1).params + layer + more
+    with pytest.raises(SpecError, match=r"plain.blocks\[1\]: .* give blocks of attention"):
+        presets.free_transformer(presets.mamba(16, 2, 9))
 
 
 @pytest.mark.parametrize("family", presets.SMALL)

@@ -9,7 +9,7 @@ import torch
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, presets
 from kizzasi.models.channels import MLPSpec, MoESpec, SwiGLUSpec
-from kizzasi.models.layers.loop import LoopSpec
+from kizzasi.models.layers import ChunkedSpec, LoopSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RetentionSpec, RoutedSpec
 from kizzasi.nas import RegularizedEvolution, Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
@@ -134,6 +134,15 @@ def test_random_pipelines_print_and_keep_every_contract():
             variant = SPACE.moved(variant, rng)
         assert to_pipeline(variant.spec).spec == variant.spec
         check_model(variant.spec)
+
+
+def test_chance_is_no_fault():
+    """Dropout draws as many numbers as there are chunks, a loop how often it runs, once a call."""
+    block = SEEDS[1].blocks[0]
+    chunked = SEEDS[1].replace(blocks=(ChunkedSpec((block,)),), dropout=0.1)
+    check_model(chunked, splits=[])
+    loop = LoopSpec((block,), 2, schedule="poisson_lognormal")
+    check_model(SEEDS[1].replace(blocks=(loop,)), splits=[])
 
 
 def test_the_mask_rule_of_the_seed_leaks_and_is_caught():

@@ -1,5 +1,6 @@
 """Synthetic tasks: a solver that sees only the prefix answers all, and nothing else leaks."""
 
+import math
 from itertools import permutations
 
 import pytest
@@ -12,6 +13,7 @@ from kizzasi.train.synthetic import (
     MQAR,
     TASKS,
     GroupProducts,
+    HiddenPlace,
     InContextRecall,
     InductionHeads,
     Memorization,
@@ -257,3 +259,34 @@ def test_noise_takes_its_share_and_half_of_the_keys_are_asked():
     assert abs((inputs >= 16).double().mean() - 0.5) < 0.02
     assert 0.1 < asked.double().mean() < 0.25  # 1/4 of the positions are keys, 8 of 32 new
     assert not asked[inputs >= 16].any()
+
+
+def test_a_line_hides_a_place():
+    task = HiddenPlace(3, 12, 4, noise=0.0)
+    batch = task.sample(64, 1)
+    lines, letters = batch.targets[:, 1:], batch.inputs[:, 0]
+    assert torch.equal(batch.inputs[:, :2], task.prompt(letters))
+    assert (batch.targets[:, 0] == IGNORE).all()
+    assert torch.equal(batch.inputs[:, 2:], lines[:, :-1])
+    place = task.places(lines, letters)
+    assert set(place.tolist()) == set(range(9))
+    assert task.bits == pytest.approx(math.log2(9))
+    for line, letter, at in zip(lines.tolist(), letters.tolist(), place.tolist(), strict=True):
+        assert line == [3] * at + [letter] * 4 + [3] * (8 - at)
+    assert task.sound(lines, letters).all()
+    lines[:, 0] = (letters + 1) % 3  # a letter that is not that of the prompt
+    assert not task.sound(lines, letters).any()
+
+
+def test_noise_falls_on_any_character():
+    task = HiddenPlace()
+    batch = task.sample(512, 3)
+    lines = batch.targets[:, 1:]
+    assert task.sound(lines, batch.inputs[:, 0]).double().mean() > 0.98
+    rate = task.noise_of(lines).double().mean(0)
+    assert rate.mean().item() == pytest.approx(1 / 16, abs=5e-3)
+    assert rate.max() < 0.12
+    assert task.bits == pytest.approx(math.log2(57) + 64 * 0.33729, abs=1e-3)
+    for wrong in ({"n_equal": 65}, {"noise": 1.0}, {"n_letters": 0}):
+        with pytest.raises(SpecError):
+            HiddenPlace(**wrong)
