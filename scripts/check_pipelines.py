@@ -18,14 +18,14 @@ from unittest.mock import patch
 from torch import Tensor
 
 from kizzasi.models import ModelSpec, Tokens, presets
+from kizzasi.models.attention.cache import layout
 from kizzasi.models.call import Call
-from kizzasi.models.kv_cache import layout
 from kizzasi.models.mixers import attention
 from kizzasi.models.ops.stencil import Stencil
-from kizzasi.strict import Registered
 from kizzasi.nas import Xorshift64
 from kizzasi.nas.pipelines import PipelineSpace, Variant, to_pipeline
 from kizzasi.nas.pipelines.space.tree import nodes, of_kind
+from kizzasi.strict import Registered
 from kizzasi.testing import check_model
 from kizzasi.testing.model import LENGTH, first_leak
 

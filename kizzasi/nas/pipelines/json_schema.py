@@ -9,7 +9,8 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-from kizzasi.nas.pipelines.document import Document, Open
+from kizzasi.nas.pipelines.document import Document
+from kizzasi.nas.pipelines.parts import Open
 from kizzasi.strict import Registered, Strict, field_types
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"

@@ -14,8 +14,9 @@ import yaml
 
 from kizzasi.documents import read_document
 from kizzasi.errors import SpecError
-from kizzasi.nas.pipelines.document import Document, Open
+from kizzasi.nas.pipelines.document import Document
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.nas.pipelines.parts import Open
 from kizzasi.strict import Strict, field_types, join, unknown_name
 
 

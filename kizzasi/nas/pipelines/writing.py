@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from kizzasi.nas.pipelines.document import Own
+from kizzasi.nas.pipelines.parts import Own
 from kizzasi.strict import Strict
 
 LINE = 96  # a mapping without mappings inside that fits is written on one line

@@ -11,9 +11,9 @@ from kizzasi.nas.pipelines.compiling.channels import NORMS
 from kizzasi.nas.pipelines.compiling.stack import Frame, layers_of
 from kizzasi.nas.pipelines.compiling.stages import Line
 from kizzasi.nas.pipelines.compiling.training import check_budgets, recipe_of
-from kizzasi.nas.pipelines.document import Document, Mixer
+from kizzasi.nas.pipelines.document import Document
 from kizzasi.nas.pipelines.misfits import Findings
-from kizzasi.strict import field_types, unknown_name
+from kizzasi.nas.pipelines.parts import Mixer
 
 BYTES = 256
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kizzasi.nas.pipelines.compiling.place import DEFAULT_HEAD, Place, heads_of, only
-from kizzasi.nas.pipelines.document import Kernel, KVPolicy, Mixer, Softmax, Stencil
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.nas.pipelines.parts import Kernel, KVPolicy, Mixer, Softmax, Stencil
 
 READ_BY_STENCIL: Mapping[str, tuple[str, ...]] = {
     "full": (),

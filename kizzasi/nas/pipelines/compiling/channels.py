@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kizzasi.models import ChannelSpec
-from kizzasi.nas.pipelines.document import FFN, Own, Residual
 from kizzasi.nas.pipelines.misfits import Findings
+from kizzasi.nas.pipelines.parts import FFN, Own, Residual
 
 NORMS = {"LayerNorm": "layer", "RMSNorm": "rms", "ScaleNorm": "scale"}
 GATES = {"swiglu": "silu", "geglu": "gelu"}

@@ -14,8 +14,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from kizzasi.models import BlockSpec, LayerSpec
-from kizzasi.nas.pipelines.document import Cond
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.nas.pipelines.parts import Cond
 from kizzasi.strict import Strict
 
 READS = {"film": "film", "lora": "lora", "add": "add"}

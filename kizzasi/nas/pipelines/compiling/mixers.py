@@ -10,8 +10,8 @@ from kizzasi.errors import SpecError
 from kizzasi.models import MixerSpec
 from kizzasi.nas.pipelines.compiling.attention import attention, by_features
 from kizzasi.nas.pipelines.compiling.place import Place, heads_of
-from kizzasi.nas.pipelines.document import Mixer, MixUnit, Own
 from kizzasi.nas.pipelines.misfits import Findings
+from kizzasi.nas.pipelines.parts import Mixer, MixUnit, Own
 
 READ_BY_KIND = {
     "Attention": (

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kizzasi.nas.pipelines.document import KVPolicy, Mixer, Pos
 from kizzasi.nas.pipelines.misfits import Findings
+from kizzasi.nas.pipelines.parts import KVPolicy, Mixer, Pos
 
 DEFAULT_HEAD = 64
 

@@ -16,17 +16,9 @@ from typing import Any
 
 from kizzasi.models import LayerSpec
 from kizzasi.nas.pipelines.compiling.latents import halved, is_latent
-from kizzasi.nas.pipelines.document import (
-    Cond,
-    DepthRouter,
-    Hierarchy,
-    Level,
-    Loops,
-    Op,
-    Recurrence,
-    Stack,
-)
+from kizzasi.nas.pipelines.document import DepthRouter, Hierarchy, Level, Loops, Recurrence, Stack
 from kizzasi.nas.pipelines.misfits import DROP, Findings
+from kizzasi.nas.pipelines.parts import Cond, Op
 
 PLACES = {"pre_mixer": "in", "post_mixer": "out", "token": "stream"}
 NORMS_ALONE = "inside attention and norms there is no condition"
