@@ -139,6 +139,17 @@ def places(args: argparse.Namespace) -> Iterator[str]:
         alike = [f"{100 * a:.0f} / {100 * b:.0f} %" for a, b in (found.place, found.noise)]
         numbers = f"{found.kl:.3f} | {found.ce:.3f} | {found.line:.1f}"
         yield f"| {kappa} | {numbers} | {' | '.join(alike)} | {100 * found.sound:.0f} % |"
+        yield from shown(training.model, lines, args.show)
+
+
+def shown(model: SequenceModel, lines: HiddenPlace, n: int) -> Iterator[str]:
+    """Three lines of each of n latents, as text."""
+    if n:
+        signs = f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ':.{lines.n_letters}}_!>"
+        drawn = draw(model, lines)[0].view(N_TEXTS, N_ALIKE, -1)[:n, :3]
+        yield ""
+        yield from ("".join(signs[i] for i in line) for line in drawn.flatten(0, 1).tolist())
+        yield ""
 
 
 # --------------------------------------------------------------------------------- text
@@ -217,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
             one.add_argument("--steps", type=int, default=1500)
             one.add_argument("--batch-size", type=int, default=64)
             one.add_argument("--seed", type=int, default=0)
+            one.add_argument("--show", type=int, default=0, help="latents of which to show lines")
         else:
             one.add_argument("--data", help="as for kizzasi train; default: the built-in text")
             one.add_argument("--tokens", type=int, default=524288)

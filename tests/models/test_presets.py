@@ -1,5 +1,7 @@
 """Presets have the published number of parameters, analytically and on the meta device."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,7 +83,7 @@ def test_transformers_counts_as_many(name):
 def test_a_free_transformer_is_a_transformer_and_one_encoder():
     plain = presets.llama(32, 4, 2, 1, 48, 11)
     free = presets.free_transformer(plain, n_bits=3)
-    latent = free.blocks[-1]
+    latent: Any = free.blocks[-1]
     assert free.blocks[:2] == plain.blocks[:2]
     assert latent.body == plain.blocks[2:]
     layer = plain.blocks[0].cost(LayerContext(32), 1, 1).params

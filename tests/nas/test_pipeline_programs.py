@@ -1,6 +1,13 @@
 """`kizzasi sweep` and `kizzasi evolve`: both halves run, and a run that is cut ends the same."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +87,65 @@ def test_an_evolution_that_is_cut_ends_the_same(capsys, tmp_path, seeds):
     again = json.loads(capsys.readouterr().out)
     assert again == result
     assert (out / "lineage.jsonl").read_text() == born
+
+
+# Imports once and forks for every run, which then starts at once.
+PROGRAM = """
+import json, os, sys
+import torch
+from kizzasi.cli import main
+torch.set_num_threads(1)
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1), os.dup2(silent, 2)
+            os._exit(main(json.loads(line)))
+        finally:
+            os._exit(1)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_evolution_that_is_killed_ends_the_same(capsys, tmp_path, seeds):
+    """kill -9 a few events after every start, until a start comes through to the end."""
+    args = ["evolve", *seeds, "--generations", "1", "--population", "3", "--top-k", "2", "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*args, str(whole)]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    journal, kills, resume = cut / "journal.jsonl", 0, []
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    starter: Any
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], **pipes) as starter:
+        for n in (0, 3, 5):  # events after the start; 0: as soon as there is a journal
+            starter.stdin.write(json.dumps([*args, str(cut), *resume]) + "\n")
+            starter.stdin.flush()
+            pid, before = int(starter.stdout.readline()), events(journal)
+            while Path(f"/proc/{pid}").exists() and (
+                not journal.exists() if n == 0 else events(journal) < before + n
+            ):
+                time.sleep(0.002)
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+            kills += int(starter.stdout.readline()) == -signal.SIGKILL
+            resume = ["--resume"]
+        starter.stdin.close()
+    assert kills >= 2
+    assert main([*args, str(cut), "--resume"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    said = {name: str(value).replace(str(cut), str(whole)) for name, value in result.items()}
+    assert said == {name: str(value) for name, value in expected.items()}
+    files = [path.relative_to(whole) for path in whole.rglob("*.yaml")]
+    files += [path.relative_to(whole) for path in whole.rglob("lineage.jsonl")]
+    assert len(files) > 6
+    for name in files:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def events(journal):
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 @pytest.mark.parametrize("n", [1, 4, 12])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import free_transformer
-import reproduce
+import free_transformer  # pyright: ignore[reportMissingImports]
+import reproduce  # pyright: ignore[reportMissingImports]
 
 from kizzasi.train.synthetic import Parity
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from kizzasi.train.synthetic import (
     SelectiveCopying,
 )
 from kizzasi.train.synthetic.tracking import multiplication
-from kizzasi.train.task import IGNORE, Task
+from kizzasi.train.task import IGNORE
 
 
 def solve_selective_copying(task: SelectiveCopying, prefix: list[int]) -> int:
@@ -111,7 +112,7 @@ N_SCORED = {
 MOST_FREQUENT = {"modular_arithmetic": 3 / 11}
 
 
-def assert_solvable_from_the_prefix(name: str, task: Task, batch_size: int, seed: int) -> None:
+def assert_solvable_from_the_prefix(name: str, task: Examples, batch_size: int, seed: int) -> None:
     inputs, targets, loss_mask = task.sample(batch_size, seed)
     assert inputs.dtype == targets.dtype == torch.long
     assert loss_mask.dtype == torch.bool
@@ -287,6 +288,7 @@ def test_noise_falls_on_any_character():
     assert rate.mean().item() == pytest.approx(1 / 16, abs=5e-3)
     assert rate.max() < 0.12
     assert task.bits == pytest.approx(math.log2(57) + 64 * 0.33729, abs=1e-3)
-    for wrong in ({"n_equal": 65}, {"noise": 1.0}, {"n_letters": 0}):
+    wrongs: list[Any] = [{"n_equal": 65}, {"noise": 1.0}, {"n_letters": 0}]
+    for wrong in wrongs:
         with pytest.raises(SpecError):
             HiddenPlace(**wrong)
