@@ -13,6 +13,7 @@ from kizzasi.errors import SpecError
 from kizzasi.train.synthetic import (
     MQAR,
     TASKS,
+    Examples,
     GroupProducts,
     HiddenPlace,
     InContextRecall,

@@ -14,6 +14,7 @@ from kizzasi.nas.pipelines.compiling.training import check_budgets, recipe_of
 from kizzasi.nas.pipelines.document import Document
 from kizzasi.nas.pipelines.misfits import Findings
 from kizzasi.nas.pipelines.parts import Mixer
+from kizzasi.strict import field_types, unknown_name
 
 BYTES = 256
 
