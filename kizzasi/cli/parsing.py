@@ -15,6 +15,7 @@ from kizzasi.errors import KizzasiError
 
 VERBS = {
     "search": "find a model",
+    "worker": "find a model",
     "sweep": "find a model",
     "evolve": "find a model",
     "report": "find a model",

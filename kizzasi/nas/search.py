@@ -31,6 +31,7 @@ from kizzasi.models import ModelSpec, SequenceModel, load
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
+from kizzasi.nas.executors.files import serve
 from kizzasi.nas.executors.work import Work
 from kizzasi.nas.report.export import export
 from kizzasi.nas.report.live import Live
@@ -235,6 +236,21 @@ class Search:
     def _space(self) -> Space[Any]:
         return Joint(self.space, self.genes) if self.genes else self.space
 
+    def work(self, device: str = "cpu", patience: float = 600.0) -> int:
+        """Be a worker of this search, which runs elsewhere with an executor of `Files`.
+
+        Args:
+            device: of the trials here.
+            patience: seconds to wait for a search that has not begun, or is gone.
+
+        Returns:
+            How many trials ended here.
+        """
+        evaluator: Evaluator = self.evaluator
+        if isinstance(evaluator, MicroTrain):
+            evaluator = Work(evaluator, self.seed)
+        return serve(Path(self.folder), evaluator, device, patience=patience)
+
     def _member(self, one: Any) -> Any:
         """A candidate of the space, also where its model is given. Raises SpecError."""
         found, space = one, self._space
@@ -326,7 +342,7 @@ def named_search(
     config.check()
 
     def opened(evaluator: Evaluator) -> Executor:
-        return open_executor(evaluator, executor, workers, threads, limits, address, device)
+        return open_executor(evaluator, executor, workers, threads, limits, address, device, folder)
 
     with Line("search") as line:
         line.say("reading the data")

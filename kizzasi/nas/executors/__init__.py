@@ -1,8 +1,10 @@
-"""Where trials run: in this process, in a pool of processes, or on a Ray cluster.
+"""Where trials run: in this process, in a pool of processes, on a Ray cluster, or by a folder.
 
     in-process   one after the other; no limits, and a trial that aborts takes the search with it
     processes    a pool on this machine; a trial that explodes is recorded, and the search goes on
     ray          the same pool over the nodes of a cluster; a node may die
+    files        workers that find trials in the run's folder (`kizzasi worker`), such as a SLURM
+                 array; any of them may die
 
 A result depends on its job and the number of torch threads, not on the executor.
 """
@@ -10,6 +12,7 @@ A result depends on its job and the number of torch threads, not on the executor
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,16 +20,18 @@ import torch
 from kizzasi.errors import SpecError
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job
 from kizzasi.nas.executors.execute import NO_LIMITS, Executor, Limits, run_job
+from kizzasi.nas.executors.files import Files
 from kizzasi.nas.executors.local import InProcess, Processes
 from kizzasi.nas.executors.ray import Ray
 
-Kind = Literal["in-process", "processes", "ray"]
+Kind = Literal["in-process", "processes", "ray", "files"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 __all__ = [
     "KINDS",
     "NO_LIMITS",
     "Executor",
+    "Files",
     "InProcess",
     "Job",
     "Kind",
@@ -46,6 +51,7 @@ def open_executor(
     limits: Limits = NO_LIMITS,
     address: str = "local",
     device: str = "cpu",
+    folder: Path | None = None,
 ) -> Executor:
     """The executor of a search.
 
@@ -59,6 +65,7 @@ def open_executor(
         limits: of each trial.
         address: of the Ray cluster.
         device: "cpu", "cuda" for all GPUs there are, or "cuda:1".
+        folder: of the run, for "files".
 
     Raises:
         SpecError: a limit breaks a rule, or the executor cannot enforce it.
@@ -78,6 +85,13 @@ def open_executor(
         raise SpecError(f"address: {address} is of a Ray cluster; use --executor ray")
     if kind == "ray":
         return Ray(evaluator, address, workers, threads or 1, limits, device)
+    if kind == "files":
+        if folder is None or workers is None:
+            raise SpecError(
+                "executor: files needs the run's folder and the number of workers that will come; "
+                "give --workers"
+            )
+        return Files(evaluator, folder, workers, threads or 1, limits, device)
     if kind == "processes":
         workers = workers or max(1, room)
         threads = threads or max(1, cores // workers)
