@@ -234,12 +234,8 @@ class PackedExperts(nn.Module):
     def forward(self, x: Tensor, to: Assignments, engine: str = "auto") -> Tensor:
         """(n, d) to (n, d); engine as in `MoE`."""
         gate_up, down = self.gate_up_proj, self.down_proj
-        how = "masked" if engine == "reference" else dispatch.dispatch_rule(x, down)
-        if how == "sorted" and _alone(x):
-            return dispatch.mix_one(
-                x, to, lambda i: dispatch.swiglu(gate_up[i], down[i]), len(down)
-            )
-        return dispatch.mix_swiglu(x, to, gate_up, down, how)
+        how = dispatch.dispatch_rule(x, down, engine)
+        return dispatch.mix_swiglu(x, to, gate_up, down, how, engine)
 
     @torch.no_grad()
     def tensors(self, i: int) -> list[Tensor]:
@@ -278,9 +274,7 @@ class ListedExperts(nn.ModuleList):
         Raises:
             ShapeError: an expert does not take or give such rows.
         """
-        how = "masked" if engine == "reference" else dispatch.dispatch_rule(x, None)
-        if how == "sorted" and _alone(x):
-            return dispatch.mix_one(x, to, self.caller, len(self))
+        how = dispatch.dispatch_rule(x, None, engine)
         return dispatch.mix(x, to, [self.caller(i) for i in range(len(self))], how)
 
     def caller(self, i: int) -> Callable[[Tensor], Tensor]:
@@ -317,11 +311,12 @@ class ListedExperts(nn.ModuleList):
 class MoE(Mixer):
     """See `MoESpec`. Its state is the empty tuple.
 
-    engine: all but "reference" follow the rule in ops/experts.py; that one is "masked".
+    engine: of packed experts, on top of the rule in ops/experts.py.
     """
 
     matrices = ("experts.gate_up_proj", "experts.down_proj")
     fan_in = {"gate.weight": -1}  # noqa: RUF012 (read-only by contract)
+    ops = (dispatch.MIX_SORTED,)
 
     def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()
@@ -419,11 +414,6 @@ class MoE(Mixer):
         if spec.z_loss_weight:
             losses["z_loss"] = ops.mean_over(ops.z_loss(logits), real)
         return {f"moe_{n}": getattr(spec, f"{n}_weight") * loss for n, loss in losses.items()}
-
-
-def _alone(x: Tensor) -> bool:
-    """A single token in decoding."""
-    return len(x) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def pack_experts(state: dict[str, Tensor], prefix: str) -> None:

@@ -20,9 +20,9 @@ The rule (`dispatch_rule`) is sorted, except
               here: no GPU)
     dense     inside torch.func, and of experts that are not packed in a graph (torch.compile,
               torch.export): only there do no shapes depend on how many tokens an expert has
-In a graph and on the meta device "sorted" is one node, which runs the same code. All have second
-derivatives but that node: use engine="reference" for those of a compiled model. One token alone,
-without gradients, visits its experts one after the other: nothing is sorted.
+    alone     one token without gradients visits its experts one after the other
+In a graph and on the meta device "sorted" is one node, which runs the torch form. All have second
+derivatives but that node: use engine="reference" for those of a compiled model.
 
 Forward and backward of the whole layer, times the equal-FLOP dense SwiGLU; median of 9 by
 scripts/bench_moe.py --threads 1 --cpu-time, torch 2.13, a busy Xeon, float32:
@@ -38,7 +38,7 @@ Symbols: n tokens, m jobs, e experts, d width, h hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kizzasi.models.ops.autodiff import gradients, too_narrow, transformed
 from kizzasi.models.ops.devices import on_cuda
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.routing import Assignments
 
 Expert = Callable[[Tensor], Tensor]
@@ -54,19 +55,22 @@ ALIGNMENT = 8  # its rows must be multiples of so many bfloat16
 BLOCK_ROWS = 1024  # jobs that "sorted" takes at once, in whole experts
 
 
-def dispatch_rule(x: Tensor, down: Tensor | None) -> str:
-    """The written rule behind every engine but "reference"; see the module.
+def dispatch_rule(x: Tensor, down: Tensor | None, engine: str = "auto") -> str:
+    """The written rule; see the module. The engine "reference" is "masked".
 
     down: of packed experts, if they are.
     """
     traced = torch.compiler.is_compiling()
+    if engine == "reference":
+        return "masked"
     if (traced and down is None) or (not traced and transformed()):
         return "dense"
-    if down is None or not on_cuda(x):
-        return "sorted"
-    low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    aligned = low == torch.bfloat16 and not any(n % ALIGNMENT for n in down.shape[1:])
-    return "grouped" if aligned else "sorted"
+    if down is not None and on_cuda(x):
+        low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if low == torch.bfloat16 and not any(n % ALIGNMENT for n in down.shape[1:]):
+            return "grouped"
+    alone = not traced and not torch.is_grad_enabled() and len(x) == 1
+    return "alone" if alone else "sorted"
 
 
 def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], how: str) -> Tensor:
@@ -76,11 +80,13 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], how: str) -> Tens
         x: (n, d).
         to: the jobs.
         experts: each maps (m, d) to (m, d_out) for any m >= 0.
-        how: "masked", "sorted" or "dense".
+        how: any of `dispatch_rule` but "grouped".
 
     Returns:
         (n, d_out), in x's dtype.
     """
+    if how == "alone":
+        return mix_one(x, to, experts.__getitem__, len(experts))
     if how != "sorted":
         return (_masked if how == "masked" else _dense)(x, to, experts)
     order, counts = sort_by_expert(to, len(experts))
@@ -89,7 +95,13 @@ def mix(x: Tensor, to: Assignments, experts: Sequence[Expert], how: str) -> Tens
     token = to.token[jobs]
     groups = zip(experts, x[token].split(sizes), strict=True)
     out = torch.cat([expert(rows) for expert, rows in groups])
-    wide = out * to.weight[jobs, None]
+    return combine(out, token, to.weight[jobs], x)
+
+
+def combine(out: Tensor, token: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """(n, d_out) in the dtype of x (n, d): the results (m, d_out) of jobs, weighted and summed by
+    token."""
+    wide = out * weight[:, None]
     return wide.new_zeros(len(x), out.shape[1]).index_add(0, token, wide).to(x.dtype)
 
 
@@ -103,7 +115,9 @@ def mix_one(x: Tensor, to: Assignments, experts: Callable[[int], Expert], n: int
     return torch.zeros_like(x) if y is None else y.to(x.dtype)
 
 
-def mix_swiglu(x: Tensor, to: Assignments, gate_up: Tensor, down: Tensor, how: str) -> Tensor:
+def mix_swiglu(
+    x: Tensor, to: Assignments, gate_up: Tensor, down: Tensor, how: str, engine: str = "auto"
+) -> Tensor:
     """Send tokens to packed SwiGLU experts: down(silu(gate x) * up x).
 
     Under autocast the products are taken in the autocast dtype.
@@ -112,27 +126,29 @@ def mix_swiglu(x: Tensor, to: Assignments, gate_up: Tensor, down: Tensor, how: s
         x: (n, d).
         to: the jobs.
         gate_up, down: see the module.
-        how: any of the four.
+        how: any of `dispatch_rule`.
+        engine: of "sorted"; see `MIX_SORTED`.
 
     Returns:
         (n, d), in x's dtype.
     """
     kind = x.device.type
+    if how == "alone":
+        return mix_one(x, to, lambda i: swiglu(gate_up[i], down[i]), len(down))
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return mix_swiglu(x.to(dtype), to, gate_up, down, how).to(x.dtype)
+            return mix_swiglu(x.to(dtype), to, gate_up, down, how, engine).to(x.dtype)
     if how in ("masked", "dense"):
         pairs = zip(gate_up.unbind(), down.unbind(), strict=True)
         return mix(x, to, [swiglu(*pair) for pair in pairs], how)
     order, counts = sort_by_expert(to, len(down))
     token, weight = to.token[order], to.weight[order]
-    if how == "sorted":
-        if torch.compiler.is_compiling() or x.is_meta:
-            return _node(x, weight, token, counts, gate_up, down)[0].to(x.dtype)
-        return _Sorted.apply(x, weight, token, counts, gate_up, down)  # pyright: ignore
-    wide = _grouped(x, token, counts, gate_up, down) * weight[:, None]
-    return wide.new_zeros(x.shape).index_add(0, token, wide).to(x.dtype)
+    if how == "grouped":
+        return combine(_grouped(x, token, counts, gate_up, down), token, weight, x)
+    if torch.compiler.is_compiling() or x.is_meta:
+        return _node(x, weight, token, counts, gate_up, down)[0].to(x.dtype)
+    return MIX_SORTED.pick(engine, x.device)(x, weight, token, counts, gate_up, down)
 
 
 def sort_by_expert(to: Assignments, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -176,39 +192,102 @@ def _dense(x: Tensor, to: Assignments, experts: Sequence[Expert]) -> Tensor:
     return torch.stack(parts).sum(0).to(x.dtype)
 
 
-def _forward(
+def mix_sorted_ref(
     x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Blocks of a few experts, on rows that stay in the cache; plain autograd writes every gathered
-    row, result and gradient to memory once more. Gathers and elementwise work are done for a block
-    at once, for each call has its price.
+) -> Tensor:
+    """Send tokens to packed SwiGLU experts, by jobs that are sorted by expert.
 
     Args:
         x: (n, d).
         weight, token: (m,), sorted by expert; those behind counts.sum() are of nobody.
-        counts: (e,) int64.
-        gate_up, down: as above, of x's dtype or another.
+        counts: (e,) int64, how many jobs each expert has.
+        gate_up, down: see the module.
 
     Returns:
-        (n, d) in weight's dtype, and (2, m, h) what the gates and the ups gave.
+        (n, d), in x's dtype.
+    """
+    place = torch.arange(len(token), device=x.device)
+    expert = torch.searchsorted(counts.cumsum(0), place, right=True)
+    return mix_swiglu(x, Assignments(token, expert, weight), gate_up, down, "masked")
+
+
+def mix_sorted(
+    x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`mix_sorted_ref`, one dense product per group."""
+    return Sorted.apply(TORCH, x, weight, token, counts, gate_up, down)  # pyright: ignore
+
+
+class Rows(NamedTuple):
+    """The work on rows of jobs between the products.
+
+    gate   (m, 2h) gates and ups, (m,) weights -> (m, h) weight silu(gate) up
+    slope  the same and (m, h) the gradient of silu(gate) up weight, but for the weight
+           -> what `gate` gives, and the gradients of its arguments
+    add    y (n, d), (m,) tokens, (m, d) rows; adds the rows to y in place
+    """
+
+    gate: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor, Tensor], object]
+
+
+def _gate(both: Tensor, weight: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=1)
+    return F.silu(gate).mul_(up).mul_(weight[:, None])
+
+
+def _slope(both: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = both.chunk(2, dim=1)
+    silu, grad_both = F.silu(gate), torch.empty_like(both)
+    hidden = silu * up
+    grad_weight = (grad * hidden).sum(-1, dtype=weight.dtype)
+    grad = grad * weight[:, None]
+    grad_gate, grad_up = grad_both.chunk(2, dim=1)
+    torch.mul(silu, grad, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+    return hidden.mul_(weight[:, None]), grad_both, grad_weight
+
+
+TORCH = Rows(_gate, _slope, lambda y, token, rows: y.index_add_(0, token, rows.to(y.dtype)))
+
+
+def forward(
+    rows: Rows,
+    x: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Blocks of a few experts, on rows that stay in the cache; plain autograd writes every gathered
+    row, result and gradient to memory once more.
+
+    Args:
+        rows: see there.
+        x, weight, token, counts, gate_up, down: as in `mix_sorted_ref`; x's dtype may be another
+            than that of the matrices, which are then cast.
+
+    Returns:
+        (n, d) in weight's dtype, and (m, 2h) what the gates and the ups gave.
     """
     y, both = _results(x, weight, token, down)
-    gates, ups, downs = _each(gate_up, down)
-    for rows, busy, sizes in _blocks(counts):
-        jobs, (a, c) = token[rows], both[:, rows]
-        block = x.index_select(0, jobs)
+    enter, leave = gate_up.unbind(), down.unbind()
+    for here, busy, sizes in _blocks(counts):
+        block = x.index_select(0, token[here])
         each = block.split(sizes)
-        for i, x_i, a_i, c_i in zip(busy, each, a.split(sizes), c.split(sizes), strict=True):
-            torch.mm(x_i, gates[i].to(x.dtype).T, out=a_i)
-            torch.mm(x_i, ups[i].to(x.dtype).T, out=c_i)
-        hidden = F.silu(a).mul_(c).mul_(weight[rows, None])
+        for i, x_i, both_i in zip(busy, each, both[here].split(sizes), strict=True):
+            torch.mm(x_i, enter[i].to(x.dtype).T, out=both_i)
+        hidden = rows.gate(both[here], weight[here])
         for i, hidden_i, y_i in zip(busy, hidden.split(sizes), each, strict=True):
-            torch.mm(hidden_i, downs[i].to(x.dtype).T, out=y_i)  # the block's x is done with
-        y.index_add_(0, jobs, block.to(y.dtype))
+            torch.mm(hidden_i, leave[i].to(x.dtype).T, out=y_i)  # the block's x is done with
+        rows.add(y, token[here], block)
     return y, both
 
 
-def _backward(
+def backward(
+    rows: Rows,
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -218,42 +297,29 @@ def _backward(
     down: Tensor,
     both: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, gate_up and down; arguments as in and from `_forward`, grad_y in x's
+    """Gradients of x, weight, gate_up and down; arguments as in and from `forward`, grad_y in x's
     dtype."""
     grad_x, grad_weight = torch.zeros_like(x, dtype=weight.dtype), torch.zeros_like(weight)
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-    gates, ups, downs = _each(gate_up, down)
-    grad_gates, grad_ups, grad_downs = _each(grad_gate_up, grad_down)
-    for rows, busy, sizes in _blocks(counts):
-        jobs, w, (a, c) = token[rows], weight[rows, None], both[:, rows]
-        block, grad = x.index_select(0, jobs), grad_y.index_select(0, jobs)
-        grads, grad_hidden = grad.split(sizes), torch.empty_like(a)
+    enter, leave = gate_up.unbind(), down.unbind()
+    grad_enter, grad_leave = grad_gate_up.unbind(), grad_down.unbind()
+    for here, busy, sizes in _blocks(counts):
+        block, grad = (v.index_select(0, token[here]) for v in (x, grad_y))
+        grads, grad_hidden = grad.split(sizes), grad.new_empty(len(grad), down.shape[2])
         for i, grad_i, out in zip(busy, grads, grad_hidden.split(sizes), strict=True):
-            torch.mm(grad_i, downs[i].to(x.dtype), out=out)
-        silu = F.silu(a)
-        hidden = silu * c
-        grad_weight[rows] = (grad_hidden * hidden).sum(-1, dtype=weight.dtype)
-        hidden.mul_(w)
-        grad_hidden.mul_(w)
-        grad_up = silu.mul_(grad_hidden)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(c), a)
-        parts = [v.split(sizes) for v in (block, hidden, grad_gate, grad_up)]
-        for i, grad_i, x_i, hidden_i, a_i, c_i in zip(busy, grads, *parts, strict=True):
-            _product(grad_i.T, hidden_i, grad_downs[i])
-            _product(a_i.T, x_i, grad_gates[i])
-            _product(c_i.T, x_i, grad_ups[i])
-            torch.mm(a_i, gates[i].to(x.dtype), out=x_i).addmm_(c_i, ups[i].to(x.dtype))
-        grad_x.index_add_(0, jobs, block.to(grad_x.dtype))
+            torch.mm(grad_i, leave[i].to(x.dtype), out=out)
+        hidden, grad_both, grad_weight[here] = rows.slope(both[here], weight[here], grad_hidden)
+        parts = [v.split(sizes) for v in (block, hidden, grad_both)]
+        for i, grad_i, x_i, hidden_i, both_i in zip(busy, grads, *parts, strict=True):
+            _product(grad_i.T, hidden_i, grad_leave[i])
+            _product(both_i.T, x_i, grad_enter[i])
+            torch.mm(both_i, enter[i].to(x.dtype), out=x_i)
+        rows.add(grad_x, token[here], block)
     for i, count in enumerate(counts.tolist()):
         if not count:
-            grad_gate_up[i].zero_()
-            grad_down[i].zero_()
+            grad_enter[i].zero_()
+            grad_leave[i].zero_()
     return grad_x.to(x.dtype), grad_weight, grad_gate_up, grad_down
-
-
-def _each(gate_up: Tensor, down: Tensor) -> tuple[Sequence[Tensor], ...]:
-    """Gates, ups and downs by expert, as views."""
-    return *(part.unbind() for part in gate_up.chunk(2, dim=1)), down.unbind()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -264,8 +330,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _results(x: Tensor, weight: Tensor, token: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for what `_forward` returns."""
-    return torch.zeros_like(x, dtype=weight.dtype), x.new_empty(2, len(token), down.shape[2])
+    """Room for what `forward` returns."""
+    return torch.zeros_like(x, dtype=weight.dtype), x.new_empty(len(token), 2 * down.shape[2])
 
 
 def _blocks(counts: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:
@@ -283,36 +349,51 @@ def _blocks(counts: Tensor) -> Iterator[tuple[slice, list[int], list[int]]]:
             start, busy = end, []
 
 
-class _Sorted(torch.autograd.Function):
-    """`_forward` with `_backward` as its gradient, which has one too: that of "dense"."""
+class Sorted(torch.autograd.Function):
+    """`forward` with `backward` as its gradient, which has one too: that of the reference."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:  # pyright: ignore
-        y, both = _forward(x, *others)
+    def forward(ctx: Any, rows: Rows, x: Tensor, *others: Tensor) -> Tensor:  # pyright: ignore
+        y, both = forward(rows, x, *others)  # pyright: ignore
         ctx.save_for_backward(x, *others, both)
+        ctx.rows = rows
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # pyright: ignore
-        x, weight, token, counts, gate_up, down, both = ctx.saved_tensors
         if too_narrow(grad_y):
-            return gradients(_plain, (x, weight, token, counts, gate_up, down), (grad_y,))
-        dx, dw, *others = _backward(grad_y, x, weight, token, counts, gate_up, down, both)
-        return dx, dw, None, None, *others
+            return None, *gradients(mix_sorted_ref, ctx.saved_tensors[:-1], (grad_y,))
+        dx, dw, *others = backward(ctx.rows, grad_y, *ctx.saved_tensors)
+        return None, dx, dw, None, None, *others
 
 
-def _plain(
+MIX_SORTED = Engines(
+    "mix_sorted",
+    reference=mix_sorted_ref,
+    torch=mix_sorted,
+    native="kizzasi.models.ops.native.experts:mix_sorted",
+)
+
+
+@torch.library.custom_op("kizzasi::mix_swiglu", mutates_args=())
+def _node(
     x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """What `_forward` returns first, by plain operations."""
-    place = torch.arange(len(token), device=x.device)
-    expert = torch.searchsorted(counts.cumsum(0), place, right=True)
-    return mix_swiglu(x, Assignments(token, expert, weight), gate_up, down, "dense")
+) -> tuple[Tensor, Tensor]:
+    return forward(TORCH, x, weight, token, counts, gate_up, down)
 
 
-# A graph holds "sorted" as one node, which runs the same code.
-_node = torch.library.custom_op("kizzasi::mix_swiglu", _forward, mutates_args=())
-_node_backward = torch.library.custom_op("kizzasi::mix_swiglu_backward", _backward, mutates_args=())
+@torch.library.custom_op("kizzasi::mix_swiglu_backward", mutates_args=())
+def _node_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    both: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backward(TORCH, grad_y, x, weight, token, counts, gate_up, down, both)
 
 
 @_node.register_fake
