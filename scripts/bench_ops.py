@@ -5,6 +5,9 @@ or there is no ratio. Both then take turns in one process, so that whatever else
 falls on both alike. --busy keeps as many other processes spinning as there are cores, less one.
 The roof is what a copy and a product reach in the same run.
 
+The rows moe_64 and moe_8 are whole layers, of 64 experts of width 128 and of 8 of width 512, on
+2,048 tokens: "dense" is how many times a dense SwiGLU of as many flops they take.
+
 example:
   python scripts/bench_ops.py --ops selective_scan wkv7 --seq-len 1024 --batch 4 --threads 2 --wall
 """
@@ -19,12 +22,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.channels.moe import MoESpec
+from kizzasi.models.channels.swiglu import SwiGLUSpec
+from kizzasi.models.mixer import LayerContext
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN
 from kizzasi.models.ops.delta import DELTA_RULE
@@ -32,6 +39,7 @@ from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.linear import LINEAR
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
+from kizzasi.models.ops.sorted_experts import MIX_SORTED
 from kizzasi.models.ops.ssd import SSD
 from kizzasi.models.ops.wkv7 import WKV7
 
@@ -104,6 +112,11 @@ CASES = {
     "decay_scan": Case(DECAY_SCAN, lambda draw, b, t, d: [draw.decay(b, t, d), draw(b, t, d)], {}),
     "linear": Case(LINEAR, lambda draw, b, t, d: [draw(b, t, d), draw(2 * d, d), draw(2 * d)], {}),
 }
+MIXTURES = {"moe_64": (2048, 256, 128, 64, 4), "moe_8": (2048, 256, 512, 8, 2)}  # n, d, h, e, k
+
+
+EVERY = [*CASES, *MIXTURES]
+Run: TypeAlias = Callable[[], Any]
 
 
 def results(case: Case, engine: str, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -127,29 +140,78 @@ def check(name: str, case: Case) -> None:
                 sys.exit(f"{name}: result {i} of {engine} is {worst:.3g} off its loop; no ratio")
 
 
-def race(case: Case, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Median seconds of each engine: forward alone, and forward with backward."""
+def mixture(name: str, dtype: torch.dtype) -> dict[str, tuple[Run, list[Tensor]]]:
+    """A mixture on every engine, and its dense twin: what runs, and what gets gradients."""
+    n, d, h, e, k = MIXTURES[name]
+    draw, seed = Draw(dtype), torch.Generator().manual_seed(0)
+    x = draw(1, n, d).requires_grad_()
+    moe = MoESpec(e, k, h, balance_weight=0.0, z_loss_weight=0.0).build(LayerContext(d))
+    dense = SwiGLUSpec(k * h).build(LayerContext(d))
+    for layer in (moe, dense):
+        layer.reset_parameters(1, seed)
+        layer.to(dtype)
+
+    def on(engine: str) -> Run:
+        def run() -> Tensor:
+            moe.engine = engine
+            return moe(x).y
+
+        return run
+
+    runs = {engine: (on(engine), [x, *moe.parameters()]) for engine in ("native", "torch")}
+    runs["reference"] = (on("reference"), [x, *moe.parameters()])
+    return runs | {"dense": (lambda: dense(x).y, [x, *dense.parameters()])}
+
+
+def check_mixture(name: str) -> None:
+    """Stop unless the engines agree with the definition in float64, rtol 1e-9."""
+    runs = mixture(name, torch.float64)
+    found = {}
+    for engine in ("reference", "torch", "native"):
+        run, leaves = runs[engine]
+        y = run()
+        found[engine] = [y, *torch.autograd.grad(y.cos().sum(), leaves)]
+    for engine in ("torch", "native"):
+        for i, (a, b) in enumerate(zip(found[engine], found["reference"], strict=True)):
+            if not torch.allclose(
+                a, b, rtol=1e-9, atol=1e-10 * max(1.0, float(b.detach().abs().max()))
+            ):
+                sys.exit(f"{name}: result {i} of {engine} is off its definition; no ratio")
+
+
+def case_runs(case: Case, args: argparse.Namespace) -> dict[str, tuple[Run, list[Tensor]]]:
+    inputs = case.inputs(Draw(torch.float32), args.batch, args.seq_len, args.width)
+    leaves = [x.requires_grad_() for x in inputs]
+    return {
+        engine: (partial(case.table.pick(engine, CPU), *leaves, **case.options), leaves)
+        for engine in ("torch", "native")
+    }
+
+
+def race(
+    runs: dict[str, tuple[Run, list[Tensor]]], args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Median seconds of each: forward alone, and forward with backward."""
     clock = time.perf_counter if args.wall else time.process_time
-    inputs = [
-        x.requires_grad_()
-        for x in case.inputs(Draw(torch.float32), args.batch, args.seq_len, args.width)
-    ]
-    seconds: dict[str, list[tuple[float, float]]] = {"torch": [], "native": []}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     dy = None
     for _ in range(args.repeats + 1):
-        for engine, taken in seconds.items():
-            op = case.table.pick(engine, CPU)
+        for name, (run, leaves) in runs.items():
             start = clock()
-            out = op(*inputs, **case.options)
+            out = run()
             middle = clock()
             y = out if isinstance(out, Tensor) else out[0]
             dy = torch.randn_like(y) if dy is None else dy
             again = clock()
-            torch.autograd.grad(y, inputs, dy, allow_unused=True)
-            taken.append((middle - start, middle - start + clock() - again))
+            torch.autograd.grad(y, leaves, dy, allow_unused=True)
+            seconds[name].append((middle - start, middle - start + clock() - again))
     return {
-        e: tuple(statistics.median(x[i] for x in s[1:]) for i in (0, 1)) for e, s in seconds.items()
-    }  # pyright: ignore[reportReturnType]
+        name: {
+            part: statistics.median(x[i] for x in taken[1:])
+            for i, part in enumerate(("forward", "both"))
+        }
+        for name, taken in seconds.items()
+    }
 
 
 def roof(args: argparse.Namespace) -> dict[str, float]:
@@ -177,14 +239,15 @@ def spin() -> None:
         pass
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| op | forward ms | torch | ratio | with backward ms | torch | ratio |"]
-    lines.append("|---|" + "---:|" * 6)
+def as_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| op | forward ms | torch | ratio | with backward ms | torch | ratio | dense |"]
+    lines.append("|---|" + "---:|" * 7)
     for r in rows:
         cells = [r["op"]]
         for part in ("forward", "both"):
             fast, slow = r["native"][part], r["torch"][part]
             cells += [f"{1e3 * fast:.2f}", f"{1e3 * slow:.2f}", f"{slow / fast:.2f}"]
+        cells.append(f"{r['native']['both'] / r['dense']['both']:.2f}" if "dense" in r else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -193,7 +256,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=[*CASES], default=[*CASES])
+    parser.add_argument("--ops", nargs="+", choices=EVERY, default=EVERY)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--width", type=int, default=256, help="d_model (default 256)")
@@ -211,30 +274,32 @@ def main(given: list[str]) -> None:
     others = [
         multiprocessing.Process(target=spin, daemon=True) for _ in range((os.cpu_count() or 1) - 1)
     ]
-    rows = []
+    rows, names = [], []
     for name in args.ops:
-        case = CASES[name]
-        if case.table.resolve("auto", CPU) != "native":
+        table = MIX_SORTED if name in MIXTURES else CASES[name].table
+        if table.resolve("auto", CPU) != "native":
             print(f"{name}: no compiled kernel here; kizzasi doctor says why", file=sys.stderr)
             continue
-        check(name, case)
+        names.append(name)
+        if name in MIXTURES:
+            check_mixture(name)
+        else:
+            check(name, CASES[name])
     for other in others if args.busy else ():
         other.start()
-    for name in args.ops:
-        if CASES[name].table.resolve("auto", CPU) != "native":
-            continue
-        taken = race(CASES[name], args)
-        parts = {e: {"forward": s[0], "both": s[1]} for e, s in taken.items()}
-        rows.append(
-            {"op": name, **parts, "ratio": parts["torch"]["both"] / parts["native"]["both"]}
-        )
+    for name in names:
+        runs = mixture(name, torch.float32) if name in MIXTURES else case_runs(CASES[name], args)
+        runs.pop("reference", None)
+        taken = race(runs, args)
+        ratio = taken["torch"]["both"] / taken["native"]["both"]
+        rows.append({"op": name, **taken, "ratio": ratio})
     best = roof(args)
     for other in others if args.busy else ():
         other.terminate()
     if args.json:
         print(json.dumps({"rows": rows, **best, "threads": args.threads, "load": os.getloadavg()}))
         return
-    print(table(rows))
+    print(as_table(rows))
     print(
         f"\ncopy {best['copy_gb_per_second']:.1f} GB/s, product "
         f"{best['product_gflop_per_second']:.0f} GFLOP/s, {args.threads} threads, "

@@ -10,6 +10,7 @@ from kizzasi.models.ops.delta import DELTA_RULE, DELTA_RULE_2
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
 from kizzasi.models.ops.norm import RMS_NORM
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
+from kizzasi.models.ops.sorted_experts import MIX_SORTED
 from kizzasi.models.ops.ssd import SSD, TRAPEZOID, TrapezoidState
 from kizzasi.models.ops.wkv7 import WKV7
 
@@ -100,6 +101,28 @@ class Norms:
         return lambda x, w, starts: (op(x, w, 0.1, eps), ())
 
 
+class Mixtures:
+    """The experts' table: jobs for three of four experts, and a last one for nobody."""
+
+    def pick(self, engine, device):
+        op = MIX_SORTED.pick(engine, device)
+
+        def run(x, weight, gate_up, down, starts):
+            expert = torch.arange(len(weight), device=device) * 7 % 5 % 4 + 1  # the first is idle
+            expert[-1] = 4
+            counts, order = expert.bincount(minlength=5)[:4], expert.argsort(stable=True)
+            token = (torch.arange(len(weight), device=device) // 2)[order]
+            return op(x, weight[order], token, counts, gate_up, down), ()
+
+        return run
+
+
+def mixture(t):
+    d, h, e = 19, 21, 4
+    given = normal(t, d), normal(2 * t), normal(e, 2 * h, d) / 4, normal(e, d, h, seed=1) / 4
+    return given, {}, {}
+
+
 # name: table, makes (inputs, inputs by name, options) for t tokens
 KERNELS = {
     "scan": (SELECTIVE_SCAN, scan),
@@ -116,6 +139,7 @@ KERNELS = {
     "delta-2": (DELTA_RULE_2, delta_2),
     "wkv7": (WKV7, wkv7),
     "norm": (Norms(), lambda t: ((normal(B, t, 19), normal(19)), {}, {})),
+    "experts": (Mixtures(), mixture),
     "decay": (DECAY_SCAN, lambda t: ((decays(B, t, 19), normal(B, t, 19), normal(B, 19)), {}, {})),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)

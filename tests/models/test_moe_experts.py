@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kizzasi.errors import ShapeError
 from kizzasi.models.channels.moe import ListedExperts, MoESpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext
-from kizzasi.models.ops import experts
+from kizzasi.models.ops import experts, sorted_experts
 from kizzasi.models.ops.experts import mix, mix_swiglu, swiglu
 from kizzasi.models.ops.routing import Assignments
 
@@ -82,7 +82,7 @@ def test_empty_groups_and_jobs_of_nobody(how):
 
 @pytest.mark.parametrize("rows", [1, 20, 74])
 def test_blocks_of_any_length(rows, monkeypatch):
-    monkeypatch.setattr(experts, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(sorted_experts, "BLOCK_ROWS", rows)
     x, gate_up, down, to = make()
     for idle in (0, 2, 4):
         some = to._replace(expert=torch.where(to.expert == idle, -1, to.expert))

@@ -33,6 +33,7 @@ from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
+from kizzasi.models.ops.sorted_experts import MIX_SORTED
 from kizzasi.strict import added, join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")
@@ -316,7 +317,7 @@ class MoE(Mixer):
 
     matrices = ("experts.gate_up_proj", "experts.down_proj")
     fan_in = {"gate.weight": -1}  # noqa: RUF012 (read-only by contract)
-    ops = (dispatch.MIX_SORTED,)
+    ops = (MIX_SORTED,)
 
     def __init__(self, spec: MoESpec, layer: LayerContext) -> None:
         super().__init__()

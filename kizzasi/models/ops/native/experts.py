@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kizzasi.models.ops.experts import TORCH, Rows, Sorted
 from kizzasi.models.ops.native import library
+from kizzasi.models.ops.sorted_experts import TORCH, Rows, Sorted
 
 
 def mix_sorted(
@@ -14,19 +13,16 @@ def mix_sorted(
 ) -> Tensor:
     """`mix_sorted_ref`. Other dtypes and further derivatives are those of the torch form."""
     rows = NATIVE if x.dtype == weight.dtype and x.dtype in library.REALS else TORCH
+    weight, token = weight.contiguous(), token.contiguous()
     return Sorted.apply(rows, x, weight, token, counts, gate_up, down)  # pyright: ignore
 
 
-def _gate(both: Tensor, weight: Tensor) -> Tensor:
-    hidden = both.new_empty(len(both), both.shape[1] // 2)
+def _gate(both: Tensor, weight: Tensor, hidden: Tensor) -> None:
     _call("gate", hidden, both, weight, hidden)
-    return hidden
 
 
-def _slope(both: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    made = torch.empty_like(grad), torch.empty_like(both), torch.empty_like(weight)
+def _slope(both: Tensor, weight: Tensor, grad: Tensor, *made: Tensor) -> None:
     _call("slope", grad, both, weight, grad, *made)
-    return made
 
 
 def _add(y: Tensor, token: Tensor, rows: Tensor) -> None:
