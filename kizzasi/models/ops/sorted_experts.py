@@ -234,14 +234,6 @@ class Sorted(torch.autograd.Function):
         return None, dx, dw, None, None, *others
 
 
-MIX_SORTED = Engines(
-    "mix_sorted",
-    reference=mix_sorted_ref,
-    torch=mix_sorted,
-    native="kizzasi.models.ops.native.experts:mix_sorted",
-)
-
-
 @torch.library.custom_op("kizzasi::mix_swiglu", mutates_args=())
 def mix_sorted_node(
     x: Tensor, weight: Tensor, token: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor
@@ -292,3 +284,11 @@ mix_sorted_node.register_autograd(_differentiate, setup_context=_save)
 def _(x: Any, weight: Any, token: Any, counts: Any, gate_up: Any, down: Any, **_: Any) -> int:
     """If no job is idle; the arguments are shapes."""
     return 2 * token[0] * 3 * down[1] * down[2]
+
+
+MIX_SORTED = Engines(
+    "mix_sorted",
+    reference=mix_sorted_ref,
+    torch=mix_sorted,
+    native="kizzasi.models.ops.native.experts:mix_sorted",
+)
