@@ -67,7 +67,7 @@ class Ends:
 
     def pick(self, engine, device):
         op = TRAPEZOID.pick(engine, device)
-        return lambda *x, starts: op(*x[:6], TrapezoidState(*x[6:]), starts)
+        return lambda *x, starts: op(*x[:6], TrapezoidState(*x[6:]), starts)  # pyright: ignore
 
 
 def delta(t, n, m, width):
@@ -103,6 +103,8 @@ class Norms:
 
 class Mixtures:
     """The experts' table: jobs for three of four experts, and a last one for nobody."""
+
+    names = MIX_SORTED.names
 
     def pick(self, engine, device):
         op = MIX_SORTED.pick(engine, device)
