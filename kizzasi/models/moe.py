@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -36,6 +35,7 @@ from kizzasi.models.channels.moe_routers import (
 )
 from kizzasi.models.channels.moe_routers import Router as Gate
 from kizzasi.models.checkpoints.experts import convert_experts
+from kizzasi.models.decoding.reading import evaluating
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.moe_tools import (
     LayerUsage,
@@ -91,8 +91,11 @@ class RoutingStrategy(Enum):
         return self.value
 
     @classmethod
-    def _missing_(cls, value: object) -> RoutingStrategy | None:
-        return next((one for one in cls if _letters(one.value) == _letters(value)), None)
+    def _missing_(cls, value: object) -> RoutingStrategy:
+        spellings = {_letters(one.value): one for one in cls}
+        rule = f"{value!r} is none of {[str(one) for one in cls]}"
+        require(_letters(value) in spellings, "routing_strategy", rule)
+        return spellings[_letters(value)]
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
-            if hint is RoutingStrategy:
-                texts = [str(one) for one in RoutingStrategy]
-                known = any(_letters(value) == _letters(text) for text in texts)
-                require(known, name, f"{value!r} is none of {texts}")
-                value = RoutingStrategy(value)
-            else:
-                value = coerce(value, hint, name)
+            strategy = hint is RoutingStrategy
+            value = RoutingStrategy(value) if strategy else coerce(value, hint, name)
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,27 +154,17 @@ class MoEConfig:
             SpecError: a field breaks a rule.
         """
         self._check()
-        strategy, coeff = self.routing_strategy, self.load_balance_coeff
-        softmax = strategy is RoutingStrategy.SOFTMAX
-        noisy = strategy is RoutingStrategy.NOISY_TOP_K
-        router: RouterSpec = TopK()
-        if softmax:
-            router = Softmax()
-        elif noisy:
-            router = NoisyTopK(noise_std=self.noise_std)
-        spec = MoESpec(
-            n_experts=self.num_experts,
-            top_k=self.num_experts if softmax else self.top_k,
-            router=router,
-            normalize="all" if self.top_k == 1 else "topk",
-            expert_dropout=self.expert_dropout,
-            balance_weight=0.0 if softmax or noisy else coeff,
-            importance_weight=coeff if softmax or noisy else 0.0,
-            load_weight=coeff if noisy else 0.0,
-            z_loss_weight=0.0,
-        )
-        spec.check(self.input_dim, "")
-        return spec
+        coeff = self.load_balance_coeff
+        k, importance = self.top_k, {"balance_weight": 0.0, "importance_weight": coeff}
+        noise: RouterSpec = NoisyTopK(noise_std=self.noise_std)
+        strategies: dict[RoutingStrategy, dict[str, Any]] = {
+            RoutingStrategy.TOP_K: {"balance_weight": coeff},
+            RoutingStrategy.SOFTMAX: importance | {"router": Softmax(), "top_k": self.num_experts},
+            RoutingStrategy.NOISY_TOP_K: importance | {"router": noise, "load_weight": coeff},
+        }
+        shared = {"top_k": k, "normalize": "all" if k == 1 else "topk", "z_loss_weight": 0.0}
+        own = shared | strategies[self.routing_strategy]
+        return MoESpec(n_experts=self.num_experts, expert_dropout=self.expert_dropout, **own)
 
     def _check(self) -> None:
         for name in ("num_experts", "top_k", "input_dim", "output_dim", "noise_std"):
@@ -362,18 +350,6 @@ def check_input(x: object, config: MoEConfig, gate: Gate) -> None:
     wide = full_precision(gate.weight).dtype
     if full_precision(x).dtype != wide:
         raise ShapeError(f"router input: {x.dtype}, but the router is {wide}; use x.to({wide})")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every part gets its own mode back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from kizzasi.models.build import build_model
 from kizzasi.models.channels.moe import ListedExperts, MoE, MoESpec, PackedExperts
 from kizzasi.models.channels.moe_routers import Hash, Router, Routing
 from kizzasi.models.model import SequenceModel
-from kizzasi.models.ops.experts import sort_by_expert
+from kizzasi.models.ops.experts import combine, sort_by_expert
 from kizzasi.models.ops.routing import Assignments, count_jobs, entropy
 
 
@@ -331,37 +331,32 @@ class SharedExperts(nn.Module):
         arrive = arriving.view(world, -1).sum(1).tolist()
         order = order[: sum(leave)]
         token = to.token[order]
-        rows = _Exchange.apply(x[token], arrive, leave, self.group)
-        assert isinstance(rows, Tensor)
+        rows = _exchange(x[token], arrive, leave, self.group)
         local = torch.arange(len(counts) // world, device=x.device).repeat(world)
         here = Assignments(
             torch.arange(len(rows), device=x.device),
             local.repeat_interleave(arriving),
             torch.ones(len(rows), dtype=to.weight.dtype, device=x.device),
         )
-        back = _Exchange.apply(self.own(rows, here, engine), leave, arrive, self.group)
-        assert isinstance(back, Tensor)
-        wide = back * to.weight[order, None]
-        return wide.new_zeros(len(x), wide.shape[1]).index_add(0, token, wide).to(x.dtype)
+        back = _exchange(self.own(rows, here, engine), leave, arrive, self.group)
+        return combine(back, token, to.weight[order], x)
 
 
 class _Exchange(torch.autograd.Function):
     """all_to_all_single whose gradient travels the other way."""
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, arrive: list[int], leave: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.splits, ctx.group = (leave, arrive), group
-        return _all_to_all(x, arrive, leave, group)
+    def forward(ctx: Any, x: Tensor, arrive: list[int], leave: list[int], group: Any) -> Tensor:  # pyright: ignore
+        ctx.back = leave, arrive, group
+        out = x.new_empty(sum(arrive), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), arrive, leave, group=group)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        arrive, leave = ctx.splits
-        return _all_to_all(grad, arrive, leave, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        return _exchange(grad, *ctx.back), None, None, None
 
 
-def _all_to_all(x: Tensor, arrive: list[int], leave: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(arrive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), arrive, leave, group=group)
-    return out
+def _exchange(x: Tensor, arrive: list[int], leave: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows of all processes for this one; `arrive` and `leave` say how many of each."""
+    return _Exchange.apply(x, arrive, leave, group)  # pyright: ignore

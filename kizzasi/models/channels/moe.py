@@ -28,7 +28,7 @@ from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.channels.moe_routers import Choice, Router, RouterSpec, Routing, TopK
-from kizzasi.models.cost import Cost
+from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
@@ -148,19 +148,13 @@ class MoESpec(ChannelSpec):
         parts = [expert.cost(layer, 1, 1) for expert in self.expert_specs(layer.d_model)]
         n_jobs = batch * self.router.n_jobs(choice, seq_len) * self.n_experts // choice.n_experts
         work = sum(p.flops for p in parts) * n_jobs // self.n_experts
-        active = sum(p.params for p in parts) * self.top_k // choice.n_experts
-        gate = self.router.n_params(choice)
-        total = Cost(
-            gate + sum(p.params for p in parts),
-            gate + active,
-            self.router.flops(choice, n) + work,
-        )
+        params = sum(p.params for p in parts)
+        total = self.router.cost(choice, n)
+        total += Cost(params, params * self.top_k // choice.n_experts, work)
         shared = self.shared_spec()
         if shared is not None:
             total += shared.cost(layer, seq_len, batch)
-        if self.shared_gate:
-            total += Cost(layer.d_model, layer.d_model, 2 * n * layer.d_model)
-        return total
+        return total + linear(n, layer.d_model, 1) if self.shared_gate else total
 
     @property
     def context_window(self) -> float:
@@ -417,9 +411,8 @@ class MoE(Mixer):
         return {f"moe_{n}": getattr(spec, f"{n}_weight") * loss for n, loss in losses.items()}
 
 
-def pack_experts(state: dict[str, Tensor], prefix: str) -> None:
-    """In a state dict, replace the matrices of single SwiGLUs, as version 0.1 named them, by those
-    of all. The prefix ends with a dot; without such names nothing changes."""
+def _pack(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Replace the matrices of single SwiGLUs, as version 0.1 named them, by those of all."""
     parts: list[list[Tensor]] = []
     while all(f"{prefix}{len(parts)}.{part}.weight" in state for part in PARTS):
         parts.append([state.pop(f"{prefix}{len(parts)}.{part}.weight") for part in PARTS])
@@ -427,7 +420,3 @@ def pack_experts(state: dict[str, Tensor], prefix: str) -> None:
         gates, ups, downs = (torch.stack(part) for part in zip(*parts, strict=True))
         state[f"{prefix}gate_up_proj"] = torch.cat([gates, ups], dim=1)
         state[f"{prefix}down_proj"] = downs
-
-
-def _pack(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    pack_experts(state, prefix)

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from kizzasi.models import init
 from kizzasi.models.adaptive import Adaptive, Tally
+from kizzasi.models.cost import Cost, dense
+from kizzasi.models.cost import linear as linear_cost
 from kizzasi.models.norm import KeepFloat32, full_precision, without_autocast
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
@@ -146,11 +148,12 @@ class RouterSpec(Registered):
     def move(self, bias: Tensor, counted: Tensor) -> None:
         """Change a router's bias in place, after a step; `counted` is from its tally."""
 
-    def n_params(self, choice: Choice) -> int:
-        return choice.d_model * choice.n_experts
+    def n_outputs(self, choice: Choice) -> int:
+        """Numbers that a token's d are multiplied into."""
+        return choice.n_experts
 
-    def flops(self, choice: Choice, n_tokens: int) -> int:
-        return 2 * n_tokens * choice.d_model * choice.n_experts
+    def cost(self, choice: Choice, n_tokens: int) -> Cost:
+        return linear_cost(n_tokens, choice.d_model, self.n_outputs(choice))
 
     def n_jobs(self, choice: Choice, seq_len: int) -> int:
         """Jobs that one row of seq_len real tokens makes."""
@@ -216,8 +219,8 @@ class TopK(RouterSpec):
         if self.logit_bias:
             router.logit_bias = nn.Parameter(torch.empty(choice.n_experts))
 
-    def n_params(self, choice: Choice) -> int:
-        return super().n_params(choice) + self.logit_bias * choice.n_experts
+    def cost(self, choice: Choice, n_tokens: int) -> Cost:
+        return super().cost(choice, n_tokens) + dense(self.logit_bias * choice.n_experts)
 
     def route(self, router: Router, x: Tensor, real: Mask, starts: Mask) -> Routing:
         logits, softmax = router.logits(x), self.score == "softmax"
@@ -292,11 +295,8 @@ class NoisyTopK(RouterSpec):
         probs = noisy.softmax(-1)
         return Routing(router.assign(probs, router.rank(probs), real), probs, clean, load)
 
-    def n_params(self, choice: Choice) -> int:
-        return 2 * super().n_params(choice)
-
-    def flops(self, choice: Choice, n_tokens: int) -> int:
-        return 2 * super().flops(choice, n_tokens)
+    def n_outputs(self, choice: Choice) -> int:
+        return 2 * choice.n_experts
 
 
 @register
@@ -455,8 +455,5 @@ class Hash(RouterSpec):
         signs = linear(x.detach(), router.planes.T) > 0
         return (signs * 2 ** torch.arange(self.n_bits, device=x.device)).sum(-1)
 
-    def n_params(self, choice: Choice) -> int:
-        return choice.d_model * self.n_bits
-
-    def flops(self, choice: Choice, n_tokens: int) -> int:
-        return 2 * n_tokens * choice.d_model * self.n_bits
+    def n_outputs(self, choice: Choice) -> int:
+        return self.n_bits
