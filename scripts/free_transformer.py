@@ -59,13 +59,15 @@ def charges(logits: Tensor, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Carried:
-    """What was found: kl and ce in bits a token; place and noise: agreement of two lines drawn with
-    equal bits, and of two drawn with others; sound: the share of lines that could be drawn."""
+    """What was found: kl and ce in bits a token; line: all bits of a line; sound: the share of
+    drawn lines that could be. Of two lines drawn with equal bits, and of two drawn with others:
+    place, how often it is equal; apart, characters between; noise, the share in common."""
 
     kl: float
     ce: float
     line: float
     place: tuple[float, float]
+    apart: tuple[float, float]
     noise: tuple[float, float]
     sound: float
 
@@ -87,6 +89,7 @@ def carried(model: SequenceModel, lines: HiddenPlace) -> Carried:
         in_bits[1] / lines.length,
         sum(in_bits),
         pairs(lambda a, b: (a == b).double(), place),
+        pairs(lambda a, b: (a - b).abs().double(), place),
         pairs(lambda a, b: (a * b).sum(-1) / a.sum(-1).clamp(min=1), noise),
         lines.sound(drawn, letters).double().mean().item(),
     )
@@ -119,12 +122,12 @@ def places(args: argparse.Namespace) -> Iterator[str]:
     yield (
         f"Lines of {lines.length}: the place takes {math.log2(57):.1f} bits, all {lines.bits:.1f}. "
         f"{args.n_layers} layers of {args.d_model}, {args.n_bits} bits a token, {args.steps} steps "
-        f"of {args.batch_size}, seed {args.seed}. Agreement of two lines: with equal bits / with "
-        "others."
+        f"of {args.batch_size}, seed {args.seed}. Two lines: drawn with equal bits / with others."
     )
     yield ""
-    yield "| kappa | KL, bits/token | CE, bits/token | ELBO, bits/line | place | noise | sound |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    head = ["kappa", "KL, bits/token", "CE, bits/token", "ELBO, bits/line"]
+    yield f"| {' | '.join([*head, 'place', 'apart', 'noise', 'sound'])} |"
+    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     spec = plain(args.d_model, args.n_layers, lines.vocab_size)
     for kappa in args.kappas:
         free = presets.free_transformer(spec, n_bits=args.n_bits, free_bits=float(kappa))
@@ -136,9 +139,12 @@ def places(args: argparse.Namespace) -> Iterator[str]:
             yield f"| {kappa} | {stopped} |"
             continue
         found = carried(training.model, lines)
-        alike = [f"{100 * a:.0f} / {100 * b:.0f} %" for a, b in (found.place, found.noise)]
-        numbers = f"{found.kl:.3f} | {found.ce:.3f} | {found.line:.1f}"
-        yield f"| {kappa} | {numbers} | {' | '.join(alike)} | {100 * found.sound:.0f} % |"
+        place, noise = (f"{100 * a:.0f} / {100 * b:.0f} %" for a, b in (found.place, found.noise))
+        apart = f"{found.apart[0]:.1f} / {found.apart[1]:.1f}"
+        numbers = (
+            f"{found.kl:.3f} | {found.ce:.3f} | {found.line:.1f} | {place} | {apart} | {noise}"
+        )
+        yield f"| {kappa} | {numbers} | {100 * found.sound:.0f} % |"
         yield from shown(training.model, lines, args.show)
 
 
@@ -147,9 +153,7 @@ def shown(model: SequenceModel, lines: HiddenPlace, n: int) -> Iterator[str]:
     if n:
         signs = f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ':.{lines.n_letters}}_!>"
         drawn = draw(model, lines)[0].view(N_TEXTS, N_ALIKE, -1)[:n, :3]
-        yield ""
         yield from ("".join(signs[i] for i in line) for line in drawn.flatten(0, 1).tolist())
-        yield ""
 
 
 # --------------------------------------------------------------------------------- text

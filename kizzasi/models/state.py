@@ -87,6 +87,23 @@ def join_states(states: Sequence[Any]) -> Any:
     return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
 
 
+def chosen(first: Tensor, a: Any, b: Any) -> Any:
+    """Of two states of the same rows, those of `a` where first (b,) is True, else those of `b`.
+
+    Equals taking them apart and `join_states`, but asks for no number, so that a graph can hold it.
+    """
+    if isinstance(a, Tensor):
+        return torch.where(first.view(-1, *(1,) * (a.ndim - 1)), a, b)
+    pair = a, b
+    if isinstance(a, Cache):
+        shapes = [[leaf.shape for _, leaf in named_leaves(state)] for state in pair]
+        if shapes[0] != shapes[1]:
+            slots = max(leaves[0][2] for leaves in shapes)  # of the keys, the first of any cache
+            pair = a.packed(slots), b.packed(slots)
+    parts = [chosen(first, *branch) for branch in zip(*pair, strict=True)]  # pyright: ignore
+    return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
+
+
 class BlockState(NamedTuple):
     mixer: Any
     channel: Any

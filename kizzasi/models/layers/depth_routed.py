@@ -35,7 +35,7 @@ from kizzasi.models.layers.layer import LayerModule, LayerSpec, cost_of, depth_o
 from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import WideLinear
-from kizzasi.models.state import join_states, map_state
+from kizzasi.models.state import chosen, join_states, map_state
 from kizzasi.strict import join, register, require
 
 
@@ -101,10 +101,10 @@ class DepthRouted(LayerModule):
         init.linear_(self.router, generator)
 
     def parallel(self, x: Tensor, state: tuple[Any, ...] | None, call: Call) -> MixerOut:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not call.step:
             raise SpecError(
                 "depth_routed: a graph cannot hold rows of which unequally many tokens are routed; "
-                "compile the layers inside and outside it"
+                "compile the layers inside and outside it, or a step"
             )
         tokens = x[:, None] if call.step else x
         r = self.router(tokens)[..., 0]
@@ -112,6 +112,8 @@ class DepthRouted(LayerModule):
         routed = (r > 0) & real
         first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         document = call.places(first)[0].expand_as(r)
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(x, r, routed, document, state, call)
         y, aux = tokens, {}
         rows: list[Tensor] = []
         states: list[Any] = []
@@ -136,6 +138,25 @@ class DepthRouted(LayerModule):
         if not call.step:
             aux = add_losses(aux, {"depth_routed": self._loss(r, real)})
         return MixerOut(y[:, 0] if call.step else y, after, aux)
+
+    def _in_a_graph(
+        self,
+        x: Tensor,
+        r: Tensor,
+        routed: Tensor,
+        document: Tensor,
+        state: tuple[Any, ...] | None,
+        call: Call,
+    ) -> MixerOut:
+        """A step of every row, which counts where it is routed."""
+        nothing = self.init_state(len(x), x.device, x.dtype)
+        before = nothing if state is None else state
+        ran = self._run(x[:, None], document, before, call)
+        y = x + r.sigmoid().to(x.dtype) * (ran.y[:, 0] - x)
+        after = chosen(routed[:, 0], ran.state, before)
+        if call.segments is not None:
+            after = chosen((document[:, 0] > 0) & ~routed[:, 0], nothing, after)
+        return MixerOut(torch.where(routed, y, x), after)
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -1,7 +1,8 @@
 """A stack that runs on some tokens of each row, as many as the row has: rows of a length together.
 
 What is inside knows padding in front of a row's first token alone, and no state goes on through
-padding. So rows with unequally many inner tokens run apart, and their states are joined again.
+padding. So rows with unequally many inner tokens run apart, and their states are joined again. In a
+graph, which cannot tell rows apart, a step runs for all, and counts where it is due.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from kizzasi.models.call import Call
 from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import add_losses
-from kizzasi.models.state import join_states, map_state
+from kizzasi.models.state import chosen, join_states, map_state
 
 Inner = Callable[[Tensor, "Tensor | None"], "tuple[Tensor, Call]"]
 Ran = tuple[Tensor, tuple[Any, ...], Mapping[str, Tensor]]
@@ -46,6 +47,10 @@ def each_length(
     """
     if known is not None:
         return _run(body, inner, known.expand(len(due), -1), None, state)
+    if torch.compiler.is_compiling() and x.shape[1] == 1:
+        before = body.init_state(len(x), x.device, x.dtype) if state is None else state
+        u, after, aux = _run(body, inner, torch.zeros_like(due, dtype=torch.int64), None, before)
+        return u.where(due.unsqueeze(-1), 0.0), chosen(due[:, 0], after, before), aux
     counts = due.sum(1)
     lengths = counts.unique().tolist()
     if len(lengths) == 1:
