@@ -29,6 +29,15 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "partial-rope": {"n_heads": 2, "rope_dims": 4},
         "int8": {"n_heads": 4, "n_kv_heads": 1, "kv_quant": "int8"},
         "nf4-ring": {"n_heads": 2, "window": 5, "n_global": 2, "kv_quant": "nf4"},
+        "nf4-groups": {"n_heads": 4, "n_kv_heads": 2, "kv_quant": "nf4", "kv_group": 3},
+        "int8-groups-ring": {
+            "n_heads": 2,
+            "window": 6,
+            "n_global": 2,
+            "position": "alibi",
+            "kv_quant": "int8",
+            "kv_group": 4,
+        },
         "blocks": {
             "n_heads": 4,
             "n_kv_heads": 2,

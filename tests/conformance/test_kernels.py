@@ -26,6 +26,8 @@ class Kernels(TorchDispatchMode):
 MOST = {
     "attention": (130, 120),
     "attention-nf4-ring": (200, 120),
+    "attention-nf4-groups": (215, 120),
+    "attention-int8-groups-ring": (260, 120),
     "gated_delta": (340, 1030),
     "gla": (180, 680),
     "kda": (410, 1150),

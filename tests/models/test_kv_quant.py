@@ -184,7 +184,7 @@ def test_attention_within_other_parts_and_latents_are_found():
     inner = ParallelSpec((MambaSpec(d_state=3), AttentionSpec(2)))
     sizes = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
     model = model_of(inner, MLASpec(2, **sizes))
-    coded = model.with_cache("nf4")
+    coded = model.with_cache("nf4", group=0)
     assert coded.spec.blocks[0].mixer.mixers[1].kv_quant == "nf4"
     assert coded.spec.blocks[1].mixer.kv_quant == "nf4"
     x = ids(2, 9)

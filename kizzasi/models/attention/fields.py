@@ -126,6 +126,8 @@ class SourceFields(StencilFields, PositionFields, Protocol):
     def value_glu(self) -> bool: ...
     @property
     def kv_quant(self) -> KVQuant: ...
+    @property
+    def kv_group(self) -> int | None: ...
 
 
 def check_sources(spec: SourceFields, path: str) -> None:
@@ -143,7 +145,7 @@ def check_sources(spec: SourceFields, path: str) -> None:
 def lendable(spec: SourceFields, n_kv_heads: int, head_dim: int) -> tuple[tuple[str, object], ...]:
     """What a reader's queries must have in common with the keys and values they meet."""
     names = ("window", "dilation", "block", "n_blocks", "n_global", "causal", "position")
-    names += ("kv_quant",)
+    names += ("kv_quant", "kv_group")
     if spec.position in ROTATED:
         names += ("rope_theta", "rope_dims", "rope_scaling")
     if spec.position == "xpos":

@@ -8,7 +8,7 @@ as they are. In training gradients pass the codes as if they were not there; non
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,23 @@ class CodedState(NamedTuple):
 State = AttentionState | CodedState
 
 
+class Read(NamedTuple):
+    """What the tokens of a call see.
+
+    keys, values  (b, n_kv_heads, s + t, width) of the cache's slots and the call's tokens.
+    own           the last of these keys as a query of their own group sees them, and how many
+                  tokens a group has; None if all queries see the same.
+    past          keys and values of the s slots.
+    new           the t tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    own: tuple[Tensor, int] | None
+    past: tuple[Tensor, Tensor]
+    new: Any
+
+
 class Entered(NamedTuple):
     """New tokens.
 
@@ -87,6 +104,29 @@ class Entered(NamedTuple):
     leaves: tuple[Tensor, ...]
 
 
+class Remembers(Protocol):
+    """How a layer remembers keys and values: what attention asks of `Memory`, or of one whose
+    states are others."""
+
+    @property
+    def turns_keys(self) -> bool:
+        """Whether keys, and so queries, are turned beside values."""
+        ...
+
+    def state_bytes(self, tokens: int, n_bytes: int = 4) -> int: ...
+    def empty(
+        self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
+    ) -> Any: ...
+    def turning(self, call: Call, like: Tensor) -> Tensor | None: ...
+    def enter(self, k: Tensor, v: Tensor, position: Tensor, by: Tensor | None = None) -> Any: ...
+    def seen(self, state: Any, like: Tensor) -> tuple[Tensor, Tensor]: ...
+    def read(
+        self, sight: Layout, before: Any, k: Tensor, v: Tensor, by: Tensor | None = None
+    ) -> Read: ...
+    def keep(self, sight: Layout, before: Any, read: Read) -> Any: ...
+    def add(self, state: Any, new: Any, now: Tensor) -> Any: ...
+
+
 class Memory:
     """Keys and values of a layer.
 
@@ -96,11 +136,20 @@ class Memory:
         quant: how.
     """
 
+    turns_keys = True
+
     def __init__(
         self, n_kv_heads: int, widths: tuple[int, int], stencil: Stencil, quant: KVQuant
     ) -> None:
         self.n_kv_heads, self.widths, self.stencil = n_kv_heads, widths, stencil
         self.quant: KVQuant = quant
+
+    def state_bytes(self, tokens: int, n_bytes: int = 4) -> int:
+        """Of one row after so many tokens with their positions apart, floats of so many bytes."""
+        slots, first = self.stencil.slots, 0
+        if self.quant != "none":
+            first = self.n_kv_heads * self.stencil.n_global * sum(self.widths) * n_bytes
+        return (tokens if slots is None else slots) * self.bytes_per_slot(n_bytes) + first
 
     def bytes_per_slot(self, n_bytes: int = 4) -> int:
         """Of one token with its position apart, for floats of so many bytes."""
@@ -145,11 +194,8 @@ class Memory:
         return k, v
 
     def turning(self, call: Call, like: Tensor) -> Tensor | None:
-        """The rotation that heads are coded in, made once for all layers of a call; or None."""
-        if self.quant == "none":
-            return None
-        width, place = self.widths[0], {"device": like.device, "dtype": state_dtype(like.dtype)}
-        return call.once(("hadamard", width, like.dtype), lambda: hadamard(width, **place))
+        """The rotation that heads are coded in; or None."""
+        return None if self.quant == "none" else turning(call, like, self.widths[0])
 
     def enter(self, k: Tensor, v: Tensor, position: Tensor, by: Tensor | None = None) -> Entered:
         """New keys and values (b, n_kv_heads, t, width) at (b or 1, t) positions.
@@ -181,15 +227,17 @@ class Memory:
             read = torch.where(first, x.detach(), read)
         return straight_through(x, read)
 
-    def keep(
-        self, sight: Layout, before: State, past: tuple[Tensor, Tensor], new: Entered
-    ) -> State:
-        """The cache after a call.
+    def read(
+        self, sight: Layout, before: State, k: Tensor, v: Tensor, by: Tensor | None = None
+    ) -> Read:
+        """What a call sees of the cache before it and of its own tokens; see `enter`."""
+        past, new = self.seen(before, v), self.enter(k, v, sight.position, by)
+        keys, values = map(append, past, new[2:4])
+        return Read(keys, values, None, past, new)
 
-        Args:
-            sight: of the call.
-            before: the cache before it, and `past` what is seen of it.
-        """
+    def keep(self, sight: Layout, before: State, read: Read) -> State:
+        """The cache after a call, laid out so, that read so."""
+        past, new = read.past, read.new
         if isinstance(before, AttentionState):
             k, v = map(append, past, new.leaves)
             return sight.cache(k, v, self.stencil)
@@ -216,6 +264,12 @@ class Memory:
                 for old, x in zip(first, (new.k, new.v), strict=True)
             )
         return CodedState._make((*leaves, *first, position))
+
+
+def turning(call: Call, like: Tensor, width: int) -> Tensor:
+    """The rotation of heads of this width, made once for all layers of a call."""
+    place = {"device": like.device, "dtype": state_dtype(like.dtype)}
+    return call.once(("hadamard", width, like.dtype), lambda: hadamard(width, **place))
 
 
 loadable(globals())

@@ -25,7 +25,6 @@ from kizzasi.errors import ShapeError
 from kizzasi.models import init
 from kizzasi.models.attention.cache import (
     Lent,
-    append,
     cut,
     in_time,
     layout,
@@ -42,7 +41,8 @@ from kizzasi.models.attention.fields import (
     lendable,
     stencil_of,
 )
-from kizzasi.models.attention.memory import Entered, Memory, State
+from kizzasi.models.attention.grouped import GroupedMemory, beside_own
+from kizzasi.models.attention.memory import Memory, Read, Remembers, State
 from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.call import HERE, Call
 from kizzasi.models.cost import Cost, dense, linear, norm
@@ -115,6 +115,10 @@ class AttentionSpec(MixerSpec):
             "none", as they are; "int8", "fp8" (E4M3) or "nf4" (4 bits), in groups of up to 64
             entries of a head with a scale of 2 bytes, the head turned by a Hadamard matrix. The
             first n_global stay as they are.
+        kv_group: code keys channel by channel instead, so many tokens of a document together, as
+            soon as they are complete, in even steps of as many bits; a query sees its own group as
+            it is. Values are coded as before. nf4 loses little so; 64 is usual (KIVI, Liu et al.
+            2024, arXiv:2402.02750).
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -152,6 +156,7 @@ class AttentionSpec(MixerSpec):
     kv_from: int | None = added(None)
     memory_from: int | None = added(None)
     kv_quant: KVQuant = added("none")
+    kv_group: int | None = added(None)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "qk_norm_eps")
@@ -188,6 +193,13 @@ class AttentionSpec(MixerSpec):
         check_stencil(self, path)
         rule = "an encoder remembers nothing; leave it out"
         require(self.causal or self.kv_quant == "none", join(path, "kv_quant"), rule)
+        if self.kv_group is not None:
+            rule = f"{self.kv_group} tokens are no group; give 2 or more, 64 is usual"
+            require(self.kv_group > 1, join(path, "kv_group"), rule)
+            rule = "keys are not coded; give kv_quant too"
+            require(self.kv_quant != "none", join(path, "kv_group"), rule)
+            rule = "no channels are coded in fp8; give int8 or nf4, or leave kv_group out"
+            require(self.kv_quant != "fp8", join(path, "kv_group"), rule)
 
     def build(self, layer: LayerContext) -> Attention:
         return Attention(self, layer)
@@ -198,13 +210,13 @@ class AttentionSpec(MixerSpec):
         d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
         slots = self.stencil.slots
         places = 0 if slots is None else slots  # int64; see AttentionState
-        kept = (seq_len if slots is None else slots) * self.memory(head_dim).bytes_per_slot()
-        exact = 0 if self.kv_quant == "none" else self.n_global * 2 * d_kv * 4
+        kept = self.memory(head_dim).state_bytes(seq_len)
         reads = self.kv_from is not None
-        cache = batch * (kept + exact + places * 8) if self.causal and not reads else 0
+        cache = batch * (kept + places * 8) if self.causal and not reads else 0
         flops = self._score_flops(seq_len, batch, head_dim)
-        if self.coded:  # queries, keys, values and the result are turned
-            flops += 2 * n * 2 * (d_q + d_kv) * turned_together(head_dim)
+        if self.coded:  # values and the result are turned, and else queries and keys
+            turns = 2 if self.kv_group is None else 1
+            flops += 2 * n * turns * (d_q + d_kv) * turned_together(head_dim)
         total = dense(0, flops=flops, state_bytes=cache)
         n_in = d if self.qkv_rank is None else self.qkv_rank
         if self.qkv_rank is not None:
@@ -230,6 +242,8 @@ class AttentionSpec(MixerSpec):
         plan = self.stencil.plan(seq_len)
         if plan is not None:
             queries, keys = plan.n_queries, plan.n_keys
+        if self.kv_group is not None:  # as they are, and in codes
+            keys *= 2
         if self.sinks and self.softcap is None:  # see `ops.attention`: one more key, one more entry
             bare = self.causal and self.stencil.covers(seq_len) and self.position not in BIASED
             queries += bare and seq_len > 1
@@ -241,9 +255,10 @@ class AttentionSpec(MixerSpec):
         """Who sees whom."""
         return stencil_of(self)
 
-    def memory(self, head_dim: int) -> Memory:
+    def memory(self, head_dim: int) -> Remembers:
         """What heads of this width remember."""
-        return Memory(self.kv_heads, (head_dim, head_dim), self.stencil, self.kv_quant)
+        what = self.kv_heads, (head_dim, head_dim), self.stencil, self.kv_quant
+        return Memory(*what) if self.kv_group is None else GroupedMemory(*what, self.kv_group)
 
     @property
     def coded(self) -> bool:
@@ -365,18 +380,21 @@ class Attention(Mixer):
         n_before, apart = before.k.shape[2], call.segments is not None
         plan = stencil.plan(x.shape[1], n_before, apart)
         by = self.memory.turning(call, x)
-        past, new = self.memory.seen(before, k), self.memory.enter(k, v, sight.position, by)
-        q = q if by is None else turn(q, by)
+        read = self.memory.read(sight, before, k, v, by)
+        q = turn(q, by) if by is not None and self.memory.turns_keys else q
         if plan is None:
-            seen, shown = visible(call, before, stencil), new[2:4]
-            keys, values = map(append, past, shown)
-            y = self._attend(q, keys, values, seen, sight.query, lambda: sight.key)
+            keys, values, seen, key = read.keys, read.values, None, sight.key
+            if read.own is None:
+                seen = visible(call, before, stencil)
+            else:
+                keys, values, seen, key = beside_own(call, sight, stencil, read)
+            y = self._attend(q, keys, values, seen, sight.query, lambda: key)
         else:
-            y = self._attend_in_blocks(q, past, new, before, plan, call)
+            y = self._attend_in_blocks(q, read, before, plan, call)
         y = y if by is None else turn(y, by)
         if lent is not None:
             return MixerOut(self._leave(y, gate), ())
-        after = self.memory.keep(sight, before, past, new) if causal else ()
+        after = self.memory.keep(sight, before, read) if causal else ()
         return MixerOut(self._leave(y, gate), after, lent=self._lend(k, v, before))
 
     def recurrent(self, x: Tensor, state: State, call: Call) -> MixerOut:
@@ -389,7 +407,7 @@ class Attention(Mixer):
         position = position.expand(len(x), -1)
         by = self.memory.turning(call, x)
         after = self.memory.add(state, self.memory.enter(k, v, position, by), position)
-        q = q if by is None else turn(q, by)
+        q = turn(q, by) if by is not None and self.memory.turns_keys else q
         query = Places(torch.zeros_like(position), position)
         seen = seen_now(call, after, query, self.stencil)
         y = self._attend(q, *self.memory.seen(after, k), seen, query, after.places)
@@ -498,27 +516,30 @@ class Attention(Mixer):
     def _attend_in_blocks(
         self,
         q: Tensor,
-        past: tuple[Tensor, Tensor],
-        new: Entered,
+        read: Read,
         before: State,
         plan: Plan,
         call: Call,
     ) -> Tensor:
-        """`stencil_attention` to a ring, `past` as it is seen, and to a call's tokens."""
+        """`stencil_attention` to a ring and to a call's tokens."""
         sight = layout(call, before, self.stencil)
-        key, (k, v) = sight.key, new[2:4]
+        key, k, v, own = sight.key, read.keys, read.values, read.own
         if before.k.shape[2]:
             order, key = in_time(call, before, self.stencil)
-            index = order[:, None, :, None]
-            k, v = (
-                append(old.gather(2, index.expand_as(old)), new)
-                for old, new in zip(past, (k, v), strict=True)
-            )
+            k, v = (_in_order(x, order) for x in (k, v))
+            own = None if own is None else (_in_order(own[0], order), own[1])
         attend = STENCIL_ATTENTION.pick(self.engine, q.device)
-        blocks = partial(cut, call, before, self.stencil, plan, key)
-        return attend(q, k, v, sight.query, key, self.stencil, plan, cut=blocks, **self._how(q))
+        how = {**self._how(q), "cut": partial(cut, call, before, self.stencil, plan, key)}
+        return attend(q, k, v, sight.query, key, self.stencil, plan, own=own, **how)
 
     def _leave(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """Heads (b, heads, t, head_dim) to (b, t, d)."""
         y = y.transpose(1, 2).flatten(-2)
         return self.o_proj(y if gate is None else y * gate.sigmoid())
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """(b, heads, s + t, width) with the first s slots in this order (b, s)."""
+    n = order.shape[1]
+    index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.cat([x[:, :, :n].gather(2, index), x[:, :, n:]], 2)

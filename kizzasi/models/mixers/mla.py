@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kizzasi.models import init
-from kizzasi.models.attention.cache import ALL, append, layout, now, visible
+from kizzasi.models.attention.cache import ALL, layout, now, visible
 from kizzasi.models.attention.memory import Memory, State
 from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.call import Call
@@ -177,9 +177,8 @@ class MLA(Mixer):
         before = self.init_state(len(x), x.device, x.dtype) if state is None else state
         sight = layout(call, before)
         q_nope, q_rope, k_rope, latent = self._project(x, sight.position, sight.counted, call)
-        past = self.memory.seen(before, latent)
-        new = self.memory.enter(k_rope, latent, sight.position)
-        k_rope, latent = map(append, past, new[2:4])
+        read = self.memory.read(sight, before, k_rope, latent)
+        k_rope, latent = read.keys, read.values
         heads = self.kv_b_proj(latent[:, 0]).unflatten(-1, (spec.n_heads, -1)).transpose(1, 2)
         k_nope, v = heads.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
@@ -187,7 +186,7 @@ class MLA(Mixer):
         attend = ATTENTION.pick(self.engine, x.device)
         y = attend(q, k, v, visible=visible(call, before), scale=self.scale)
         y = self.o_proj(y.transpose(1, 2).flatten(-2))
-        return MixerOut(y, self.memory.keep(sight, before, past, new))
+        return MixerOut(y, self.memory.keep(sight, before, read))
 
     def recurrent(self, x: Tensor, state: State, call: Call) -> MixerOut:
         if hooked(self.kv_b_proj):

@@ -5,13 +5,18 @@
     group  up to GROUP entries of one head of one token
 
 Every token is coded by itself and once, so that a sequence read at once and token by token has the
-same codes.
+same codes. Keys may instead be coded channel by channel, some tokens together, once they are there:
+what is large is so in a few channels, and there for all tokens.
+
+    least  entry of a channel in a group of tokens, from which codes count in even
+    steps  of which there are 15 (nf4) or 255 (int8) up to its largest
 
 Keys have a few large entries, beside which the others of their group would be lost; a Hadamard
 rotation of heads shares them out, and leaves q . k as it is if queries are turned too.
 
 Source: rotation: Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4. NF4: Dettmers et al.
 2023, arXiv:2305.14314, appendix E. FP8: E4M3 of Micikevicius et al. 2022, arXiv:2209.05433.
+Channels: Liu et al. 2024 (KIVI), arXiv:2402.02750, section 3.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ KVQuant = Literal["none", "int8", "fp8", "nf4"]
 
 GROUP = 64
 LARGEST = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}
+STEPS = {"int8": 255, "nf4": 15}
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -67,30 +73,79 @@ def encode(x: Tensor, kind: KVQuant) -> tuple[Tensor, Tensor]:
     n, size = groups_of(x.shape[-1])
     wide = full_precision(x.detach())
     parts = F.pad(wide, (0, n * size - x.shape[-1])).unflatten(-1, (n, size))
-    most = parts.abs().amax(-1)
+    scale = _unit(parts.abs().amax(-1), kind, x.dtype)
+    return _nearest(_over(parts, scale[..., None]), kind).flatten(-2), scale
+
+
+def encode_channels(x: Tensor, kind: KVQuant) -> tuple[Tensor, Tensor, Tensor]:
+    """Code keys of a group of tokens, every channel by itself. No gradient passes.
+
+    Args:
+        x: (..., tokens, width).
+
+    Returns:
+        codes (..., tokens, code_bytes), step and least (..., width). A channel that does not change
+        has the step zero.
+    """
+    wide, n = full_precision(x.detach()), STEPS[kind]
+    low, high = wide.aminmax(dim=-2)
+    made = scale_dtype(x.dtype)
+    least = low.to(made)
+    step = ((high - least.to(wide.dtype)) / n * (1 + 2**-8)).clamp(min=0).to(made)
+    parts = _over(wide - least.to(wide.dtype).unsqueeze(-2), step.unsqueeze(-2))
+    groups, size = groups_of(x.shape[-1])
+    codes = F.pad(parts.round().clamp(0, n), (0, groups * size - x.shape[-1])).to(torch.uint8)
+    return codes if kind == "int8" else _packed(codes), step, least
+
+
+def decode_channels(
+    codes: Tensor, step: Tensor, least: Tensor, kind: KVQuant, dtype: torch.dtype
+) -> Tensor:
+    """(..., width) of codes (..., code_bytes), in a dtype; step and least (..., width) of each
+    code, or broadcastable. No gradient passes."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if kind == "nf4":
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    parts = codes[..., : step.shape[-1]].to(wide)
+    return (parts * step.detach().to(wide)).add_(least.detach().to(wide)).to(dtype)
+
+
+def _unit(most: Tensor, kind: KVQuant, dtype: torch.dtype) -> Tensor:
+    """The scale of a group whose largest entry is `most`."""
     if kind != "nf4":  # a hair more than needed, so that rounding the scale cuts nothing off
         most = most / LARGEST[kind] * (1 + 2**-8)
-    scale = most.to(scale_dtype(x.dtype))
-    by = scale.to(wide.dtype)[..., None]
-    parts = parts / torch.where(by == 0, 1.0, by)
+    return most.to(scale_dtype(dtype))
+
+
+def _over(parts: Tensor, scale: Tensor) -> Tensor:
+    by = scale.to(parts.dtype)
+    return parts / torch.where(by == 0, 1.0, by)
+
+
+def _nearest(parts: Tensor, kind: KVQuant) -> Tensor:
+    """(..., bytes) codes of entries over their scale (..., an even number)."""
     if kind == "int8":
         codes = parts.round().clamp(-127, 127).to(torch.int16) + 128
-        return codes.to(torch.uint8).flatten(-2), scale
+        return codes.to(torch.uint8)
     if kind == "fp8":
         limit = LARGEST["fp8"]
         coded = parts.clamp(-limit, limit).float().to(torch.float8_e4m3fn)
-        return coded.view(torch.uint8).flatten(-2), scale
-    levels = torch.tensor(LEVELS, device=x.device, dtype=wide.dtype)
+        return coded.view(torch.uint8)
+    levels = torch.tensor(LEVELS, device=parts.device, dtype=parts.dtype)
     between = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(parts.contiguous(), between).to(torch.uint8).flatten(-2)
-    return codes[..., ::2] | (codes[..., 1::2] << 4), scale
+    return _packed(torch.bucketize(parts.contiguous(), between).to(torch.uint8))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Two entries a byte."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def decode(codes: Tensor, scale: Tensor, kind: KVQuant, width: int, dtype: torch.dtype) -> Tensor:
     """(..., width) of `encode`'s results, in a dtype. No gradient passes."""
     wide = torch.promote_types(dtype, torch.float32)
     by = scale.detach().to(wide)[..., None]
-    parts = _table(kind, codes.device, wide)[codes.int()].flatten(-2)
+    parts = F.embedding(codes.int(), _table(kind, codes.device, wide)).flatten(-2)
     return (parts.unflatten(-1, (scale.shape[-1], -1)) * by).flatten(-2)[..., :width].to(dtype)
 
 

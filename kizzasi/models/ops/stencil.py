@@ -201,6 +201,7 @@ def stencil_attention_ref(
     scale: float | None = None,
     sinks: Tensor | None = None,
     cut: Callable[[], Cut] | None = None,
+    own: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Attend to what a stencil shows, with all scores written out; see `attention_ref`.
 
@@ -215,13 +216,17 @@ def stencil_attention_ref(
         bias: makes (b or 1, h, t, s) of (b or 1, t, s) position of query minus that of key.
         softcap, scale, sinks: as for `attention_ref`.
         cut: `cut_up` of the same, if it is at hand.
+        own: keys, in place of k for queries of their own group, and how many positions make one.
 
     Returns:
         (b, h, t, width of v).
     """
     how = {"softcap": softcap, "scale": scale, "sinks": sinks, "causal": stencil.causal}
     added = None if bias is None else bias(distance(query, key))
-    return attention_ref(q, k, v, visible=stencil.visible(query, key), bias=added, **how)
+    seen = stencil.visible(query, key)
+    if own is not None:
+        k, v, seen, added = _beside((k, own[0]), v, query, key, seen, added, own[1])
+    return attention_ref(q, k, v, visible=seen, bias=added, **how)
 
 
 def stencil_attention(
@@ -238,6 +243,7 @@ def stencil_attention(
     scale: float | None = None,
     sinks: Tensor | None = None,
     cut: Callable[[], Cut] | None = None,
+    own: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """`stencil_attention_ref` block by block, each with the keys that its queries may see."""
     b, h, t, _ = q.shape
@@ -245,12 +251,34 @@ def stencil_attention(
     blocks = cut_up(query, key, stencil, plan) if cut is None else cut()
     queries = _query_blocks(F.pad(q, (0, 0, 0, plan.n_queries - t)), plan)
     added = None if bias is None else bias(distance(blocks.query, blocks.key))
-    seen, added = (None if x is None else _rows(x, len(queries)) for x in (blocks.seen, added))
+    seen = _rows(blocks.seen, len(queries))
+    added = None if added is None else _rows(added, len(queries))
     keys, values = (_keys(x, plan, t, first) for x in (k, v))
+    if own is not None:
+        both, places = (keys, _keys(own[0], plan, t, first)), (blocks.query, blocks.key)
+        keys, values, seen, added = _beside(both, values, *places, seen, added, own[1])
     how = {"softcap": softcap, "scale": scale, "sinks": sinks}
     y = attention(queries, keys, values, visible=seen, bias=added, **how)
     y = y.view(b, plan.n, plan.r, h, plan.c, -1).permute(0, 3, 1, 4, 2, 5)
     return y.reshape(b, h, plan.n_queries, -1)[:, :, :t]
+
+
+def _beside(
+    keys: tuple[Tensor, Tensor],
+    v: Tensor,
+    query: Places,
+    key: Places,
+    seen: Tensor,
+    added: Tensor | None,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys of two kinds side by side, the second for queries of the same n positions; values, what
+    is seen, and what is added to the scores, as wide."""
+    same = (query.position[:, :, None] // n == key.position[:, None] // n)[:, None]
+    same = _rows(same, len(seen))
+    added = None if added is None else torch.cat([added, added], -1)
+    seen = torch.cat([seen & ~same, seen & same], -1)
+    return torch.cat(keys, 2), torch.cat([v, v], 2), seen, added
 
 
 def distance(query: Places, key: Places) -> Tensor:

@@ -82,7 +82,8 @@ def kv_policy(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     def change(part: Any) -> Any:
         data = part.to_dict()
         left = [q for q in ("none", "int8", "fp8", "nf4") if q != data["kv_quant"]]
-        return MixerSpec.from_dict({**data, "kv_quant": rng.choice(left)})
+        data |= {"kv_quant": rng.choice(left), "kv_group": None}
+        return MixerSpec.from_dict(data)
 
     return on_a_part(spec, rng, ("attention",), change)
 

@@ -1,0 +1,449 @@
+"""Attention that codes its keys by channel, a group of tokens together.
+
+    group   of a token: position // n, for groups of n tokens of one document
+    open    the group of the latest token; its keys are kept as they are
+
+A query sees the keys of its own group as they are and those of earlier groups in codes. A group is
+coded once, when its last token has come, so both forms agree, and any split of a sequence. Values
+are coded token by token, and a stencil's first positions not at all, as in `memory`.
+
+Source: Liu et al. 2024 (KIVI), arXiv:2402.02750, section 3.2.
+Differs: values wait for nothing, and a query sees no more than its own group in full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kizzasi.models.attention.cache import (
+    AttentionState,
+    Layout,
+    add_slot,
+    append,
+    empty_cache,
+    pack,
+)
+from kizzasi.models.attention.memory import Read, turning
+from kizzasi.models.call import Call
+from kizzasi.models.ops.devices import answers
+from kizzasi.models.ops.kv_codes import (
+    KVQuant,
+    code_bytes,
+    decode,
+    decode_channels,
+    encode,
+    encode_channels,
+    groups_of,
+    scale_dtype,
+    straight_through,
+    turn,
+)
+from kizzasi.models.ops.stencil import Places, Stencil
+from kizzasi.models.state import loadable
+
+
+class GroupedState(NamedTuple):
+    """An `AttentionState` in codes, keys by channel.
+
+    k, v               (b, n_kv_heads, s, bytes) uint8; what k holds of the open group is not read.
+    v_scale            (b, n_kv_heads, s, parts of a head).
+    k_step, k_least    (b, n_kv_heads, groups, width), group i of a document in i % groups.
+    k_open             (b, n_kv_heads, n, width), position p in p % n.
+    k_first, v_first   (b, n_kv_heads, n_global, width) the first positions as they are.
+    position           as there.
+    """
+
+    k: Tensor
+    v: Tensor
+    v_scale: Tensor
+    k_step: Tensor
+    k_least: Tensor
+    k_open: Tensor
+    k_first: Tensor
+    v_first: Tensor
+    position: Tensor
+
+    in_order = AttentionState.in_order
+    alive = AttentionState.alive
+    positions = AttentionState.positions
+    places = AttentionState.places
+    next_position = AttentionState.next_position
+    n_alive = AttentionState.n_alive
+
+    def packed(self, slots: int) -> GroupedState:
+        """As of `AttentionState`."""
+        leaves, position = pack(self[:3], self.positions(), slots)
+        groups = (_of_groups(x, slots // self.k_open.shape[2]) for x in self[3:5])
+        return GroupedState._make((*leaves, *groups, *self[5:8], position))
+
+
+class Fresh(NamedTuple):
+    """The T tokens of the open group and of a call, in their order, and what is coded of them.
+
+    document, position  (b or 1, T); of what the open group lacks yet, document -1.
+    k                   (b, n_kv_heads, T, width).
+    codes, coded        (b, n_kv_heads, T, ...) codes, and as they are read; zero without a code.
+    step, least         (b, n_kv_heads, N, width) of groups that are complete now,
+    group, of           (b or 1, N), which they are, and their documents; -2: none.
+    """
+
+    document: Tensor
+    position: Tensor
+    k: Tensor
+    codes: Tensor
+    coded: Tensor
+    step: Tensor
+    least: Tensor
+    group: Tensor
+    of: Tensor
+
+
+class New(NamedTuple):
+    """The t tokens of a call.
+
+    k, v    (b, n_kv_heads, t, width) as they came, v turned.
+    leaves  k, v and v_scale of all slots and tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    leaves: tuple[Tensor, ...]
+    fresh: Fresh | None
+
+
+class GroupedMemory:
+    """Keys and values of a layer; as `Memory`.
+
+    Args:
+        n: tokens of a group.
+    """
+
+    turns_keys = False
+
+    def __init__(
+        self,
+        n_kv_heads: int,
+        widths: tuple[int, int],
+        stencil: Stencil,
+        quant: KVQuant,
+        n: int,
+    ) -> None:
+        self.n_kv_heads, self.widths, self.stencil, self.n = n_kv_heads, widths, stencil, n
+        self.quant: KVQuant = quant
+
+    def state_bytes(self, tokens: int, n_bytes: int = 4) -> int:
+        """Of one row after so many tokens with their positions apart, floats of so many bytes."""
+        slots = self.stencil.slots
+        slots = tokens if slots is None else slots
+        k, v = self.widths
+        each = code_bytes(k, self.quant) + code_bytes(v, self.quant) + 2 * groups_of(v)[0]
+        exact = self.n * k + self.stencil.n_global * (k + v)
+        both = slots * each + self._groups(slots) * 2 * k * 2 + exact * n_bytes
+        return self.n_kv_heads * both
+
+    def _groups(self, slots: int) -> int:
+        """How many groups may have tokens in so many slots, the open one aside."""
+        span = self.stencil.span
+        return slots // self.n if span is None else (span - 1) // self.n + 2
+
+    def empty(
+        self, batch: int, slots: int, device: torch.device | None, dtype: torch.dtype | None
+    ) -> GroupedState:
+        """A cache of dead slots."""
+        heads, (k, v), g = self.n_kv_heads, self.widths, self.stencil.n_global
+        plain = empty_cache(batch, heads, slots, (0, 0), device, dtype)
+        like = plain.k
+
+        def zeros(n: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+            return like.new_zeros(batch, heads, n, width, dtype=dtype)
+
+        made = scale_dtype(like.dtype)
+        codes = (zeros(slots, code_bytes(w, self.quant), torch.uint8) for w in (k, v))
+        groups = (zeros(self._groups(slots), k, made) for _ in range(2))
+        exact = zeros(self.n, k), zeros(g, k), zeros(g, v)
+        scale = zeros(slots, groups_of(v)[0], made)
+        return GroupedState._make((*codes, scale, *groups, *exact, plain.position))
+
+    def turning(self, call: Call, like: Tensor) -> Tensor | None:
+        """The rotation that values are coded in."""
+        return turning(call, like, self.widths[1])
+
+    def enter(self, k: Tensor, v: Tensor, position: Tensor, by: Tensor | None = None) -> New:
+        """New keys and values (b, n_kv_heads, t, width), of a step; see `Memory.enter`."""
+        v = v if by is None else turn(v, by)
+        codes = k.new_zeros(*k.shape[:3], code_bytes(k.shape[3], self.quant), dtype=torch.uint8)
+        return New(k, v, (codes, *encode(v, self.quant)), None)
+
+    def seen(self, state: GroupedState, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, n_kv_heads, s, width) keys and values that the last token sees, in a dtype."""
+        k, s = self._coded_keys(state, like.dtype), state.k.shape[2]
+        open_ = state.k_open.to(like.dtype)
+        if state.in_order:
+            k = torch.cat([k, open_[:, :, : s - k.shape[2]]], 2)
+        else:
+            position, last = state.positions(), state.next_position()[:, None] - 1
+            own = (position // self.n == last // self.n) & (position >= 0)
+            k = torch.where(own[:, None, :, None], _take(open_, position % self.n), k)
+        return self._exact_first(k, state.k_first), self._values(state, like.dtype)
+
+    def _values(self, state: GroupedState, dtype: torch.dtype) -> Tensor:
+        v = decode(state.v, state.v_scale, self.quant, self.widths[1], dtype)
+        return self._exact_first(v, state.v_first)
+
+    def _exact_first(self, x: Tensor, first: Tensor) -> Tensor:
+        g = self.stencil.n_global
+        return torch.cat([first.to(x.dtype), x[:, :, g:]], 2) if g and x.shape[2] else x
+
+    def _coded_keys(self, state: GroupedState, dtype: torch.dtype) -> Tensor:
+        """Keys of all slots as their codes say, zero for dead ones; where slots are in order, those
+        before the open group alone: the group that the last token has completed is open."""
+        n, s = self.n, state.k.shape[2]
+        if state.in_order:
+            groups = max(s - 1, 0) // n
+            codes = state.k[:, :, : groups * n].unflatten(2, (groups, n))
+            step, least = (x[:, :, :groups, None] for x in state[3:5])
+            return decode_channels(codes, step, least, self.quant, dtype).flatten(2, 3)
+        position = state.positions()
+        group = position.clamp(min=0) // n % max(state.k_step.shape[2], 1)
+        if not state.k_step.shape[2]:  # nothing is complete
+            return state.k_open.new_zeros(*state.k.shape[:3], self.widths[0], dtype=dtype)
+        step, least = (_take(x, group) for x in state[3:5])
+        k = decode_channels(state.k, step, least, self.quant, dtype)
+        return k.masked_fill((position < 0)[:, None, :, None], 0.0)
+
+    def read(
+        self, sight: Layout, before: GroupedState, k: Tensor, v: Tensor, by: Tensor | None = None
+    ) -> Read:
+        """What a call sees of the cache before it and of its own tokens; see `Memory.read`."""
+        v = v if by is None else turn(v, by)
+        t, g = k.shape[2], self.stencil.n_global
+        v_codes, v_scale = encode(v, self.quant)
+        read_v = decode(v_codes, v_scale, self.quant, v.shape[-1], v.dtype)
+        fresh = self._fresh(sight, before, k)
+        past_k, past_own, past_codes = self._past(sight, before, fresh, k.dtype)
+        new_k = fresh.coded[:, :, -t:]
+        if g:
+            first = (sight.position < g)[:, None, :, None]
+            read_v = torch.where(first, v.detach(), read_v)
+            new_k = torch.where(first, k, new_k)
+        past = self._exact_first(past_k, before.k_first), self._values(before, v.dtype)
+        codes = append(past_codes, fresh.codes[:, :, -t:])
+        leaves = codes, append(before.v, v_codes), append(before.v_scale, v_scale)
+        keys, values = append(past[0], new_k), append(past[1], straight_through(v, read_v))
+        return Read(keys, values, (append(past_own, k), self.n), past, New(k, v, leaves, fresh))
+
+    def _past(
+        self, sight: Layout, before: GroupedState, fresh: Fresh, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys of the slots as they are seen of later groups and of their own, and their codes."""
+        t, s = sight.position.shape[1], before.k.shape[2]
+        old, n_open = self._coded_keys(before, dtype), fresh.k.shape[2] - t
+        if sight.alike:
+            # A group that was open though complete has its codes: it is read from them.
+            done = s - n_open
+            if done > old.shape[2]:
+                whole = before._replace(k=F.pad(before.k[:, :, :done], (0, 0, 0, 1)))
+                old = self._coded_keys(whole, dtype)
+            joined = (append(old, fresh.coded[:, :, :n_open]), fresh.k[:, :, :n_open])
+            return *joined, append(before.k[:, :, :done], fresh.codes[:, :, :n_open])
+        position, following = before.positions(), before.next_position()[:, None]
+        if before.in_order and s:
+            old = self._coded_keys(before._replace(position=position.contiguous()), dtype)
+        open_ = (position >= following - following % self.n)[:, None, :, None]
+        there = (position - following + self.n).clamp(0, self.n - 1)
+        parts = (_take(x[:, :, :n_open], there) for x in (fresh.coded, fresh.k, fresh.codes))
+        return tuple(  # pyright: ignore[reportReturnType]
+            torch.where(open_, part, rest)
+            for part, rest in zip(parts, (old, torch.zeros_like(old), before.k), strict=True)
+        )
+
+    def _fresh(self, sight: Layout, before: GroupedState, k: Tensor) -> Fresh:
+        """Join the open group to a call's tokens, and code the groups that are complete."""
+        n, i = self.n, torch.arange(self.n, device=k.device)
+        open_ = before.k_open.to(k.dtype)
+        if sight.alike:
+            fill = before.k.shape[2] % n
+            position = sight.position[:, :1] - fill + i[:fill]
+            document, open_ = torch.zeros_like(position), open_[:, :, :fill]
+        else:
+            following = before.next_position()[:, None].expand(len(k), -1)
+            fill = following % n
+            document = torch.where(i >= n - fill, 0, -1)
+            position = (following - n + i).clamp(min=0)
+            open_ = _take(open_, (i + fill) % n)
+        rows = len(document)
+        document = torch.cat([document, sight.document.expand(rows, -1)], 1)
+        position = torch.cat([position, sight.position.expand(rows, -1)], 1)
+        return self._code(document, position, torch.cat([open_, k], 2), sight.alike)
+
+    def _code(self, document: Tensor, position: Tensor, k: Tensor, aligned: bool) -> Fresh:
+        """Code what is complete of tokens whose groups are not interrupted.
+
+        aligned: they begin with a group, and are of one document.
+        """
+        n, total = self.n, k.shape[2]
+        most, i = total // n, torch.arange(total, device=k.device)
+        if aligned:
+            there = slice(n - 1, most * n, n)
+            codes, step, least = encode_channels(
+                k[:, :, : most * n].unflatten(2, (most, n)), self.quant
+            )
+            read = self._decoded(codes, step, least, k.dtype)
+            codes, read = (
+                F.pad(x, (0, 0, 0, total - most * n)) for x in (codes.flatten(2, 3), read)
+            )
+            head = straight_through(k[:, :, : most * n], read[:, :, : most * n])
+            read = torch.cat([head, read[:, :, most * n :]], 2)
+            group, of = position[:, there] // n, document[:, there]
+            return Fresh(document, position, k, codes, read, step, least, group, of)
+        begun = (i - (n - 1)).clamp(min=0)
+        whole = (document >= 0) & (document[:, begun] == document) & (i >= n - 1)
+        ends = (position % n == n - 1) & whole
+        last = (~ends).long().argsort(dim=1, stable=True)[:, :most]
+        there = ends.gather(1, last)
+        begin = (last - (n - 1)).clamp(min=0)
+        tokens = (begin[..., None] + i[:n]).flatten(1)
+        codes, step, least = encode_channels(_take(k, tokens).unflatten(2, (-1, n)), self.quant)
+        read = self._decoded(codes, step, least, k.dtype)
+        if not most:
+            zero = codes.new_zeros(*k.shape[:3], codes.shape[-1])
+            none = document[:, :0]
+            return Fresh(document, position, k, zero, torch.zeros_like(k), step, least, none, none)
+        mine = (ends.cumsum(1) - ends.long()).clamp(max=most - 1)
+        place = i - begin.gather(1, mine)
+        coded = there.gather(1, mine) & (place >= 0) & (place < n)
+        coded = coded[:, None, :, None]
+        index = (mine * n + place).clamp(0, most * n - 1)
+        codes = torch.where(coded, _take(codes.flatten(2, 3), index), 0)
+        read = torch.where(coded, straight_through(k, _take(read, index)), 0.0)
+        of = torch.where(there, document.gather(1, last), -2)
+        group = position.gather(1, last) // n
+        return Fresh(document, position, k, codes, read, step, least, group, of)
+
+    def _decoded(self, codes: Tensor, step: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
+        """(b, h, N n, width) of codes (b, h, N, n, bytes)."""
+        about = step.unsqueeze(-2), least.unsqueeze(-2)
+        return decode_channels(codes, *about, self.quant, dtype).flatten(2, 3)
+
+    def keep(self, sight: Layout, before: GroupedState, read: Read) -> GroupedState:
+        """The cache after a call, laid out so, that read so."""
+        new: New = read.new
+        fresh, n, g = new.fresh, self.n, self.stencil.n_global
+        assert fresh is not None, "of a call"
+        leaves, position = sight.kept(new.leaves, self.stencil)
+        last = sight.last[:, None]
+        # Keys of the group that is open now, where they stand among the latest tokens.
+        place = torch.arange(n, device=last.device)
+        back = (last - last // n * n) - place
+        total = fresh.k.shape[2]
+        open_ = _take(fresh.k, (total - 1 - back).clamp(0, total - 1))
+        open_ = open_.masked_fill(((back < 0) | (last < 0))[:, None, :, None], 0.0)
+        about = self._about(sight, before, fresh, self._groups(leaves[0].shape[2]))
+        first = before[6:8]
+        if g:
+            assert sight.ring is not None, "first positions have a ring"
+            of_first = sight.ring.of_first(g)
+            joined = map(append, read.past, (new.k, new.v))
+            first = tuple(of_first.take(x) for x in joined)
+        return GroupedState._make((*leaves, *about, open_, *first, position))
+
+    def _about(
+        self, sight: Layout, before: GroupedState, fresh: Fresh, groups: int
+    ) -> tuple[Tensor, Tensor]:
+        """Steps and least entries of the groups that are kept, zero for all others."""
+        last, n, slot = sight.last[:, None], self.n, torch.arange(groups, device=sight.last.device)
+        kept, held = fresh.of == sight.document[:, -1:], slot[None]
+        if self.stencil.slots is not None:
+            kept = kept & (fresh.group > last // n - groups)
+            held = last // n - (last // n - slot) % groups
+        dead = ((held < 0) | (held >= (last + 1) // n))[:, None, :, None]
+        where = torch.where(kept, fresh.group % max(groups, 1), groups)
+        step, least = (
+            _put(_of_groups(old, groups + 1), where, x)[:, :, :groups].masked_fill(dead, 0.0)
+            for old, x in zip(before[3:5], (fresh.step, fresh.least), strict=True)
+        )
+        return step, least
+
+    def add(self, state: GroupedState, new: New, now: Tensor) -> GroupedState:
+        """The cache with one more token, at `now` (b, 1)."""
+        n, g, first = self.n, self.stencil.n_global, state[6:8]
+        leaves, position = add_slot(state[:3], new.leaves, state.position, now, self.stencil)
+        begins, done = now % n == 0, now % n == n - 1
+        open_ = state.k_open.to(new.k.dtype).masked_fill(begins[:, None, :, None], 0.0)
+        open_ = _put(open_, now % n, new.k)
+        if g:
+            index, early = now.clamp(max=g - 1), (now < g)[:, None, :, None]
+            first = tuple(
+                torch.where(early, _put(old.to(x.dtype), index, x), old.to(x.dtype))
+                for old, x in zip(first, (new.k, new.v), strict=True)
+            )
+        groups = self._groups(leaves[0].shape[2])
+        about = tuple(_of_groups(x, groups) for x in state[3:5])
+        if self.stencil.slots is not None and not (answers(now) and not begins.any()):
+            gone = begins & (torch.arange(groups, device=now.device) == now // n % groups)
+            about = tuple(x.masked_fill(gone[:, None, :, None], 0.0) for x in about)
+        after = GroupedState._make((*leaves, *about, open_, *first, position))
+        return after if answers(now) and not done.any() else self._complete(after, now, done)
+
+    def _complete(self, state: GroupedState, now: Tensor, done: Tensor) -> GroupedState:
+        """Code the open group of rows that are done with it."""
+        n, groups = self.n, state.k_step.shape[2]
+        if not groups:
+            return state
+        codes, step, least = encode_channels(state.k_open, self.quant)
+        slot = torch.where(done, now // n % groups, groups)
+        about = (
+            _put(_of_groups(old, groups + 1), slot, x.unsqueeze(2))[:, :, :groups]
+            for old, x in zip(state[3:5], (step, least), strict=True)
+        )
+        position = state.positions()
+        mine = done & (position >= 0) & (position // n == now // n)
+        k = torch.where(mine[:, None, :, None], _take(codes, position % n), state.k)
+        k_step, k_least = about
+        return state._replace(k=k, k_step=k_step, k_least=k_least)
+
+
+def beside_own(
+    call: Call, sight: Layout, stencil: Stencil, read: Read
+) -> tuple[Tensor, Tensor, Tensor, Places]:
+    """All keys, and those that may be of a query's own group once more, as they are: keys, values,
+    (b or 1, 1, t, keys) which are seen, made once for all layers of a call, and where they are."""
+    assert read.own is not None, "of groups"
+    own, n = read.own
+    s = read.keys.shape[2]
+    late = s - own.shape[2]
+
+    def make() -> tuple[Tensor, Places]:
+        query, key = sight.query, sight.key
+        same = key.position[:, None] // n == query.position[:, :, None] // n
+        visible = stencil.visible(query, key)
+        shown, alone = visible & ~same[:, None], visible & same[:, None]
+        place = Places(*(torch.cat([x, x[:, late:]], 1) for x in key))
+        return torch.cat([shown, alone[..., late:]], -1), place
+
+    seen, key = call.once(("beside own", s, late, n, stencil), make)
+    keys = torch.cat([read.keys, own], 2)
+    return keys, torch.cat([read.values, read.values[:, :, late:]], 2), seen, key
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Of (b, heads, s, width) what (b or 1, n) names."""
+    return x.gather(2, index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
+
+
+def _put(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """(b, heads, s, width) with new (b, heads, n, width) where (b or 1, n) names."""
+    index = index[:, None, :, None].expand(new.shape)
+    return x.scatter(2, index, new.to(x.dtype))
+
+
+def _of_groups(x: Tensor, n: int) -> Tensor:
+    """(b, heads, groups, width) with so many groups, the later ones of zeros."""
+    return F.pad(x, (0, 0, 0, n - x.shape[2]))
+
+
+loadable(globals())
