@@ -156,6 +156,12 @@ def scoring(line: Line, model: SequenceModel, n_windows: int, batch_size: int) -
         hook.remove()
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table in Markdown, the first row its head; aligned as `columns` does."""
+    under = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], under, *rows[1:]))
+
+
 def columns(rows: list[list[str]]) -> str:
     """Align rows of cells; the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

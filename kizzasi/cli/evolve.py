@@ -83,4 +83,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         side_by_side=args.population,
     ).run(resume=args.resume)
     (folder / "best.yaml").write_text(to_pipeline(found.best.spec).to_yaml(), "utf-8")
-    return finished(found, args, len(scheduler.budgets(0)))
+    return finished(found, args, len(scheduler.budgets(0)), space.seeds)

@@ -13,6 +13,7 @@ from kizzasi.cli.common import (
     check_numbers,
     columns,
     is_pipeline_file,
+    markdown,
     read_spec,
 )
 from kizzasi.errors import SpecError
@@ -48,6 +49,7 @@ def add_common(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--score-windows", type=int, default=256, help="held-out windows of a score (default 256)"
     )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument(
         "--final-seeds", type=int, default=1, help="final trainings of the best (default 1)"
     )
@@ -79,11 +81,19 @@ def space_of(args: argparse.Namespace, task: Any) -> PipelineSpace:
     """The space over all seeds, with the stem of the task."""
     from kizzasi.nas.pipelines import PipelineSpace
 
-    files = [str(file) for source in args.seeds for file in _files(source)]
-    seeds = [_seed(source, args) for source in files]
+    seeds = _seeds(args)
     if not seeds:
         raise SpecError(f"{', '.join(args.seeds)}: no .yaml file in it; name pipelines")
-    return PipelineSpace(tuple(dict.fromkeys(seeds)), task.stem)
+    return PipelineSpace(tuple(seeds), task.stem)
+
+
+def _seeds(args: argparse.Namespace) -> dict[ModelSpec, str]:
+    """The seeds, equal ones once, and the file of each."""
+    files = [str(file) for source in args.seeds for file in _files(source)]
+    found: dict[ModelSpec, str] = {}
+    for file in files:
+        found.setdefault(_seed(file, args), file)
+    return found
 
 
 def _files(source: str) -> list[Path]:
@@ -116,17 +126,22 @@ def executor_of(args: argparse.Namespace) -> Callable[[Any], Executor]:
     return lambda evaluator: open_executor(evaluator, None, args.workers, device=args.device)
 
 
-def finished(found: Found, args: argparse.Namespace, n_breadth: int) -> tuple[dict[str, Any], str]:
-    """Write search_report.json, and say who came how far."""
+def finished(
+    found: Found, args: argparse.Namespace, n_breadth: int, seeds: tuple[ModelSpec, ...]
+) -> tuple[dict[str, Any], str]:
+    """Write search_report.json, and say who came how far; seeds: those of the space."""
     from kizzasi.nas.pipelines import search_report, write_search_report
 
     per_step = args.seq_len * args.batch_size
     report = search_report(found.summary, per_step, args.seq_len, n_breadth)
     path = write_search_report(found.folder, report)
-    head = ["configuration", "stages", found.summary.metric.label, "steps", "QPC", "tokens/s"]
+    files = zip(seeds, _seeds(args).values(), strict=True)
+    names = {spec.digest[:12]: file for spec, file in files}
+    head = ["configuration", "parameters", "stages", found.summary.metric.label, "steps", "QPC"]
     rows = [
         [
-            row["name"],
+            names.get(row["id"], row["name"]),
+            f"{row['params']:,}",
             str(row["stages"]),
             f"{row['best_score']:.3f}",
             str(row["best_steps"]),
@@ -136,6 +151,7 @@ def finished(found: Found, args: argparse.Namespace, n_breadth: int) -> tuple[di
         for row in report["candidates"]
         if row["best_score"] is not None
     ]
+    shown = (markdown if args.markdown else columns)([[*head, "tokens/s"], *rows])
     best = found.best
     result = {
         "folder": str(found.folder),
@@ -147,4 +163,4 @@ def finished(found: Found, args: argparse.Namespace, n_breadth: int) -> tuple[di
         "searched": best.searched,
         "stages_reached": max((row["stages"] for row in report["candidates"]), default=0),
     }
-    return result, f"{columns([head, *rows])}\n{found.table}\n{path}\n{found.folder / 'best'}"
+    return result, f"{shown}\n\n{found.table}\n{path}\n{found.folder / 'best'}"

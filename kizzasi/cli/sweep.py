@@ -3,6 +3,7 @@
 example:
   kizzasi sweep examples --asha-min 20 --asha-max 60 --pdh-stages 120 240 --out runs/sweep
   kizzasi sweep their/*.yaml --repair --scale 0.1
+  kizzasi sweep examples --asha-min 120 --asha-max 120 --pdh-stages --markdown   # a table
 
 Budgets are optimiser steps. Killed at any moment, a sweep goes on with --resume.
 """
@@ -59,4 +60,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         seed=args.seed,
         side_by_side=n,
     ).run(resume=args.resume)
-    return finished(found, args, len(scheduler.breadth))
+    return finished(found, args, len(scheduler.breadth), space.seeds)

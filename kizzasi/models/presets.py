@@ -306,7 +306,7 @@ def free_transformer_routed(vocab_size: int = 65536) -> ModelSpec:
     Two layers in which every token chooses two of local attention, retention and Mamba; bits that
     a non-causal encoder of four layers chooses, read by FiLM and a low rank; two layers of full
     attention, its cache a window of 8192. Heads are 128 wide, of which all entries are rotated.
-    examples/free_transformer_routed.yaml spells it.
+    examples/full_size/free_transformer_routed.yaml spells it.
 
     Source: Fleuret 2025, arXiv:2510.17558, on the latent.
     Differs: the encoder reads what the routed layers leave, where EvoForge's read the embeddings,

@@ -45,7 +45,7 @@ def test_an_example(path, task):
 
 
 def test_the_best_pipeline_of_the_seed_is_a_preset():
-    path = EXAMPLES[0].parent / "free_transformer_routed.yaml"
+    path = EXAMPLES[0].parent / "full_size" / "free_transformer_routed.yaml"
     assert Pipeline.from_file(path).spec == presets.free_transformer_routed()
 
 

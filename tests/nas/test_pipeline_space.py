@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,18 @@ def test_random_pipelines_print_and_keep_every_contract():
             variant = SPACE.moved(variant, rng)
         assert to_pipeline(variant.spec).spec == variant.spec
         check_model(variant.spec)
+
+
+def test_a_move_gives_the_upper_layers_latent_bits_and_takes_them_away():
+    moved = {MOVES["latent"](SEEDS[0], Xorshift64(i)) for i in range(1, 40)}
+    found: list[Any] = [spec.blocks[-1] for spec in moved]
+    assert {layer.inject for layer in found} == {("add",), ("film", "lora"), ("kv",)}
+    assert {len(layer.body) for layer in found} == {1, 2}
+    for spec in moved:
+        assert MOVES["latent"](spec, Xorshift64(1)) == SEEDS[0]
+    check_model(moved.pop())
+    mamba: list[Any] = [MOVES["latent"](SEEDS[1], Xorshift64(i)).blocks[-1] for i in range(1, 40)]
+    assert ("kv",) not in {layer.inject for layer in mamba}
 
 
 def test_chance_is_no_fault():

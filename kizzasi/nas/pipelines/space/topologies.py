@@ -56,6 +56,28 @@ def condition(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     return _around(spec, rng, "condition", around)
 
 
+def latent(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """The upper layers read bits that an encoder chooses, or no longer."""
+    blocks = spec.blocks
+    inside = [i for i, layer in enumerate(blocks) if layer.encodes]
+    if inside:
+        i = inside[0]
+        body: Any = blocks[i]
+        return spec.replace(blocks=(*blocks[:i], *body.body, *blocks[i + 1 :]))
+    i = rng.choice(range(len(blocks)))
+    ways = [{"inject": ["add"]}, {"inject": ["film", "lora"], "rank": 4}]
+    if blocks[i].crosses:
+        ways.append({"inject": ["kv"], "query": "learned"})
+    heads = [n for n in (8, 4, 2, 1) if spec.d_model % (2 * n) == 0]
+    if not heads:
+        raise RefusedError(f"d_model: {spec.d_model} is odd; heads of an encoder are rotated")
+    mixer = {"kind": "attention", "n_heads": heads[0], "causal": False}
+    encoder = {"mixer": mixer, "channel": {"kind": "swiglu", "hidden": 2 * spec.d_model}}
+    given = {"kind": "latent", "encoder": [encoder], "free_bits": rng.choice((0.125, 0.5))}
+    given |= {"body": [layer.to_dict() for layer in blocks[i:]], **rng.choice(ways)}
+    return spec.replace(blocks=(*blocks[:i], LayerSpec.from_dict(given)))
+
+
 def cross_skip(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     """Attention reads the keys and values of an earlier layer, or makes its own again."""
     return _reading(spec, rng, "kv_from")
