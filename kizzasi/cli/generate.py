@@ -97,11 +97,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     settings = sampling(args, tokenizer)
     drawn = args.seed is None and settings["temperature"] > 0
     note = f"seed {seed} (--seed {seed} gives this text again)" if drawn else ""
+    state = None
+    if model.spec.encodes:  # another seed, other latent bits
+        from kizzasi.models.layers.latent import with_latent_key
+
+        state = with_latent_key(model.init_state(1), seed)
     show = Show(prompt_text, Text(tokenizer.decode, prompt, args.stop), note)
     start = time.perf_counter()
     out = model.generate(
         torch.tensor(prompt, device=args.device),
         args.tokens,
+        state=state,
         seed=seed,
         on_token=show if streamed else None,
         **settings,

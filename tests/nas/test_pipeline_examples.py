@@ -8,6 +8,7 @@ import torch
 
 from kizzasi.cli import main
 from kizzasi.models import build_model, presets
+from kizzasi.models import load as load_model
 from kizzasi.nas.pipelines import Pipeline, load, scaled, sketch, to_pipeline
 from kizzasi.testing.mixer import fold
 from kizzasi.testing.tolerance import assert_close
@@ -47,6 +48,32 @@ def test_an_example(path, task):
 def test_the_best_pipeline_of_the_seed_is_a_preset():
     path = EXAMPLES[0].parent / "full_size" / "free_transformer_routed.yaml"
     assert Pipeline.from_file(path).spec == presets.free_transformer_routed()
+
+
+def test_a_routed_free_transformer_is_searched_exported_and_writes(capsys, tmp_path):
+    """The latent's path through every program: leak gate, score, export, texts of other bits."""
+    small = EXAMPLES[0].parent / "free_transformer_small.yaml"
+    data, run, out = tmp_path / "text.txt", tmp_path / "run", tmp_path / "mine"
+    data.write_bytes(bytes(range(97, 123)) * 200)
+    args = ["--asha-min", "2", "--asha-max", "2", "--pdh-stages", "--scale", "0.25"]
+    args += ["--seq-len", "16", "--batch-size", "2", "--score-windows", "4"]
+    assert main(["sweep", str(small), "--data", str(data), *args, "--out", str(run)]) == 0
+    assert "free_transformer_small.yaml" in capsys.readouterr().out
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    model = load_model(out)
+    assert model.spec.encodes
+    with torch.no_grad():
+        for parameter in model.parameters():  # what bits change starts at zero
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(out, overwrite=True)
+    capsys.readouterr()
+    texts = {}
+    for seed in (1, 2, 1):
+        more = ["--prompt", "abc", "--tokens", "24", "--temperature", "0", "--seed", str(seed)]
+        assert main(["generate", str(out), *more, "--json"]) == 0
+        text = json.loads(capsys.readouterr().out)["text"]
+        assert texts.setdefault(seed, text) == text
+    assert texts[1] != texts[2]
 
 
 def test_train_takes_the_recipe_of_a_pipeline(capsys, tmp_path):
