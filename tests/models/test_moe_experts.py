@@ -82,8 +82,8 @@ def test_empty_groups_and_jobs_of_nobody(how):
 
 @pytest.mark.parametrize("rows", [1, 20, 74])
 def test_blocks_of_any_length(rows, monkeypatch):
-    monkeypatch.setattr(sorted_experts, "BLOCK_ROWS", rows)
     x, gate_up, down, to = make()
+    monkeypatch.setattr(sorted_experts, "BLOCK", rows * gate_up.shape[1])
     for idle in (0, 2, 4):
         some = to._replace(expert=torch.where(to.expert == idle, -1, to.expert))
         assert_same("sorted", x, gate_up, down, some)

@@ -134,7 +134,7 @@ def mix_swiglu(
         pairs = zip(gate_up.unbind(), down.unbind(), strict=True)
         return mix(x, to, [swiglu(*pair) for pair in pairs], how)
     order, counts = sort_by_expert(to, len(down))
-    token, weight = to.token[order], to.weight[order]
+    token, weight = (v.index_select(0, order) for v in (to.token, to.weight))  # index_put is slow
     if how == "grouped":
         return combine(_grouped(x, token, counts, gate_up, down), token, weight, x)
     if torch.compiler.is_compiling() or x.is_meta:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kizzasi.models.ops.autodiff import gradients, too_narrow, transformed
 from kizzasi.models.ops.engines import Engines
 
-BLOCK_ROWS = 1024  # jobs that are taken at once, in whole experts
+BLOCK = 2**18  # gates and ups that are made at once, by whole experts: a megabyte in the cache
 
 
 def mix_sorted_ref(
@@ -127,7 +127,7 @@ def run_forward(
     """
     y, both = _results(x, weight, token, down)
     enter, leave = gate_up.mT.unbind(), down.mT.unbind()
-    for here, busy, sizes, (block, hidden) in _blocks(counts, x, *down.shape[1:]):
+    for here, busy, sizes, (block, hidden) in _blocks(counts, both, *down.shape[1:]):
         torch.index_select(x, 0, token[here], out=block)
         each = block.split(sizes)
         for i, x_i, both_i in zip(busy, each, both[here].split(sizes), strict=True):
@@ -157,7 +157,7 @@ def run_backward(
     enter, leave = gate_up.unbind(), down.unbind()
     grad_enter, grad_leave = grad_gate_up.unbind(), grad_down.unbind()
     d, h = down.shape[1:]
-    for here, busy, sizes, room in _blocks(counts, x, d, d, h, h, 2 * h):
+    for here, busy, sizes, room in _blocks(counts, both, d, d, h, h, 2 * h):
         block, grad, grad_hidden, hidden, grad_both = room
         torch.index_select(x, 0, token[here], out=block)
         torch.index_select(grad_y, 0, token[here], out=grad)
@@ -193,11 +193,11 @@ def _results(x: Tensor, weight: Tensor, token: Tensor, down: Tensor) -> tuple[Te
 
 
 def _blocks(
-    counts: Tensor, x: Tensor, *widths: int
+    counts: Tensor, both: Tensor, *widths: int
 ) -> Iterator[tuple[slice, list[int], list[int], list[Tensor]]]:
-    """Runs of experts with BLOCK_ROWS jobs or more, the last run perhaps fewer: the rows of all,
-    the indices of those that have jobs, how many each has, and room for rows of some widths, in
-    x's dtype, which is the same memory for all runs."""
+    """Runs of experts whose jobs make BLOCK of both, gates and ups, or more, the last run perhaps
+    fewer: the rows of all, the indices of those that have jobs, how many each has, and room for
+    rows of some widths, in the dtype of both, which is the same memory for all runs."""
     start = end = 0
     busy: list[int] = []
     runs: list[tuple[slice, list[int]]] = []
@@ -206,11 +206,11 @@ def _blocks(
         end += count
         if count:
             busy.append(i)
-        if busy and (end - start >= BLOCK_ROWS or i == len(each) - 1):
+        if busy and ((end - start) * both.shape[1] >= BLOCK or i == len(each) - 1):
             runs.append((slice(start, end), busy))
             start, busy = end, []
     most = max((here.stop - here.start for here, _ in runs), default=0)
-    rooms = [x.new_empty(most, width) for width in widths]
+    rooms = [both.new_empty(most, width) for width in widths]
     for here, busy in runs:
         room = [rows[: here.stop - here.start] for rows in rooms]
         yield here, busy, [each[i] for i in busy], room
