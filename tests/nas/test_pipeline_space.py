@@ -68,6 +68,7 @@ BOUND = {
     "top_groups",  # of several groups
     "kv_from",  # a layer whose keys look alike
     "n_global",  # beside a window or blocks
+    "kv_group",  # of keys in codes
     "n_blocks",  # of blocks
     "qkv_shared",  # of a low rank
 }
