@@ -125,20 +125,22 @@ def family_rows(work: Work, n_seeds: int, bar: Callable[[], object]) -> list[dic
         for t in TIMES
     ]
     try:
-        for row in rows:
-            spec, cell = families()[row["name"]], (row["optimizer"], row["times"])
-            rates = RATES[row["optimizer"]]
-            if row["times"] > 1:
-                best = rates.index(rows[rows.index(row) - 1]["rate"])
-                rates = rates[max(0, best - 1) : best + 1]
-            found = {rate: work.score(row["name"], spec, cell, rate, 0) for rate in rates}
-            row["rate"], row["sweep"] = min(found, key=found.__getitem__), found
-            bar()
-        for seed, times in ((s, t) for t in TIMES for s in range(1, n_seeds + 1)):
-            for row in (row for row in rows if row["times"] == times):
-                spec, cell = families()[row["name"]], (row["optimizer"], row["times"])
-                row["scores"].append(work.score(row["name"], spec, cell, row["rate"], seed))
+        for times in TIMES:  # short budgets first: what there is time for is whole
+            here = [row for row in rows if row["times"] == times]
+            for row in here:
+                spec, cell = families()[row["name"]], (row["optimizer"], times)
+                rates = RATES[row["optimizer"]]
+                if times > TIMES[0]:
+                    best = rates.index(rows[rows.index(row) - 1]["rate"])
+                    rates = rates[max(0, best - 1) : best + 1]
+                found = {rate: work.score(row["name"], spec, cell, rate, 0) for rate in rates}
+                row["rate"], row["sweep"] = min(found, key=found.__getitem__), found
                 bar()
+            for seed in range(1, n_seeds + 1):
+                for row in here:
+                    spec, cell = families()[row["name"]], (row["optimizer"], times)
+                    row["scores"].append(work.score(row["name"], spec, cell, row["rate"], seed))
+                    bar()
     except TimeoutError:
         pass
     return rows
