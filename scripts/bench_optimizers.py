@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +125,32 @@ def family_rows(work: Work, n_seeds: int, bar: Callable[[], object]) -> list[dic
         for o in RATES
         for t in TIMES
     ]
-    try:
-        for times in TIMES:  # short budgets first: what there is time for is whole
-            here = [row for row in rows if row["times"] == times]
-            for row in here:
-                spec, cell = families()[row["name"]], (row["optimizer"], times)
-                rates = RATES[row["optimizer"]]
-                if times > TIMES[0]:
-                    best = rates.index(rows[rows.index(row) - 1]["rate"])
-                    rates = rates[max(0, best - 1) : best + 1]
-                found = {rate: work.score(row["name"], spec, cell, rate, 0) for rate in rates}
-                row["rate"], row["sweep"] = min(found, key=found.__getitem__), found
-                bar()
-            for seed in range(1, n_seeds + 1):
-                for row in here:
-                    spec, cell = families()[row["name"]], (row["optimizer"], times)
-                    row["scores"].append(work.score(row["name"], spec, cell, row["rate"], seed))
-                    bar()
-    except TimeoutError:
-        pass
+    for times in TIMES:  # short budgets first: what there is time for is whole
+        here = [row for row in rows if row["times"] == times]
+        for row in here:
+            with suppress(TimeoutError):
+                _choose_rate(work, row, rows)
+            bar()
+        for seed, row in ((s, r) for s in range(1, n_seeds + 1) for r in here if "rate" in r):
+            spec, cell = families()[row["name"]], (row["optimizer"], times)
+            with suppress(TimeoutError):
+                row["scores"].append(work.score(row["name"], spec, cell, row["rate"], seed))
+            bar()
     return rows
+
+
+def _choose_rate(work: Work, row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """By seed 0: of all rates at the shortest budget, of the last best and the next lower one at
+    the others."""
+    rates, shorter = RATES[row["optimizer"]], rows[rows.index(row) - 1]
+    if row["times"] > TIMES[0]:
+        if "rate" not in shorter:
+            return
+        best = rates.index(shorter["rate"])
+        rates = rates[max(0, best - 1) : best + 1]
+    spec, cell = families()[row["name"]], (row["optimizer"], row["times"])
+    found = {rate: work.score(row["name"], spec, cell, rate, 0) for rate in rates}
+    row["rate"], row["sweep"] = min(found, key=found.__getitem__), found
 
 
 def random_hybrids(n: int) -> Iterator[ModelSpec]:
