@@ -45,6 +45,20 @@ def test_an_example(path, task):
         assert_close(fold(trained, tokens)[0], trained(tokens).logits)
 
 
+def test_a_sketch_shows_an_encoder_beside_the_line():
+    """What it chooses goes into the body, and nothing goes from it to the head."""
+    plain = presets.llama(16, 2, 2, 2, 24, 9)
+    drawn = sketch(presets.free_transformer(plain, n_bits=3)).splitlines()
+    named = {line[2:4]: line for line in drawn if line.startswith("  n") and chr(34) in line}
+    (told,) = [line for line in drawn if "-. encoder .->" in line]
+    encoder, body = told.split()[0], told.split()[-1]
+    assert "latent n_bits 3 query learned" in "\n".join(drawn)
+    assert named.keys() >= {encoder, body}
+    head = next(name for name, line in named.items() if "head" in line.split("<br/>")[-1])
+    assert f"  {body} --> {head}" in drawn
+    assert not any(line.startswith(f"  {encoder} --> ") for line in drawn)
+
+
 def test_the_best_pipeline_of_the_seed_is_a_preset():
     path = EXAMPLES[0].parent / "full_size" / "free_transformer_routed.yaml"
     assert Pipeline.from_file(path).spec == presets.free_transformer_routed()

@@ -13,7 +13,7 @@ from kizzasi.nas.pipelines.writing import said
 TOLD = (
     "n_heads", "n_kv_heads", "window", "block", "n_global", "kv_quant", "position", "d_state",
     "max_len", "top_k", "temperature", "n_experts", "hidden", "n_loops", "adapter", "factor",
-    "capacity", "op", "at", "rank", "layer", "combine",
+    "capacity", "op", "at", "rank", "layer", "combine", "n_bits", "free_bits", "query",
 )  # fields that a sketch has room for, where they are not as usual  # fmt: skip
 
 
@@ -69,9 +69,13 @@ class _Drawing:
         title = " ".join([one.kind, *_settings(said(one), own)])
         enter = self.node(f"{times}{title}", "{{{{{}}}}}")
         self.lines += [f"  {before} --> {enter}", f'  subgraph {name}[" "]']
-        last = enter
-        for _, layers in inside:
-            last = self.stack(layers, enter)
+        (_, body), *beside = inside
+        told = [(self.stack(layers, enter), field) for field, layers in beside]
+        n = len(self.lines)
+        last = self.stack(body, enter)
+        into = next(line for line in self.lines[n:] if line.startswith(f"  {enter} --> "))
+        first = into.rpartition(" ")[2]
+        self.lines += [f"  {end} -. {field} .-> {first}" for end, field in told]
         self.lines.append("  end")
         return last
 
