@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -24,6 +25,7 @@ FLAGS = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 CHUNK = 2**20  # bytes read at once
+LOOK_SECONDS = 0.05
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TORCHS = re.compile(r"inline_container\.cc|PytorchStreamWriter|unexpected pos", re.IGNORECASE)
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
@@ -222,6 +224,10 @@ if sys.platform == "win32":
         except OSError as error:
             raise BusyError from error
 
+    def is_held(path: Path) -> bool:
+        """Whether a process holds this file's lock: nobody can say."""
+        return True
+
     @contextlib.contextmanager
     def only_writer(folder: Path) -> Iterator[None]:
         """Hold a folder; Windows opens none, so a file in it stands for it."""
@@ -243,8 +249,21 @@ else:
         process, even by kill -9. Raises BusyError, or OSError where there are no locks."""
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError from error
+        except BlockingIOError:
+            time.sleep(LOOK_SECONDS)  # somebody may only have looked; see `is_held`
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BusyError from error
+
+    def is_held(path: Path) -> bool:
+        """Whether a process holds this file's lock; True where nobody can say."""
+        try:
+            with open_regular(path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
 
     @contextlib.contextmanager
     def only_writer(folder: Path) -> Iterator[None]:

@@ -61,6 +61,7 @@ class Line:
             disable=not self.alive,
             file=self.stream,
             ncols=self._columns(),
+            nrows=20,  # tqdm shows nothing on a terminal that says it has none
             leave=False,
             smoothing=0.05,
             bar_format=_format(total),

@@ -150,15 +150,19 @@ def test_the_first_word_comes_before_slow_imports_and_none_where_nobody_looks(
     assert log.getvalue() == "\nkizzasi search: stopped\n"
 
 
-def test_no_redrawn_line_is_wider_than_its_terminal(terminal):
-    fcntl.ioctl(terminal.stream, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-    with Line("search", 100, stream=terminal.stream) as line:
+@pytest.mark.parametrize(("size", "wide"), [((24, 40), 40), ((0, 0), 80)])
+def test_no_redrawn_line_is_wider_than_its_terminal(monkeypatch, terminal, size, wide):
+    """Also where it does not say how large it is, as in some containers."""
+    fcntl.ioctl(terminal.stream, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    monkeypatch.setattr("sys.stderr", terminal.stream)
+    with Line("search", 100) as line:
         line.say("a name that is much longer than forty columns can ever hold")
         line.update(50)
         line.write("stays")
     seen = terminal.read()
     assert "50%" in seen or "0%" in seen
-    assert max(len(part) for part in re.split(r"[\r\n]+", seen)) <= 40
+    assert "left, a n" in seen
+    assert max(len(part) for part in re.split(r"[\r\n]+", seen)) <= wide
     assert "stays\r\n" in seen
 
 

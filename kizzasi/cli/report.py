@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kizzasi.errors import SpecError, StudyError
+from kizzasi.files import is_held
 
 if TYPE_CHECKING:
     from kizzasi.nas.results.summary import Summary
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "best": best.entry["id"] if best else None,
         "files": files,
     }
-    screen = "" if args.watch else f"{status(summary, pace_of(summary))}\n\n"
+    alive = is_held(folder / "journal.jsonl")
+    screen = "" if args.watch else f"{status(summary, pace_of(summary), alive=alive)}\n\n"
     return result, screen + "\n".join(files)
 
 
@@ -95,7 +97,9 @@ def _watch(folder: Path, out: Path, pause: float, *, quiet: bool) -> Summary:
             side_by_side = gained / (time.monotonic() - begin) if gained > 0 else None
             if not quiet:
                 clear = CLEAR if sys.stdout.isatty() else ""
-                print(f"{clear}{status(summary, pace_of(summary, side_by_side))}\n", flush=True)
+                alive = is_held(folder / "journal.jsonl")
+                screen = status(summary, pace_of(summary, side_by_side), alive=alive)
+                print(f"{clear}{screen}\n", flush=True)
             if summary.finished:
                 break
             time.sleep(pause)

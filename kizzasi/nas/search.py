@@ -36,7 +36,6 @@ from kizzasi.nas.executors.work import Work
 from kizzasi.nas.report.export import export
 from kizzasi.nas.report.live import Live
 from kizzasi.nas.report.pages import table, write_report
-from kizzasi.nas.report.sample import write_sample
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.summary import Summary
 from kizzasi.nas.schedulers import Scheduler
@@ -53,7 +52,7 @@ from kizzasi.nas.study.candidates import ProxyPool
 from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.config_file import write_config
 from kizzasi.nas.study.flow import Flow
-from kizzasi.nas.study.folder import BEST, CONFIG, claimed
+from kizzasi.nas.study.folder import CONFIG, claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Finals, Plan
@@ -62,7 +61,6 @@ from kizzasi.nas.study.session import session_of
 from kizzasi.nas.study.study import Study
 from kizzasi.nas.study.waves import Waves
 from kizzasi.progress import Line
-from kizzasi.train.bytes import ByteText
 from kizzasi.train.files import said_of
 from kizzasi.train.memory import require_memory
 from kizzasi.train.open import open_task
@@ -375,7 +373,6 @@ def run_plan(
     plan.check()
     line = line or Line("search")
     evaluator: Evaluator = plan.evaluator
-    task: Task | None = None
     if isinstance(evaluator, MicroTrain):
         recipe, task = evaluator.recipe, evaluator.task
         task.check(Shape(recipe.seq_len, recipe.batch_size, recipe.score_windows), task.stem)
@@ -408,8 +405,6 @@ def run_plan(
             study.begin(session)
             Waves(run, plan.side_by_side).climb()
         run.finish()
-        if isinstance(task, ByteText):
-            write_sample(study, folder / BEST)
         return Found(folder, write_report(folder, study.events))
 
 

@@ -1,16 +1,20 @@
 """A run that goes on: its report is written anew, its state fits a screen, Ctrl-C ends the look."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from made_up_runs import HOSTILE, complete_events, evolved_events, study
+from made_up_runs import HOSTILE, complete_events, evolved_events, study, trial
 
 from kizzasi.cli import main
+from kizzasi.errors import StudyError
+from kizzasi.files import is_held
 from kizzasi.nas.report.status import Pace, pace_of, status, tokens_left
 from kizzasi.nas.results.summary import summarise
 from kizzasi.nas.study.journal import Journal
@@ -93,6 +97,34 @@ def test_the_time_left_by_hand():
     assert "left      nothing" in status(summarise(events), pace)
 
 
+def test_what_stopped_is_told_from_what_goes_on_and_why_nothing_has_a_score(tmp_path, capsys):
+    entry, begun = complete_events()[1], complete_events()[0]
+    failed = [trial(entry, "0", None, 0, seed=s, failure="the loss became nan") for s in range(3)]
+    run = write(tmp_path, [begun, entry, *failed])
+    assert main(["report", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "search on topics: stopped" in told
+    assert "left      kizzasi search --resume goes on with it" in told
+    assert "failed    3: the loss became nan" in told
+    with Journal(run / "journal.jsonl"):
+        assert is_held(run / "journal.jsonl")
+        assert main(["report", str(run)]) == 0
+        assert "search on topics: going on" in capsys.readouterr().out
+    assert not is_held(run / "journal.jsonl")
+    assert is_held(run / "nothing")  # where nobody can say
+
+
+def test_who_only_looks_keeps_no_writer_out(tmp_path):
+    path = write(tmp_path, [study()]) / "journal.jsonl"
+    with path.open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.01, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        Journal(path).close()
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        with pytest.raises(StudyError, match="another process"):
+            Journal(path)
+
+
 def test_a_watch_ends_with_the_search(tmp_path, capsys):
     run = write(tmp_path, complete_events())
     assert main(["report", str(run), "--watch", "0.05"]) == 0
@@ -115,11 +147,14 @@ def test_ctrl_c_ends_a_watch_in_peace(tmp_path):
     )
     assert watch.stdout is not None
     first = watch.stdout.readline()
-    assert "going on" in first
+    assert "stopped" in first
     with Journal(run / "journal.jsonl") as journal:  # the run goes on while it is watched
         for event in events[20:24]:
             journal.append(event)
-    seen, deadline = "", time.monotonic() + 60
+        seen, deadline = "", time.monotonic() + 60
+        while "going on" not in seen and time.monotonic() < deadline:
+            seen = watch.stdout.readline()
+        assert "going on" in seen
     while "7 done" not in seen and time.monotonic() < deadline:
         seen = watch.stdout.readline()
     assert "7 done" in seen

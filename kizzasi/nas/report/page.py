@@ -14,13 +14,12 @@ from collections.abc import Iterable
 from html import escape
 
 from kizzasi.nas.report.figures import Figure, figures
-from kizzasi.nas.report.sample import printable
 from kizzasi.nas.report.sentences import findings, verdict
 from kizzasi.nas.report.style import PAGE_STYLE, SCRIPT
 from kizzasi.nas.report.svg import STYLE, short
 from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, finalist_tables, tables
 from kizzasi.nas.results.summary import Summary
-from kizzasi.nas.results.words import gist
+from kizzasi.nas.results.words import gist, printable
 
 FOLDED = ("What the proxy was worth", "Estimated over real parameters", "Settings and data")
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from kizzasi.errors import StudyError
 from kizzasi.files import write_text
 from kizzasi.nas.report.page import headline, html
-from kizzasi.nas.report.sample import printable
 from kizzasi.nas.report.sentences import findings, verdict
 from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, Rows, cells, column_names, tables
 from kizzasi.nas.results.lineage import ancestry, lineage, mermaid, to_json
 from kizzasi.nas.results.summary import Event, Summary, summarise
-from kizzasi.nas.results.words import gist
+from kizzasi.nas.results.words import gist, printable
 
 __all__ = ["Summary", "findings", "html", "markdown", "summarise", "table", "write_report"]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from kizzasi.nas.report.svg import short
 from kizzasi.nas.report.tables import rung_rows
 from kizzasi.nas.results.summary import Summary
+from kizzasi.nas.results.words import gist
 
 WIDTH = 100
+RESUME = "kizzasi search --resume goes on with it"
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,23 @@ def _climb_left(summary: Summary) -> int:
     return left
 
 
-def status(summary: Summary, pace: Pace) -> str:
-    """Trials done, the best so far, the rung table, and the time left, in 100 columns."""
+def status(summary: Summary, pace: Pace, *, alive: bool = True) -> str:
+    """Trials done, the best so far, the rung table, and the time left, in 100 columns.
+
+    Args:
+        summary: of the journal.
+        pace: of the trainings.
+        alive: whether a process still writes the journal.
+    """
     name = summary.data.get("name")
     head = f"search on {name}" if name else "search, not yet begun"
     failed = len(summary.failures)
     lines = [
-        f"{_printable(head)}: {'complete' if summary.finished else 'going on'}",
+        f"{_printable(head)}: {_state(summary, alive)}",
         f"trials    {len(summary.trials)} done, {failed} failed, of {len(summary.entries)} "
         f"candidates; {short(pace.tokens)} tokens in {_duration(pace.seconds)} of training",
         *_leaders(summary),
-        f"left      {_left(summary, pace)}",
+        f"left      {_left(summary, pace) if alive or summary.finished else RESUME}",
     ]
     rungs = rung_rows(summary)
     if len(rungs) > 1:
@@ -82,6 +91,12 @@ def status(summary: Summary, pace: Pace) -> str:
         lines.append("")
         lines += ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rungs]
     return "\n".join(line[:WIDTH] for line in lines)
+
+
+def _state(summary: Summary, alive: bool) -> str:
+    if summary.finished:
+        return "complete"
+    return "going on" if alive else "stopped"
 
 
 def _leaders(summary: Summary) -> list[str]:
@@ -92,7 +107,11 @@ def _leaders(summary: Summary) -> list[str]:
         ]
     best = summary.best
     if best is None or best.scored is None:
-        return ["best      no score yet"]
+        if not summary.failures:
+            return ["best      no score yet"]
+        reasons = Counter(gist(reason) for _, _, reason in summary.failures)
+        reason, n = reasons.most_common(1)[0]
+        return ["best      no score yet", f"failed    {n}: {_printable(reason)}"]
     score, tokens = summary.show(best.scored["score"]), short(best.scored["tokens"])
     said = f"{score} {summary.unit} at {tokens} tokens"
     return [f"best      {said}  {best.entry['name']} ({best.entry['params']:,} parameters)"]

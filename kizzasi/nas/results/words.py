@@ -20,6 +20,11 @@ def gist(text: str) -> str:
     return f"{lines[-1]} ({re.split(SLASH, file)[-1]}:{number} in {function})"
 
 
+def printable(text: str) -> str:
+    """Text as a terminal or a page may show it: lines stay, and controls become U+FFFD."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def said(settings: Mapping[str, Any]) -> str:
     """Settings in a few words."""
     shown = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())

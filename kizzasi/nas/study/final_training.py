@@ -32,7 +32,9 @@ from kizzasi.nas.results.words import gist
 from kizzasi.nas.spaces.resize import narrowed
 from kizzasi.nas.study.folder import BEST, contents, spec_in
 from kizzasi.nas.study.plan import Plan
+from kizzasi.nas.study.sample import write_sample
 from kizzasi.nas.study.study import Entry, Study, Trial
+from kizzasi.train.bytes import ByteText
 
 SAME_SIZE = 1.02  # times the parameters of the best baseline: no larger than it
 Standings = Sequence[tuple[Entry, bool]]
@@ -82,6 +84,9 @@ class FinalTraining:
         best = min(means, key=means.__getitem__)
         seeds = finals[best].by_seed
         self._save(entries[best], min(seeds, key=seeds.__getitem__))
+        evaluator = self.plan.evaluator
+        if isinstance(evaluator, MicroTrain) and isinstance(evaluator.task, ByteText):
+            write_sample(study, study.checkpoints.parent / BEST)
         self._train_twins(list(entries.values()))
         finals = self._tested(finals, entries)
         found = {"best": best, **self._found(finals, winner)}

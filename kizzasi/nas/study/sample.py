@@ -39,7 +39,7 @@ def write_sample(study: Study, best: Path) -> None:
     """Let the saved model write something, once; a resumed run has it in its journal.
 
     Args:
-        study: of a search that is over.
+        study: whose best model is saved.
         best: folder of the model.
     """
     saved = next((e for e in reversed(study.events) if e["event"] == "saved"), None)
@@ -48,8 +48,3 @@ def write_sample(study: Study, best: Path) -> None:
     own = {key: saved[key] for key in ("candidate", "seed")}
     if study.find("sample", **own) is None and (sample := sample_of(best, saved)):
         study.append({"event": "sample", **sample})
-
-
-def printable(text: str) -> str:
-    """Text as a terminal or a page may show it: lines stay, what is no letter is a question."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
