@@ -26,6 +26,7 @@ from kizzasi.models.layers.layer import (
     check_stack,
     cost_of,
     depth_of,
+    places,
     settle_stack,
     window_of,
 )
@@ -179,6 +180,12 @@ class ModelSpec(Strict):
             total += norm(self.norm, self.d_model)
         total += Cost(state_bytes=2 * 8 * batch)  # position and segment, int64
         return total + cost_of(self.settled(), self.context, seq_len, batch)
+
+    def coding_flops(self, seq_len: int, batch: int = 1) -> int:
+        """Flops that a call takes beside its `cost` where layers encode: in training, and in a
+        coded score."""
+        at = zip(self.settled(), places(self.settled(), self.context), strict=True)
+        return sum(layer.coding_flops(place, seq_len, batch) for layer, place in at)
 
     @property
     def context_window(self) -> float:

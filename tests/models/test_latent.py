@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
@@ -18,6 +19,7 @@ from kizzasi.models.layers import LatentSpec, LoopSpec
 from kizzasi.models.layers.latent import with_latent_key
 from kizzasi.models.loss import with_charge
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
+from kizzasi.testing.mixer import CPU_ATTENTION
 from kizzasi.train import Recipe, Training
 from kizzasi.train.leak import find_leak
 from kizzasi.train.token_ids import TokenIds
@@ -152,6 +154,17 @@ def test_in_the_papers_form_bits_reach_keys_and_values_alone():
     with torch.no_grad():
         attention.k_proj.weight.copy_(weight)  # keys alone: there are no values to tell apart
     assert moved() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flops_of_coding_are_measured(form):
+    model = build_model(SPEC.replace(blocks=(HEADS, FORMS[form], HEADS))).eval()
+    for coded, more in ((False, 0), (True, model.spec.coding_flops(9, 2))):
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with counter, torch.no_grad():
+            model(ids(2, 9), coded=coded)
+        assert counter.get_total_flops() == model.spec.cost(9, 2).flops + more
+    assert model.spec.coding_flops(9, 2) > SPEC.replace(blocks=(HEADS,)).coding_flops(9, 2) == 0
 
 
 def test_a_learned_query_knows_nothing_of_its_token():

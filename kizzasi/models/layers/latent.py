@@ -146,6 +146,10 @@ class LatentSpec(LayerSpec):
             total += linear(n, d, self.rank) + linear(n, d, self.rank) + linear(n, self.rank, d)
         return total
 
+    def coding_flops(self, context: LayerContext, seq_len: int, batch: int) -> int:
+        encoder = cost_of(self.encoder, context, seq_len, batch)
+        return encoder.flops + linear(seq_len * batch, context.d_model, self.n_bits).flops
+
     @property
     def width(self) -> int:
         """Entries of what W_post reads."""
@@ -265,7 +269,7 @@ class Latent(LayerModule):
         if self.query is None:
             ran = self.encoder(x, None, call.alone())
         else:
-            begun = self.query.to(x.dtype).expand_as(x)
+            begun = torch.zeros_like(x) + self.query.to(x.dtype)
             ran = self.encoder(begun, None, call.alone(), memory=x)
         logits = self.read(self.norm(ran.x))
         p = logits.sigmoid()

@@ -74,6 +74,10 @@ class LayerSpec(Registered):
     def cost(self, context: LayerContext, seq_len: int, batch: int) -> Cost:
         """What it costs over (batch, seq_len) tokens, its norms included; see `Cost`."""
 
+    def coding_flops(self, context: LayerContext, seq_len: int, batch: int) -> int:
+        """What `cost` leaves out: of what runs only where the layer encodes; see `encodes`."""
+        return 0
+
     def check(self, d_model: int, path: str) -> None:
         """Raise SpecError for every rule that the fields break at this width."""
         for name, value in self.inside():

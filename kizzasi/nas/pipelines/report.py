@@ -122,7 +122,8 @@ def _losses(standing: Standing, trial: Mapping[str, Any]) -> tuple[float | None,
 
 def flops_of(spec: ModelSpec, tokens: int, seq_len: int) -> int:
     """Of a training over so many tokens."""
-    return FORWARD_AND_BACK * round(spec.cost(seq_len).flops / seq_len * tokens)
+    flops = spec.cost(seq_len).flops + spec.coding_flops(seq_len)
+    return FORWARD_AND_BACK * round(flops / seq_len * tokens)
 
 
 def qpc(start: float | None, end: float | None, flops: int) -> float | None:
