@@ -8,7 +8,7 @@ from torch import Tensor
 from kizzasi.models.decoding import own_cache
 from kizzasi.models.decoding.batcher import Batcher
 from kizzasi.models.decoding.decoder import Decoder
-from kizzasi.models.decoding.inplace import attention
+from kizzasi.models.decoding.inplace import attention, codes
 from kizzasi.models.decoding.sampling import Sampling
 from kizzasi.models.state import join_states, map_state
 from kizzasi.testing.mixer import assert_same_state
@@ -91,7 +91,7 @@ def test_every_row_of_a_batcher_is_decoded_as_if_alone(name):
 @torch.no_grad()
 def test_a_state_written_in_place_decodes_as_a_value_does(name, monkeypatch):
     """Across a store that grows twice, with a fork on the way that nothing later touches."""
-    for module in (own_cache, attention):
+    for module in (own_cache, attention, codes):
         monkeypatch.setattr(module, "SPARE", 4)
     model, x = make(name, hybrid=name in MIXERS), tokens(2, 5 + 5 + 10 + 6)
     begun = model(x[:, :5]).state

@@ -8,6 +8,9 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.attention.grouped import GroupedState
 from kizzasi.models.channels import MLPSpec
+from kizzasi.models.decoding.decoder import Decoder
+from kizzasi.models.decoding.inplace import codes
+from kizzasi.models.decoding.inplace.attention import AttentionSteps
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.ops.attention import attention_ref
@@ -21,7 +24,8 @@ from kizzasi.models.ops.kv_codes import (
     turn,
 )
 from kizzasi.models.ops.stencil import Places, Stencil, stencil_attention, stencil_attention_ref
-from kizzasi.models.state import join_states
+from kizzasi.models.state import join_states, map_state
+from kizzasi.testing.mixer import assert_same_state
 
 
 def mixer_of(**fields):
@@ -173,6 +177,33 @@ def test_forks_gathers_joins_and_beams_move_groups_with_their_codes():
         assert_close(out.logits[0], model(more[:1], short).logits[0, i])
         assert_close(out.logits[4], model(more[:1], long).logits[0, i])
     assert model.generate(x, 5, n_beams=3, temperature=0).shape == (3, 16)
+
+
+RINGS = {"none": {}, "ring": {"window": 9, "n_global": 2}, "late": {"window": 5, "n_global": 6}}
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("how", [{"kv_quant": "int8"}, {"kv_quant": "nf4", "kv_group": 4}, {}])
+def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, monkeypatch):
+    monkeypatch.setattr(codes, "SPARE", 4)
+    blocks = (BlockSpec(AttentionSpec(4, 2, **RINGS[ring], **how), MLPSpec()),)
+    model = build_model(ModelSpec(16, blocks, Tokens(11)), seed=0, dtype=torch.float64)
+    x = torch.randint(11, (2, 30), generator=torch.Generator().manual_seed(1))
+    for begin in (0, 5, 13):
+        state = model(x[:, :begin]).state if begin else model.init_state(2)
+        decoder, kept = Decoder(model, state), map_state(torch.clone, state)
+        begun, places = state, set()
+        for t in range(begin, 30):
+            out = model.step(x[:, t], state)
+            state = out.state
+            assert_close(decoder.step(x[:, t]), out.logits)
+            line = decoder._line.blocks[0].mixer
+            assert type(line) is AttentionSteps
+            store = line.store.leaves["v"] if how else line.store.slots
+            places.add(store.data_ptr())
+        assert len(places) <= (1 if RINGS[ring] else 5)  # grown by doubling, else never moved
+        assert_same_state(decoder.fork(), state)
+        assert_same_state(begun, kept)
 
 
 @pytest.mark.parametrize(("quant", "most"), [("nf4", 0.3), ("int8", 0.56)])

@@ -195,7 +195,7 @@ class GroupedMemory:
         return self._exact_first(v, state.v_first)
 
     def _exact_first(self, x: Tensor, first: Tensor) -> Tensor:
-        g = self.stencil.n_global
+        g = first.shape[2]
         return torch.cat([first.to(x.dtype), x[:, :, g:]], 2) if g and x.shape[2] else x
 
     def _coded_keys(self, state: GroupedState, dtype: torch.dtype) -> Tensor:

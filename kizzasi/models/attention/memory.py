@@ -108,6 +108,10 @@ class Remembers(Protocol):
     """How a layer remembers keys and values: what attention asks of `Memory`, or of one whose
     states are others."""
 
+    stencil: Stencil
+    quant: KVQuant
+    widths: tuple[int, int]
+
     @property
     def turns_keys(self) -> bool:
         """Whether keys, and so queries, are turned beside values."""
@@ -186,7 +190,7 @@ class Memory:
             decode(codes, scale, self.quant, width, like.dtype)
             for codes, scale, width in zip(state[:2], state[2:4], self.widths, strict=True)
         )
-        g = self.stencil.n_global
+        g = state.k_first.shape[2]
         if not g or not k.shape[2]:
             return k, v
         first = (x.to(like.dtype) for x in state[4:6])

@@ -16,36 +16,39 @@ from kizzasi.models.attention.cache import AttentionState
 from kizzasi.models.attention.rope_scaling import Rotary
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.inplace.base import About, Products, Steps
+from kizzasi.models.decoding.inplace.codes import Coded, CodedStore
 from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.norm import Norm
+from kizzasi.models.ops.kv_codes import hadamard, turn
 
 PLACES = 64  # whose tables are made at once
 READ = ("n_kv_heads", "head_dim", "window", "position", "rope_theta", "rope_dims", "rope_scaling")
 READ += ("qk_norm", "qk_norm_eps", "qk_norm_kind", "qkv_bias", "out_bias")
+READ += ("n_global", "kv_quant", "kv_group")
 
 
 class Store:
     """Keys and values of rows that are all at one place: (b, 2 h, room, width), keys first.
 
     Without a window slot i holds position i, and the store doubles when it is full; with one it is
-    a ring, position p in slot p % window.
+    a ring after the first n_global positions.
     """
 
-    def __init__(self, state: AttentionState, window: int | None) -> None:
-        self.window, self.h = window, state.k.shape[1]
+    def __init__(self, state: AttentionState, window: int | None, n_global: int = 0) -> None:
+        self.window, self.h, self.g = window, state.k.shape[1], n_global
         self.place = int(state.next_position()[0])
         self.slots = torch.cat([state.k, state.v], 1)
         self.no_position = state.position.new_empty(len(state.k), 0)
 
     @staticmethod
-    def fits(state: Any, window: int | None) -> bool:
+    def fits(state: Any, window: int | None, n_global: int = 0) -> bool:
         """Whether all rows are at one place, with nothing dead among their slots."""
         if not isinstance(state, AttentionState) or state.k.shape[3] != state.v.shape[3]:
             return False
         if window is None:
             return state.in_order
-        return state.position.shape[1] == window and bool(
+        return state.position.shape[1] == window + n_global and bool(
             (state.position == state.position[:1]).all()
         )
 
@@ -54,13 +57,13 @@ class Store:
         width)."""
         slot, place, h = self.place, self.place, self.h
         if self.window is not None:
-            slot = place % self.window
+            slot = place if place < self.g else (place - self.g) % self.window + self.g
         elif place == self.slots.shape[2]:
             self.slots = F.pad(self.slots, (0, 0, 0, max(SPARE, place)))
         self.slots.select(2, slot).copy_(kv)
         self.place = n = place + 1
-        if self.window is not None and n > self.window:
-            n = self.window
+        if self.window is not None and n > self.window + self.g:
+            n = self.window + self.g
         return self.slots[:, :h, :n], self.slots[:, h:, :n]
 
     def value(self) -> AttentionState:
@@ -69,8 +72,10 @@ class Store:
             n = self.place
             return AttentionState(k[:, :, :n].clone(), v[:, :, :n].clone(), self.no_position)
         last = self.place - 1
-        slot = torch.arange(self.window, device=k.device)
-        position = (last - (last - slot) % self.window).clamp(min=-1)
+        slot, g = torch.arange(self.window + self.g, device=k.device), self.g
+        position = last - (last - slot) % self.window
+        position = position.masked_fill(position < g, -1)
+        position = torch.where(slot < g, torch.where(slot <= last, slot, -1), position)
         return AttentionState(k.clone(), v.clone(), position.expand(len(k), -1).clone())
 
 
@@ -105,13 +110,19 @@ class AttentionSteps(Steps):
         self,
         mixer: Attention,
         norms: tuple[Norm, Norm] | None,
-        state: AttentionState,
+        store: Store | CodedStore,
         turns: Turns,
         products: Products,
     ) -> None:
         spec = mixer.spec
         self.h, self.h_kv, self.d = spec.n_heads, spec.kv_heads, mixer.head_dim
-        self.store = Store(state, spec.window)
+        self.store = store
+        self.by: Tensor | None = None
+        self.by_key: Tensor | None = None
+        if spec.coded:
+            place = {"device": store.no_position.device, "dtype": mixer.o_proj.weight.dtype}
+            self.by = hadamard(self.d, **place)
+            self.by_key = self.by if mixer.memory.turns_keys else None
         self.enter = products.of(mixer.q_proj, mixer.k_proj, mixer.v_proj)
         self.leave = products.of(mixer.o_proj)
         self.norms = norms
@@ -132,12 +143,23 @@ class AttentionSteps(Steps):
             turned = heads[:, : h + h_kv] if n == d else heads[:, : h + h_kv, :n]
             rolled = turned.roll(n // 2, -1)
             turned.mul_(cos).addcmul_(rolled, sin)
+        if self.by is not None:
+            heads = self._turned(heads, self.by)
         k, v = self.store.add(heads[:, h:])
         # Queries that share keys stand in for tokens: none of them is later than any key.
         q = heads[:, :h].reshape(b, h_kv, h // h_kv, d)
-        return self.leave(F.scaled_dot_product_attention(q, k, v).reshape(b, h * d))
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y if self.by is None else turn(y, self.by)
+        return self.leave(y.reshape(b, h * d))
 
-    def value(self) -> AttentionState:
+    def _turned(self, heads: Tensor, by: Tensor) -> Tensor:
+        """(b, h + 2 h_kv, d) as they are coded: all, or the values alone."""
+        if self.by_key is not None:
+            return turn(heads, by)
+        n = self.h + self.h_kv
+        return torch.cat([heads[:, :n], turn(heads[:, n:], by)], 1)
+
+    def value(self) -> AttentionState | Coded:
         return self.store.value()
 
 
@@ -146,11 +168,15 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
     spec = mixer.spec
     read = AttentionSpec(spec.n_heads, **{name: getattr(spec, name) for name in READ})
     known = spec == read and spec.position in ("rope", "none")
-    if (
-        not (known and mixer.engine in ("auto", "torch"))
-        or not Store.fits(state, spec.window)
-        or state.k.dtype != about.dtype
-    ):
+    if not (known and mixer.engine in ("auto", "torch")):
+        return None
+    if spec.coded and CodedStore.fits(state, mixer.memory):
+        dtype, store = state.k_first.dtype, CodedStore(state, mixer.memory)
+    elif not spec.coded and Store.fits(state, spec.window, spec.n_global):
+        dtype, store = state.k.dtype, Store(state, spec.window, spec.n_global)
+    else:
+        return None
+    if dtype != about.dtype:
         return None
     q_norm, k_norm, norms = mixer.q_norm, mixer.k_norm, None
     if q_norm is not None:
@@ -158,5 +184,6 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
             return None
         norms = q_norm, k_norm
     key = f"turns {mixer.rotary.name}"
-    turns = about.shared.setdefault(key, Turns(mixer.rotary, state.k))
-    return AttentionSteps(mixer, norms, state, turns, about.products)
+    like = mixer.o_proj.weight.detach()
+    turns = about.shared.setdefault(key, Turns(mixer.rotary, like))
+    return AttentionSteps(mixer, norms, store, turns, about.products)
