@@ -87,7 +87,8 @@ def test_a_query_sees_its_own_group_as_it_is_and_earlier_ones_in_codes(fields):
     rows = []
     for i in range(t):
         keys = torch.cat([seen_k[:, :, : i // n * n], k[:, :, i // n * n :]], 2)
-        rows.append(attention_ref(q[:, :, i : i + 1], keys, seen_v, visible=visible[i : i + 1]))
+        values = torch.cat([seen_v[:, :, : i // n * n], v[:, :, i // n * n :]], 2)
+        rows.append(attention_ref(q[:, :, i : i + 1], keys, values, visible=visible[i : i + 1]))
     wanted = mixer.o_proj(torch.cat(rows, 2).transpose(1, 2).flatten(-2))
     assert_close(mixer(x).y, wanted)
     assert (wanted - mixer_of(position="none", **fields)(x).y).abs().max() > 1e-4
@@ -97,11 +98,11 @@ def test_a_query_sees_its_own_group_as_it_is_and_earlier_ones_in_codes(fields):
 def test_two_kinds_of_keys_block_by_block(stencil):
     t, plan = 70, stencil.plan(70)
     assert plan is not None
-    q, k, own, v = draw(4, 1, 2, t, 4)
+    q, k, v, own_k, own_v = draw(5, 1, 2, t, 4)
     place = torch.arange(t)[None]
     at = Places(torch.zeros_like(place), place)
     for bias in (None, lambda distance: -0.1 * distance[:, None].double()):
-        how = {"own": (own, 4), "bias": bias}
+        how = {"own": (own_k, own_v, 4), "bias": bias}
         made = stencil_attention(q, k, v, at, at, stencil, plan, **how)
         assert_close(made, stencil_attention_ref(q, k, v, at, at, stencil, plan, **how))
         plain = stencil_attention(q, k, v, at, at, stencil, plan, bias=bias)
@@ -209,12 +210,12 @@ def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, monkeypat
 @pytest.mark.parametrize(("quant", "most"), [("nf4", 0.3), ("int8", 0.56)])
 @pytest.mark.parametrize("window", [1000, None])
 def test_bytes_beside_those_of_float16(quant, most, window):
-    spec = AttentionSpec(8, 4, head_dim=64, window=window, kv_quant=quant, kv_group=48)
+    spec = AttentionSpec(8, 4, head_dim=64, window=window, kv_quant=quant, kv_group=64)
     mixer = spec.build(LayerContext(32))
     state = mixer.init_state(3) if window else mixer(torch.randn(3, 1000, 32)).state
     held = sum(leaf.nbytes for leaf in state)
     assert held == spec.cost(LayerContext(32), 1000, 3).state_bytes
-    open_ = state.k_open.nbytes
+    open_ = state.k_open.nbytes + state.v_open.nbytes
     assert held - open_ <= most * 3 * 1000 * 4 * 2 * 64 * 2
 
 
@@ -225,7 +226,7 @@ def test_a_checkpoint_in_nf4_codes_keys_by_channel_unless_told_otherwise():
     def group(*args, **how):
         return model.with_cache(*args, **how).spec.blocks[0].mixer.kv_group
 
-    assert group("nf4") == group("nf4", window=9) == 48
+    assert group("nf4") == group("nf4", window=9) == 64
     assert group("nf4", group=0) is None
     assert group("int8") is group("none") is None
     assert group("int8", group=32) == 32

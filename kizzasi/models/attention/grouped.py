@@ -1,14 +1,14 @@
 """Attention that codes its keys by channel, a group of tokens together.
 
     group   of a token: position // n, for groups of n tokens of one document
-    open    the group of the latest token; its keys are kept as they are
+    open    the group of the latest token; it is kept as it is
 
-A query sees the keys of its own group as they are and those of earlier groups in codes. A group is
-coded once, when its last token has come, so both forms agree, and any split of a sequence. Values
-are coded token by token, and a stencil's first positions not at all, as in `memory`.
+A query sees its own group as it is and earlier ones in codes. The keys of a group are coded once,
+when its last token has come, so both forms agree, and any split of a sequence. Values are coded
+token by token, and a stencil's first positions not at all, as in `memory`.
 
 Source: Liu et al. 2024 (KIVI), arXiv:2402.02750, section 3.2.
-Differs: values wait for nothing, and a query sees no more than its own group in full.
+Differs: a query sees no more than its own group in full; values, too, by groups.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GroupedState(NamedTuple):
     k, v               (b, n_kv_heads, s, bytes) uint8; what k holds of the open group is not read.
     v_scale            (b, n_kv_heads, s, parts of a head).
     k_step, k_least    (b, n_kv_heads, groups, width), group i of a document in i % groups.
-    k_open             (b, n_kv_heads, n, width), position p in p % n.
+    k_open, v_open     (b, n_kv_heads, n, width) the open group as it is, position p in p % n.
     k_first, v_first   (b, n_kv_heads, n_global, width) the first positions as they are.
     position           as there.
     """
@@ -63,6 +63,7 @@ class GroupedState(NamedTuple):
     k_step: Tensor
     k_least: Tensor
     k_open: Tensor
+    v_open: Tensor
     k_first: Tensor
     v_first: Tensor
     position: Tensor
@@ -78,14 +79,14 @@ class GroupedState(NamedTuple):
         """As of `AttentionState`."""
         leaves, position = pack(self[:3], self.positions(), slots)
         groups = (_of_groups(x, slots // self.k_open.shape[2]) for x in self[3:5])
-        return GroupedState._make((*leaves, *groups, *self[5:8], position))
+        return GroupedState._make((*leaves, *groups, *self[5:9], position))
 
 
 class Fresh(NamedTuple):
     """The T tokens of the open group and of a call, in their order, and what is coded of them.
 
     document, position  (b or 1, T); of what the open group lacks yet, document -1.
-    k                   (b, n_kv_heads, T, width).
+    k, v                (b, n_kv_heads, T, width).
     codes, coded        (b, n_kv_heads, T, ...) codes, and as they are read; zero without a code.
     step, least         (b, n_kv_heads, N, width) of groups that are complete now,
     group, of           (b or 1, N), which they are, and their documents; -2: none.
@@ -94,6 +95,7 @@ class Fresh(NamedTuple):
     document: Tensor
     position: Tensor
     k: Tensor
+    v: Tensor
     codes: Tensor
     coded: Tensor
     step: Tensor
@@ -141,7 +143,7 @@ class GroupedMemory:
         slots = tokens if slots is None else slots
         k, v = self.widths
         each = code_bytes(k, self.quant) + code_bytes(v, self.quant) + 2 * groups_of(v)[0]
-        exact = self.n * k + self.stencil.n_global * (k + v)
+        exact = (self.n + self.stencil.n_global) * (k + v)
         both = slots * each + self._groups(slots) * 2 * k * 2 + exact * n_bytes
         return self.n_kv_heads * both
 
@@ -164,7 +166,7 @@ class GroupedMemory:
         made = scale_dtype(like.dtype)
         codes = (zeros(slots, code_bytes(w, self.quant), torch.uint8) for w in (k, v))
         groups = (zeros(self._groups(slots), k, made) for _ in range(2))
-        exact = zeros(self.n, k), zeros(g, k), zeros(g, v)
+        exact = zeros(self.n, k), zeros(self.n, v), zeros(g, k), zeros(g, v)
         scale = zeros(slots, groups_of(v)[0], made)
         return GroupedState._make((*codes, scale, *groups, *exact, plain.position))
 
@@ -180,19 +182,28 @@ class GroupedMemory:
 
     def seen(self, state: GroupedState, like: Tensor) -> tuple[Tensor, Tensor]:
         """(b, n_kv_heads, s, width) keys and values that the last token sees, in a dtype."""
-        k, s = self._coded_keys(state, like.dtype), state.k.shape[2]
-        open_ = state.k_open.to(like.dtype)
+        k = self._coded_keys(state, like.dtype)
+        whole, s = k.shape[2], state.k.shape[2]
+        v = self._coded_values(state, whole, like.dtype)
+        open_ = [x.to(like.dtype) for x in state[5:7]]
         if state.in_order:
-            k = torch.cat([k, open_[:, :, : s - k.shape[2]]], 2)
+            k, v = (
+                torch.cat([x, own[:, :, : s - whole]], 2)
+                for x, own in zip((k, v), open_, strict=True)
+            )
         else:
             position, last = state.positions(), state.next_position()[:, None] - 1
-            own = (position // self.n == last // self.n) & (position >= 0)
-            k = torch.where(own[:, None, :, None], _take(open_, position % self.n), k)
-        return self._exact_first(k, state.k_first), self._values(state, like.dtype)
+            mine = ((position // self.n == last // self.n) & (position >= 0))[:, None, :, None]
+            k, v = (
+                torch.where(mine, _take(own, position % self.n), x)
+                for x, own in zip((k, v), open_, strict=True)
+            )
+        return self._exact_first(k, state.k_first), self._exact_first(v, state.v_first)
 
-    def _values(self, state: GroupedState, dtype: torch.dtype) -> Tensor:
-        v = decode(state.v, state.v_scale, self.quant, self.widths[1], dtype)
-        return self._exact_first(v, state.v_first)
+    def _coded_values(self, state: GroupedState, slots: int, dtype: torch.dtype) -> Tensor:
+        """Values of the first so many slots as their codes say."""
+        codes, scale = state.v[:, :, :slots], state.v_scale[:, :, :slots]
+        return decode(codes, scale, self.quant, self.widths[1], dtype)
 
     def _exact_first(self, x: Tensor, first: Tensor) -> Tensor:
         g = first.shape[2]
@@ -223,23 +234,27 @@ class GroupedMemory:
         t, g = k.shape[2], self.stencil.n_global
         v_codes, v_scale = encode(v, self.quant)
         read_v = decode(v_codes, v_scale, self.quant, v.shape[-1], v.dtype)
-        fresh = self._fresh(sight, before, k)
-        past_k, past_own, past_codes = self._past(sight, before, fresh, k.dtype)
+        fresh = self._fresh(sight, before, k, v)
+        past_k, *past_own, past_codes = self._past(sight, before, fresh, k.dtype)
         new_k = fresh.coded[:, :, -t:]
         if g:
             first = (sight.position < g)[:, None, :, None]
             read_v = torch.where(first, v.detach(), read_v)
             new_k = torch.where(first, k, new_k)
-        past = self._exact_first(past_k, before.k_first), self._values(before, v.dtype)
+        past_v = self._coded_values(before, before.v.shape[2], v.dtype)
+        firsts = zip((past_k, past_v), before[7:9], strict=True)
+        past = tuple(self._exact_first(x, first) for x, first in firsts)
         codes = append(past_codes, fresh.codes[:, :, -t:])
         leaves = codes, append(before.v, v_codes), append(before.v_scale, v_scale)
         keys, values = append(past[0], new_k), append(past[1], straight_through(v, read_v))
-        return Read(keys, values, (append(past_own, k), self.n), past, New(k, v, leaves, fresh))
+        own_k, own_v = map(append, past_own, (k, v))
+        new = New(k, v, leaves, fresh)
+        return Read(keys, values, (own_k, own_v, self.n), (past[0], past[1]), new)
 
     def _past(
         self, sight: Layout, before: GroupedState, fresh: Fresh, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys of the slots as they are seen of later groups and of their own, and their codes."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the slots: keys as later groups see them, keys and values as their own does, codes."""
         t, s = sight.position.shape[1], before.k.shape[2]
         old, n_open = self._coded_keys(before, dtype), fresh.k.shape[2] - t
         if sight.alike:
@@ -248,39 +263,45 @@ class GroupedMemory:
             if done > old.shape[2]:
                 whole = before._replace(k=F.pad(before.k[:, :, :done], (0, 0, 0, 1)))
                 old = self._coded_keys(whole, dtype)
-            joined = (append(old, fresh.coded[:, :, :n_open]), fresh.k[:, :, :n_open])
-            return *joined, append(before.k[:, :, :done], fresh.codes[:, :, :n_open])
+            own = fresh.k[:, :, :n_open], fresh.v[:, :, :n_open]
+            joined = append(old, fresh.coded[:, :, :n_open])
+            return joined, *own, append(before.k[:, :, :done], fresh.codes[:, :, :n_open])
         position, following = before.positions(), before.next_position()[:, None]
         if before.in_order and s:
             old = self._coded_keys(before._replace(position=position.contiguous()), dtype)
+        zero = old.new_zeros(())
         open_ = (position >= following - following % self.n)[:, None, :, None]
         there = (position - following + self.n).clamp(0, self.n - 1)
-        parts = (_take(x[:, :, :n_open], there) for x in (fresh.coded, fresh.k, fresh.codes))
-        return tuple(  # pyright: ignore[reportReturnType]
-            torch.where(open_, part, rest)
-            for part, rest in zip(parts, (old, torch.zeros_like(old), before.k), strict=True)
+        parts = (fresh.coded, fresh.k, fresh.v, fresh.codes)
+        seen, own_k, own_v, codes = (
+            torch.where(open_, _take(part[:, :, :n_open], there), rest)
+            for part, rest in zip(parts, (old, zero, zero, before.k), strict=True)
         )
+        return seen, own_k, own_v, codes
 
-    def _fresh(self, sight: Layout, before: GroupedState, k: Tensor) -> Fresh:
+    def _fresh(self, sight: Layout, before: GroupedState, k: Tensor, v: Tensor) -> Fresh:
         """Join the open group to a call's tokens, and code the groups that are complete."""
         n, i = self.n, torch.arange(self.n, device=k.device)
-        open_ = before.k_open.to(k.dtype)
+        open_ = torch.stack([before.k_open, before.v_open]).to(k.dtype)
         if sight.alike:
             fill = before.k.shape[2] % n
             position = sight.position[:, :1] - fill + i[:fill]
-            document, open_ = torch.zeros_like(position), open_[:, :, :fill]
+            document, open_ = torch.zeros_like(position), open_[:, :, :, :fill]
         else:
             following = before.next_position()[:, None].expand(len(k), -1)
             fill = following % n
             document = torch.where(i >= n - fill, 0, -1)
             position = (following - n + i).clamp(min=0)
-            open_ = _take(open_, (i + fill) % n)
+            open_ = torch.stack([_take(x, (i + fill) % n) for x in open_])
         rows = len(document)
         document = torch.cat([document, sight.document.expand(rows, -1)], 1)
         position = torch.cat([position, sight.position.expand(rows, -1)], 1)
-        return self._code(document, position, torch.cat([open_, k], 2), sight.alike)
+        k, v = (torch.cat(x, 2) for x in zip(open_, (k, v), strict=True))
+        return self._code(document, position, k, v, sight.alike)
 
-    def _code(self, document: Tensor, position: Tensor, k: Tensor, aligned: bool) -> Fresh:
+    def _code(
+        self, document: Tensor, position: Tensor, k: Tensor, v: Tensor, aligned: bool
+    ) -> Fresh:
         """Code what is complete of tokens whose groups are not interrupted.
 
         aligned: they begin with a group, and are of one document.
@@ -299,7 +320,7 @@ class GroupedMemory:
             head = straight_through(k[:, :, : most * n], read[:, :, : most * n])
             read = torch.cat([head, read[:, :, most * n :]], 2)
             group, of = position[:, there] // n, document[:, there]
-            return Fresh(document, position, k, codes, read, step, least, group, of)
+            return Fresh(document, position, k, v, codes, read, step, least, group, of)
         begun = (i - (n - 1)).clamp(min=0)
         whole = (document >= 0) & (document[:, begun] == document) & (i >= n - 1)
         ends = (position % n == n - 1) & whole
@@ -312,7 +333,9 @@ class GroupedMemory:
         if not most:
             zero = codes.new_zeros(*k.shape[:3], codes.shape[-1])
             none = document[:, :0]
-            return Fresh(document, position, k, zero, torch.zeros_like(k), step, least, none, none)
+            return Fresh(
+                document, position, k, v, zero, torch.zeros_like(k), step, least, none, none
+            )
         mine = (ends.cumsum(1) - ends.long()).clamp(max=most - 1)
         place = i - begin.gather(1, mine)
         coded = there.gather(1, mine) & (place >= 0) & (place < n)
@@ -322,7 +345,7 @@ class GroupedMemory:
         read = torch.where(coded, straight_through(k, _take(read, index)), 0.0)
         of = torch.where(there, document.gather(1, last), -2)
         group = position.gather(1, last) // n
-        return Fresh(document, position, k, codes, read, step, least, group, of)
+        return Fresh(document, position, k, v, codes, read, step, least, group, of)
 
     def _decoded(self, codes: Tensor, step: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
         """(b, h, N n, width) of codes (b, h, N, n, bytes)."""
@@ -340,16 +363,17 @@ class GroupedMemory:
         place = torch.arange(n, device=last.device)
         back = (last - last // n * n) - place
         total = fresh.k.shape[2]
-        open_ = _take(fresh.k, (total - 1 - back).clamp(0, total - 1))
-        open_ = open_.masked_fill(((back < 0) | (last < 0))[:, None, :, None], 0.0)
+        place = (total - 1 - back).clamp(0, total - 1)
+        gone = ((back < 0) | (last < 0))[:, None, :, None]
+        open_ = (_take(x, place).masked_fill(gone, 0.0) for x in (fresh.k, fresh.v))
         about = self._about(sight, before, fresh, self._groups(leaves[0].shape[2]))
-        first = before[6:8]
+        first = before[7:9]
         if g:
             assert sight.ring is not None, "first positions have a ring"
             of_first = sight.ring.of_first(g)
             joined = map(append, read.past, (new.k, new.v))
             first = tuple(of_first.take(x) for x in joined)
-        return GroupedState._make((*leaves, *about, open_, *first, position))
+        return GroupedState._make((*leaves, *about, *open_, *first, position))
 
     def _about(
         self, sight: Layout, before: GroupedState, fresh: Fresh, groups: int
@@ -370,11 +394,13 @@ class GroupedMemory:
 
     def add(self, state: GroupedState, new: New, now: Tensor) -> GroupedState:
         """The cache with one more token, at `now` (b, 1)."""
-        n, g, first = self.n, self.stencil.n_global, state[6:8]
+        n, g, first = self.n, self.stencil.n_global, state[7:9]
         leaves, position = add_slot(state[:3], new.leaves, state.position, now, self.stencil)
         begins, done = now % n == 0, now % n == n - 1
-        open_ = state.k_open.to(new.k.dtype).masked_fill(begins[:, None, :, None], 0.0)
-        open_ = _put(open_, now % n, new.k)
+        open_ = [
+            _put(old.to(x.dtype).masked_fill(begins[:, None, :, None], 0.0), now % n, x)
+            for old, x in zip(state[5:7], (new.k, new.v), strict=True)
+        ]
         if g:
             index, early = now.clamp(max=g - 1), (now < g)[:, None, :, None]
             first = tuple(
@@ -386,7 +412,7 @@ class GroupedMemory:
         if self.stencil.slots is not None and not (answers(now) and not begins.any()):
             gone = begins & (torch.arange(groups, device=now.device) == now // n % groups)
             about = tuple(x.masked_fill(gone[:, None, :, None], 0.0) for x in about)
-        after = GroupedState._make((*leaves, *about, open_, *first, position))
+        after = GroupedState._make((*leaves, *about, *open_, *first, position))
         return after if answers(now) and not done.any() else self._complete(after, now, done)
 
     def _complete(self, state: GroupedState, now: Tensor, done: Tensor) -> GroupedState:
@@ -413,9 +439,9 @@ def beside_own(
     """All keys, and those that may be of a query's own group once more, as they are: keys, values,
     (b or 1, 1, t, keys) which are seen, made once for all layers of a call, and where they are."""
     assert read.own is not None, "of groups"
-    own, n = read.own
+    own_k, own_v, n = read.own
     s = read.keys.shape[2]
-    late = s - own.shape[2]
+    late = s - own_k.shape[2]
 
     def make() -> tuple[Tensor, Places]:
         query, key = sight.query, sight.key
@@ -426,8 +452,8 @@ def beside_own(
         return torch.cat([shown, alone[..., late:]], -1), place
 
     seen, key = call.once(("beside own", s, late, n, stencil), make)
-    keys = torch.cat([read.keys, own], 2)
-    return keys, torch.cat([read.values, read.values[:, :, late:]], 2), seen, key
+    keys, values = torch.cat([read.keys, own_k], 2), torch.cat([read.values, own_v], 2)
+    return keys, values, seen, key
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

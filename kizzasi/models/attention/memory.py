@@ -76,15 +76,15 @@ class Read(NamedTuple):
     """What the tokens of a call see.
 
     keys, values  (b, n_kv_heads, s + t, width) of the cache's slots and the call's tokens.
-    own           the last of these keys as a query of their own group sees them, and how many
-                  tokens a group has; None if all queries see the same.
+    own           the last of these keys and values as a query of their own group sees them, and how
+                  many tokens a group has; None if all queries see the same.
     past          keys and values of the s slots.
     new           the t tokens.
     """
 
     keys: Tensor
     values: Tensor
-    own: tuple[Tensor, int] | None
+    own: tuple[Tensor, Tensor, int] | None
     past: tuple[Tensor, Tensor]
     new: Any
 

@@ -117,8 +117,8 @@ class AttentionSpec(MixerSpec):
             first n_global stay as they are.
         kv_group: code keys channel by channel instead, so many tokens of a document together, as
             soon as they are complete, in even steps of as many bits; a query sees its own group as
-            it is. Values are coded as before. nf4 loses little so; 64 is usual (KIVI, Liu et al.
-            2024, arXiv:2402.02750).
+            it is. Values are coded token by token. nf4 loses little so; 64 is usual (KIVI, Liu et
+            al. 2024, arXiv:2402.02750).
         causal: no token sees a later one. False makes an encoder's layer: whole documents only, no
             state and no step; a window then reaches as far ahead as behind.
     """
@@ -527,7 +527,8 @@ class Attention(Mixer):
         if before.k.shape[2]:
             order, key = in_time(call, before, self.stencil)
             k, v = (_in_order(x, order) for x in (k, v))
-            own = None if own is None else (_in_order(own[0], order), own[1])
+            if own is not None:
+                own = _in_order(own[0], order), _in_order(own[1], order), own[2]
         attend = STENCIL_ATTENTION.pick(self.engine, q.device)
         how = {**self._how(q), "cut": partial(cut, call, before, self.stencil, plan, key)}
         return attend(q, k, v, sight.query, key, self.stencil, plan, own=own, **how)

@@ -95,7 +95,10 @@ def encode_channels(x: Tensor, kind: KVQuant) -> tuple[Tensor, Tensor, Tensor]:
     parts = _over(wide - least.to(wide.dtype).unsqueeze(-2), step.unsqueeze(-2))
     groups, size = groups_of(x.shape[-1])
     codes = F.pad(parts.round().clamp(0, n), (0, groups * size - x.shape[-1])).to(torch.uint8)
-    return codes if kind == "int8" else _packed(codes), step, least
+    if kind == "nf4":  # a half of the head in the low halves of bytes: they are read in one piece
+        first, second = codes.chunk(2, -1)
+        codes = first | (second << 4)
+    return codes, step, least
 
 
 def decode_channels(
@@ -104,10 +107,14 @@ def decode_channels(
     """(..., width) of codes (..., code_bytes), in a dtype; step and least (..., width) of each
     code, or broadcastable. No gradient passes."""
     wide = torch.promote_types(dtype, torch.float32)
+    n = codes.shape[-1]
     if kind == "nf4":
-        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-    parts = codes[..., : step.shape[-1]].to(wide)
-    return (parts * step.detach().to(wide)).add_(least.detach().to(wide)).to(dtype)
+        parts = codes.new_empty(*codes.shape[:-1], 2 * n, dtype=wide)
+        parts[..., :n], parts[..., n:] = codes & 15, codes >> 4
+    else:
+        parts = codes.to(wide)
+    parts = parts[..., : step.shape[-1]]
+    return parts.mul_(step.detach().to(wide)).add_(least.detach().to(wide)).to(dtype)
 
 
 def _unit(most: Tensor, kind: KVQuant, dtype: torch.dtype) -> Tensor:
@@ -146,7 +153,8 @@ def decode(codes: Tensor, scale: Tensor, kind: KVQuant, width: int, dtype: torch
     wide = torch.promote_types(dtype, torch.float32)
     by = scale.detach().to(wide)[..., None]
     parts = _read(codes, kind, wide)
-    return (parts.unflatten(-1, (scale.shape[-1], -1)) * by).flatten(-2)[..., :width].to(dtype)
+    parts = parts.unflatten(-1, (scale.shape[-1], -1)).mul_(by)
+    return parts.flatten(-2)[..., :width].to(dtype)
 
 
 def _read(codes: Tensor, kind: KVQuant, dtype: torch.dtype) -> Tensor:

@@ -201,7 +201,7 @@ def stencil_attention_ref(
     scale: float | None = None,
     sinks: Tensor | None = None,
     cut: Callable[[], Cut] | None = None,
-    own: tuple[Tensor, int] | None = None,
+    own: tuple[Tensor, Tensor, int] | None = None,
 ) -> Tensor:
     """Attend to what a stencil shows, with all scores written out; see `attention_ref`.
 
@@ -216,7 +216,8 @@ def stencil_attention_ref(
         bias: makes (b or 1, h, t, s) of (b or 1, t, s) position of query minus that of key.
         softcap, scale, sinks: as for `attention_ref`.
         cut: `cut_up` of the same, if it is at hand.
-        own: keys, in place of k for queries of their own group, and how many positions make one.
+        own: keys and values, in place of k and v for queries of their own group, and how many
+            positions make one.
 
     Returns:
         (b, h, t, width of v).
@@ -225,7 +226,8 @@ def stencil_attention_ref(
     added = None if bias is None else bias(distance(query, key))
     seen = stencil.visible(query, key)
     if own is not None:
-        k, v, seen, added = _beside((k, own[0]), v, query, key, seen, added, own[1])
+        k, v = torch.cat([k, own[0]], 2), torch.cat([v, own[1]], 2)
+        seen, added = _beside(query, key, seen, added, own[2])
     return attention_ref(q, k, v, visible=seen, bias=added, **how)
 
 
@@ -243,7 +245,7 @@ def stencil_attention(
     scale: float | None = None,
     sinks: Tensor | None = None,
     cut: Callable[[], Cut] | None = None,
-    own: tuple[Tensor, int] | None = None,
+    own: tuple[Tensor, Tensor, int] | None = None,
 ) -> Tensor:
     """`stencil_attention_ref` block by block, each with the keys that its queries may see."""
     b, h, t, _ = q.shape
@@ -255,8 +257,9 @@ def stencil_attention(
     added = None if added is None else _rows(added, len(queries))
     keys, values = (_keys(x, plan, t, first) for x in (k, v))
     if own is not None:
-        both, places = (keys, _keys(own[0], plan, t, first)), (blocks.query, blocks.key)
-        keys, values, seen, added = _beside(both, values, *places, seen, added, own[1])
+        own_k, own_v = (_keys(x, plan, t, first) for x in own[:2])
+        keys, values = torch.cat([keys, own_k], 2), torch.cat([values, own_v], 2)
+        seen, added = _beside(blocks.query, blocks.key, seen, added, own[2])
     how = {"softcap": softcap, "scale": scale, "sinks": sinks}
     y = attention(queries, keys, values, visible=seen, bias=added, **how)
     y = y.view(b, plan.n, plan.r, h, plan.c, -1).permute(0, 3, 1, 4, 2, 5)
@@ -264,21 +267,14 @@ def stencil_attention(
 
 
 def _beside(
-    keys: tuple[Tensor, Tensor],
-    v: Tensor,
-    query: Places,
-    key: Places,
-    seen: Tensor,
-    added: Tensor | None,
-    n: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Keys of two kinds side by side, the second for queries of the same n positions; values, what
-    is seen, and what is added to the scores, as wide."""
+    query: Places, key: Places, seen: Tensor, added: Tensor | None, n: int
+) -> tuple[Tensor, Tensor | None]:
+    """What is seen, and added to the scores, of keys of two kinds side by side, the second for
+    queries of the same n positions."""
     same = (query.position[:, :, None] // n == key.position[:, None] // n)[:, None]
     same = _rows(same, len(seen))
     added = None if added is None else torch.cat([added, added], -1)
-    seen = torch.cat([seen & ~same, seen & same], -1)
-    return torch.cat(keys, 2), torch.cat([v, v], 2), seen, added
+    return torch.cat([seen & ~same, seen & same], -1), added
 
 
 def distance(query: Places, key: Places) -> Tensor:

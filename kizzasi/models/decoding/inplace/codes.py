@@ -60,7 +60,7 @@ class CodedStore:
         k, v = kv[:, : self.h], kv[:, self.h :]
         if self.n:
             v_codes, v_scale = encode(v, self.quant)
-            self._open(k)
+            self._open(k, v)
         else:
             codes, scale = encode(kv, self.quant)
             v_codes, v_scale = codes[:, self.h :], scale[:, self.h :]
@@ -93,16 +93,18 @@ class CodedStore:
             for name in ("k_step", "k_least"):
                 leaves[name] = F.pad(leaves[name], (0, 0, 0, more))
 
-    def _open(self, k: Tensor) -> None:
-        """A key of the open group, exact; its slot holds no code yet."""
+    def _open(self, k: Tensor, v: Tensor) -> None:
+        """A token of the open group, exact; the slot of its key holds no code yet."""
         leaves, n = self.leaves, self.n
         if self.place % n == 0:
             leaves["k_open"].zero_()
+            leaves["v_open"].zero_()
             if self.stencil.slots is not None:  # what was there is out of reach
                 group = self.place // n % leaves["k_step"].shape[2]
                 for name in ("k_step", "k_least"):
                     leaves[name].select(2, group).zero_()
         leaves["k_open"].select(2, self.place % n).copy_(k)
+        leaves["v_open"].select(2, self.place % n).copy_(v)
         leaves["k"].select(2, self._slot(self.place)).zero_()
 
     def _complete(self) -> None:
