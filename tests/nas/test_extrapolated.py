@@ -7,7 +7,15 @@ import pytest
 from small_search import SPACE, config, killed_after, outcome, write_text
 
 from kizzasi.errors import SpecError
-from kizzasi.nas import SearchConfig, named_search
+from kizzasi.nas import (
+    Finals,
+    Measurement,
+    ModelSpace,
+    Search,
+    SearchConfig,
+    choice,
+    named_search,
+)
 from kizzasi.nas.results.foresight import foresight
 from kizzasi.nas.schedulers import (
     ASHA,
@@ -130,6 +138,32 @@ def test_settings():
         Extrapolated(ASHA(3, 1, 3), 2.0).check()
     with pytest.raises(SpecError, match="n_candidates"):
         Extrapolated(ASHA(0, 1, 3)).check()
+
+
+def steep(job, report):
+    """The narrowest model is best at once; the widest falls fastest."""
+    width, t = job.spec.d_model, job.budget
+    b = 0.4 if width == 16 else 0.01
+    return Measurement((3 + width / 20) * (t / 9) ** -b, t, curve=tuple(power(9.0, b, t)))
+
+
+@pytest.mark.parametrize(("wrapped", "promoted"), [(False, 8), (True, 16)])
+def test_a_search_promotes_by_curves(tmp_path, wrapped, promoted):
+    block = {"mixer": {"kind": "mamba", "d_state": 4}}
+    stem = {"kind": "tokens", "vocab_size": 8}
+    models = ModelSpace({"d_model": choice(8, 12, 16), "stem": stem, "blocks": [block]})
+    asha = ASHA(3, 9, 27)
+    found = Search(
+        models,
+        steep,
+        metric="loss",
+        searcher=Grid(3),
+        scheduler=Extrapolated(asha) if wrapped else asha,
+        finals=Finals(seeds=1),
+        folder=tmp_path / "run",
+    ).run()
+    further = [s for s in found.summary.standings if s.tried("1")]
+    assert [s.entry["spec"]["d_model"] for s in further] == [promoted]
 
 
 def test_a_search_resumes_along_its_curves(tmp_path):
