@@ -8,6 +8,7 @@ from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN
 from kizzasi.models.ops.delta import DELTA_RULE, DELTA_RULE_2
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
+from kizzasi.models.ops.mimo import MIMO_TRAPEZOID
 from kizzasi.models.ops.norm import RMS_NORM
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
 from kizzasi.models.ops.sorted_experts import MIX_SORTED
@@ -60,14 +61,23 @@ def trapezoid(t):
     return (normal(B, t, h, p), dt, decays(B, t, h), share, *keys, *state), {}, {}
 
 
-class Ends:
-    """The trapezoid's table, for functions of tensors only."""
+def mimo(t):
+    h, r, p, n = 2, 3, 5, 19
+    dt, share = normal(B, t, h, seed=1).exp(), normal(B, t, h, seed=2).sigmoid()
+    keys = normal(B, t, h, r, n, seed=3), normal(B, t, h, r, n, seed=4)
+    state = normal(B, h, p, n), normal(B, h, r, n), normal(B, h, r, p)
+    return (normal(B, t, h, r, p), dt, decays(B, t, h), share, *keys, *state), {}, {}
 
-    names = TRAPEZOID.names
+
+class Ends:
+    """A trapezoid's table, for functions of tensors only."""
+
+    def __init__(self, table):
+        self.table, self.names = table, table.names
 
     def pick(self, engine, device):
-        op = TRAPEZOID.pick(engine, device)
-        return lambda *x, starts: op(*x[:6], TrapezoidState(*x[6:]), starts)  # pyright: ignore
+        op = self.table.pick(engine, device)
+        return lambda *x, starts: op(*x[:6], TrapezoidState(*x[6:]), starts)
 
 
 def delta(t, n, m, width):
@@ -135,7 +145,8 @@ KERNELS = {
     "linear-fixed": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 3, 0))),
     "linear-fixed-head": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 3, 1))),
     "ssd": (SSD, dual),
-    "trapezoid": (Ends(), trapezoid),
+    "trapezoid": (Ends(TRAPEZOID), trapezoid),
+    "mimo": (Ends(MIMO_TRAPEZOID), mimo),
     "delta": (DELTA_RULE, lambda t: delta(t, 19, 6, 1)),
     "delta-channel": (DELTA_RULE, lambda t: delta(t, 5, 9, 5)),
     "delta-2": (DELTA_RULE_2, delta_2),

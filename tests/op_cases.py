@@ -8,6 +8,7 @@ from kizzasi.models.ops import (
     decay_scan,
     delta,
     linear_attention,
+    mimo,
     mlstm,
     selective_scan,
     slstm,
@@ -56,6 +57,14 @@ def trapezoid(run):
         return run(x, dt, log_decay, share, B, C, state, starts)
 
     return wrapped
+
+
+def many_ends():
+    b, t, h, r, p, n = 2, 9, 2, 3, 3, 2
+    dt, share = normal(b, t, h, seed=1).exp(), normal(b, t, h, seed=2).sigmoid()
+    B, C = normal(b, t, h, r, n, seed=3), normal(b, t, h, r, n, seed=4)
+    state = normal(b, h, p, n), normal(b, h, r, n), normal(b, h, r, p)
+    return (normal(b, t, h, r, p), dt, negative(b, t, h), share, B, C, *state), {}
 
 
 def two_ends():
@@ -143,6 +152,7 @@ OPS = {
     "linear_attention-fixed-bonus": (*LINEAR, lambda: linear((1, 1, 2, 3), True), 5),
     "ssd": (ssd.ssd, ssd.ssd_ref, dual, 4),
     "trapezoid": (trapezoid(ssd.trapezoid), trapezoid(ssd.trapezoid_ref), two_ends, 6),
+    "mimo": (trapezoid(mimo.mimo_trapezoid), trapezoid(mimo.mimo_trapezoid_ref), many_ends, 6),
     "delta-head": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(1), 5),
     "delta-channel": (delta.delta_rule, delta.delta_rule_ref, lambda: corrected(3), 5),
     "delta-2": (delta.delta_rule_2, delta.delta_rule_2_ref, erased_and_written, 6),

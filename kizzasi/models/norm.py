@@ -168,3 +168,35 @@ class HeadNorm(KeepFloat32):
         if self.bias is None:
             return x * weight
         return torch.addcmul(full_precision(self.bias).view(shape), x, weight)
+
+
+class GatedNorm(KeepFloat32):
+    """RMSNorm per group with a gate: norm(y silu(z)), or norm(y) silu(z) if the norm comes first.
+
+    Args (forward):
+        y: (..., d) in at least float32.
+        z: (..., d) the gate. The result has z's dtype.
+    """
+
+    float32_parameters = ("weight",)
+
+    def __init__(self, d: int, n_groups: int, eps: float, norm_before_gate: bool) -> None:
+        super().__init__()
+        self.n_groups, self.eps, self.norm_before_gate = n_groups, eps, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(full_precision(z))
+        y = y if self.norm_before_gate else y * gate
+        y = y.unflatten(-1, (self.n_groups, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+        y = y * gate if self.norm_before_gate else y
+        return y.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        order = "norm before gate" if self.norm_before_gate else "gate before norm"
+        return f"{len(self.weight)}, n_groups={self.n_groups}, eps={self.eps}, {order}"

@@ -130,6 +130,15 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
     "mamba3": {
         "small": {"d_state": 6, "head_dim": 8},
         "groups": {"d_state": 4, "head_dim": 8, "n_groups": 2, "rope_fraction": 1.0},
+        "mimo": {"d_state": 6, "head_dim": 8, "n_groups": 2, "rank": 3},
+        "mimo-norm": {
+            "d_state": 4,
+            "head_dim": 8,
+            "rank": 2,
+            "out_norm": True,
+            "rope_fraction": 1.0,
+        },
+        "siso-norm": {"d_state": 4, "head_dim": 8, "out_norm": True},
         "heavy-tail": {"d_state": 4, "head_dim": 4, "expand": 1, "a_activation": "heavy_tail"},
     },
     "parallel": {

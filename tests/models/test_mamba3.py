@@ -19,6 +19,8 @@ from kizzasi.models.mixers.mamba3 import (
     rotate_pairs,
     summed_angles,
 )
+from kizzasi.models.ops import mimo
+from kizzasi.models.ops.ssd import TrapezoidState
 
 
 def make(spec, d_model=12, dtype=torch.float64, noise=0.3):
@@ -85,6 +87,84 @@ def test_it_is_a_complex_state_space(spec):
     theirs = torch.autograd.grad((expected * weights).sum(), [y, *parameters.values()])
     for name, a, e in zip(["x", *parameters], ours, theirs, strict=True):
         assert_close(a, e, msg=name)
+
+
+def mimo_loop(m, x):
+    """y of (t, d) token by token, every sum over ranks written out."""
+    spec, h, p, r = m.spec, m.n_heads, m.spec.head_dim, m.spec.rank
+    g, n, s = spec.n_groups, spec.d_state, spec.n_angles
+    S, angle, ys = torch.zeros(h, p, n, dtype=x.dtype), torch.zeros(h, s, dtype=x.dtype), []
+    before = torch.zeros_like(S)
+    for u in x:
+        row = m.in_proj.weight @ u
+        parts = row.split([h * p, h * p, r * g * n, r * g * n, h, h, h, s])
+        z, v, dt, rate, share, turn = (parts[i] for i in (0, 1, 4, 5, 6, 7))
+        dt, share = F.softplus(dt + m.dt_bias), share.sigmoid()
+        decay = (-F.softplus(rate).clamp(min=spec.A_floor) * dt).exp()
+        angle = angle + math.pi * torch.tanh(turn) * dt[:, None]
+        turned = torch.polar(torch.ones_like(angle), angle)
+        keys = []
+        for k, norm, bias in ((parts[2], m.B_norm, m.B_bias), (parts[3], m.C_norm, m.C_bias)):
+            k = k.view(r, g, n)
+            k = k / (k.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+            k = k.repeat_interleave(h // g, 1).transpose(0, 1) + bias
+            pairs = torch.complex(k[..., : n // 2], k[..., n // 2 :])
+            pairs = torch.cat([pairs[..., :s] * turned[:, None], pairs[..., s:]], -1)
+            keys.append(torch.cat([pairs.real, pairs.imag], -1))
+        v, z, now = v.view(h, p), z.view(h, p), 0.0
+        for i in range(r):
+            now = now + (m.mimo_x[:, i] * v)[:, :, None] * keys[0][:, i, None]
+        left, right = ((1 - share) * dt * decay)[:, None, None], (share * dt)[:, None, None]
+        S, before = decay[:, None, None] * S + left * before + right * now, now
+        y = 0.0
+        for i in range(r):
+            out = (S * keys[1][:, i, None]).sum(-1) + m.D[:, None] * m.mimo_x[:, i] * v
+            if m.norm is not None:
+                out = out / (out.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+                out = out * m.norm.weight.view(h, p)
+            y = y + m.mimo_o[:, i] * out * F.silu(m.mimo_z[:, i] * z)
+        ys.append(m.out_proj.weight @ y.flatten())
+    return torch.stack(ys)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Mamba3Spec(d_state=8, head_dim=4, rank=2),
+        Mamba3Spec(d_state=6, head_dim=4, n_groups=3, rope_fraction=1.0, rank=4, out_norm=True),
+    ],
+)
+def test_several_inputs_and_outputs_are_their_sums(spec):
+    m, x, y = make(spec), inputs(40, 12).requires_grad_(), inputs(40, 12).requires_grad_()
+    out, expected = m(x[None]).y[0], mimo_loop(m, y)
+    assert_close(out, expected)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+    parameters = dict(m.named_parameters())
+    ours = torch.autograd.grad((out * weights).sum(), [x, *parameters.values()])
+    theirs = torch.autograd.grad((expected * weights).sum(), [y, *parameters.values()])
+    for name, a, e in zip(["x", *parameters], ours, theirs, strict=True):
+        assert_close(a, e, msg=name)
+
+
+@pytest.mark.parametrize("share", [None, 0.2])
+@pytest.mark.parametrize("length", [1, 2, 21, 22, 65])
+def test_mimo_in_chunks_is_the_loop(length, share):
+    b, h, r, p, n = 2, 2, 3, 4, 5
+    x, B, C = inputs(b, length, h, r, p), inputs(b, length, h, r, n), inputs(b, length, h, r, n)
+    dt, share_ = inputs(b, length, h).exp(), inputs(b, length, h, seed=2).sigmoid()
+    given = [x, dt, -inputs(b, length, h, seed=3).exp(), share_, B, C]
+    given += [inputs(b, h, p, n), inputs(b, h, r, n, seed=5), inputs(b, h, r, p, seed=6)]
+    given, results = [v.requires_grad_() for v in given], []
+    starts = None
+    if share is not None:
+        starts = torch.rand(b, length, generator=torch.Generator().manual_seed(0)) < share
+    for form in (mimo.mimo_trapezoid, mimo.mimo_trapezoid_ref):
+        y, state = form(*given[:6], TrapezoidState(*given[6:]), starts)
+        out = [y, *state]
+        weights = [torch.linspace(-1, 1, v.numel()).view(v.shape).to(v) for v in out]
+        results.append([*out, *torch.autograd.grad(out, given, weights)])
+    for fast, loop in zip(*results, strict=True):
+        assert_close(fast, loop)
 
 
 def test_activations_by_value_and_slope():

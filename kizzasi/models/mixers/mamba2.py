@@ -35,7 +35,7 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
-from kizzasi.models.norm import KeepFloat32
+from kizzasi.models.norm import GatedNorm
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import SSD, ssd_flops, ssd_step
@@ -128,34 +128,6 @@ class Mamba2State(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
-
-
-class GatedNorm(KeepFloat32):
-    """RMSNorm per group with a gate: norm(y silu(z)), or norm(y) silu(z) if the norm comes first.
-
-    Args (forward):
-        y: (..., d) in at least float32.
-        z: (..., d) the gate. The result has z's dtype.
-    """
-
-    float32_parameters = ("weight",)
-
-    def __init__(self, d: int, n_groups: int, eps: float, norm_before_gate: bool) -> None:
-        super().__init__()
-        self.n_groups, self.eps, self.norm_before_gate = n_groups, eps, norm_before_gate
-        self.weight = nn.Parameter(torch.empty(d))
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(full_precision(z))
-        y = y if self.norm_before_gate else y * gate
-        y = y.unflatten(-1, (self.n_groups, -1))
-        y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2) * self.weight
-        y = y * gate if self.norm_before_gate else y
-        return y.to(z.dtype)
-
-    def extra_repr(self) -> str:
-        order = "norm before gate" if self.norm_before_gate else "gate before norm"
-        return f"{len(self.weight)}, n_groups={self.n_groups}, eps={self.eps}, {order}"
 
 
 class Mamba2(Mixer):
@@ -254,4 +226,4 @@ class Mamba2(Mixer):
         self.A_log.uniform_(1, 16, generator=generator).log_()
         self.D.fill_(1.0)
         if self.norm is not None:
-            self.norm.weight.fill_(1.0)
+            self.norm.reset_parameters()

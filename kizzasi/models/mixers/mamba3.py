@@ -1,4 +1,4 @@
-"""Mamba-3: a state space with the trapezoidal rule, rotating keys and no convolution (SISO form).
+"""Mamba-3: a state space with the trapezoidal rule, rotating keys and no convolution.
 
 Symbols: b batch, t time, d d_model.
 
@@ -13,6 +13,8 @@ Symbols: b batch, t time, d d_model.
 | share | lambda | weight of a step's right end, sigmoid(.) |
 | speed, angle (b,t,h,s) | theta, its sum | turn of a pair of states at a token; in total |
 | k, v | B, x | what the last token wrote: its rotated key B, and its x |
+| rank, r | R | inputs and outputs of a head: 1 is SISO, more are MIMO |
+| mimo_x, mimo_z, mimo_o (h,r,p) | | factors: r inputs of x, r gates of z, y of r outputs |
 
 Source: arXiv:2603.15569, section 3; parameters are named as in state-spaces/mamba.
 """
@@ -39,8 +41,9 @@ from kizzasi.models.mixer import (
     MixerSpec,
     state_dtype,
 )
-from kizzasi.models.norm import Norm
+from kizzasi.models.norm import GatedNorm, Norm
 from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.mimo import MIMO_TRAPEZOID, mimo_flops, mimo_trapezoid_step
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import (
     TRAPEZOID,
@@ -48,7 +51,7 @@ from kizzasi.models.ops.ssd import (
     ssd_flops,
     trapezoid_step,
 )
-from kizzasi.strict import join, register, require
+from kizzasi.strict import added, join, register, require
 
 TURN = 2 * math.pi
 NORM_EPS = 1e-5
@@ -57,7 +60,7 @@ NORM_EPS = 1e-5
 @register
 @dataclass(frozen=True)
 class Mamba3Spec(MixerSpec):
-    """Mamba-3 mixer with one input and one output per head (SISO).
+    """Mamba-3 mixer.
 
     d_state: states per channel.
     expand: d_inner / d_model. Any ratio that gives whole heads.
@@ -69,6 +72,9 @@ class Mamba3Spec(MixerSpec):
         one are wrong with the other.
     A_floor: the smallest decay rate.
     dt_min, dt_max: range of the initial step sizes, log-uniform. dt_floor: their smallest value.
+    rank: values that a head writes at a token, and keys that it reads by (MIMO); 1 is SISO. With
+        more, states rotate in pairs (i, i + d_state / 2), as in the published kernels.
+    out_norm: normalise the output of every head before it is gated. norm_eps: its epsilon.
     """
 
     kind: ClassVar[str] = "mamba3"
@@ -82,9 +88,12 @@ class Mamba3Spec(MixerSpec):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
+    rank: int = added(1)
+    out_norm: bool = added(False)
+    norm_eps: float = added(NORM_EPS)
 
     def check(self, d_model: int, path: str) -> None:
-        self.require_positive(path, "d_state", "head_dim", "n_groups")
+        self.require_positive(path, "d_state", "head_dim", "n_groups", "rank", "norm_eps")
         p, heads = self.head_dim, self.expand * d_model / self.head_dim
         message = (
             f"{self.expand} times d_model {d_model} makes {heads:g} heads of {p} channels; "
@@ -98,6 +107,8 @@ class Mamba3Spec(MixerSpec):
         share = self.rope_fraction
         message = f"{share} of d_state {self.d_state} is not at least one pair, or more than all"
         require(share <= 1 and self.n_angles >= 1, join(path, "rope_fraction"), message)
+        message = f"{self.d_state} states do not split into halves; give an even number, or rank 1"
+        require(self.rank == 1 or self.d_state % 2 == 0, join(path, "d_state"), message)
         message = f"{self.dt_min} is not in (0, dt_max {self.dt_max}]"
         require(0 < self.dt_min <= self.dt_max, join(path, "dt_min"), message)
         for name in ("A_floor", "dt_floor"):
@@ -118,15 +129,19 @@ class Mamba3Spec(MixerSpec):
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
         d, n, p, tokens = layer.d_model, self.d_state, self.head_dim, batch * seq_len
         heads, angles = self.n_heads(d), self.n_angles
-        inner = heads * p
+        inner, r = heads * p, self.rank
+        flops = ssd_flops(batch, seq_len, heads, heads, p, n)
+        if r > 1:
+            flops = mimo_flops(batch, seq_len, heads, r, p, n)
         return (
-            linear(tokens, d, 2 * inner + 2 * self.n_groups * n + 3 * heads + angles)
+            linear(tokens, d, 2 * inner + 2 * self.n_groups * r * n + 3 * heads + angles)
             + linear(tokens, inner, d)
             + dense(
-                params=2 * heads + 2 * heads * n + 2 * n,
-                flops=ssd_flops(batch, seq_len, heads, heads, p, n),
-                state_bytes=4 * batch * heads * (angles + p * n + n + p),
+                params=2 * heads + 2 * heads * r * n + 2 * n + inner * self.out_norm,
+                flops=flops,
+                state_bytes=4 * batch * heads * (angles + p * n + r * n + p),
             )
+            + dense(3 * r * inner if r > 1 else 0)
         )
 
 
@@ -135,7 +150,8 @@ class Mamba3State(NamedTuple):
 
     angle  (b, h, s) in [0, 2 pi)
     ssm    (b, h, p, n) the memory
-    k, v   (b, h, n) and (b, h, p), key and value that the last token wrote
+    k, v   (b, h, n) and (b, h, p), key and value that the last token wrote; with a rank, its r keys
+           (b, h, r, n), and its x, of which mimo_x makes the values
     """
 
     angle: Tensor
@@ -147,46 +163,57 @@ class Mamba3State(NamedTuple):
 class Mamba3(Mixer):
     """z, x, B, C, dt, A, trap, angles = in_proj(u);  y = out_proj((trapezoid(...) + D x) silu(z)).
 
-    B and C are normalised, biased per head, and rotated by the angles summed so far.
+    B and C are normalised, biased per head, and rotated by the angles summed so far. With a rank,
+    x[r] = mimo_x[r] x and z[r] = mimo_z[r] z are as many inputs and gates, and y is the sum of the
+    gated outputs mimo_o[r] y[r].
     """
 
-    ops = (TRAPEZOID,)
+    ops = (TRAPEZOID, MIMO_TRAPEZOID)
     float32_parameters = ("D", "dt_bias", "B_bias", "C_bias")
-    param_rules = {"B_bias": NO_DECAY, "C_bias": NO_DECAY}  # noqa: RUF012
+    param_rules = dict.fromkeys(("B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o"), NO_DECAY)
 
     def __init__(self, spec: Mamba3Spec, layer: LayerContext) -> None:
         super().__init__()
         self.spec = spec
-        d, g, n = layer.d_model, spec.n_groups, spec.d_state
+        d, g, n, r = layer.d_model, spec.n_groups, spec.d_state, spec.rank
         self.n_heads = h = spec.n_heads(d)
         inner = h * spec.head_dim
-        self.widths = [inner, inner, g * n, g * n, h, h, h, spec.n_angles]
+        self.widths = [inner, inner, r * g * n, r * g * n, h, h, h, spec.n_angles]
         self.in_proj = nn.Linear(d, sum(self.widths), bias=False)
         self.dt_bias = nn.Parameter(torch.empty(h))
-        self.B_bias = nn.Parameter(torch.empty(h, 1, n))
-        self.C_bias = nn.Parameter(torch.empty(h, 1, n))
+        self.B_bias = nn.Parameter(torch.empty(h, r, n))
+        self.C_bias = nn.Parameter(torch.empty(h, r, n))
         self.B_norm = Norm("rms", n, NORM_EPS)
         self.C_norm = Norm("rms", n, NORM_EPS)
+        if r > 1:
+            self.mimo_x, self.mimo_z, self.mimo_o = (
+                nn.Parameter(torch.empty(h, r, spec.head_dim)) for _ in range(3)
+            )
         self.D = nn.Parameter(torch.empty(h))
+        self.norm = GatedNorm(inner, h, spec.norm_eps, True) if spec.out_norm else None
         self.out_proj = nn.Linear(inner, d, bias=False)
 
     def parallel(self, x: Tensor, state: Mamba3State | None, call: Call) -> MixerOut:
-        run = TRAPEZOID.pick(self.engine, x.device)
-        angle, *memory = self.init_state(len(x), x.device, x.dtype) if state is None else state
+        many = self.spec.rank > 1
+        run = (MIMO_TRAPEZOID if many else TRAPEZOID).pick(self.engine, x.device)
+        before = self.init_state(len(x), x.device, x.dtype) if state is None else state
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
-        angles = summed_angles(speed, angle, call.starts)
-        B, C = rotate_pairs(B, angles), rotate_pairs(C, angles)
-        before = TrapezoidState(memory[0], memory[1], memory[2])
-        y, after = run(u, dt, log_decay, share, B, C, before, call.starts)
-        return MixerOut(self._finish(y, u, z), Mamba3State(angles[:, -1].clone(), *after))
+        angles = summed_angles(speed, before.angle, call.starts)
+        B, C, inputs = self._rotate(B, angles), self._rotate(C, angles), self._inputs(u)
+        memory = TrapezoidState(before.ssm, before.k, self._inputs(before.v))
+        y, after = run(inputs, dt, log_decay, share, B, C, memory, call.starts)
+        y = self._finish(y, inputs, z)
+        last = u[:, -1].clone() if many else after.x
+        return MixerOut(y, Mamba3State(angles[:, -1].clone(), after.h, after.B, last))
 
     def recurrent(self, x: Tensor, state: Mamba3State, call: Call) -> MixerOut:
+        step = mimo_trapezoid_step if self.spec.rank > 1 else trapezoid_step
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
         angle = (state.angle + speed).remainder(TURN)
-        B, C = rotate_pairs(B, angle), rotate_pairs(C, angle)
-        before = TrapezoidState(state.ssm, state.k, state.v)
-        y, after = trapezoid_step(before, u, dt, log_decay, share, B, C)
-        return MixerOut(self._finish(y, u, z), Mamba3State(angle, *after))
+        B, C, inputs = self._rotate(B, angle), self._rotate(C, angle), self._inputs(u)
+        before = TrapezoidState(state.ssm, state.k, self._inputs(state.v))
+        y, after = step(before, inputs, dt, log_decay, share, B, C)
+        return MixerOut(self._finish(y, inputs, z), Mamba3State(angle, after.h, after.B, u))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
         return {"in_proj.weight": tuple(width for width in self.widths if width)}
@@ -194,17 +221,18 @@ class Mamba3(Mixer):
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Mamba3State:
-        s, p, n = self.spec.n_angles, self.spec.head_dim, self.spec.d_state
+        s, p, n, r = self.spec.n_angles, self.spec.head_dim, self.spec.d_state, self.spec.rank
+        keys = (r, n) if r > 1 else (n,)
         return Mamba3State(
             *(
                 torch.zeros(batch, self.n_heads, *shape, device=device, dtype=state_dtype(dtype))
-                for shape in ((s,), (p, n), (n,), (p,))
+                for shape in ((s,), (p, n), keys, (p,))
             )
         )
 
     def _streams(self, x: Tensor) -> tuple[Tensor, ...]:
-        """z (..., d_inner); x (..., h, p); dt, log_decay, share (..., h); B, C (..., h, n) before
-        rotation; speed (..., h, s)."""
+        """z (..., d_inner); x (..., h, p); dt, log_decay, share (..., h); B, C (..., h, n), or with
+        a rank (..., h, r, n), before rotation; speed (..., h, s)."""
         z, *rest = self.in_proj(x).split(self.widths, -1)
         u, B, C, dt, A, share, turn = (full_precision(v) for v in rest)
         dt = F.softplus(dt + full_precision(self.dt_bias))
@@ -217,18 +245,46 @@ class Mamba3(Mixer):
         return z, u, dt, log_decay, share.sigmoid(), B, C, speed
 
     def _key(self, v: Tensor, norm: Norm, bias: Tensor) -> Tensor:
-        """Normalise (..., g n) per group and add the bias of every head: (..., h, n)."""
-        g, n = self.spec.n_groups, self.spec.d_state
-        v = norm(v.unflatten(-1, (g, n))).unsqueeze(-2)
-        return (v + bias.view(g, -1, n)).flatten(-3, -2)
+        """Normalise (..., r g n) per rank and group and add the bias of every head: (..., h, n), or
+        with a rank (..., h, r, n)."""
+        g, n, r = self.spec.n_groups, self.spec.d_state, self.spec.rank
+        if r == 1:
+            v = norm(v.unflatten(-1, (g, n))).unsqueeze(-2)
+            return (v + bias.view(g, -1, n)).flatten(-3, -2)
+        v = norm(v.unflatten(-1, (r, g, n))).transpose(-3, -2).unsqueeze(-3)
+        return (v + bias.view(g, -1, r, n)).flatten(-4, -3)
+
+    def _rotate(self, v: Tensor, angle: Tensor) -> Tensor:
+        """Keys turned by the angles (..., h, s)."""
+        if self.spec.rank == 1:
+            return rotate_pairs(v, angle)
+        return rotate_halves(v, angle.unsqueeze(-2))
+
+    def _inputs(self, u: Tensor) -> Tensor:
+        """x (..., h, p), or with a rank the inputs (..., h, r, p) that it makes."""
+        return u if self.spec.rank == 1 else u.unsqueeze(-2) * full_precision(self.mimo_x)
 
     def _finish(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = torch.addcmul(y, u, self.D.unsqueeze(-1)).flatten(-2)
-        return self.out_proj((y * F.silu(full_precision(z))).to(z.dtype))
+        """Outputs and inputs (..., h, p), or with a rank (..., h, r, p), to the layer's own."""
+        if self.spec.rank == 1:
+            y = torch.addcmul(y, u, self.D.unsqueeze(-1)).flatten(-2)
+            return self.out_proj(self._gate(y, z).to(z.dtype))
+        y = torch.addcmul(y, u, self.D[:, None, None])
+        z_heads = full_precision(z).unflatten(-1, (self.n_heads, 1, -1))
+        gates = z_heads * full_precision(self.mimo_z)
+        y, gates = (part.transpose(-3, -2).flatten(-2) for part in (y, gates))  # (..., r, d_inner)
+        outputs = full_precision(self.mimo_o).transpose(0, 1).flatten(-2)
+        return self.out_proj((self._gate(y, gates) * outputs).sum(-2).to(z.dtype))
+
+    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
+        """(..., d_inner) of both."""
+        z = full_precision(z)
+        return y * F.silu(z) if self.norm is None else self.norm(y, z)
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
-        """Biases of B and C one, dt log-uniform in [dt_min, dt_max], D one.
+        """Biases of B and C one, dt log-uniform in [dt_min, dt_max], D one; the factors of inputs
+        and outputs 1 / rank, those of gates one.
 
         Source: `Mamba3` and `_init_weights` of state-spaces/mamba.
         """
@@ -239,8 +295,13 @@ class Mamba3(Mixer):
         self.dt_bias.copy_(softplus_inverse(self.dt_bias.exp().clamp(min=spec.dt_floor)))
         for ones in (self.B_bias, self.C_bias, self.D):
             ones.fill_(1.0)
-        self.B_norm.reset_parameters()
-        self.C_norm.reset_parameters()
+        if spec.rank > 1:
+            self.mimo_x.fill_(1 / spec.rank)
+            self.mimo_z.fill_(1.0)
+            self.mimo_o.fill_(1 / spec.rank)
+        for norm in (self.B_norm, self.C_norm, self.norm):
+            if norm is not None:
+                norm.reset_parameters()
 
 
 def heavy_tail(x: Tensor) -> Tensor:
@@ -287,3 +348,11 @@ def rotate_pairs(v: Tensor, angle: Tensor) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
     return torch.cat([turned, still], -1)
+
+
+def rotate_halves(v: Tensor, angle: Tensor) -> Tensor:
+    """Turn the pairs (i, i + n / 2) of v (..., n) by angle (..., s); the other pairs pass."""
+    angle = F.pad(angle, (0, v.shape[-1] // 2 - angle.shape[-1]))
+    x, y = v.chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([x * cos - y * sin, x * sin + y * cos], -1)

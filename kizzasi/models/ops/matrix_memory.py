@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.ops import delta, linear_attention, ssd, wkv7
+from kizzasi.models.ops import delta, linear_attention, mimo, ssd, wkv7
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.precision import in_full_precision
 
@@ -160,6 +160,21 @@ class MatrixMemory:
     ) -> tuple[Tensor, ssd.TrapezoidState]:
         """`trapezoid_ref`: the same arguments and results."""
         return ssd.run_trapezoid(self._by_steps, x, dt, log_decay, share, B, C, state, starts)
+
+    @in_full_precision
+    def mimo_trapezoid(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        log_decay: Tensor,
+        share: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: ssd.TrapezoidState,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, ssd.TrapezoidState]:
+        """`mimo_trapezoid_ref`: the same arguments and results."""
+        return mimo.run_mimo(self._by_steps, x, dt, log_decay, share, B, C, state, starts)
 
     @in_full_precision
     def wkv7(

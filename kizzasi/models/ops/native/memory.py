@@ -107,5 +107,6 @@ def _of_groups(x: Tensor, groups: int) -> Tensor:
 _KERNELS = MatrixMemory(_run)
 linear_attention = _KERNELS.linear_attention
 ssd, trapezoid = _KERNELS.ssd, _KERNELS.trapezoid
+mimo_trapezoid = _KERNELS.mimo_trapezoid
 wkv7 = _KERNELS.wkv7
 delta_rule, delta_rule_2 = _KERNELS.delta_rule, _KERNELS.delta_rule_2
