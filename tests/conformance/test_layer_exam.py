@@ -19,7 +19,16 @@ def heads(**fields):
 
 
 # kind -> name -> the layers of a stack that belong together
+BESIDE = {"kind": "aside", "n_heads": 2, "hidden": 6, "adapter_rank": 2}
 VARIANTS: dict[str, dict[str, list[dict]]] = {
+    "aside": {
+        "own": [{**BESIDE, **MAMBA, "bias": True, "activation": "silu"}],
+        "shared": [
+            CONV,
+            {**BESIDE, **MAMBA, "position": "rope", "adapt_heads": True, "head_dim": 4},
+            {**BESIDE, **CONV, "position": "rope", "adapt_heads": True, "head_dim": 4, "layer": 1},
+        ],
+    },
     "block": {
         "keys-lent": [heads(qk_norm=True), MAMBA, heads(kv_from=0, qk_norm=True, gate=True)],
         "window-memory": [

@@ -285,10 +285,3 @@ def test_layers_without_a_period_are_refused(tmp_path):
     blocks = [model.spec.blocks[i] for i in (1, 0, 1, 1)]
     with pytest.raises(CheckpointError, match="cannot write it as jamba"):
         save(build_model(model.spec.replace(blocks=tuple(blocks))), tmp_path, "jamba")
-
-
-def test_zamba2_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "zamba2"}')
-    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"zamba2.* one Transformer block"):
-        load(tmp_path)

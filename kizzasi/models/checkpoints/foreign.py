@@ -118,12 +118,6 @@ class Families(Mapping[str, Family]):
 
 
 FAMILIES = Families()
-# What a ModelSpec would need, of formats that people will try.
-LACKING = {
-    "zamba2": "it runs one Transformer block at several depths, on the embeddings beside the "
-    "stream, with adapters of each depth, and gives the result to one mixer only; a spec has no "
-    "such layer; use Falcon-H1, Nemotron-H or Granite 4, which mix the same two kinds"
-}
 
 
 def register(family: Family) -> Family:
@@ -270,8 +264,8 @@ def _family(path: Path, data: Mapping[str, Any], shapes: Shapes) -> Family:
     if kind is not None:
         if isinstance(kind, str) and kind in FAMILIES:
             return FAMILIES[kind]
-        reason = LACKING.get(str(kind), f"only {', '.join(sorted(FAMILIES))}")
-        raise CheckpointError(f"{path}: model_type {kind!r:.60} is not supported; {reason}")
+        known = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"{path}: model_type {kind!r:.60} is not supported; only {known}")
     for family in FAMILIES.values():
         if family.signature and shapes.keys() >= set(family.signature):
             return family

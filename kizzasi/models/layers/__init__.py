@@ -1,5 +1,6 @@
 """What a layer of a model can be. One topology, one file; see `layer.py` for what each defines."""
 
+from kizzasi.models.layers.aside import AsideSpec
 from kizzasi.models.layers.block import BlockSpec
 from kizzasi.models.layers.chunked import ChunkedSpec
 from kizzasi.models.layers.condition import ConditionSpec
@@ -11,6 +12,7 @@ from kizzasi.models.layers.loop import LoopSpec
 from kizzasi.models.layers.shared import SharedSpec
 
 __all__ = [
+    "AsideSpec",
     "BlockSpec",
     "ChunkedSpec",
     "ConditionSpec",

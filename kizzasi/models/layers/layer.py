@@ -12,6 +12,7 @@ this one with a spec, a state and a module, and one import line in `__init__.py`
        cost(context, seq_len, batch)  all of it, norms too: parameters once, flops as often as run
    and, where the defaults of the base do not say it,
        check(d_model, path)      its own rules; `super().check` asks what is inside
+       check_after(layers, path) rules about earlier layers of its stack that it names
        settle(offered, path)     if what is inside shares tensors with other layers otherwise than
                                  in the order of the fields (RWKV-7's value residual)
        depth                     residual layers that an input passes through: for initialisations
@@ -36,7 +37,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -88,6 +89,9 @@ class LayerSpec(Registered):
                 require(not codes, where, "latent bits inside a layer; give them to the model")
             else:
                 value.check(d_model, join(path, name))
+
+    def check_after(self, earlier: Sequence[LayerSpec], path: str) -> None:
+        """Raise SpecError for every rule that breaks after these layers of the same stack."""
 
     def settle(self: Self, offered: bool, path: str = "") -> tuple[Self, bool]:
         """What the layers before decide, written out; see `MixerSpec.settle`."""
@@ -173,10 +177,12 @@ class LayerModule(Mixer):
 
     Attributes:
         sources, shares: of its spec.
+        reads_start: whether it reads the stream before the first layer of its stack; see `Call`.
     """
 
     sources: Mapping[str, int] = {}  # read-only
     shares: int | None = None
+    reads_start: bool = False
 
     @classmethod
     def admit(cls, spec: LayerSpec, layer: LayerContext, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -187,6 +193,9 @@ class LayerModule(Mixer):
 
     def start(self, spec: LayerSpec, layer: LayerContext, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.reset_parameters(layer.n_layers)
+
+    def join(self, stack: Sequence[LayerModule]) -> None:
+        """Take from the layers of its stack what it shares with an earlier one."""
 
     def recurrent(self, x: Tensor, state: Any, call: Call) -> MixerOut:
         """One token, x (b, d). Here: `parallel`, whose layers inside follow the call's form."""
@@ -222,6 +231,7 @@ def check_stack(layers: Layers, d_model: int, path: str) -> None:
         where = f"{path}[{i}]"
         require(isinstance(layer, LayerSpec), where, f"expected a layer, got {layer!r:.80}")
         layer.check(d_model, where)
+        layer.check_after(layers[:i], where)
         if layer.shares is not None:
             earlier = 0 <= layer.shares < i and layers[layer.shares].shares is None
             rule = f"{layer.shares} is no earlier layer with weights of its own"

@@ -36,6 +36,9 @@ class Stack(nn.ModuleList):
     def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
         super().__init__(layers)
         self.lenders = {i for layer in self.layers for i in layer.sources.values()}
+        self.lends_start = any(layer.reads_start for layer in self.layers)
+        for layer in self.layers:
+            layer.join(self.layers)
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class Stack(nn.ModuleList):
         offered: Mapping[str, Tensor] = {}
         before = (None,) * len(self) if state is None else state
         call = call.lending({}) if call.lent else call
+        call = call.lending({("start", 0): x}) if self.lends_start else call
         for i, (layer, past) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
             run = partial(_recomputed, layer) if recompute else layer
             own = {} if borrowed is None else {("kv", HERE): borrowed[i]}
@@ -103,7 +107,8 @@ class Stack(nn.ModuleList):
     @property
     def independent(self) -> bool:
         """Whether every layer runs its own module, and names no other layer."""
-        return not self.lenders and all(layer.shares is None for layer in self.layers)
+        apart = not self.lenders and not self.lends_start
+        return apart and all(layer.shares is None for layer in self.layers)
 
     @property
     def run(self) -> list[LayerModule]:

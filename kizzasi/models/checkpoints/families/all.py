@@ -27,4 +27,5 @@ from kizzasi.models.checkpoints.families import (  # noqa: F401 (each registers 
     sandwich,
     state_spaces,
     xlstm,
+    zamba2,
 )
