@@ -35,6 +35,8 @@ MOST = {
     "mamba": (180, 400),
     "mamba2": (125, 370),
     "mamba3": (175, 490),
+    "mamba3-mimo": (250, 860),
+    "mamba3-mimo-norm": (250, 860),
     "mla": (105, 125),
     "mla-int8": (145, 125),
     "retention": (200, 390),

@@ -14,7 +14,7 @@ from kizzasi.train.muon import Muon
 # All that has two dimensions and is neither a matrix, a filter nor a table.
 DECAYS_AND_MIXES = {
     "A_log", "A_imag", "log_A_real", "B", "C", "P", "B_bias", "C_bias", "r_k", "time_decay",
-    "time_faaaa", "chain", "R", "bias", "gate.weight",
+    "time_faaaa", "chain", "R", "bias", "gate.weight", "mimo_x", "mimo_z", "mimo_o",
 }  # fmt: skip
 ONE_A_KIND = list({name.split("-")[0]: name for name in (*MIXERS, *CHANNELS)}.values())
 

@@ -6,6 +6,7 @@ README has another table, the failing test prints the one that it should have.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from dataclasses import replace
@@ -33,6 +34,64 @@ COLUMNS = {
 }
 
 
+# What a small config.json of a family says, beyond what its silence means.
+SIZES = {
+    **{"vocab_size": 32, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64},
+}
+DELTA = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 6},
+    "linear_value_head_dim": 6,
+}
+KINDS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+LATENT = {
+    **{"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+    **{"moe_intermediate_size": 12, "num_experts_per_tok": 2},
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SAID = {
+    "cohere": {},
+    "cohere2": {"sliding_window": 5},
+    "deepseek_v3": {
+        **{**LATENT, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+        "first_k_dense_replace": 1,
+    },
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_ssm": 32},
+    "gemma2": {"head_dim": 6},
+    "gemma3_text": {"head_dim": 6},
+    "gpt_neox": {"rotary_pct": 1.0},
+    "gpt_oss": {**EXPERTS, "head_dim": 6},
+    "granite": {},
+    "granitemoehybrid": {**KINDS, **EXPERTS, "mamba_n_heads": 6, "mamba_d_state": 4},
+    "kimi_linear": {
+        **{**LATENT, **KINDS, "linear_num_heads": 3, "linear_head_dim": 6},
+        **{"num_local_experts": 4, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 4},
+    "nemotron_h": {
+        **{"head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 4},
+        **{"n_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 12},
+        **{"moe_shared_expert_intermediate_size": 10, "num_experts_per_tok": 2},
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": 4,
+    },
+    "olmo2": {},
+    "olmo_hybrid": {**DELTA, **KINDS},
+    "qwen3_5_text": {**DELTA, **KINDS, "head_dim": 8},
+    "recurrent_gemma": {"hidden_size": 32, "lru_width": 32},
+    "xlstm": {"hidden_size": 64, "num_heads": 2},
+    "zamba2": {
+        **{"layers_block_type": ["mamba", "hybrid", "hybrid"], "n_mamba_heads": 4},
+        **{"mamba_d_state": 4, "adapter_rank": 3},
+    },
+}
+SILENT = {  # of which words of SIZES are none
+    "gpt_neox": ("num_key_value_heads",),
+    "xlstm": ("intermediate_size", "max_position_embeddings"),
+}
+SILENT["xlstm"] += ("num_attention_heads", "num_key_value_heads")
+
+
 def kinds_in(test) -> set[str]:
     """The kinds that a test is run for."""
     marks = [mark for mark in test.pytestmark if mark.name == "parametrize"]
@@ -46,6 +105,15 @@ def papers(part) -> str:
     source = text.split("Source:")[-1]
     found = re.search(r"arXiv:\d{4}\.\d{5}", " ".join(source.split()))
     return f"[{found[0][6:]}](https://arxiv.org/abs/{found[0][6:]})" if found else ""
+
+
+def said(name: str) -> ModelSpec:
+    """The architecture of `SAID`, as the family reads it."""
+    kept = {key: value for key, value in SIZES.items() if key not in SILENT.get(name, ())}
+    tensors = {str(i): (10**4, 10**4) for i in range(9)}  # so many and so large may be stored
+    routers = {f"{router}.weight": (4, 24) for router in ("mlp.router", "mixer.gate")}
+    data = {**kept, **SAID[name], "model_type": name}
+    return foreign.read_spec(foreign.FAMILIES[name], data, tensors | routers, name)
 
 
 def published() -> list[ModelSpec]:
@@ -63,8 +131,9 @@ def published() -> list[ModelSpec]:
     few_experts = MoESpec(n_experts=4, hidden=48)
     qwen = presets.qwen3_next_80b()
     few = [replace(b, channel=replace(b.channel, n_experts=16)) for b in qwen.blocks[:4]]
-    jamba = presets.jamba_52b()
+    jamba, seven = presets.jamba_52b(), presets.rwkv7(64, 2, 32)
     return [
+        *map(said, SAID),
         like_llama(False, plain.channel, qkv_bias=True),
         like_llama(True, plain.channel),
         like_llama(True, few_experts),
@@ -75,7 +144,8 @@ def published() -> list[ModelSpec]:
         qwen.replace(blocks=tuple(few)),
         jamba.replace(blocks=jamba.blocks[:8]),
         presets.rwkv4(64, 2, 32),
-        presets.rwkv7(64, 2, 32),
+        seven,
+        seven.replace(embed_norm=False),
         presets.mamba(64, 2, 32),
         presets.mamba2(64, 2, 32),
         presets.falcon_mamba_7b(),
@@ -85,6 +155,7 @@ def published() -> list[ModelSpec]:
     ]
 
 
+@functools.cache
 def formats() -> dict[str, set[str]]:
     """Kinds of mixer and channel -> names of the foreign formats that hold them, both ways."""
     held: dict[str, set[str]] = {}
@@ -123,6 +194,11 @@ def table() -> str:
         ticks = ["✓" if kind in kinds else "" for kinds in columns.values()]
         lines.append([f"`{kind}`", papers(part), *ticks, ", ".join(sorted(held.get(kind, ())))])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def test_every_family_holds_something():
+    held = set().union(*formats().values())
+    assert held == set(foreign.FAMILIES), set(foreign.FAMILIES) - held
 
 
 def test_readme_shows_the_table():
