@@ -59,12 +59,37 @@ def test_refusals(tmp_path, capsys):
     assert "--watch 0: give a number of seconds above 0" in capsys.readouterr().err
 
 
+def hostile_names():
+    """Candidates whose names a terminal would obey."""
+    events = complete_events()
+    for event in events:
+        if event["event"] == "candidate":
+            event["name"] = f"\x1b[2J\x9b2J\0\n{event['name']}"
+    return events
+
+
+@pytest.mark.parametrize("events", [hostile_names(), hostile_names()[:40]])
+def test_no_name_reaches_a_terminal_or_page_as_it_is(tmp_path, capsys, events):
+    run = write(tmp_path, events)
+    assert main(["report", str(run)]) == 0
+    shown = capsys.readouterr().out + status(summarise(events), pace_of(summarise(events)))
+    for text in (shown, *((run / f"report.{kind}").read_text("utf-8") for kind in ("html", "md"))):
+        assert all(c.isprintable() or c in "\n\t" for c in text)
+
+
 @pytest.mark.parametrize(
-    "events", [[], complete_events(name=HOSTILE), evolved_events(), planned(complete_events()[:30])]
+    "events",
+    [
+        [],
+        hostile_names(),
+        complete_events(name=HOSTILE),
+        evolved_events(),
+        planned(complete_events()[:30]),
+    ],
 )
 def test_the_state_fits_a_screen(events):
     summary = summarise(events)
-    lines = status(summary, pace_of(summary)).splitlines()
+    lines = status(summary, pace_of(summary)).split("\n")
     assert len(lines) <= 24
     assert all(len(line) <= 100 and (line == "" or line.isprintable()) for line in lines)
 

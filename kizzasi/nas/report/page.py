@@ -21,6 +21,7 @@ from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, finalist_tables, table
 from kizzasi.nas.results.summary import Summary
 from kizzasi.nas.results.words import gist, printable
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # of names from outside; not tabs and lines
 FOLDED = ("What the proxy was worth", "Estimated over real parameters", "Settings and data")
 
 
@@ -46,7 +47,7 @@ def html(summary: Summary) -> str:
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in shown)
     body = "".join(f'<div id="{_anchor(name)}">{content}</div>' for name, content in shown)
     title = escape(headline(summary))
-    return (
+    page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
         f'{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -58,6 +59,7 @@ def html(summary: Summary) -> str:
         f'<div id="hint" role="status" hidden></div></main><script>{SCRIPT}</script>'
         "</body></html>\n"
     )
+    return CONTROLS.sub("\ufffd", page)
 
 
 def headline(summary: Summary) -> str:

@@ -79,7 +79,7 @@ def status(summary: Summary, pace: Pace, *, alive: bool = True) -> str:
     head = f"search on {name}" if name else "search, not yet begun"
     failed = len(summary.failures)
     lines = [
-        f"{_printable(head)}: {_state(summary, alive)}",
+        f"{head}: {_state(summary, alive)}",
         f"trials    {len(summary.trials)} done, {failed} failed, of {len(summary.entries)} "
         f"candidates; {short(pace.tokens)} tokens in {_duration(pace.seconds)} of training",
         *_leaders(summary),
@@ -90,7 +90,7 @@ def status(summary: Summary, pace: Pace, *, alive: bool = True) -> str:
         widths = [max(len(row[i]) for row in rungs) for i in range(len(rungs[0]))]
         lines.append("")
         lines += ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rungs]
-    return "\n".join(line[:WIDTH] for line in lines)
+    return "\n".join(_printable(line[:WIDTH]) for line in lines)
 
 
 def _state(summary: Summary, alive: bool) -> str:
@@ -111,7 +111,7 @@ def _leaders(summary: Summary) -> list[str]:
             return ["best      no score yet"]
         reasons = Counter(gist(reason) for _, _, reason in summary.failures)
         reason, n = reasons.most_common(1)[0]
-        return ["best      no score yet", f"failed    {n}: {_printable(reason)}"]
+        return ["best      no score yet", f"failed    {n}: {reason}"]
     score, tokens = summary.show(best.scored["score"]), short(best.scored["tokens"])
     said = f"{score} {summary.unit} at {tokens} tokens"
     return [f"best      {said}  {best.entry['name']} ({best.entry['params']:,} parameters)"]
