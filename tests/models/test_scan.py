@@ -228,7 +228,7 @@ def test_conv_does_not_see_other_documents():
 
 def test_conv_refuses_wrong_shapes():
     x, weight, bias, state = conv_inputs(2, 5, 3, 4)
-    with pytest.raises(ShapeError, match=r"state is \(2, 3, 2\).*expected \(2, 3, 3\)"):
+    with pytest.raises(ShapeError, match=r"state is \(2, 3, 2\); expected \(b, c, k-1\) .*k = 4"):
         conv.causal_conv1d(x, weight, bias, state[..., 1:])
     with pytest.raises(ShapeError, match=r"weight is \(2, 4\)"):
         conv.causal_conv1d_ref(x, weight[1:], bias)

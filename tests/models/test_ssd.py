@@ -190,8 +190,8 @@ def test_flops_are_counted(batch, length):
 def test_disagreeing_shapes_are_refused(form):
     x, log_decay, B, C, state = inputs("ssd", 5)
     with pytest.raises(ShapeError, match="g a divisor of h"):
-        form(x[:, :, :3], log_decay, B, C)
-    with pytest.raises(ShapeError, match=r"C is \(2, 4, 2, 5\); with x \(2, 5, 4, 3\) expected"):
+        form(x[:, :, :3], log_decay[:, :, :3], B, C)
+    with pytest.raises(ShapeError, match=r"C is \(2, 4, 2, 5\); expected \(b, t, g, n\) .*t = 5"):
         form(x, log_decay, B, C[:, 1:])
     with pytest.raises(ShapeError, match="state is"):
         form(x, log_decay, B, C, state[:1])

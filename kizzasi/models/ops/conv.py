@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import without_autocast
+from kizzasi.models.ops.shapes import Shapes
 
 BLOCK_ELEMENTS = 2**16  # of (b, tokens, c) in a block: 256 KiB of float32
 
@@ -99,22 +99,14 @@ def causal_conv1d_step(
     return (F.silu(y) if silu else y).to(x.dtype), window[..., 1:].to(x.dtype)
 
 
+SHAPES = Shapes(x="b t c", weight="c k", bias="c", state="b c k-1", starts="b t")
+
+
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Check shapes; x (b, t, c), taps (k, c), bias (c,) and state (b, k-1, c) in one dtype."""
-    if x.ndim != 3 or weight.ndim != 2 or x.shape[1] == 0:
-        expected = "expected (b, t, c) with t >= 1 and (c, k)"
-        raise ShapeError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; {expected}")
-    (b, t, c), k = x.shape, weight.shape[1]
-    for name, v, shape in (
-        ("weight", weight, (c, k)),
-        ("bias", bias, (c,)),
-        ("state", state, (b, c, k - 1)),
-        ("starts", starts, (b, t)),
-    ):
-        if v is not None and v.shape != shape:
-            raise ShapeError(f"{name} is {tuple(v.shape)}; with x {(b, t, c)} expected {shape}")
+    b, _, c, k = SHAPES(x, weight, bias, state, starts)
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = x.new_zeros(c) if bias is None else bias
     before = x.new_zeros(b, k - 1, c) if state is None else state.mT

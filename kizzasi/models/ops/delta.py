@@ -31,14 +31,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
+from kizzasi.models.ops.chunks import by_head, chunk_size, joined
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
+from kizzasi.models.ops.shapes import Shapes
 
 CHUNK_SIZE = 32  # a power of 2
 
@@ -210,10 +209,10 @@ def _by_chunks(
     q: Tensor, k: Tensor, e: Tensor, v: Tensor, g: Tensor, s: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """S[t] = (I - k[t] e[t]^T) diag(exp(g[t])) S[t-1] + k[t] v[t]^T, as in `delta_rule`."""
-    (b, t, h, _), c, s = k.shape, _chunk_size(k.shape[1]), s.flatten(0, 1)
+    (b, t, h, _), c, s = k.shape, chunk_size(k.shape[1], CHUNK_SIZE), s.flatten(0, 1)
     if starts is not None:
         g = g.masked_fill(starts[..., None, None], -torch.inf)
-    q, k, e, v, g = (_chunks(x, c) for x in (q, k, e, v, g))
+    q, k, e, v, g = (by_head(x, c) for x in (q, k, e, v, g))
     queries = torch.stack([e, q], -2)
     scores, since, until = _decayed_scores(queries, k, g)
     remove, attend = scores.unbind(-2)
@@ -229,8 +228,7 @@ def _by_chunks(
         us.append(torch.baddbmm(own, found, s, alpha=-1))
         s = torch.baddbmm(kept * s, write, us[-1])
     y = torch.baddbmm(reads @ torch.cat(memories), attend, torch.cat(us))
-    y = rearrange(y, "(z b h) c n -> b (z c) h n", b=b, h=h)[:, :t]
-    return y, s.unflatten(0, (b, h))
+    return joined(y, b, t, h), s.unflatten(0, (b, h))
 
 
 def delta_rule_flops(
@@ -240,7 +238,7 @@ def delta_rule_flops(
 
     per_channel: g has d_k > 1 numbers a head, not one.
     """
-    c = _chunk_size(seq_len)
+    c = chunk_size(seq_len, CHUNK_SIZE)
     chunks = batch * heads * -(-seq_len // c)
     scores = (c - 1 if per_channel else 2 * c) * d_k
     within = scores + c * (d_v + d_k + d_v)  # scores; own u, found, outputs
@@ -306,36 +304,24 @@ def _scores_per_channel(queries: Tensor, keys: Tensor, g: Tensor) -> tuple[Tenso
     return scores.squeeze(1), since.squeeze(1), until.squeeze(1)
 
 
-def _chunk_size(t: int) -> int:
-    """CHUNK_SIZE, or for shorter inputs the next power of 2."""
-    return min(CHUNK_SIZE, 1 << (t - 1).bit_length())
-
-
-def _chunks(x: Tensor, c: int) -> Tensor:
-    """(b, t, h, n) to (z b h, c, n). Zeros fill the last chunk: they neither write nor decay."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % c))
-    return rearrange(x, "b (z c) h n -> (z b h) c n", c=c)
+SHAPES = Shapes(
+    k="b t h d_k",
+    v="b t h d_v",
+    q="b t h d_k",
+    g="b t h d_k|1",
+    s0="b h d_k d_v",
+    beta="b t h",
+    erase="b t h d_k",
+    write="b t h d_v",
+)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor | None, **gates: Tensor
 ) -> Tensor:
     """Check shapes; the memory to begin with."""
-    (b, t, h, d_k), d_v = k.shape, v.shape[-1]
-    s0 = k.new_zeros(b, h, d_k, d_v) if s0 is None else s0
-    allowed = {
-        "q": (q, [(b, t, h, d_k)]),
-        "v": (v, [(b, t, h, d_v)]),
-        "g": (g, [(b, t, h, d_k), (b, t, h, 1)]),
-        "s0": (s0, [(b, h, d_k, d_v)]),
-    }
-    of_gates = {"beta": (b, t, h), "erase": (b, t, h, d_k), "write": (b, t, h, d_v)}
-    allowed |= {name: (gate, [of_gates[name]]) for name, gate in gates.items()}
-    for name, (x, shapes) in allowed.items():
-        if x.shape not in shapes:
-            expected = " or ".join(map(str, shapes))
-            raise ShapeError(f"{name} is {tuple(x.shape)}; with k {(b, t, h, d_k)}: {expected}")
-    return s0
+    b, _, h, d_k, d_v = SHAPES(k, v, q, g, s0, *map(gates.get, ("beta", "erase", "write")))
+    return k.new_zeros(b, h, d_k, d_v) if s0 is None else s0
 
 
 NATIVE, TRITON = (f"kizzasi.models.ops.{engine}.memory" for engine in ("native", "triton"))

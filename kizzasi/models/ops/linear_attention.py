@@ -19,14 +19,14 @@ arXiv:2404.05892.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
+from kizzasi.models.ops.chunks import chunk_size, chunks, joined
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
+from kizzasi.models.ops.shapes import Shapes
 
 CHUNK_SIZE = 32  # a power of two
 
@@ -121,7 +121,7 @@ def linear_attention(
 def _joined(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor | None, s: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    (b, t, h, _), c, s = q.shape, _chunk_size(q.shape[1]), s.flatten(0, 1)
+    (b, t, h, _), c, s = q.shape, chunk_size(q.shape[1], CHUNK_SIZE), s.flatten(0, 1)
     kept = _fading(w, starts, b, t, c)
     decay, reads = w.exp().expand(b, t, h, -1), q
     if starts is not None:
@@ -143,8 +143,7 @@ def _joined(
     for kept_j, added_j in zip(kept.unbind(1), added.unbind(), strict=True):
         memory.append(torch.addcmul(added_j, kept_j.flatten(0, 1), memory[-1]))
     y = torch.baddbmm(y, reads, torch.stack(memory)[:-1].flatten(0, 1))
-    y = rearrange(y, "(z b h) c m -> b (z c) h m", b=b, h=h)
-    return y[:, :t], memory[-1].unflatten(0, (b, h))
+    return joined(y, b, t, h), memory[-1].unflatten(0, (b, h))
 
 
 def _fading(w: Tensor, starts: Tensor | None, b: int, t: int, c: int) -> Tensor:
@@ -155,7 +154,7 @@ def _fading(w: Tensor, starts: Tensor | None, b: int, t: int, c: int) -> Tensor:
         sizes = [min(c, t - start) for start in range(0, t, c)]
         kept = (w * torch.tensor(sizes, dtype=w.dtype, device=w.device)[:, None, None]).exp()
     else:
-        kept = F.pad(w, (0, 0, 0, 0, 0, -t % c)).unflatten(1, (-1, c)).sum(2).exp()
+        kept = chunks(w, c).sum(2).exp()
     return kept.expand(b, -1, -1, -1).unsqueeze(-1)
 
 
@@ -175,14 +174,8 @@ def linear_attention_step(
 
 def linear_attention_flops(batch: int, seq_len: int, heads: int, n: int, m: int) -> int:
     """Work of the matrix products of `linear_attention`; a multiply-add counts 2."""
-    c = _chunk_size(seq_len)
-    chunks = batch * heads * -(-seq_len // c)
-    return chunks * c * ((c - 1) * (n + m) + 4 * n * m)
-
-
-def _chunk_size(t: int) -> int:
-    """The least power of two that holds t tokens, CHUNK_SIZE at most."""
-    return min(CHUNK_SIZE, 1 << (t - 1).bit_length())
+    c = chunk_size(seq_len, CHUNK_SIZE)
+    return batch * heads * -(-seq_len // c) * c * ((c - 1) * (n + m) + 4 * n * m)
 
 
 def _tokens(x: Tensor, c: int, fill: float = 0.0) -> Tensor:
@@ -190,10 +183,7 @@ def _tokens(x: Tensor, c: int, fill: float = 0.0) -> Tensor:
 
     Keys of 0 and decays of 1 neither write nor fade.
     """
-    missing = -x.shape[1] % c
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, 0, missing), value=fill)
-    return rearrange(x, "b (z c) h n -> (z b h c) 1 n", c=c).contiguous()
+    return rearrange(chunks(x, c, fill), "b z c h n -> (z b h c) 1 n").contiguous()
 
 
 def _halves(x: Tensor) -> tuple[Tensor, ...]:
@@ -201,24 +191,14 @@ def _halves(x: Tensor) -> tuple[Tensor, ...]:
     return x.unflatten(0, (-1, 2)).unbind(1)
 
 
+SHAPES = Shapes(q="b t h n", k="b t h n", v="b t h m", w="b|1 t|1 h|1 n|1", u="h n", s0="b h n m")
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor | None, s0: Tensor | None
 ) -> Tensor:
     """The memory before the first token, once the shapes agree."""
-    if q.ndim != 4 or q.shape[1] == 0:
-        raise ShapeError(f"q is {tuple(q.shape)}; expected (b, t, h, n) with t >= 1")
-    b, t, h, n = q.shape
-    m = v.shape[-1]
-    for name, x, shape in (
-        ("k", k, (b, t, h, n)),
-        ("v", v, (b, t, h, m)),
-        ("u", u, (h, n)),
-        ("s0", s0, (b, h, n, m)),
-    ):
-        if x is not None and x.shape != shape:
-            raise ShapeError(f"{name} is {tuple(x.shape)}; with q {(b, t, h, n)} expected {shape}")
-    if w.ndim != 4 or any(x not in (1, y) for x, y in zip(w.shape, q.shape, strict=True)):
-        raise ShapeError(f"w is {tuple(w.shape)}; it must broadcast to q's {(b, t, h, n)}")
+    b, _, h, n, m = SHAPES(q, k, v, w, u, s0)
     return q.new_zeros(b, h, n, m) if s0 is None else s0
 
 

@@ -189,14 +189,14 @@ class MatrixMemory:
         starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`wkv7_ref`: the same arguments, results and errors."""
-        wkv7._same_shape(r, w, k, v, a, b)
+        s0 = wkv7._check(r, w, k, v, a, b, s0)
 
         def run(
             r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, w: Tensor, s: Tensor
         ) -> tuple[Tensor, Tensor]:
             return self.run(WKV7, r, k, v, w, a, b, s, starts)
 
-        return isolated(run, starts, (r, k, v, a, b), (w,), (wkv7._empty(r) if s0 is None else s0,))
+        return isolated(run, starts, (r, k, v, a, b), (w,), (s0,))
 
     @in_full_precision
     def delta_rule(

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.chunks import chunk_size, chunks
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
@@ -112,19 +112,17 @@ def mlstm(
     """
     q, k, v, log_i, log_f = (full_precision(x) for x in (q, k, v, log_i, log_f))
     memory = _empty(q, v) if memory is None else memory
-    t, c = q.shape[1], _chunk_size(q.shape[1])
+    t, c = q.shape[1], chunk_size(q.shape[1], CHUNK_SIZE)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, *memory: Tensor
     ) -> tuple[Tensor, MLSTMMemory]:
-        pad = -t % c  # tokens that write nothing and forget nothing
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
-        log_i = F.pad(log_i, (0, 0, 0, pad), value=-torch.inf)
-        log_f = F.pad(log_f, (0, 0, 0, pad))
-        new = None if starts is None else F.pad(starts, (0, pad)).split(c, 1)
+        q, k, v, log_f = (chunks(x, c) for x in (q, k, v, log_f))
+        log_i = chunks(log_i, c, -torch.inf)  # what fills up writes nothing and forgets nothing
+        new = None if starts is None else chunks(starts, c).unbind(1)
         ys, after = [], MLSTMMemory(*memory)
         for z, (q_, k_, v_, i, f) in enumerate(
-            zip(*(x.split(c, 1) for x in (q, k, v, log_i, log_f)), strict=True)
+            zip(*(x.unbind(1) for x in (q, k, v, log_i, log_f)), strict=True)
         ):
             y, after = _chunk(after, q_, k_, v_, i, f, None if new is None else new[z])
             ys.append(y)
@@ -180,14 +178,9 @@ def _size(read: Tensor, m: Tensor) -> Tensor:
 
 def mlstm_flops(batch: int, seq_len: int, heads: int, n: int, p: int) -> int:
     """Work of the matrix products of `mlstm`; a multiply-add counts 2."""
-    c = _chunk_size(seq_len)
+    c = chunk_size(seq_len, CHUNK_SIZE)
     tokens = batch * heads * -(-seq_len // c) * c
     return tokens * 2 * (c * (n + p) + 2 * n * p)
-
-
-def _chunk_size(t: int) -> int:
-    """The least power of two that holds t tokens, CHUNK_SIZE at most."""
-    return min(CHUNK_SIZE, 1 << (t - 1).bit_length())
 
 
 def _empty(q: Tensor, v: Tensor) -> MLSTMMemory:

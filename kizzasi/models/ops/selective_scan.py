@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices, scan_blocks
+from kizzasi.models.ops.chunks import chunks
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
+from kizzasi.models.ops.shapes import Shapes
 
 PIECE_STATES = 2**26  # b t d n that `selective_scan_chunked` holds at once: 256 MiB of float32
 
@@ -189,13 +190,10 @@ def _states(
     t = w.shape[1]
     c = 1 << ((t - 1).bit_length() + 1) // 2
 
-    def chunks(v: Tensor) -> Tensor:  # zeros neither fade nor write
-        return F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % c)).unflatten(1, (-1, c))
-
-    log_decay, w = chunks(log_decay), chunks(w)
+    log_decay, w = chunks(log_decay, c), chunks(w, c)  # zeros neither fade nor write
     decay, since = log_decay.exp(), log_decay.cumsum(2).exp()
     if starts is not None:
-        first = chunks(starts)[..., None, None]
+        first = chunks(starts, c)[..., None, None]
         decay = decay.masked_fill(first, 0.0)
         since = since.masked_fill(first.cumsum(2) > 0, 0.0)
     within = [w[:, :, 0]]
@@ -241,6 +239,19 @@ def _chunked_gradients(
     return [torch.addcmul(dx * dt, D, dy), ddt, dA, dB, dC, (dy * u).sum((0, 1)), dh0]
 
 
+SHAPES = Shapes(
+    u="b t d",
+    dt="b t d",
+    A="d n",
+    B="b t n",
+    C="b t n",
+    D="d",
+    h0="b d n",
+    starts="b t",
+    gate="b t d",
+)
+
+
 def _prepare(
     u: Tensor,
     dt: Tensor,
@@ -253,17 +264,10 @@ def _prepare(
     gate: Tensor | None,
 ) -> list[Tensor]:
     """Check shapes, fill in D and h0, and bring everything to the dtype of the sums."""
-    if u.ndim != 3 or A.ndim != 2 or u.shape[1] == 0:
-        raise ShapeError(f"u is {tuple(u.shape)}, A {tuple(A.shape)}; expected (b, t, d), (d, n)")
-    (b, t, d), n = u.shape, A.shape[1]
+    b, _, d, n = SHAPES(u, dt, A, B, C, D, h0, starts, gate)
     wide = torch.promote_types(u.dtype, torch.float32)
     D = u.new_zeros(d, dtype=wide) if D is None else D
     h0 = u.new_zeros(b, d, n, dtype=wide) if h0 is None else h0
-    given = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "h0": h0, "starts": starts, "gate": gate}
-    shapes = [(b, t, d), (d, n), (b, t, n), (b, t, n), (d,), (b, d, n), (b, t), (b, t, d)]
-    for (name, v), shape in zip(given.items(), shapes, strict=True):
-        if v is not None and v.shape != shape:
-            raise ShapeError(f"{name} is {tuple(v.shape)}; with u {(b, t, d)} expected {shape}")
     return [v.to(wide) for v in (u, dt, A, B, C, D, h0)]
 
 

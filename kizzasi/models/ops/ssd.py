@@ -26,9 +26,11 @@ from einops import rearrange
 from torch import Tensor
 
 from kizzasi.errors import ShapeError
+from kizzasi.models.ops.chunks import chunks
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
+from kizzasi.models.ops.shapes import Shapes
 
 # x, log_decay, B, C, the memory before and starts, to y and the memory after.
 Core = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -327,6 +329,11 @@ def trapezoid_step(
     return y, TrapezoidState(h, B, x)
 
 
+SHAPES = Shapes(
+    x="b t h p", B="b t g n", C="b t g n", log_decay="b t h", state="b h p n", starts="b t"
+)
+
+
 def _prepare(
     x: Tensor,
     log_decay: Tensor,
@@ -336,28 +343,15 @@ def _prepare(
     starts: Tensor | None,
 ) -> Tensor:
     """Check shapes; the memory before the first token."""
-    if x.ndim != 4 or B.ndim != 4 or x.shape[1] == 0 or x.shape[2] % B.shape[2]:
-        expected = "expected (b, t, h, p) with t >= 1 and (b, t, g, n) with g a divisor of h"
-        raise ShapeError(f"x is {tuple(x.shape)}, B {tuple(B.shape)}; {expected}")
-    (b, t, h, p), (*_, g, n) = x.shape, B.shape
-    for name, v, shape in (
-        ("log_decay", log_decay, (b, t, h)),
-        ("B", B, (b, t, g, n)),
-        ("C", C, (b, t, g, n)),
-        ("state", state, (b, h, p, n)),
-        ("starts", starts, (b, t)),
-    ):
-        if v is not None and v.shape != shape:
-            raise ShapeError(f"{name} is {tuple(v.shape)}; with x {(b, t, h, p)} expected {shape}")
+    b, _, h, p, g, n = SHAPES(x, B, C, log_decay, state, starts)
+    if h % g:
+        raise ShapeError(f"x has h = {h} heads, B g = {g} groups; make g a divisor of h")
     return x.new_zeros(b, h, p, n) if state is None else state
 
 
 def _chunks(v: Tensor, c: int, groups: int) -> Tensor:
     """(b, t, g r, k) to (b z g, c, r k). Zeros fill the last chunk: they do not write or decay."""
-    missing = -v.shape[1] % c
-    if missing:
-        v = F.pad(v, (0, 0, 0, 0, 0, missing))
-    return rearrange(v, "b (z c) (g r) k -> (b z g) c (r k)", c=c, g=groups)
+    return rearrange(chunks(v, c), "b z c (g r) k -> (b z g) c (r k)", g=groups)
 
 
 NATIVE, TRITON = (f"kizzasi.models.ops.{engine}.memory" for engine in ("native", "triton"))

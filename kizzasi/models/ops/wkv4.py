@@ -18,13 +18,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
+from kizzasi.models.ops.chunks import chunks
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
+from kizzasi.models.ops.shapes import Shapes
 
 
 class WKV4State(NamedTuple):
@@ -114,7 +114,7 @@ def _by_chunks(
     resets = k.new_zeros(b, t, 1)
     if starts is not None:
         resets = resets.masked_fill(starts.unsqueeze(-1), -math.inf)
-    resets, k, v = (_chunks(x, c) for x in (resets, k, v))
+    resets, k, v = (chunks(x, c) for x in (resets, k, v))
     log_decay = w + resets
     until = log_decay.cumsum(2)  # from the entry of the chunk
     first = _log_unit(state).view(b, 1, 1, d)
@@ -221,18 +221,14 @@ def _running_max(
     return torch.maximum(torch.stack(within, 2), enters + until), enters
 
 
-def _chunks(x: Tensor, c: int) -> Tensor:
-    """(b, t, d) to (b, z, c, d), the last chunk filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % c)).unflatten(1, (-1, c))
+SHAPES = Shapes(k="b t d", v="b t d", w="d", u="d", num="b d", den="b d", max="b d")
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: WKV4State | None) -> WKV4State:
     """Compare shapes; the state to start from."""
-    if k.ndim != 3 or k.shape != v.shape or not w.shape == u.shape == k.shape[-1:]:
-        shapes = [tuple(x.shape) for x in (w, u, k, v)]
-        raise ShapeError(f"w, u, k, v must be (d,), (d,), (b, t, d), (b, t, d), got {shapes}")
+    b, _, d = SHAPES(k, v, w, u, *(state or (None, None, None)))
     if state is None:
-        zeros = k.new_zeros(k.shape[0], k.shape[2])
+        zeros = k.new_zeros(b, d)
         return WKV4State(zeros, zeros, zeros)
     return state
 

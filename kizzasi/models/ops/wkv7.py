@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kizzasi.errors import ShapeError
 from kizzasi.models.ops import autodiff, devices
+from kizzasi.models.ops.chunks import by_head, joined
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import in_full_precision
-from kizzasi.models.ops.wkv7_wide import CHUNK_SIZE, chunks, joined, wkv7_wide
+from kizzasi.models.ops.shapes import Shapes
+from kizzasi.models.ops.wkv7_wide import CHUNK_SIZE, wkv7_wide
 
 WEAKEST = {torch.float32: -2.5, torch.float64: -20.0}  # log decays that `_WKV7` can divide by
 
@@ -62,10 +63,9 @@ def wkv7_ref(
     Raises:
         ShapeError: the six inputs differ in shape.
     """
-    tokens = _same_shape(r, w, k, v, a, b)
-    s = _empty(r) if s0 is None else s0
+    s = _check(r, w, k, v, a, b, s0)
     ys = []
-    for i, token in enumerate(zip(*(x.unbind(1) for x in tokens), strict=True)):
+    for i, token in enumerate(zip(*(x.unbind(1) for x in (r, w, k, v, a, b)), strict=True)):
         if starts is not None:
             s = s.masked_fill(starts[:, i, None, None, None], 0.0)
         y, s = wkv7_step(s, *token)
@@ -102,7 +102,7 @@ def wkv7(
     Differs: a decay per channel, separate a and b, and documents that start anywhere in a chunk. A
         memory that grew infinite out of finite numbers is not forgotten at a start.
     """
-    _same_shape(r, w, k, v, a, b)
+    s0 = _check(r, w, k, v, a, b, s0)
 
     def run(
         r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, w: Tensor, s: Tensor
@@ -110,7 +110,7 @@ def wkv7(
         form = _WKV7.apply if _divides(w) else wkv7_wide
         return form(r, w, k, v, a, b, s, starts)
 
-    return isolated(run, starts, (r, k, v, a, b), (w,), (_empty(r) if s0 is None else s0,))
+    return isolated(run, starts, (r, k, v, a, b), (w,), (s0,))
 
 
 def _divides(w: Tensor) -> bool:
@@ -176,13 +176,14 @@ class _WKV7(torch.autograd.Function):
         s0: Tensor,
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.shape, c = r.shape, min(CHUNK_SIZE, r.shape[1])
+        ctx.shape, c = r.shape[:3], min(CHUNK_SIZE, r.shape[1])
         inputs = (r, w, k, v, a, b, s0, starts)
-        r, w, k, v, a, b = (chunks(x, c) for x in (r, w, k, v, a, b))
-        z, n = r.shape[0], r.shape[-1]
-        decay = (_from_middle(c, w) @ w.reshape(-1, c, n)).exp_()
-        queries = torch.stack([a, r], 3).view_as(decay).mul_(decay)
-        keys = torch.stack([b, k], 3).view_as(decay)
+        z = -(-r.shape[1] // c)
+        r, w, k, v, a, b = (by_head(x, c) for x in (r, w, k, v, a, b))
+        n = r.shape[-1]
+        decay = (_from_middle(c, w) @ w).exp_()
+        queries = torch.cat([a, r], 1).mul_(decay)
+        keys = torch.cat([b, k], 1)
         keys.unflatten(1, (2, c)).div_(decay[:, None, c:])
         sight = _look(starts, z, decay)
         scores = torch.bmm(queries, keys.mT).mul_(sight.seen)
@@ -190,7 +191,6 @@ class _WKV7(torch.autograd.Function):
         solver = torch.linalg.solve_triangular(
             -scores[:, :c, :c], eye, upper=False, unitriangular=True
         )
-        v = v.reshape(-1, c, n)
         reads, writes = _times(queries, sight.entry), _times(keys, sight.exit)
         own = torch.bmm(solver, torch.bmm(scores[:, :c, c:], v))
         reader = torch.bmm(solver, reads[:, :c])
@@ -208,7 +208,7 @@ class _WKV7(torch.autograd.Function):
         y = torch.bmm(reads[:, c:], memory[:-1].flatten(0, 1).mT)
         torch.baddbmm(y, scores[:, c:], values.flatten(0, 1), out=y)
         ctx.save_for_backward(*inputs, decay, queries, keys, scores, solver, values, memory)
-        return joined(y, ctx.shape), memory[-1].view(s0.shape).clone()
+        return joined(y, *ctx.shape), memory[-1].view(s0.shape).clone()
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -219,12 +219,11 @@ class _WKV7(torch.autograd.Function):
         if autodiff.too_narrow(dy, ds):
             return autodiff.gradients(wkv7_wide, inputs, (dy, ds))
         (decay, queries, keys, scores, solver, values, memory), starts = saved, inputs[-1]
-        z, _, double, n = values.shape
-        c = double // 2
+        z, c = len(values), values.shape[2] // 2
         with torch.autocast(dy.device.type, enabled=False):
             sight = _look(starts, z, decay)
             enter, step = _rescale(decay, z)
-            dy = chunks(dy, c).reshape(-1, c, n)
+            dy = by_head(dy, c)
             reads, writes = _times(queries, sight.entry), _times(keys, sight.exit)
             own = torch.bmm(solver.mT, torch.bmm(scores[:, c:, :c].mT, dy))
             reader = torch.bmm(solver.mT, writes[:, :c])
@@ -260,7 +259,7 @@ class _WKV7(torch.autograd.Function):
             dw = _from_middle(c, dlog).mT @ dlog
             da, dr = dqueries.mul_(decay).chunk(2, 1)
             db, dk = dkeys.unflatten(1, (2, c)).div_(decay[:, None, c:]).unbind(1)
-            grads = [joined(x, ctx.shape) for x in (dr, dw, dk, dv, da, db)]
+            grads = [joined(x, *ctx.shape) for x in (dr, dw, dk, dv, da, db)]
             return *grads, (ds * enter).unflatten(0, (ctx.shape[0], -1)), None
 
 
@@ -290,7 +289,7 @@ def _look(starts: Tensor | None, z: int, decay: Tensor) -> _Sight:
         return _Sight(seen.to(dtype), None, None, [None] * z)
     heads = len(decay) // (z * len(starts))
     starts = starts[..., None, None].expand(-1, -1, heads, 1)
-    document = chunks(starts, c).cumsum(-2).flatten(0, 2)
+    document = by_head(starts, c).cumsum(-2)
     last = document[:, -1:]
     seen = seen & (document == document.mT).tile(1, 2, 2)
     first_document, last_document = ((document == i).tile(1, 2, 1).to(dtype) for i in (0, last))
@@ -302,16 +301,15 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _empty(r: Tensor) -> Tensor:
-    b, _, h, n = r.shape
-    return r.new_zeros(b, h, n, n)
+SHAPES = Shapes(**dict.fromkeys("rwkvab", "b t h n"), s0="b h n n")
 
 
-def _same_shape(*inputs: Tensor) -> tuple[Tensor, ...]:
-    shapes = [tuple(x.shape) for x in inputs]
-    if len(set(shapes)) > 1:
-        raise ShapeError(f"r, w, k, v, a, b must have one shape (b, t, h, n), got {shapes}")
-    return inputs
+def _check(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None
+) -> Tensor:
+    """Compare shapes; the memory before the first token."""
+    batch, _, h, n = SHAPES(r, w, k, v, a, b, s0)
+    return r.new_zeros(batch, h, n, n) if s0 is None else s0
 
 
 WKV7 = Engines(

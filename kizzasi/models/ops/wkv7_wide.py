@@ -6,9 +6,9 @@ Symbols as in ops/wkv7.py. Plain torch operations, differentiable as often as ne
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
+
+from kizzasi.models.ops.chunks import by_head, chunk_size, joined
 
 CHUNK_SIZE = 32  # a power of 2
 
@@ -27,15 +27,13 @@ def wkv7_wide(
 
     Arguments and results as in `wkv7_ref`. Exponents are sums of w and never differences.
     """
-    c = 1 << (min(CHUNK_SIZE, r.shape[1]) - 1).bit_length()
+    c = chunk_size(r.shape[1], CHUNK_SIZE)
     reset = torch.zeros_like(w[..., :1])
     if starts is not None:
         reset = reset.masked_fill(starts[..., None, None], -torch.inf)
     shape, z = r.shape, -(-r.shape[1] // c)
     read = r * w.exp()  # r sees the memory one decay later than a
-    a, read, r, b, k, v, w, reset = (
-        chunks(x, c).flatten(0, 2) for x in (a, read, r, b, k, v, w, reset)
-    )
+    a, read, r, b, k, v, w, reset = (by_head(x, c) for x in (a, read, r, b, k, v, w, reset))
     queries, keys = torch.stack([a, read], 2), torch.stack([b, k], 2)
     scores, since, until, whole = _scores(queries, keys, w, reset)
     looked, seen = scores.unbind(2)
@@ -61,7 +59,7 @@ def wkv7_wide(
         us.append(torch.baddbmm(own, found, s.mT))
         s = torch.baddbmm(torch.addcmul(added, s, kept), us[-1].mT, forget)
     y = reads @ torch.cat(memories).mT + seen[:, :, 0] @ torch.cat(us) + seen[:, :, 1] @ v
-    return joined(y, shape), s.view(s0.shape)
+    return joined(y, *shape[:3]), s.view(s0.shape)
 
 
 def _scores(
@@ -100,17 +98,3 @@ def _scores(
         until = torch.cat([until_l + whole_r, until_r], 2)
         whole = whole_l + whole_r
     return scores.squeeze(1), since.squeeze(1), until.squeeze(1), whole.squeeze(1)
-
-
-def chunks(x: Tensor, c: int) -> Tensor:
-    """(b, t, h, n) to (z, b, h, c, n). Zeros fill the last chunk: they neither write nor decay."""
-    missing = -x.shape[1] % c
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    return rearrange(x, "b (z c) h n -> z b h c n", c=c)
-
-
-def joined(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `chunks` for (z b h, c, n)."""
-    b, t, h, _ = shape
-    return rearrange(x, "(z b h) c n -> b (z c) h n", b=b, h=h)[:, :t]
