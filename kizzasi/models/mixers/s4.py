@@ -39,11 +39,10 @@ from kizzasi.models.ops.dplr import (
     S4_SCAN,
     S4Init,
     dplr_start,
-    dplr_system,
     s4_flops,
     s4_step,
+    s4_system,
 )
-from kizzasi.models.ops.precision import full_precision
 from kizzasi.strict import join, register, require
 
 SLOWEST = 1e-4  # least decay rate at the start: HiPPO-FouT has none, and its logarithm is needed
@@ -145,20 +144,16 @@ class S4(Mixer):
     def parallel(self, x: Tensor, state: S4State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
         scan = S4_SCAN.pick(self.engine, x.device)
-        u = full_precision(x)
-        y, h = scan(u, self._system(), h0, call.starts)
-        return MixerOut(self._readout(x, y + self.D * u), S4State(h))
+        y, h = scan(x, self._system(), h0, call.starts)
+        return MixerOut(self._readout(x, y), S4State(h))
 
     def recurrent(self, x: Tensor, state: S4State, call: Call) -> MixerOut:
-        u = full_precision(x)
-        y, h = s4_step(u, state.h, self._system())
-        return MixerOut(self._readout(x, y + self.D * u), S4State(h))
+        y, h = s4_step(x, state.h, self._system())
+        return MixerOut(self._readout(x, y), S4State(h))
 
     def _system(self) -> DPLR:
-        real = -full_precision(self.log_A_real).exp()
-        A = torch.complex(real, full_precision(self.A_imag))
-        P, B, C = (torch.view_as_complex(full_precision(p)) for p in (self.P, self.B, self.C))
-        return dplr_system(A, P, B, C, full_precision(self.log_dt).exp()[:, None])
+        return s4_system(self.log_dt, self.log_A_real, self.A_imag, self.P, self.B, self.C)
 
     def _readout(self, x: Tensor, y: Tensor) -> Tensor:
+        y = torch.addcmul(y, self.D, x)
         return F.glu(self.out_proj(F.gelu(y.to(x.dtype))), dim=-1)

@@ -31,15 +31,14 @@ from kizzasi.models.mixer import (
     ParamRule,
     state_dtype,
 )
-from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.s4 import (
     S4D_SCAN,
     Discretization,
     S4DInit,
     block_lengths,
-    discretize,
     s4d_poles,
     s4d_step,
+    s4d_system,
 )
 from kizzasi.strict import join, register, require
 
@@ -141,23 +140,17 @@ class S4D(Mixer):
     def parallel(self, x: Tensor, state: S4DState | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
         scan = S4D_SCAN.pick(self.engine, x.device)
-        u = full_precision(x)
-        y, h = scan(u, *self._system(), h0, call.starts)
-        return MixerOut(self._readout(x, y + self.D * u), S4DState(h))
+        y, h = scan(x, *self._system(), h0, call.starts)
+        return MixerOut(self._readout(x, y), S4DState(h))
 
     def recurrent(self, x: Tensor, state: S4DState, call: Call) -> MixerOut:
-        u = full_precision(x)
-        y, h = s4d_step(u, state.h, *self._system())
-        return MixerOut(self._readout(x, y + self.D * u), S4DState(h))
+        y, h = s4d_step(x, state.h, *self._system())
+        return MixerOut(self._readout(x, y), S4DState(h))
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Abar, Bbar and C; C doubled where each state stands for a conjugate pair."""
-        A, C = -full_precision(self.log_A_real).exp(), full_precision(self.C)
-        if self.A_imag is not None:
-            A, C = torch.complex(A, full_precision(self.A_imag)), 2 * torch.view_as_complex(C)
-        return *discretize(
-            A, full_precision(self.log_dt).exp()[:, None], self.spec.discretization
-        ), C
+        method = self.spec.discretization
+        return s4d_system(self.log_dt, self.log_A_real, self.A_imag, self.C, method)
 
     def _readout(self, x: Tensor, y: Tensor) -> Tensor:
+        y = torch.addcmul(y, self.D, x)
         return F.glu(self.out_proj(F.gelu(y.to(x.dtype))), dim=-1)

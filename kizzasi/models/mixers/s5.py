@@ -32,9 +32,8 @@ from kizzasi.models.mixer import (
     ParamRule,
     state_dtype,
 )
-from kizzasi.models.ops.precision import full_precision, without_autocast
-from kizzasi.models.ops.s4 import discretize, legs_modes, real_rows
-from kizzasi.models.ops.s5 import DIAGONAL_SCAN
+from kizzasi.models.ops.s4 import legs_modes
+from kizzasi.models.ops.s5 import DIAGONAL_SCAN, s5_enter, s5_leave
 from kizzasi.strict import join, register, require
 
 
@@ -138,32 +137,18 @@ class S5(Mixer):
     def parallel(self, x: Tensor, state: S5State | None, call: Call) -> MixerOut:
         h0 = None if state is None else state.h
         scan = DIAGONAL_SCAN.pick(self.engine, x.device)
-        with without_autocast(x):
-            u, v, a = self._enter(x)
-            h = scan(v, a, h0, call.starts)
-            y = self._leave(u, h)
-        return MixerOut(self._gate(x, y), S5State(h[:, -1].clone()))
+        h = scan(*self._enter(x), h0, call.starts)
+        return MixerOut(self._leave(x, h), S5State(h[:, -1].clone()))
 
     def recurrent(self, x: Tensor, state: S5State, call: Call) -> MixerOut:
-        with without_autocast(x):
-            u, v, a = self._enter(x)
-            h = a * state.h + v
-            y = self._leave(u, h)
-        return MixerOut(self._gate(x, y), S5State(h))
+        v, a = self._enter(x)
+        h = a * state.h + v
+        return MixerOut(self._leave(x, h), S5State(h))
 
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input in full precision, what the states take from it, and their decays."""
-        u = full_precision(x)
-        real = -full_precision(self.log_A_real).exp()
-        A = torch.complex(real, full_precision(self.A_imag))
-        a, hold = discretize(A, full_precision(self.log_dt).exp(), "zoh")
-        v = F.linear(u, full_precision(self.B).transpose(1, 2).flatten(0, 1))
-        return u, hold * torch.view_as_complex(v.unflatten(-1, (-1, 2))), a
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the states take in, and their decays."""
+        return s5_enter(x, self.log_dt, self.log_A_real, self.A_imag, self.B)
 
-    def _leave(self, u: Tensor, h: Tensor) -> Tensor:
-        C = 2 * torch.view_as_complex(full_precision(self.C))
-        return F.linear(real_rows(h), real_rows(C.conj())) + self.D * u
-
-    def _gate(self, x: Tensor, y: Tensor) -> Tensor:
-        g = F.gelu(y.to(x.dtype))
+    def _leave(self, x: Tensor, h: Tensor) -> Tensor:
+        g = F.gelu(s5_leave(x, h, self.C, self.D).to(x.dtype))
         return g * self.out_proj(g).sigmoid()

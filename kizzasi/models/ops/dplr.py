@@ -98,6 +98,22 @@ def dense_system(system: DPLR) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @in_full_precision
+def s4_system(
+    log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, P: Tensor, B: Tensor, C: Tensor
+) -> DPLR:
+    """The system of a layer's parameters, in at least float32.
+
+    Args:
+        log_dt: (d,) log of the steps.
+        log_A_real, A_imag: (d, n) log of -Re Lambda, and Im Lambda.
+        P, B, C: (d, n, 2) real and imaginary parts.
+    """
+    Lambda = torch.complex(-log_A_real.exp(), A_imag)
+    P, B, C = (torch.view_as_complex(x) for x in (P, B, C))
+    return dplr_system(Lambda, P, B, C, log_dt.exp()[:, None])
+
+
+@in_full_precision
 def s4_scan_ref(
     u: Tensor, system: DPLR, h0: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -154,6 +170,7 @@ def s4_scan(
     return y, _complex_rows((settled + start @ power).transpose(0, 1))
 
 
+@in_full_precision
 def s4_step(u: Tensor, h: Tensor, system: DPLR) -> tuple[Tensor, Tensor]:
     """One token of `s4_scan_ref` in O(N): u and y (b, d), h (b, d, n).
 

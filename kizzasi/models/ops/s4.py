@@ -98,6 +98,29 @@ def discretize(A: Tensor, dt: Tensor, method: Discretization) -> tuple[Tensor, T
 
 
 @in_full_precision
+def s4d_system(
+    log_dt: Tensor,
+    log_A_real: Tensor,
+    A_imag: Tensor | None,
+    C: Tensor,
+    method: Discretization,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Abar, Bbar and C (d, n) of a layer's parameters, in at least float32.
+
+    Args:
+        log_dt: (d,) log of the steps.
+        log_A_real: (d, n) log of -Re A.
+        A_imag: (d, n) Im A, of which each stands for a conjugate pair; None for real states.
+        C: (d, n, 2) real and imaginary parts, (d, n) for real states; pairs come out doubled.
+        method: as in `discretize`.
+    """
+    A = -log_A_real.exp()
+    if A_imag is not None:
+        A, C = torch.complex(A, A_imag), 2 * torch.view_as_complex(C)
+    return *discretize(A, log_dt.exp()[:, None], method), C
+
+
+@in_full_precision
 def s4d_scan_ref(
     u: Tensor,
     Abar: Tensor,
@@ -282,6 +305,7 @@ def convolve_documents(u: Tensor, kernel: Tensor, starts: Tensor) -> Tensor:
     return torch.cat(outputs)[order].unflatten(0, (b, t))
 
 
+@in_full_precision
 def s4d_step(u: Tensor, h: Tensor, Abar: Tensor, Bbar: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """One token of `s4d_scan_ref`: u and y (b, d), h (b, d, n)."""
     h = Abar * h + Bbar * u[:, :, None]

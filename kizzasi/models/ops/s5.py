@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.ops.engines import Engines
-from kizzasi.models.ops.s4 import powers
+from kizzasi.models.ops.precision import in_full_precision
+from kizzasi.models.ops.s4 import discretize, powers, real_rows
 
 BLOCK = 16  # log2 of it passes over all states, then the same over one state in BLOCK
 
@@ -87,6 +88,30 @@ def diagonal_scan(
     if kept is not None:
         carried = torch.where(kept[..., None], carried, 0)
     return (h + carried).flatten(1, 2)[:, :t]
+
+
+@in_full_precision
+def s5_enter(
+    x: Tensor, log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """v (..., n) and a (n,) of inputs x (..., d), of a layer's parameters.
+
+    Args:
+        log_dt, log_A_real, A_imag: (n,) log of the steps, log of -Re Lambda, and Im Lambda.
+        B: (n, d, 2) real and imaginary parts.
+    """
+    A = torch.complex(-log_A_real.exp(), A_imag)
+    a, hold = discretize(A, log_dt.exp(), "zoh")
+    v = F.linear(x, B.transpose(1, 2).flatten(0, 1))
+    return hold * torch.view_as_complex(v.unflatten(-1, (-1, 2))), a
+
+
+@in_full_precision
+def s5_leave(x: Tensor, h: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """y (..., d) = 2 Re(C h) + D x of states h (..., n); C (d, n, 2) in real and imaginary parts,
+    D (d,). A state stands for a conjugate pair."""
+    pairs = 2 * torch.view_as_complex(C)
+    return F.linear(real_rows(h), real_rows(pairs.conj())) + D * x
 
 
 DIAGONAL_SCAN = Engines("diagonal_scan", reference=diagonal_scan_ref, torch=diagonal_scan)
