@@ -12,14 +12,9 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models.mixer import LayerContext
-from kizzasi.models.mixers.mamba3 import (
-    Mamba3,
-    Mamba3Spec,
-    heavy_tail,
-    rotate_pairs,
-    summed_angles,
-)
+from kizzasi.models.mixers.mamba3 import Mamba3, Mamba3Spec
 from kizzasi.models.ops import mimo
+from kizzasi.models.ops.mamba3 import heavy_tail, rotate_pairs, summed_angles
 from kizzasi.models.ops.ssd import TrapezoidState
 
 

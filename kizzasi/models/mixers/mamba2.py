@@ -36,6 +36,7 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import GatedNorm
+from kizzasi.models.ops.activations import silu_gated
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import SSD, ssd_flops, ssd_step
@@ -208,7 +209,7 @@ class Mamba2(Mixer):
         y = torch.addcmul(y, u, self.D.unsqueeze(-1)).flatten(-2)
         if self.norm is not None:
             return self.out_proj(self.norm(y, z))
-        return self.out_proj((y * F.silu(full_precision(z))).to(z.dtype))
+        return self.out_proj(silu_gated(y, z))
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:

@@ -24,10 +24,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kizzasi.models.call import Call
@@ -42,7 +41,15 @@ from kizzasi.models.mixer import (
     state_dtype,
 )
 from kizzasi.models.norm import GatedNorm, Norm
-from kizzasi.models.ops.documents import isolated
+from kizzasi.models.ops.activations import silu_gated
+from kizzasi.models.ops.mamba3 import (
+    TURN,
+    Activation,
+    mamba3_steps,
+    rotate_halves,
+    rotate_pairs,
+    summed_angles,
+)
 from kizzasi.models.ops.mimo import MIMO_TRAPEZOID, mimo_flops, mimo_trapezoid_step
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.ssd import (
@@ -53,7 +60,6 @@ from kizzasi.models.ops.ssd import (
 )
 from kizzasi.strict import added, join, register, require
 
-TURN = 2 * math.pi
 NORM_EPS = 1e-5
 
 
@@ -83,7 +89,7 @@ class Mamba3Spec(MixerSpec):
     head_dim: int = 64
     n_groups: int = 1
     rope_fraction: float = 0.5
-    a_activation: Literal["softplus", "heavy_tail"] = "softplus"
+    a_activation: Activation = "softplus"
     A_floor: float = 1e-4
     dt_min: float = 1e-3
     dt_max: float = 1e-1
@@ -234,20 +240,19 @@ class Mamba3(Mixer):
         """z (..., d_inner); x (..., h, p); dt, log_decay, share (..., h); B, C (..., h, n), or with
         a rank (..., h, r, n), before rotation; speed (..., h, s)."""
         z, *rest = self.in_proj(x).split(self.widths, -1)
-        u, B, C, dt, A, share, turn = (full_precision(v) for v in rest)
-        dt = F.softplus(dt + full_precision(self.dt_bias))
-        activation = F.softplus if self.spec.a_activation == "softplus" else heavy_tail
-        log_decay = -activation(A).clamp(min=self.spec.A_floor) * dt
-        speed = math.pi * turn.tanh().unsqueeze(-2) * dt.unsqueeze(-1)
+        u, B, C, dt, A, share, turn = rest
+        rules = self.spec.a_activation, self.spec.A_floor
+        dt, log_decay, share, speed = mamba3_steps(dt, A, share, turn, self.dt_bias, *rules)
         B = self._key(B, self.B_norm, self.B_bias)
         C = self._key(C, self.C_norm, self.C_bias)
         u = u.unflatten(-1, (self.n_heads, -1))
-        return z, u, dt, log_decay, share.sigmoid(), B, C, speed
+        return z, u, dt, log_decay, share, B, C, speed
 
     def _key(self, v: Tensor, norm: Norm, bias: Tensor) -> Tensor:
         """Normalise (..., r g n) per rank and group and add the bias of every head: (..., h, n), or
         with a rank (..., h, r, n)."""
         g, n, r = self.spec.n_groups, self.spec.d_state, self.spec.rank
+        v = full_precision(v)
         if r == 1:
             v = norm(v.unflatten(-1, (g, n))).unsqueeze(-2)
             return (v + bias.view(g, -1, n)).flatten(-3, -2)
@@ -278,8 +283,7 @@ class Mamba3(Mixer):
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
         """(..., d_inner) of both."""
-        z = full_precision(z)
-        return y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return silu_gated(y, z) if self.norm is None else self.norm(y, full_precision(z))
 
     @torch.no_grad()
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
@@ -302,57 +306,3 @@ class Mamba3(Mixer):
         for norm in (self.B_norm, self.C_norm, self.norm):
             if norm is not None:
                 norm.reset_parameters()
-
-
-def heavy_tail(x: Tensor) -> Tensor:
-    """1 + x for x >= 0, 1 / (1 - x) below: positive and smooth, with slower tails than softplus."""
-    return torch.where(x >= 0, 1.0 + x, 1.0 / (1.0 - x.clamp(max=0.0)))
-
-
-def summed_angles(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
-    """Angles after each token: the sum of speeds since the document's start, modulo 2 pi.
-
-    Summed in float64: a long input's angle is large, and only its remainder counts.
-
-    Args:
-        speed: (b, t, h, s).
-        angle: (b, h, s) reached before the first token.
-        starts: (b, t) bool, True where a document starts from angle zero.
-
-    Returns:
-        (b, t, h, s) in [0, 2 pi), in speed's dtype.
-    """
-
-    def run(speed: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-        angles = _summed(speed, angle, starts)
-        return angles, angles[:, -1]
-
-    return isolated(run, starts, (speed,), (), (angle,))[0]
-
-
-def _summed(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
-    carried = angle.double().unsqueeze(1)
-    total = carried + speed.double().cumsum(1)
-    if starts is not None:
-        first = torch.arange(1, starts.shape[1] + 1, device=starts.device)
-        first = torch.where(starts, first, 0).cummax(1).values  # 0: the carried document
-        before = torch.cat([torch.zeros_like(carried), carried, total[:, :-1]], 1)
-        total = total - before.gather(1, first[..., None, None].expand_as(total))
-    return total.remainder(TURN).to(speed.dtype)
-
-
-def rotate_pairs(v: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by angle (..., s); the rest passes."""
-    turning, still = v.tensor_split([2 * angle.shape[-1]], -1)
-    x, y = turning.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
-    return torch.cat([turned, still], -1)
-
-
-def rotate_halves(v: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (i, i + n / 2) of v (..., n) by angle (..., s); the other pairs pass."""
-    angle = F.pad(angle, (0, v.shape[-1] // 2 - angle.shape[-1]))
-    x, y = v.chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([x * cos - y * sin, x * sin + y * cos], -1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,8 @@ from kizzasi.models.norm import HeadNorm
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.shift import token_shift
 from kizzasi.models.ops.wkv7 import WKV7, wkv7_flops, wkv7_step
+from kizzasi.models.ops.wkv7_streams import Streams, mixed_value, wkv7_streams
 from kizzasi.strict import added, join, register, require
-
-Streams: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, w, k, v, a, b
-MAX_DECAY = math.exp(-0.5)  # a memory fades by at most exp(-MAX_DECAY) per token
 
 
 @register
@@ -191,31 +189,18 @@ class RWKV7(Mixer):
     ) -> tuple[Streams, Tensor, dict[str, Tensor]]:
         """From (..., d) to the inputs (..., h, n) of `wkv7`, the gate (..., d), what to share."""
         delta = before - x
-        r = full_precision(self.receptance(torch.addcmul(x, delta, self.x_r)))
-        k = full_precision(self.key(torch.addcmul(x, delta, self.x_k)))
+        r = self.receptance(torch.addcmul(x, delta, self.x_r))
+        k = self.key(torch.addcmul(x, delta, self.x_k))
         x_v = torch.addcmul(x, delta, self.x_v)
-        v = full_precision(self.value(x_v))
-        offer = {}
-        if "v_first" not in shared:
-            offer["v_first"] = v
+        v = full_precision(self.value(x_v))  # as later layers take it
+        offer = {} if "v_first" in shared else {"v_first": v}
         if self.spec.value_residual:
-            share = full_precision(self.v0 + x_v @ self.v1 @ self.v2).sigmoid()
-            v = torch.lerp(v, shared["v_first"], share)
-        x_w = torch.addcmul(x, delta, self.x_w)
-        w = -MAX_DECAY * (full_precision(self.w0) + (x_w @ self.w1).tanh() @ self.w2).sigmoid()
-        rate = (
-            full_precision(self.a0) + torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2
-        ).sigmoid()
+            v = mixed_value(v, shared["v_first"], self.v0, x_v @ self.v1 @ self.v2)
+        w = (torch.addcmul(x, delta, self.x_w) @ self.w1).tanh() @ self.w2
+        rate = torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2
         gate = (torch.addcmul(x, delta, self.x_g) @ self.g1).sigmoid() @ self.g2
-
-        heads = (*x.shape[:-1], *self.r_k.shape)
-        removal = (k * self.k_k).view(heads)
-        length = torch.linalg.vector_norm(removal, dim=-1, keepdim=True)
-        removal = removal / length.clamp_min(1e-12)
-        slow = full_precision(self.k_a)
-        k = k * torch.addcmul(1.0 - slow, rate, slow)
-        r, w, k, v, rate = (s.view(heads) for s in (r, w, k, v, rate))
-        return (r, w, k, v, -removal, removal * rate), gate, offer
+        told = (self.w0, self.a0, self.k_k, self.k_a)
+        return wkv7_streams(r, w, k, v, rate, *told, self.spec.head_dim), gate, offer
 
     def _finish(self, y: Tensor, streams: Streams, gate: Tensor) -> Tensor:
         r, _, k, v, _, _ = streams

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.precision import full_precision
+
 Activation = Literal["gelu", "gelu_quick", "gelu_tanh", "relu", "relu2", "sigmoid", "silu"]
 
 
@@ -25,6 +27,11 @@ def relu2(x: Tensor) -> Tensor:
 def gelu_quick(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), the sigmoid form of GELU's own paper."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def silu_gated(y: Tensor, z: Tensor) -> Tensor:
+    """y silu(z), computed in at least float32 and given in z's dtype."""
+    return (y * F.silu(full_precision(z))).to(z.dtype)
 
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
