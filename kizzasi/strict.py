@@ -31,6 +31,7 @@ Family = TypeVar("Family", bound=type)
 
 BY_PLACE = 3
 MOST = 2**64  # of a whole number
+PLAIN = (bool, int, float, str, type(None))
 
 
 def require(rule: bool, path: str, message: str) -> None:
@@ -62,6 +63,26 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+@functools.cache
+def _fields(cls: type) -> tuple[tuple[str, bool, bool, Any], ...]:
+    """Name, whether it may be left out, whether 0.1 had it not, and default of every field."""
+    return tuple(
+        (
+            f.name,
+            (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING),
+            "added" in f.metadata,
+            f.default,
+        )
+        for f in dataclasses.fields(cls)
+    )
+
+
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Origin and arguments of an annotation."""
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
 def added(default: Any) -> Any:
     """Default of a field that 0.1 did not have: there it is left out of the canonical JSON.
 
@@ -71,9 +92,9 @@ def added(default: Any) -> Any:
 
 
 def _refuse_missing(cls: type, given: Mapping[str, Any], path: str) -> None:
-    for f in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-        optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        require(optional or f.name in given, join(path, f.name), "missing; give a value")
+    for name, optional, _, _ in _fields(cls):
+        if not optional and name not in given:
+            require(False, join(path, name), "missing; give a value")
 
 
 class StrictType(ABCMeta):
@@ -93,7 +114,8 @@ class StrictType(ABCMeta):
         for key in kwargs:
             if key not in hints:
                 raise SpecError(f"{name}.{key}: {unknown_name(key, hints)}")
-            require(key not in given, f"{name}.{key}", "given twice, by place and by name")
+            if key in given:
+                require(False, f"{name}.{key}", "given twice, by place and by name")
         given |= kwargs
         _refuse_missing(cls, given, name)
         return super().__call__(**{k: coerce(v, hints[k], k) for k, v in given.items()})
@@ -127,17 +149,12 @@ class Strict(metaclass=StrictType):
         return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def _data(self, *, brief: bool) -> dict[str, Any]:
-        hints = field_types(type(self))
-        left_out = {
-            f.name
-            for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-            if brief and "added" in f.metadata and getattr(self, f.name) == f.default
-        }
-        return {
-            name: plain(getattr(self, name), hint, name, brief=brief)
-            for name, hint in hints.items()
-            if name not in left_out
-        }
+        hints, data = field_types(type(self)), {}
+        for name, _, later, default in _fields(type(self)):
+            value = getattr(self, name)
+            if not (brief and later and value == default):
+                data[name] = plain(value, hints[name], name, brief=brief)
+        return data
 
     def require_positive(self, path: str, *names: str) -> None:
         for name in names:
@@ -195,7 +212,9 @@ def register(cls: Family) -> Family:
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
     """Turn plain data into a value of the annotated type, or raise SpecError with the path."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint in PLAIN:
+        return _scalar(value, hint, path)
+    origin, args = _parts(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -249,9 +268,11 @@ def _spec(value: Any, hint: type[Strict], path: str) -> Any:
 
 def _scalar(value: Any, hint: type, path: str) -> Any:
     """A bool, int, float or str, in exactly that type; numpy's integers and floats are taken."""
+    if type(value) is hint and hint in (str, bool):
+        return value
     flag = isinstance(value, bool)
     kinds = {int: numbers.Integral, float: numbers.Real}
-    if not flag and isinstance(value, kinds.get(hint, ())):
+    if not flag and type(value) is not hint and isinstance(value, kinds.get(hint, ())):
         try:
             value = hint(value)
         except (OverflowError, ValueError) as error:
@@ -267,14 +288,16 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
 
 
 def plain(value: Any, hint: Any, path: str, *, brief: bool = False) -> Any:
+    if type(value) in PLAIN:
+        return coerce(value, hint, path)
     if isinstance(value, Strict):
         return value._data(brief=brief)
     if isinstance(value, (list, tuple)):
-        options = typing.get_args(hint) if typing.get_origin(hint) is not tuple else (hint,)
-        hint = next((own for own in options if typing.get_origin(own) is tuple), hint)
-        (item, *_) = typing.get_args(hint) or (Any,)
+        options = (hint,) if _parts(hint)[0] is tuple else _parts(hint)[1]
+        hint = next((own for own in options if _parts(own)[0] is tuple), hint)
+        (item, *_) = _parts(hint)[1] or (Any,)
         return [plain(v, item, f"{path}[{i}]", brief=brief) for i, v in enumerate(value)]
     if isinstance(value, Mapping):
-        (_, inner) = typing.get_args(hint) or (str, Any)
+        (_, inner) = _parts(hint)[1] or (str, Any)
         return {k: plain(v, inner, join(path, k), brief=brief) for k, v in value.items()}
     return coerce(value, hint, path)

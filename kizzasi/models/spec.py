@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class ModelSpec(Strict):
             return json.dumps(data, indent=2) + "\n"
         return yaml.safe_dump(data, sort_keys=False)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the canonical JSON, in hex."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
@@ -144,7 +145,6 @@ class ModelSpec(Strict):
     def check(self) -> None:
         """Apply every rule, before any tensor exists. Raises SpecError with path and remedy."""
         require(len(self.blocks) <= MAX_LAYERS, "blocks", f"more than {MAX_LAYERS} layers")
-        self.to_dict()  # types, also of specs made in Python
         self.require_positive("", "d_model", "norm_eps")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is outside [0, 1)")
         rule = f"{self.logit_cap} is not positive; give a bound such as 30, or None"

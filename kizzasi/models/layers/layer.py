@@ -101,7 +101,8 @@ class LayerSpec(Registered):
                 settled[name], offered = settle_stack(value, offered, join(path, name))
             elif isinstance(value, MixerSpec):
                 settled[name], offered = value.settle(offered, join(path, name))
-        return replace(self, **settled), offered  # pyright: ignore[reportArgumentType]
+        new = {name: value for name, value in settled.items() if value is not getattr(self, name)}
+        return (replace(self, **new) if new else self), offered  # pyright: ignore[reportArgumentType]
 
     def inside(self) -> Iterator[tuple[str, tuple[LayerSpec, ...] | Part]]:
         """The fields that are stacks, mixers or channels, by name, in their order."""
@@ -288,7 +289,8 @@ def settle_stack(layers: Layers, offered: bool, path: str) -> tuple[Layers, bool
     for i, layer in enumerate(layers):
         layer, offered = layer.settle(offered, f"{path}[{i}]")
         settled.append(layer)
-    return tuple(settled), offered
+    same = all(new is old for new, old in zip(settled, layers, strict=True))
+    return (layers if same else tuple(settled)), offered
 
 
 def cost_of(layers: Layers, context: LayerContext, seq_len: int, batch: int) -> Cost:

@@ -7,7 +7,7 @@ listed here pass, so that journals of later versions can be read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from kizzasi.documents import cut
@@ -202,7 +202,12 @@ KINDS: dict[str, Check] = {
 
 
 def check_events(events: Iterable[Event], place: object) -> list[Event]:
-    """The events, if each is what its kind is made of and names only what stands before it.
+    """All of `checked`."""
+    return list(checked(events, place))
+
+
+def checked(events: Iterable[Event], place: object) -> Iterator[Event]:
+    """The events, one after the other, if each is what its kind is made of and names only what stands before it.
 
     Args:
         events: line by line.
@@ -211,15 +216,14 @@ def check_events(events: Iterable[Event], place: object) -> list[Event]:
     Raises:
         StudyError: names the line, the field, what is expected there and what it holds.
     """
-    checked = list(events)
     known: dict[str, set[str]] = {"candidate": set(), "trial": set()}
-    for line, event in enumerate(checked, start=1):
+    for line, event in enumerate(events, start=1):
         fault = _fault(event, known)
         if fault:
             raise StudyError(f"{place}, line {line}: {fault}; repair or delete that line")
         if event["event"] in known:
             known[event["event"]].add(event["id"])
-    return checked
+        yield event
 
 
 def _fault(event: Event, known: Mapping[str, set[str]]) -> str | None:

@@ -275,13 +275,17 @@ def _standings(
     settings: dict[str, Event],
     result: Event | None,
 ) -> list[Standing]:
+    own: dict[str, list[Event]] = {name: [] for name in entries}
+    for trial in trials:
+        if trial["rung"] not in APART:
+            own[trial["candidate"]].append(trial)
     found = [
         Standing(
             entry,
-            _counting(trials, entry, entry.get("settings", settings.get(entry["family"]))),
+            _counting(own[name], entry.get("settings", settings.get(entry["family"]))),
             None,
         )
-        for entry in entries.values()
+        for name, entry in entries.items()
     ]
     scored = [s for s in found if s.scored]
     if result:
@@ -306,16 +310,12 @@ def _screened(screens: Iterable[Event]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _counting(trials: Sequence[Event], entry: Event, settings: Event | None) -> tuple[Event, ...]:
-    """One trial per rung; while the sweep of the family runs, its best so far."""
+def _counting(trials: Sequence[Event], settings: Event | None) -> tuple[Event, ...]:
+    """Of a candidate's trials, one per rung; while the sweep of the family runs, its best so far."""
     best: dict[str, Event] = {}
     for trial in trials:
         rung, score = trial["rung"], trial["score"]
-        if (
-            trial["candidate"] != entry["id"]
-            or rung in APART
-            or settings not in (None, trial["settings"])
-        ):
+        if settings not in (None, trial["settings"]):
             continue
         held = best.get(rung, {}).get("score")
         if rung not in best or (score is not None and (held is None or score < held)):

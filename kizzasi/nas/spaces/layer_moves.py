@@ -99,7 +99,5 @@ class LayerMoves:
         if not layers or tuple(layers) == parent.spec.blocks:
             return None
         with suppress(SpecError):
-            spec = parent.spec.replace(blocks=tuple(layers))
-            spec.check()
-            return self.space.encode(spec)
+            return self.space.encode(parent.spec.replace(blocks=tuple(layers)))
         return None

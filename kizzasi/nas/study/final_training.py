@@ -99,7 +99,7 @@ class FinalTraining:
         fit, n = [entry for entry, sound in self.standings if sound], self.plan.finals.n
         searched = [entry for entry in fit if entry.group not in NEVER_WIN]
         if not searched:
-            failures = [t["failure"] for t in self.study.done.values() if t["failure"]]
+            failures = [e["failure"] for e in self.study.events if e.get("failure")]
             reason = f"; the last failure: {gist(failures[-1])}" if failures else ""
             raise StudyError(
                 "no searched candidate finished a training; if the journal holds failures, see "
@@ -152,11 +152,11 @@ class FinalTraining:
     def _save(self, entry: Entry, seed: int) -> None:
         """Put the best model's weights, or what its evaluator left of it, into the folder best."""
         study, folder = self.study, self.study.checkpoints.parent / BEST
-        told = next((e for e in reversed(study.events) if e["event"] == "saved"), None)
+        told = study.find("saved")
         there = contents(folder)
         if there and (told is None or told["files"] != there):
             self._require_own(folder, entry, told)
-        over = any(e["event"] == "result" for e in study.events)  # 0.1 wrote no event "saved"
+        over = study.find("result") is not None  # 0.1 wrote no event "saved"
         as_told = told and (told["candidate"], told["seed"]) == (entry.id, seed)
         if there and (over if told is None else as_told):
             return  # saved before the run was interrupted
@@ -218,8 +218,10 @@ class FinalTraining:
         preset = next((own for own, f in finals.items() if f.entry["group"] == "preset"), None)
         noise = noise_of(ranked)
         sign = self.plan.metric.sign
-        known = [falling(e, sign) for e in study.events if e["event"] == "trial"]
-        pairs = sized(ranked, twins(study.events, known))
+        narrow = [event for _, event in study.journal.scan(NARROW)]
+        done = (t for event in narrow for t in event["trials"] if t in study.scores)
+        known = [falling(study.result(trial), sign) for trial in done]
+        pairs = sized(ranked, twins(narrow, known))
         reference = finals[preset if preset else winner].entry["params"]
 
         def trials(own: str | None) -> list[Any]:

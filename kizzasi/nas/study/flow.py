@@ -13,7 +13,7 @@ Glossary
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,6 @@ class Flow:
 
     def __init__(self, run: Run, session: Event) -> None:
         self.run, self.study, self.session = run, run.study, session
-        self.order = deque(self._recorded())
         self.places, self.live, self.spent, self.n_taken = 0, False, 0, 0
         self.ready: deque[tuple[Task, Callable[[Event], None]]] = deque()
         self.running: dict[str, tuple[Task, Callable[[Event], None]]] = {}
@@ -54,24 +53,26 @@ class Flow:
         self.n_held = 0
         self.taken: set[str] = set()  # trials whose result has been told
 
-    def _recorded(self) -> list[Event]:
-        """What happened to places and tasks, in order."""
+    def _recorded(self) -> Iterator[Event]:
+        """What happened to places and tasks, in order, up to where the journal ended."""
         kinds = {"session", "trial", *(["candidate"] if self.run.plan.proxies else [])}
-        wanted = (e for e in self.study.events if e["event"] in kinds)
-        return [e for e in wanted if e["event"] != "trial" or e["rung"] not in APART]
+        for _, event in self.study.journal.scan():
+            if event["event"] in kinds and event.get("rung") not in APART:
+                yield event
 
     def climb(self) -> None:
         """Until nothing is left to train."""
-        while self.order or not self.live or self.running:
-            if self.order and self.order[0]["event"] == "session":
-                self.places = self.order.popleft()["places"]
-            elif self.order:
-                self._replay(self.order.popleft())
-            elif not self.live:
-                self._go_live()
+        for event in self._recorded():
+            if event["event"] == "session":
+                self.places = event["places"]
             else:
-                key, event = self.study.next()
-                self._take(key, event)
+                self._replay(event)
+            self._fill()
+        self._go_live()
+        self._fill()
+        while self.running:
+            key, event = self.study.next()
+            self._take(key, event)
             self._fill()
 
     def _replay(self, event: Event) -> None:
@@ -189,7 +190,7 @@ class Flow:
     def _start(self, trial: Trial, job: Instalment) -> None:
         """Train, unless the sweep has done it."""
         if trial.id in self.taken:
-            self.run.tell(job, self.study.done[trial.id])
+            self.run.tell(job, self.study.result(trial.id))
         else:
             self.ready.append((self.study.task(trial), lambda event: self.run.tell(job, event)))
 

@@ -18,7 +18,7 @@ from kizzasi.errors import KizzasiError, StudyError
 from kizzasi.files import clear_partial
 from kizzasi.models import ModelSpec
 from kizzasi.models.checkpoints import spec_of
-from kizzasi.nas.results.events import check_events
+from kizzasi.nas.results.events import checked
 from kizzasi.nas.study.journal import Journal, read_events, read_run
 
 JOURNAL, TRIALS, BEST, CONFIG = "journal.jsonl", "trials", "best", "config.yaml"
@@ -53,7 +53,8 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with Journal(path) as journal:
-            check_events(journal.events, path)
+            for _ in checked((event for _, event in journal.scan()), path):
+                pass
             for place in (folder, folder / TRIALS):
                 clear_partial(place)
             try:

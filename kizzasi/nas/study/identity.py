@@ -47,7 +47,7 @@ def begin(study: Study, plan: Plan) -> None:
     """
     event = study.once("study", lambda: _facts(plan))
     changed = _changes(event, plan)
-    if changed and not study.done:  # nothing was trained yet, so nothing is lost
+    if changed and not study.scores:  # nothing was trained yet, so nothing is lost
         study.clear()
         study.once("study", lambda: _facts(plan))
         return
@@ -61,8 +61,6 @@ def begin(study: Study, plan: Plan) -> None:
         study.bar.write(f"resumed with other versions: {told}")
     if changed:
         study.append({"event": "extended", "config": {k: v for k, (_, v) in changed.items()}})
-        study.events[:] = current(study.events)
-        study.places.clear()
 
 
 @dataclass(frozen=True)

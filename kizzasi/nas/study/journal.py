@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from kizzasi.nas.results.events import check_events
 
 Event = dict[str, Any]
 MOST_BYTES = 2**30
+PIECE_BYTES, LINE_BYTES = 2**18, 2**12  # read at once, of many lines and of one
 BEGINNING = b'{"event":"'
 
 
@@ -40,7 +41,6 @@ class Journal:
         path: the file; it and its folder are created when missing.
 
     Attributes:
-        events: what the file held when it was opened.
         torn: bytes of a torn last line; empty after a clean end.
 
     Raises:
@@ -49,7 +49,6 @@ class Journal:
             way out.
     """
 
-    events: list[Event]
     torn: bytes
 
     def __init__(self, path: str | Path) -> None:
@@ -73,21 +72,68 @@ class Journal:
         _open_journals.add(self)
 
     def _recover(self) -> None:
-        """Read what is there. Nothing is cut yet: who opened it may find that it is not theirs."""
+        """Look at what is there. Nothing is cut yet: who opened it may find that it is not
+        theirs."""
+        self._size = 0
         try:
-            self._file.seek(0)
-            content = self._file.readall()
+            end = self._file.seek(0, os.SEEK_END)
+            for _, _, self._size in _parsed(self._lines(end), self.path):
+                pass
+            self.torn = self._read(self._size, end - self._size)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        events, self._size = _parse(content, self.path)
-        self.events = [upgraded(event) for event in events]
-        self.torn = content[self._size :]
-        self._new = not events
-        if not events and not BEGINNING.startswith(self.torn[: len(BEGINNING)]):
+        self._new = self._size == 0
+        if self._new and not BEGINNING.startswith(self.torn[: len(BEGINNING)]):
             raise StudyError(
                 f"{self.path}: holds {len(self.torn)} bytes that are no journal; move the file "
                 "away or choose another run folder"
             )
+
+    @property
+    def events(self) -> list[Event]:
+        """Every event, read from the file."""
+        return [event for _, event in self.scan()]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all complete lines: the place of the next one."""
+        return self._size
+
+    def scan(self, kind: str | None = None) -> Iterator[tuple[int, Event]]:
+        """Place and event of every line that is there now, one after the other from the file.
+
+        Args:
+            kind: of the events that are wanted; the other lines are passed over quickly.
+        """
+        beginning, place = b"" if kind is None else BEGINNING + kind.encode() + b'"', 0
+        for line, _ in self._lines(self._size):
+            if line.startswith(beginning) and line:
+                yield place, upgraded(_DECODER.decode(line.decode()))
+            place += len(line) + 1
+
+    def at(self, place: int) -> Event:
+        """The event at a place that `scan` or `size` has given."""
+        line = b""
+        while not line.endswith(b"\n"):
+            line = self._read(place, max(2 * len(line), LINE_BYTES)).partition(b"\n")
+            line = line[0] + line[1]
+        return upgraded(_DECODER.decode(line.decode()))
+
+    def _read(self, place: int, n: int) -> bytes:
+        self._file.seek(place)
+        return self._file.read(min(n, MOST_BYTES))
+
+    def _lines(self, end: int) -> Iterator[tuple[bytes, bool]]:
+        """Every line before `end`, and whether it is complete; the last one is not."""
+        place, rest = 0, b""
+        while place < end:
+            piece = self._read(place, min(PIECE_BYTES, end - place))
+            if not piece:
+                break
+            place += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from ((line, True) for line in lines)
+        yield rest, False
 
     def append(self, event: Mapping[str, Any]) -> Event:
         """Write one event and wait until the disk has it.
@@ -134,7 +180,7 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self.events, self.torn, self._size, self._new = [], b"", 0, True
+        self.torn, self._size, self._new = b"", 0, True
 
     def close(self) -> None:
         """Give up the lock."""
@@ -165,7 +211,9 @@ def read_events(path: str | Path) -> list[Event]:
         raise StudyError(
             f"{path}: cannot read the journal: {error.strerror}; give the folder of a run"
         ) from error
-    return [upgraded(event) for event in _parse(content, path)[0]]
+    *lines, tail = content.split(b"\n")
+    lines = [*((line, True) for line in lines), (tail, False)]
+    return [upgraded(event) for _, event, _ in _parsed(lines, path)]
 
 
 def read_run(path: str | Path) -> list[Event]:
@@ -198,24 +246,27 @@ def upgraded(event: Event) -> Event:
     return event
 
 
-def _parse(content: bytes, path: Path) -> tuple[list[Event], int]:
-    """The complete events, and how many bytes they take. A damaged last line counts as torn."""
-    *lines, tail = content.split(b"\n")
-    events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
+def _parsed(lines: Iterable[tuple[bytes, bool]], path: Path) -> Iterator[tuple[int, Event, int]]:
+    """Place, event and end of every complete line. A damaged last one counts as torn."""
+    place, fault = 0, None
+    for number, (line, complete) in enumerate(lines, start=1):
+        if fault is not None and (complete or line):
+            raise fault from fault.__cause__
+        if fault is not None or not complete:
+            return
         try:
             event = _DECODER.decode(line.decode())
             if not isinstance(event, dict):
                 raise ValueError("not a JSON object")
         except (ValueError, RecursionError) as error:
-            if number == len(lines) and not tail:
-                return events, len(content) - len(line) - 1
-            raise StudyError(
+            fault = StudyError(
                 f"{path}, line {number}: damaged ({error}); repair or delete that line, "
                 "the others are intact"
-            ) from error
-        events.append(event)
-    return events, len(content) - len(tail)
+            )
+            fault.__cause__ = error
+            continue
+        yield place, event, place + len(line) + 1
+        place += len(line) + 1
 
 
 def _refuse_constant(name: str) -> None:

@@ -15,7 +15,7 @@ from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.results.words import gist, said
-from kizzasi.nas.schedulers import Instalment, Schedule
+from kizzasi.nas.schedulers import Extrapolated, Instalment, Schedule
 from kizzasi.nas.schedulers.halving import Halving
 from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.searchers import NSGA2, AskTell, Flowing, Streaming
@@ -37,7 +37,7 @@ from kizzasi.nas.study.config import INHERIT
 from kizzasi.nas.study.final_training import FinalTraining
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.screens import Screen
-from kizzasi.nas.study.study import Entry, Study, Task, Trial, score_of
+from kizzasi.nas.study.study import Entry, Study, Task, Trial, falling_score
 
 KEPT_CHECKPOINTS = 64  # on each rung; who is promoted without one is trained anew up to its rung
 ALIKE = 5  # trials that fail for one reason, before any succeeds, end the search
@@ -111,12 +111,10 @@ class Run:
 
     def stop_if_all_fail_alike(self) -> None:
         """Raise StudyError when the first trials have all failed for one reason."""
-        if self.study.succeeded or len(self.study.done) < ALIKE:
-            return
-        trials = list(self.study.done.values())
-        reasons = {gist(trial["failure"] or "no finite score") for trial in trials}
-        if len(reasons) == 1:
-            raise StudyError(f"all {len(trials)} trials failed alike: {reasons.pop()}")
+        study = self.study
+        if not study.succeeded and len(study.scores) >= ALIKE and len(study.reasons) == 1:
+            reason = next(iter(study.reasons))
+            raise StudyError(f"all {len(study.scores)} trials failed alike: {reason}")
 
     def increment(self, job: Instalment) -> int:
         """What a job adds to what its candidate was trained on."""
@@ -137,9 +135,10 @@ class Run:
 
     def tell(self, job: Instalment, event: dict[str, Any]) -> None:
         """A job's score, as the schedule wants it: higher is better."""
-        failed = event["score"] is None
-        score = None if failed else -score_of(event, self.plan.metric)
-        self.schedule.tell(job, score, event["curve"])
+        score = event["score"]
+        worth = None if score is None else -falling_score(score, self.plan.metric)
+        curves = isinstance(self.plan.scheduler, Extrapolated)  # else nobody looks at them
+        self.schedule.tell(job, worth, event["curve"] if curves else ())
 
     def entering(self, entry: Entry) -> Task:
         """What writes a candidate down, with its zero-cost proxies."""
@@ -171,7 +170,9 @@ class Run:
         study, grid = self.study, self.plan.grid
         trials = [self.sweep_trials(entry) for entry in members]
         scores = {
-            said(chosen): sum(score_of(study.done[own[i].id], self.plan.metric) for own in trials)
+            said(chosen): sum(
+                falling_score(study.scores[own[i].id], self.plan.metric) for own in trials
+            )
             / len(trials)
             for i, chosen in enumerate(grid)
         }

@@ -45,6 +45,7 @@ from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.executors import Executor
 from kizzasi.nas.executors.execute import Counter
 from kizzasi.nas.results.extended import current
+from kizzasi.nas.results.words import gist
 from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
 
@@ -124,12 +125,18 @@ class Shown(Counter, Protocol):
 class Study:
     """Runs trials through an executor and writes every result down before anyone sees it.
 
+    What is in the journal stays there: here are its places, and the scores.
+
     Args:
         folder: of the run; checkpoints go into its `trials` folder.
         journal: open for writing.
         executor: where trials run.
         bar: counts tokens trained.
         on_event: is told of every event once it is written down.
+
+    Attributes:
+        scores: of every trial in the journal, by id; None if it failed.
+        reasons: why trials failed, in a few words, as long as none has succeeded.
     """
 
     def __init__(
@@ -147,20 +154,27 @@ class Study:
             raise StudyError(f"{self.checkpoints}: cannot be made: {error.strerror}") from error
         self.journal, self.executor, self.bar = journal, executor, bar
         self.on_event = on_event
-        self.events: list[dict[str, Any]] = current(journal.events)
-        self.places: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, Any]]] = {}
-        self.done = {e["id"]: e for e in self.events if e["event"] == "trial"}
-        self.own = {own.partition("-")[0] for own in self.done}  # trainings of this very run
-        self.succeeded = any(e["score"] is not None for e in self.done.values())
+        self.places: dict[tuple[str, ...], dict[tuple[Any, ...], int]] = {}
+        self.grown: dict[str, Any] = {}  # what an extended search has more of
+        self.grown_at = 0
+        self.scores: dict[str, float | None] = {}
+        self.own: set[str] = set()  # trainings of this very run
+        self.succeeded, self.reasons = False, set[str]()
+        for place, event in journal.scan():
+            self._note(place, event)
         self.tasks: dict[str, Task] = {}
         self.arrived: deque[tuple[str, dict[str, Any]]] = deque()
 
     def clear(self) -> None:
         """Forget every event of a search that was refused before it trained anything."""
-        assert not self.done, "only a run without a trial is forgotten"
+        assert not self.scores, "only a run without a trial is forgotten"
         self.journal.clear()
-        self.events.clear()
         self.places.clear()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Every event, read from the journal, as if the search had always been what it is now."""
+        return current(self.journal.events)
 
     def once(self, event: str, make: Callable[[], dict[str, Any]], **match: Any) -> dict[str, Any]:
         """The event of this kind and match from the journal, or a new one, made and appended."""
@@ -168,31 +182,57 @@ class Study:
         return self.append({"event": event, **match, **make()}) if known is None else known
 
     def find(self, event: str, **match: Any) -> dict[str, Any] | None:
-        """The event of this kind and match, if the journal has one."""
+        """The last event of this kind and match, if the journal has one."""
+        place = self._place_of(event, match)
+        if place is None or (event == "result" and place < self.grown_at):
+            return None
+        found = self.journal.at(place)
+        if event == "study" and self.grown:
+            found = {**found, "config": {**found["config"], **self.grown}}
+        return found
+
+    def knows(self, event: str, **match: Any) -> bool:
+        """Whether the journal has such an event."""
+        return self._place_of(event, match) is not None
+
+    def _place_of(self, event: str, match: Mapping[str, Any]) -> int | None:
         kind = (event, *match)
         if kind not in self.places:  # so that a look-up among many events does not read them all
             self.places[kind] = {}
-            for old in reversed(self.events):
-                self._place(kind, old)
+            for place, old in self.journal.scan(event):
+                self._place(kind, place, old)
         return self.places[kind].get(tuple(match.values()))
 
-    def _place(self, kind: tuple[str, ...], event: dict[str, Any]) -> None:
-        name, *keys = kind
-        if event["event"] == name:
-            self.places[kind][tuple(event.get(key) for key in keys)] = event
+    def _place(self, kind: tuple[str, ...], place: int, event: dict[str, Any]) -> None:
+        self.places[kind][tuple(event.get(key) for key in kind[1:])] = place
 
     def append(self, event: dict[str, Any]) -> dict[str, Any]:
+        place = self.journal.size
         written = self.journal.append(event)
-        self.events.append(written)
         for kind in self.places:
-            self._place(kind, written)
+            if kind[0] == event["event"]:
+                self._place(kind, place, written)
+        self._note(place, written)
         if self.on_event is not None:
             self.on_event(written)
         return written
 
+    def _note(self, place: int, event: dict[str, Any]) -> None:
+        if event["event"] == "extended":
+            self.grown, self.grown_at = {**self.grown, **event["config"]}, place
+        if event["event"] != "trial":
+            return
+        self.scores[event["id"]] = event["score"]
+        self.own.add(event["id"].partition("-")[0])
+        self.succeeded |= event["score"] is not None
+        if self.succeeded:
+            self.reasons.clear()
+        else:
+            self.reasons.add(gist(event["failure"] or "no finite score"))
+
     def begin(self, session: Mapping[str, Any]) -> None:
         """Write down where the next events come from, if that has changed."""
-        last = next((e for e in reversed(self.events) if e["event"] == "session"), {})
+        last = self.find("session") or {}
         if {key: last.get(key) for key in session} != dict(session):
             self.append({"event": "session", **session})
 
@@ -208,9 +248,6 @@ class Study:
     def _collect(self) -> tuple[str, dict[str, Any]]:
         job, measured = self.executor.collect(self.bar)
         event = self.append(self.tasks.pop(job.key).event(measured))
-        if event["event"] == "trial":
-            self.done[job.key] = event
-            self.succeeded |= event["score"] is not None
         return job.key, event
 
     def all_of(self, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
@@ -229,10 +266,16 @@ class Study:
 
     def run(self, trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
         """Results of all trials by id: from the journal where they are there, else by running."""
-        todo = {t.id: t for t in trials if t.id not in self.done}
+        todo = {t.id: t for t in trials if t.id not in self.scores}
         longest_first = sorted(todo.values(), key=lambda t: -t.tokens)
-        self.all_of([self.task(t) for t in longest_first])
-        return {t.id: self.done[t.id] for t in trials}
+        found = self.all_of([self.task(t) for t in longest_first])
+        return {t.id: found.get(t.id) or self.result(t.id) for t in trials}
+
+    def result(self, trial: str) -> dict[str, Any]:
+        """The event of a trial that the journal has, by its id."""
+        found = self.find("trial", id=trial)
+        assert found is not None, "it is in the journal"
+        return found
 
     def task(self, trial: Trial) -> Task:
         """A trial as what can be started."""
@@ -257,7 +300,7 @@ class Study:
 
     def has(self, trials: Sequence[Trial]) -> bool:
         """Whether the journal holds all their results."""
-        return all(trial.id in self.done for trial in trials)
+        return all(trial.id in self.scores for trial in trials)
 
     def keep(self, trials: Sequence[Trial], busy: Collection[Path | None] = ()) -> None:
         """Delete all checkpoints of this run but those of these trials, and those in use; strange
@@ -286,9 +329,8 @@ def _trial_event(trial: Trial, measured: Measurement) -> dict[str, Any]:
     }
 
 
-def score_of(event: dict[str, Any], metric: Metric) -> float:
-    """sign * score of a trial event, which always falls; a failed trial is above every other."""
-    score = event["score"]
+def falling_score(score: float | None, metric: Metric) -> float:
+    """sign * score of a trial, which always falls; a failed trial is above every other."""
     return float("inf") if score is None else metric.sign * score
 
 

@@ -59,7 +59,7 @@ class Waves:
     def _enter(self, entries: Sequence[Entry]) -> None:
         study = self.run.study
         if self.run.plan.proxies:
-            new = {e.id: e for e in entries if study.find("candidate", id=e.id) is None}
+            new = {e.id: e for e in entries if not study.knows("candidate", id=e.id)}
             study.all_of([self.run.entering(entry) for entry in new.values()])
         for entry in entries:
             study.once("candidate", entry.to_event, id=entry.id)

@@ -214,6 +214,15 @@ class Model:
     def __init__(self, frame: Record, blocks: Node) -> None:
         self.frame, self.blocks = frame, blocks
         self._ways: dict[ModelSpec, int] = {}
+        self._frames: dict[str, dict[ModelSpec, list[dict[str, int]]]] = {}
+
+    def frames(self, path: str) -> dict[ModelSpec, list[dict[str, int]]]:
+        """Every model without its blocks, and all genes that make it."""
+        if path not in self._frames:
+            table = self._frames[path] = {}
+            for values, genes in fillings(self.frame, path):
+                table.setdefault(self._read(values, path), []).append(genes)
+        return self._frames[path]
 
     def fill(self, path: str, walk: Walk) -> ModelSpec:
         frame = self._read(self.frame.fill(path, walk), path)
@@ -283,6 +292,16 @@ def every(fill: Callable[[Decide], T]) -> Iterator[T]:
         if not genes:
             return
         genes[-1] += 1
+
+
+def fillings(node: Node, path: str, d_model: int = 0) -> Iterator[tuple[Any, dict[str, int]]]:
+    """Everything that a node can be at this width, with the genes that make it."""
+
+    def fill(decide: Decide) -> tuple[Any, dict[str, int]]:
+        walk = Walk(decide, d_model=d_model)
+        return node.fill(path, walk), walk.genes
+
+    return every(fill)
 
 
 def cover(node: Node) -> Iterator[Any]:

@@ -1,0 +1,159 @@
+"""What a search costs beside its trainings: CPU time and memory of a trial, as trials add up.
+
+A whole search over the ready-made space of hybrids: proposals, bounds, digests, the scheduler, the
+journal, the final trainings and the report. Its training function returns at once, on eight
+simulated workers. CPU is that of this process without the time that waits for the disk. Memory is
+what the process holds beyond what it held before the search.
+
+example:
+  python scripts/bench_search.py --trials 10000
+  python scripts/bench_search.py --trials 1000 --searches random --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kizzasi.models import Tokens
+from kizzasi.nas import ASHA, Finals, Random, RegularizedEvolution, Search
+from kizzasi.nas.evaluators.evaluator import Job, Measurement
+from kizzasi.nas.executors.simulated import Simulated
+from kizzasi.nas.schedulers.halving import Halving
+from kizzasi.nas.spaces.ready_made import read_space
+from kizzasi.nas.study.study import Study
+
+TARGET_MS, TARGET_KIB = 2.0, 4.0
+COUNTS = (1000, 3000, 10_000, 30_000, 100_000)
+RUNGS, ETA, PLACES = (9, 27, 81), 3, 8
+TRIALS_EACH = 1 + 1 / ETA + 1 / ETA**2  # of a candidate, on average
+CURVE = tuple((i * 5120, 3.0) for i in range(20))
+
+
+def train(job: Job, report: object) -> Measurement:
+    """A score that depends on the model and on how long it was trained, at once."""
+    chance = zlib.crc32(f"{job.key.partition('-')[0]}".encode()) / 2**32
+    return Measurement(chance + 1 / job.budget, job.budget, 3.0, 32_768.0, CURVE)
+
+
+def seconds(job: Job) -> float:
+    return job.budget * (1 + zlib.crc32(job.key.encode()) / 2**32)
+
+
+def regularized(n: int) -> dict[str, Any]:
+    return {
+        "searcher": RegularizedEvolution(50, 10, n, 0.1, 0),
+        "scheduler": ASHA(n, RUNGS[0], RUNGS[-1], ETA),
+    }
+
+
+def random(n: int) -> dict[str, Any]:
+    return {"searcher": Random(n, 0, distinct=True), "scheduler": Halving(RUNGS, 1 / ETA)}
+
+
+SEARCHES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "regularized": regularized,
+    "random": random,
+}
+
+
+def resident_kib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def measured(name: str, n_trials: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds and KiB a trial between counts of trials, and those of the end."""
+    n = round(n_trials / TRIALS_EACH)
+    search = Search(
+        read_space("hybrid", Tokens(256), 200_000),
+        train,
+        metric="loss",
+        executor=lambda evaluator: Simulated(evaluator, PLACES, seconds),
+        finals=Finals(n=3, budget=RUNGS[-1], seeds=3),
+        folder=folder / name,
+        **SEARCHES[name](n),
+    )
+    marks: list[tuple[int, float, int]] = []
+    wanted = [0, *(count for count in COUNTS if count < 0.95 * n_trials)]
+    append, done = Study.append, 0
+
+    def counted(study: Study, event: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        if done == next(iter(wanted), None):
+            marks.append((wanted.pop(0), time.process_time(), resident_kib()))
+        done += event["event"] == "trial" and event["rung"].isdigit()
+        if event["event"] == "trial" and event["rung"] == "final" and len(wanted) == 0:
+            wanted.append(-1)
+            marks.append((done, time.process_time(), resident_kib()))
+        return append(study, event)
+
+    Study.append = counted
+    try:
+        search.run()
+    finally:
+        Study.append = append
+    end, kib = time.process_time(), resident_kib()
+    rows = [
+        {
+            "trials": after[0],
+            "ms_per_trial": 1000 * (after[1] - before[1]) / (after[0] - before[0]),
+            "kib_per_trial": (after[2] - before[2]) / (after[0] - before[0]),
+        }
+        for before, after in zip(marks, marks[1:], strict=False)
+    ]
+    first, last = marks[0], marks[-1]
+    start = time.process_time()
+    search.run(resume=True)
+    return {
+        "search": name,
+        "candidates": n,
+        "rows": rows,
+        "ms_per_trial": 1000 * (last[1] - first[1]) / last[0],
+        "kib_per_trial": (last[2] - first[2]) / last[0],
+        "end_seconds": end - last[1],
+        "end_mib": (kib - last[2]) / 1024,
+        "resume_seconds": time.process_time() - start,
+        "journal_bytes": (folder / name / "journal.jsonl").stat().st_size,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=10_000, help="about as many (10000)")
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    args = parser.parse_args()
+    if args.trials < 100:
+        parser.error("--trials must be at least 100")
+    if sys.platform != "linux":
+        parser.error("the memory of a process is read from /proc, which needs Linux")
+    with tempfile.TemporaryDirectory() as folder:
+        found = [measured(name, args.trials, Path(folder)) for name in args.searches]
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    for one in found:
+        print(f"{one['search']}: {one['candidates']} candidates")
+        print(f"  {'trials up to':>14}{'ms a trial':>12}{'KiB a trial':>13}")
+        for row in one["rows"]:
+            print(f"  {row['trials']:14}{row['ms_per_trial']:12.3f}{row['kib_per_trial']:13.2f}")
+        print(f"  {'in all':>14}{one['ms_per_trial']:12.3f}{one['kib_per_trial']:13.2f}")
+        print(
+            f"  finals and report {one['end_seconds']:.1f} s and {one['end_mib']:.0f} MiB, "
+            f"resumed in {one['resume_seconds']:.1f} s; journal {one['journal_bytes'] / 2**20:.1f} MiB"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
