@@ -25,12 +25,12 @@ from kizzasi.nas.schedulers import (
     PASHA,
     PDH,
     Extrapolated,
+    Halving,
     Hyperband,
     Instalment,
     Schedule,
     Scheduler,
     StoppingASHA,
-    SuccessiveHalving,
 )
 from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.schedulers.simulate import SimulatedCurves, SimulatedTrainings, run_workers
@@ -49,12 +49,12 @@ FAMILIES: dict[str, dict[str, float]] = {
     "failing": {"late": 0.05, "noise": NOISE, "crashing": 0.2, "diverging": 0.2},
 }
 SCHEDULERS: dict[str, Scheduler] = {
-    "all in full": SuccessiveHalving(N, FULL, FULL),
-    "halving": SuccessiveHalving(N, SMALLEST, FULL),
+    "all in full": Halving((FULL,), 3, N),
+    "halving": Halving(BUDGETS, 3, N),
     "Hyperband": Hyperband(SMALLEST, FULL),
     "ASHA": ASHA(N, SMALLEST, FULL),
     "ASHA, expected": Extrapolated(ASHA(N, SMALLEST, FULL)),
-    "halving, expected": Extrapolated(SuccessiveHalving(N, SMALLEST, FULL)),
+    "halving, expected": Extrapolated(Halving(BUDGETS, 3, N)),
     "ASHA, stopping": StoppingASHA(N, SMALLEST, FULL),
     "stopping from 27": StoppingASHA(100, 27, 243),
     "PASHA": PASHA(N, SMALLEST, FULL),

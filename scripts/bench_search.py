@@ -13,7 +13,9 @@ example:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from kizzasi.models import Tokens
-from kizzasi.nas import ASHA, Finals, Random, RegularizedEvolution, Search
+from kizzasi.nas import ASHA, Finals, Halving, Random, RegularizedEvolution, Search
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.executors.simulated import Simulated
-from kizzasi.nas.schedulers.halving import Halving
 from kizzasi.nas.spaces.ready_made import read_space
 from kizzasi.nas.study.study import Study
 
@@ -69,7 +70,13 @@ def resident_kib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def measured(name: str, n_trials: int, folder: Path) -> dict[str, Any]:
+def measured(name: str, n_trials: int) -> dict[str, Any]:
+    """A search in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measured_in(Path(folder), name, n_trials)
+
+
+def measured_in(folder: Path, name: str, n_trials: int) -> dict[str, Any]:
     """Milliseconds and KiB a trial between counts of trials, and those of the end."""
     n = round(n_trials / TRIALS_EACH)
     search = Search(
@@ -107,7 +114,7 @@ def measured(name: str, n_trials: int, folder: Path) -> dict[str, Any]:
             "ms_per_trial": 1000 * (after[1] - before[1]) / (after[0] - before[0]),
             "kib_per_trial": (after[2] - before[2]) / (after[0] - before[0]),
         }
-        for before, after in zip(marks, marks[1:], strict=False)
+        for before, after in itertools.pairwise(marks)
     ]
     first, last = marks[0], marks[-1]
     start = time.process_time()
@@ -137,8 +144,10 @@ def main() -> int:
         parser.error("--trials must be at least 100")
     if sys.platform != "linux":
         parser.error("the memory of a process is read from /proc, which needs Linux")
-    with tempfile.TemporaryDirectory() as folder:
-        found = [measured(name, args.trials, Path(folder)) for name in args.searches]
+    found = []
+    for name in args.searches:  # each in a process of its own, so that memory is its own
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(measured, (name, args.trials)))
     if args.json:
         print(json.dumps(found))
         return 0
@@ -150,7 +159,8 @@ def main() -> int:
         print(f"  {'in all':>14}{one['ms_per_trial']:12.3f}{one['kib_per_trial']:13.2f}")
         print(
             f"  finals and report {one['end_seconds']:.1f} s and {one['end_mib']:.0f} MiB, "
-            f"resumed in {one['resume_seconds']:.1f} s; journal {one['journal_bytes'] / 2**20:.1f} MiB"
+            f"resumed in {one['resume_seconds']:.1f} s, "
+            f"journal {one['journal_bytes'] / 2**20:.1f} MiB"
         )
     return 0
 

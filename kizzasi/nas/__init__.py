@@ -15,12 +15,12 @@ from kizzasi.nas.schedulers import (
     PASHA,
     PDH,
     Extrapolated,
+    Halving,
     Hyperband,
     Results,
     Schedule,
     Scheduler,
     StoppingASHA,
-    SuccessiveHalving,
 )
 from kizzasi.nas.search import Finalist, Found, Search, named_search
 from kizzasi.nas.searchers import (
@@ -84,6 +84,7 @@ __all__ = [
     "Found",
     "Grid",
     "GridSearcher",
+    "Halving",
     "Hyperband",
     "InProcess",
     "Job",
@@ -105,7 +106,6 @@ __all__ = [
     "Searcher",
     "Space",
     "StoppingASHA",
-    "SuccessiveHalving",
     "Xorshift64",
     "choice",
     "kendall_tau_b",

@@ -12,12 +12,12 @@ from kizzasi.nas import (
     ArchSearchSpace,
     Evolution,
     Grid,
+    Halving,
     Hyperband,
     LocalSearch,
     Random,
     RegularizedEvolution,
     StoppingASHA,
-    SuccessiveHalving,
     Xorshift64,
 )
 from kizzasi.nas.spaces import hybrid, tiny
@@ -53,7 +53,7 @@ def test_searchers(searcher):
         StoppingASHA(30, 1, 9),
         PASHA(30, 1, 27),
         PDH(30, (1, 3, 9), 4, 8),
-        SuccessiveHalving(30, 1, 9),
+        Halving((1, 3, 9), 3, 30),
         Hyperband(1, 9, 3, 30),
     ],
     ids=lambda s: type(s).__name__,

@@ -14,7 +14,7 @@ from kizzasi.models import ModelSpec, Signal
 from kizzasi.nas import ASHA, Finals, ModelSpace, Search, choice, named_search, repeat
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.executors.simulated import Simulated
-from kizzasi.nas.schedulers.halving import Halving
+from kizzasi.nas.schedulers import Halving
 from kizzasi.nas.schedulers.schedule import Results, Schedule
 from kizzasi.nas.searchers import Flowing, Grid, LocalSearch, Random, RegularizedEvolution
 from kizzasi.nas.searchers.ask_tell import AskTell

@@ -14,12 +14,13 @@ from kizzasi.nas.schedulers import (
     ASHA,
     PASHA,
     PDH,
+    Halving,
     Hyperband,
     Instalment,
     Results,
     Schedule,
     StoppingASHA,
-    SuccessiveHalving,
+    geometric_budgets,
     run,
 )
 from kizzasi.nas.schedulers.simulate import Curve, SimulatedCurves, SimulatedTrainings, run_workers
@@ -27,7 +28,7 @@ from kizzasi.nas.searchers import AskTell, Evolution, Grid
 
 N = 30
 SCHEDULERS = [
-    SuccessiveHalving(N, 1, 27),
+    Halving((1, 3, 9, 27), 3, N),
     Hyperband(1, 27),
     Hyperband(1, 9, n_candidates=30),
     ASHA(N, 1, 27),
@@ -93,7 +94,9 @@ def uneven(job):
 def test_successive_halving_trains_n_over_eta_to_the_k_candidates_to_r_eta_to_the_k(
     n, r, last, eta, rungs
 ):
-    jobs, schedule = jobs_of(SuccessiveHalving(n, r, last, eta), lambda c, _: math.sin(c))
+    jobs, schedule = jobs_of(
+        Halving(geometric_budgets(r, last, eta), eta, n), lambda c, _: math.sin(c)
+    )
     assert Counter(budget for _, budget in jobs) == {budget: count for count, budget in rungs}
     before = [0] + [budget for _, budget in rungs]
     closed = sum(count * (b - a) for (count, b), a in zip(rungs, before, strict=False))
@@ -319,7 +322,7 @@ LATE = (GOOD, GOOD, BAD, BAD, BAD, BAD, BLOOMER, BAD, BAD)
 @pytest.mark.parametrize(
     ("scheduler", "finds"),
     [
-        (SuccessiveHalving(9, 6, 54), True),
+        (Halving((6, 18, 54), 3, 9), True),
         (ASHA(9, 6, 54), True),
         (PASHA(9, 6, 54), True),
         (PDH(9, (6, 18), generation=6, population_size=9), True),
@@ -398,7 +401,7 @@ def test_the_best_is_the_best_at_any_budget_and_of_equals_the_first():
 def test_of_equals_the_earlier_one_goes_on():
     jobs, _ = jobs_of(ASHA(9, 1, 9), lambda c, b: 0.0)
     assert [c for c, b in jobs if b == 3] == [0, 1, 2]
-    jobs, _ = jobs_of(SuccessiveHalving(9, 1, 9), lambda c, b: 0.0)
+    jobs, _ = jobs_of(Halving((1, 3, 9), 3, 9), lambda c, b: 0.0)
     assert [c for c, b in jobs if b > 1] == [0, 1, 2, 0]
 
 
@@ -508,8 +511,8 @@ def test_only_a_running_job_can_be_told():
 def test_a_searcher_that_ends_early_ends_the_study_in_good_order(scheduler):
     jobs, schedule = jobs_of(scheduler, lambda c, b: -c, n=10)
     assert {c for c, _ in jobs} == set(range(10))
-    if isinstance(scheduler, SuccessiveHalving):
-        assert Counter(b for _, b in jobs) == {1: 10, 3: 3, 9: 1}
+    if isinstance(scheduler, Halving):
+        assert Counter(b for _, b in jobs) == {1: 10, 3: 3, 9: 1, 27: 1}
     assert schedule.ask(3) == []
 
 
@@ -536,8 +539,8 @@ def test_evolution_is_told_each_candidate_once_and_in_order(scheduler, n_workers
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (SuccessiveHalving(26, 1, 27), "n_candidates: 26 leave nobody for the budget 27"),
-        (SuccessiveHalving(27, 0, 27), "min_budget: 0"),
+        (Halving((1, 3, 9, 27), 3, 26), "n_candidates: 26 leave nobody for the budget 27"),
+        (Halving((0, 1), 3, 27), r"rungs: \(0, 1\) must be rising"),
         (Hyperband(9, 8), "max_budget: 8"),
         (Hyperband(1, 9, n_candidates=0), "n_candidates: 0"),
         (ASHA(9, 1, 27, eta=1), "eta: 1"),

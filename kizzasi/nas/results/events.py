@@ -207,7 +207,7 @@ def check_events(events: Iterable[Event], place: object) -> list[Event]:
 
 
 def checked(events: Iterable[Event], place: object) -> Iterator[Event]:
-    """The events, one after the other, if each is what its kind is made of and names only what stands before it.
+    """The events one by one, if each is what its kind is made of and names what stands before it.
 
     Args:
         events: line by line.

@@ -24,6 +24,7 @@ from kizzasi.nas.results.rank_agreement import MIN_CANDIDATES, ProxyWorth, proxy
 from kizzasi.train.task import Metric
 
 NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
+MOST_WORTH = 400  # candidates, evenly spread over a run, on whom proxies are judged
 ANALYTIC = "proxy"  # the name of the proxy that every sampled candidate has
 
 
@@ -311,7 +312,7 @@ def _screened(screens: Iterable[Event]) -> dict[str, tuple[int, int]]:
 
 
 def _counting(trials: Sequence[Event], settings: Event | None) -> tuple[Event, ...]:
-    """Of a candidate's trials, one per rung; while the sweep of the family runs, its best so far."""
+    """One of a candidate's trials per rung; while the sweep of its family runs, its best so far."""
     best: dict[str, Event] = {}
     for trial in trials:
         rung, score = trial["rung"], trial["score"]
@@ -343,11 +344,14 @@ def _worths(standings: Sequence[Standing]) -> dict[str, ProxyWorth]:
     """Every proxy against scores of the first rung, where everyone had the same budget.
 
     Presets have no analytic score and stay out of all; a failed trial is worse than every other.
+    Resampling takes the square of their number, so of very many a share is judged.
     """
     tried = [s for s in standings if s.entry["group"] != "preset" and s.tried("0")]
     unchosen = [s for s in tried if s.entry["group"] in ("random", "outside")]
     if sum(s.entry["group"] == "random" for s in unchosen) >= MIN_CANDIDATES:
         tried = unchosen  # neither a proxy nor scores have chosen them
+    if len(tried) > MOST_WORTH:
+        tried = [tried[i * len(tried) // MOST_WORTH] for i in range(MOST_WORTH)]
     names = dict.fromkeys(name for s in tried for name in proxies_of(s.entry))
     return {name: _worth(tried, name) for name in names}
 

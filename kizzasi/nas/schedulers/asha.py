@@ -55,7 +55,5 @@ def promotable(results: Results, top: int, eta: int) -> list[int]:
     """Return who can be promoted into a rung up to `top`, highest rung first, best first."""
     found = []
     for k in reversed(range(top)):
-        here, above = results.rung(k), results.rung(k + 1)
-        best = results.best(k, len(here) // eta)
-        found += [candidate for candidate in best if candidate not in above]
+        found += results.resting(k, len(results.rung(k)) // eta)
     return found

@@ -1,118 +1,104 @@
 """Synchronous successive halving: a rung is judged when everyone in it has been scored.
 
-n = n_candidates;  r = min_budget;  R = max_budget;  eta as in the paper;  k = the paper's i
+n[k] = candidates that are trained to the budget rungs[k];  eta as in the paper
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.schedulers.schedule import Results, geometric_budgets, ranked
+from kizzasi.nas.schedulers.schedule import Results, ranked
 
 
 @dataclass(frozen=True)
-class SuccessiveHalving:
-    """Train n candidates to r, the best n / eta of them to r * eta, and so on up to R.
+class Halving:
+    """Train everyone to the first budget, the best of them to the next, and so on.
 
-        n[k] = floor(n / eta^k) candidates are trained up to r[k] = r * eta^k
-
-    Continuing from checkpoints, that is  n[0] r[0] + sum_k n[k] (r[k] - r[k-1])  steps.
+    With keep = eta, a whole number, that is the paper's: n[k] = floor(n / eta^k). With a share,
+    n[k + 1] = round(keep * n[k]), at least 2. The best preset and the best searched candidate of a
+    rung are always among them, candidates from outside the band never.
 
     Args:
-        n_candidates: n, at least eta^K, so that someone reaches the last rung K.
-        min_budget: r, at least 1.
-        max_budget: R; the last rung is the largest r * eta^k that is not above it.
-        eta: at least 2.
+        rungs: budgets, rising; the paper's are `geometric_budgets(r, R, eta)`.
+        keep: the share of a rung's members that is passed on, between 0 and 1; or eta, at least 2.
+        n_candidates: how many to start; None takes all that the searcher proposes.
+        group_of: the group of a candidate; a search puts in its own.
 
     Source: Jamieson & Talwalkar 2016, arXiv:1502.07943; Li et al. 2020, arXiv:1810.05934, alg. 1.
     Differs: a failed candidate is never kept, even if fewer than n[k] are left. A searcher that
-        ends early makes n what it proposed.
+        ends early makes n what it proposed; at least one goes on from every rung.
     """
 
-    n_candidates: int
-    min_budget: int
-    max_budget: int
-    eta: int = 3
+    rungs: tuple[int, ...]
+    keep: float
+    n_candidates: int | None = None
+    group_of: Callable[[int], str] = field(default=lambda candidate: "searched", repr=False)
 
     def check(self) -> None:
         """Raises SpecError naming the setting and the rule."""
-        budgets = geometric_budgets(self.min_budget, self.max_budget, self.eta)
-        least = self.eta ** (len(budgets) - 1)
-        if self.n_candidates < least:
+        rising = all(a < b for a, b in zip((0, *self.rungs), self.rungs, strict=False))
+        if not self.rungs or not rising:
+            raise SpecError(f"rungs: {self.rungs} must be rising budgets above 0")
+        eta = isinstance(self.keep, int)
+        if not (self.keep >= 2 if eta else 0 < self.keep < 1):
+            raise SpecError(f"keep: {self.keep}; give a share in (0, 1), or a whole number from 2")
+        least = self.keep ** (len(self.rungs) - 1) if eta else 1
+        if self.n_candidates is not None and self.n_candidates < least:
             raise SpecError(
-                f"n_candidates: {self.n_candidates} leave nobody for the budget {budgets[-1]}; "
-                f"give at least {least}, or a smaller max_budget"
+                f"n_candidates: {self.n_candidates} leave nobody for the budget {self.rungs[-1]}; "
+                f"give at least {least}, or fewer rungs"
             )
 
     def budgets(self, candidate: int) -> Sequence[int]:
-        if candidate >= self.n_candidates:
-            return ()
-        return geometric_budgets(self.min_budget, self.max_budget, self.eta)
+        over = self.n_candidates is not None and candidate >= self.n_candidates
+        return () if over else self.rungs
 
     def survivors(self, results: Results) -> Sequence[int]:
         """Return the members of the lowest unfinished rung that are not scored there yet."""
-        return halve(results, range(self.n_candidates), len(self.budgets(0)), self.eta)
+        known = [n for n in (self.n_candidates, results.n_candidates) if n is not None]
+        everyone = range(min(known, default=0))
+        return halve(results, everyone, len(self.rungs), self._promoted, self)
+
+    def _promoted(self, scores: Mapping[int, float], n: int, rung: int) -> list[int]:
+        inside = [c for c in ranked(scores) if self.group_of(c) != "outside"]
+        eta = isinstance(self.keep, int)
+        most = n // self.keep ** (rung + 1) if eta else max(2, round(self.keep * len(scores)))
+        kept = set(inside[:most])
+        kept.update([c for c in inside if self.group_of(c) == "preset"][:1])
+        kept.update([c for c in inside if self.group_of(c) != "preset"][:1])
+        return [c for c in inside if c in kept]
 
 
-def halve(results: Results, members: range, n_rungs: int, eta: int) -> list[int]:
-    """Return who of a bracket's members has to train on.
+# Of a rung's scores, n at the start, and the rung: who is passed on, best first.
+Promoted = Callable[[Mapping[int, float], int, int], Sequence[int]]
+
+
+def halve(
+    results: Results, members: range, n_rungs: int, promoted: Promoted, key: Hashable
+) -> Sequence[int]:
+    """Return who of a bracket's members has to train on: those of its lowest unfinished rung, from
+    the second one on, that are not scored there yet.
 
     Args:
         results: everything told.
         members: the candidates of the bracket.
         n_rungs: of the bracket.
-        eta: see SuccessiveHalving.
+        promoted: says who is passed on from a complete rung.
+        key: of the scheduler.
     """
     if results.n_candidates is not None:
         members = range(members.start, min(members.stop, results.n_candidates))
-    left, n = list(members), len(members)
+    if len(results.rung(0)) < len(members):
+        return []
+    standing: Sequence[int] = members
     for k in range(n_rungs):
-        scores = results.rung(k)
-        if missing := [candidate for candidate in left if candidate not in scores]:
-            return missing if k else []
-        n //= eta
-        left = ranked({candidate: scores[candidate] for candidate in left})[:n]
-    return []
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Synchronous halving with a place for those that the result is compared with.
-
-    A rung passes on the best `keep` of its members, at least 2; the best preset and the best
-    searched candidate are always among them, candidates from outside the band never.
-
-    Args:
-        rungs: budgets, rising.
-        keep: share of a rung's members, 0 .. 1.
-        group_of: the group of a candidate; a search puts in its own.
-    """
-
-    rungs: tuple[int, ...]
-    keep: float
-    group_of: Callable[[int], str] = lambda candidate: "searched"
-
-    def check(self) -> None:
-        """The config has been checked."""
-
-    def budgets(self, candidate: int) -> Sequence[int]:
-        return self.rungs
-
-    def survivors(self, results: Results) -> Sequence[int]:
-        """Return the members of the lowest unfinished rung that are not scored there yet."""
-        standing = list(range(results.n_candidates or 0))
-        for k in range(len(self.rungs)):
-            scores = results.rung(k)
+        scores, here = results.rung(k), (key, members, k)
+        if here not in results.settled:
             if missing := [candidate for candidate in standing if candidate not in scores]:
                 return missing if k else []
-            standing = self._promoted({c: scores[c] for c in standing})
-        return []
-
-    def _promoted(self, scores: dict[int, float]) -> list[int]:
-        inside = [c for c in ranked(scores) if self.group_of(c) != "outside"]
-        kept = set(inside[: max(2, round(self.keep * len(scores)))])
-        kept.update([c for c in inside if self.group_of(c) == "preset"][:1])
-        kept.update([c for c in inside if self.group_of(c) != "preset"][:1])
-        return [c for c in inside if c in kept]
+            judged = {candidate: scores[candidate] for candidate in standing}
+            results.settled[here] = promoted(judged, len(members), k)
+        standing = results.settled[here]
+    return []

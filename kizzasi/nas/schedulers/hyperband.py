@@ -5,12 +5,13 @@ R = max_budget;  s = rungs of a bracket - 1;  n = its candidates;  r = its first
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, takewhile
+from itertools import accumulate, cycle, takewhile
 
 from kizzasi.nas.schedulers.halving import halve
-from kizzasi.nas.schedulers.schedule import Results, geometric_budgets
+from kizzasi.nas.schedulers.schedule import Results, geometric_budgets, ranked
 from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
@@ -49,8 +50,7 @@ class Hyperband:
 
     def brackets(self) -> Iterator[tuple[range, tuple[int, ...]]]:
         """Yield the candidates and budgets of each bracket, round after round."""
-        budgets = geometric_budgets(self.min_budget, self.max_budget, self.eta)
-        sizes = [-(-len(budgets) * self.eta**s // (s + 1)) for s in reversed(range(len(budgets)))]
+        budgets, sizes = self._round()
         end = sum(sizes) if self.n_candidates is None else self.n_candidates
         first = 0
         for skipped, n in cycle(enumerate(sizes)):
@@ -60,14 +60,27 @@ class Hyperband:
             first += n
 
     def budgets(self, candidate: int) -> Sequence[int]:
-        return next((own for members, own in self.brackets() if candidate in members), ())
+        budgets, sizes = self._round()
+        total = sum(sizes)
+        if candidate >= (total if self.n_candidates is None else self.n_candidates):
+            return ()
+        skipped = bisect_right([*accumulate(sizes)], candidate % total)
+        return budgets[skipped:]
+
+    def _round(self) -> tuple[tuple[int, ...], list[int]]:
+        """All budgets, and how many candidates each bracket of a round has."""
+        budgets = geometric_budgets(self.min_budget, self.max_budget, self.eta)
+        sizes = [-(-len(budgets) * self.eta**s // (s + 1)) for s in reversed(range(len(budgets)))]
+        return budgets, sizes
 
     def survivors(self, results: Results) -> Sequence[int]:
         """Return who has to train on, earlier brackets first."""
-        last = max(results.rung(0), default=-1)
-        begun = takewhile(lambda bracket: bracket[0].start <= last, self.brackets())
+        begun = takewhile(lambda bracket: bracket[0].start < results.n_begun, self.brackets())
         return [
             candidate
             for members, own in begun
-            for candidate in halve(results, members, len(own), self.eta)
+            for candidate in halve(results, members, len(own), self._promoted, self)
         ]
+
+    def _promoted(self, scores: Mapping[int, float], n: int, rung: int) -> list[int]:
+        return ranked(scores)[: n // self.eta ** (rung + 1)]

@@ -6,14 +6,14 @@ r = min_budget;  R = max_budget;  epsilon, eta as in the paper;  top = the paper
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from kizzasi.errors import SpecError
 from kizzasi.nas.schedulers.asha import promotable
-from kizzasi.nas.schedulers.schedule import FAILED, Results, geometric_budgets, ranked
+from kizzasi.nas.schedulers.schedule import FAILED, Results, Told, geometric_budgets, ranked
 from kizzasi.nas.searchers.ask_tell import require_at_least
 
 NOISY = 90  # percentile of the distances between candidates that swap back and forth
@@ -72,27 +72,42 @@ class PASHA:
 
     def top(self, results: Results) -> int:
         """Return the highest rung that is open after these results."""
-        return self._state(results)[0]
+        return self._state(results).top
 
     def tolerance(self, results: Results) -> float:
         """Return the epsilon that stands after these results, given or estimated."""
-        return self._state(results)[1]
+        state = self._state(results)
+        return _estimate(state.noisy, state.epsilon)
 
-    def _state(self, results: Results) -> tuple[int, float]:
+    def _state(self, results: Results) -> _State:
         last = len(self.budgets(0)) - 1
-        top, epsilon = min(1, last), self.epsilon or 0.0
-        rungs: list[dict[int, float]] = [{} for _ in range(last + 1)]
-        noisy: list[float] = []  # distances of those in the top rung
-        for candidate, rung, score in results.told:
+
+        def begin() -> _State:
+            return _State(min(1, last), self.epsilon or 0.0, [{} for _ in range(last + 1)])
+
+        def step(state: _State, told: Told) -> None:
+            candidate, rung, score = told
+            rungs, top = state.rungs, state.top
             rungs[rung][candidate] = score
             if rung != top or score == FAILED:
-                continue
+                return
             if self.epsilon is None and top > 1:  # nobody swaps twice on two rungs
-                noisy += _noisy_distances(rungs[: top + 1], candidate)
+                state.noisy += _noisy_distances(rungs[: top + 1], candidate)
             gap = _disagreement(rungs[top - 1], rungs[top]) if top < last else 0.0
-            if gap and gap > (now := _estimate(noisy, epsilon)):
-                top, epsilon, noisy = top + 1, now, []
-        return top, _estimate(noisy, epsilon)
+            if gap and gap > (now := _estimate(state.noisy, state.epsilon)):
+                state.top, state.epsilon, state.noisy = top + 1, now, []
+
+        return results.fold(self, begin, step)
+
+
+@dataclass
+class _State:
+    """The open rungs, what counts as equal, the scores by rung, and the noisy distances."""
+
+    top: int
+    epsilon: float
+    rungs: list[dict[int, float]]
+    noisy: list[float] = field(default_factory=list)  # of those in the top rung
 
 
 def _disagreement(below: Mapping[int, float], above: Mapping[int, float]) -> float:

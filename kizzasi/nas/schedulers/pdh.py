@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from kizzasi.errors import SpecError
-from kizzasi.nas.schedulers.schedule import FAILED, Results
+from kizzasi.nas.schedulers.schedule import FAILED, Results, Told
 from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
@@ -63,28 +63,38 @@ class PDH:
 
     def survivors(self, results: Results) -> Sequence[int]:
         """Return who cleared its last hurdle and has not trained on, in the order they did."""
-        return self._state(results)[0]
+        return list(self._state(results).going_on)
 
     def hurdles(self, results: Results) -> Sequence[float]:
         """Return the hurdles that stand after these results."""
-        return self._state(results)[1]
+        return self._state(results).hurdles
 
-    def _state(self, results: Results) -> tuple[list[int], list[float]]:
-        population: deque[tuple[int, float]] = deque(maxlen=self.population_size)
-        hurdles: list[float] = []
-        going_on: dict[int, None] = {}
-        entered = 0
-        for candidate, rung, score in results.told:
-            going_on.pop(candidate, None)
-            if score == FAILED:
-                continue
-            if rung < len(hurdles) and score > hurdles[rung]:
-                going_on[candidate] = None
-                continue
-            population.append((rung, score))
-            entered += 1
-            stage = len(hurdles)
-            peers = [score for rung, score in population if rung == stage]
-            if peers and entered >= (stage + 1) * self.generation and stage + 1 < len(self.stages):
-                hurdles.append(fmean(peers))
-        return list(going_on), hurdles
+    def _state(self, results: Results) -> _State:
+        return results.fold(self, lambda: _State(deque(maxlen=self.population_size)), self._step)
+
+    def _step(self, state: _State, told: Told) -> None:
+        candidate, rung, score = told
+        state.going_on.pop(candidate, None)
+        if score == FAILED:
+            return
+        hurdles = state.hurdles
+        if rung < len(hurdles) and score > hurdles[rung]:
+            state.going_on[candidate] = None
+            return
+        state.population.append((rung, score))
+        state.entered += 1
+        stage = len(hurdles)
+        peers = [score for rung, score in state.population if rung == stage]
+        ready = state.entered >= (stage + 1) * self.generation and stage + 1 < len(self.stages)
+        if peers and ready:
+            hurdles.append(fmean(peers))
+
+
+@dataclass
+class _State:
+    """The population's (rung, fitness), the hurdles, who goes on, and how many have entered."""
+
+    population: deque[tuple[int, float]]
+    hurdles: list[float] = field(default_factory=list)
+    going_on: dict[int, None] = field(default_factory=dict)
+    entered: int = 0

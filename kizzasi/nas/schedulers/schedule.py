@@ -15,16 +15,19 @@ Glossary
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from kizzasi.errors import StudyError
 from kizzasi.nas.searchers.ask_tell import AskTell, require_at_least
 from kizzasi.nas.searchers.stream import Flowing
 
 C = TypeVar("C")
+S = TypeVar("S")
+Told: TypeAlias = tuple[int, int, float]  # candidate, rung, score
 Curve: TypeAlias = "Sequence[tuple[float, float | None]]"  # (budget, training loss) pairs
 
 FAILED = -math.inf
@@ -44,16 +47,22 @@ class Results:
     Attributes:
         told: (candidate, rung, score) in the order told.
         n_candidates: how many candidates there are; None while the searcher may have more.
+        n_begun: one more than the last candidate with a score.
+        settled: notes of schedulers on what no later result can change.
     """
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, int, float]] = []
+        self.told: list[Told] = []
         self.n_candidates: int | None = None
+        self.n_begun = 0
+        self.settled: dict[Hashable, Any] = {}
         self._rungs: list[dict[int, float]] = []
         self._orders: list[list[tuple[float, int]]] = []
+        self._resting: list[list[tuple[float, int]]] = []
         self._scores: dict[int, list[float]] = {}
         self._curves: dict[tuple[int, int], Curve] = {}
         self._views: dict[Hashable, Results] = {}
+        self._folds: dict[Hashable, tuple[Any, int]] = {}
 
     def rung(self, rung: int) -> Mapping[int, float]:
         """Candidate -> score at this rung."""
@@ -64,6 +73,31 @@ class Results:
         those that failed there. Kept in order, so that it costs no sorting."""
         order = self._orders[rung] if rung < len(self._orders) else []
         return [candidate for _, candidate in order[:n]]
+
+    def resting(self, rung: int, n: int | None = None) -> Iterator[int]:
+        """Those of the n best of a rung, or of all, that have no score on the next one, best
+        first."""
+        if rung >= len(self._orders):
+            return
+        order = self._orders[rung]
+        for place in islice(self._resting[rung], n):
+            if n is not None and bisect_left(order, place) >= n:
+                return
+            yield place[1]
+
+    def fold(self, key: Hashable, begin: Callable[[], S], step: Callable[[S, Told], object]) -> S:
+        """A state that follows from everything told, in the order told; kept up as more is.
+
+        Args:
+            key: of the fold.
+            begin: makes the first state.
+            step: takes one result in.
+        """
+        state, n = self._folds.get(key) or (begin(), 0)
+        for told in self.told[n:]:
+            step(state, told)
+        self._folds[key] = state, len(self.told)
+        return state
 
     def scores(self, candidate: int) -> Sequence[float]:
         """The scores of a candidate, one for each rung that it has reached."""
@@ -97,10 +131,18 @@ class Results:
         if rung == len(self._rungs):
             self._rungs.append({})
             self._orders.append([])
+            self._resting.append([])
+        if rung:
+            resting, place = self._resting[rung - 1], (-scores[-1], candidate)
+            at = bisect_left(resting, place)
+            if resting[at : at + 1] == [place]:
+                del resting[at]
         scores.append(score)
         self._rungs[rung][candidate] = score
         if score != FAILED:
             insort(self._orders[rung], (-score, candidate))
+            insort(self._resting[rung], (-score, candidate))
+        self.n_begun = max(self.n_begun, candidate + 1)
         self.told.append((candidate, rung, score))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kizzasi.nas.schedulers.schedule import FAILED, Results, geometric_budgets
+from kizzasi.nas.schedulers.schedule import FAILED, Results, Told, geometric_budgets
 from kizzasi.nas.searchers.ask_tell import require_at_least
 
 
@@ -56,12 +56,22 @@ class StoppingASHA:
     def survivors(self, results: Results) -> Sequence[int]:
         """Return who passed its last rung and has not trained on, in the order they passed."""
         last = len(self.budgets(0)) - 1
-        seen: defaultdict[int, list[float]] = defaultdict(list)  # rung -> losses, best first
-        going_on: dict[int, None] = {}
-        for candidate, rung, score in results.told:
-            going_on.pop(candidate, None)
-            insort(seen[rung], -score)
-            better = bisect_left(seen[rung], -score)
-            if score != FAILED and rung < last and better < max(1, len(seen[rung]) // self.eta):
-                going_on[candidate] = None
-        return list(going_on)
+
+        def judge(state: _Judged, told: Told) -> None:
+            candidate, rung, score = told
+            state.going_on.pop(candidate, None)
+            seen = state.seen[rung]
+            insort(seen, -score)
+            better = bisect_left(seen, -score)
+            if score != FAILED and rung < last and better < max(1, len(seen) // self.eta):
+                state.going_on[candidate] = None
+
+        return list(results.fold(self, _Judged, judge).going_on)
+
+
+@dataclass
+class _Judged:
+    """Losses by rung, best first, and who passed its last rung."""
+
+    seen: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    going_on: dict[int, None] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Entry, Task, Trial
 
 Event = dict[str, Any]
-TIDY_EVERY = 8  # results between looks at which checkpoints are still wanted
+TIDY_EVERY = 8  # results, or more, between looks at which checkpoints are still wanted
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Flow:
 
     def __init__(self, run: Run, session: Event) -> None:
         self.run, self.study, self.session = run, run.study, session
-        self.places, self.live, self.spent, self.n_taken = 0, False, 0, 0
+        self.places, self.live, self.spent = 0, False, 0
+        self.n_taken, self.tidy_at = 0, TIDY_EVERY
         self.ready: deque[tuple[Task, Callable[[Event], None]]] = deque()
         self.running: dict[str, tuple[Task, Callable[[Event], None]]] = {}
         self.sweeps: dict[str, Sweep] = {}
@@ -117,7 +118,7 @@ class Flow:
             return
         self.n_taken += 1
         self.run.stop_if_all_fail_alike()
-        if self.live and self.n_taken % TIDY_EVERY == 0:
+        if self.live and self.n_taken >= self.tidy_at:
             self._tidy()
 
     def _ask(self) -> bool:
@@ -197,4 +198,6 @@ class Flow:
     def _tidy(self) -> None:
         """Delete checkpoints that nobody wants any more."""
         busy = {task.job.checkpoint for task, _ in (*self.running.values(), *self.ready)}
-        self.study.keep(self.run.promotable(), busy)
+        wanted = self.run.promotable()
+        self.study.keep(wanted, busy)
+        self.tidy_at = self.n_taken + max(TIDY_EVERY, len(wanted) // 8)

@@ -74,11 +74,10 @@ class Journal:
     def _recover(self) -> None:
         """Look at what is there. Nothing is cut yet: who opened it may find that it is not
         theirs."""
-        self._size = 0
         try:
             end = self._file.seek(0, os.SEEK_END)
-            for _, _, self._size in _parsed(self._lines(end), self.path):
-                pass
+            ends = (after for _, _, after in _parsed(self._lines(end), self.path))
+            self._size = max(ends, default=0)
             self.torn = self._read(self._size, end - self._size)
         except OSError as error:
             raise _cannot_write(self.path, error) from error

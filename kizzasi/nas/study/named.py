@@ -12,11 +12,11 @@ from kizzasi.nas.schedulers import (
     PASHA,
     PDH,
     Extrapolated,
+    Halving,
     Hyperband,
     Scheduler,
     StoppingASHA,
 )
-from kizzasi.nas.schedulers.halving import Halving
 from kizzasi.nas.searchers import (
     NSGA2,
     TPE,

@@ -15,8 +15,7 @@ from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.results.words import gist, said
-from kizzasi.nas.schedulers import Extrapolated, Instalment, Schedule
-from kizzasi.nas.schedulers.halving import Halving
+from kizzasi.nas.schedulers import Extrapolated, Halving, Instalment, Schedule
 from kizzasi.nas.schedulers.schedule import FAILED
 from kizzasi.nas.searchers import NSGA2, AskTell, Flowing, Streaming
 from kizzasi.nas.searchers.screened import Screened
@@ -194,9 +193,7 @@ class Run:
         inherit = INHERIT in self.plan.screens
         kept = dict.fromkeys(scheduler.survivors(results))
         for rung in range(len(self.budgets)):
-            above = results.rung(rung + 1)
-            resting = (c for c in results.best(rung) if c not in above)
-            kept.update(dict.fromkeys(islice(resting, KEPT_CHECKPOINTS)))
+            kept.update(dict.fromkeys(islice(results.resting(rung), KEPT_CHECKPOINTS)))
         found = []
         for candidate in kept:
             budgets, n = scheduler.budgets(candidate), len(results.scores(candidate))
