@@ -37,11 +37,12 @@ from kizzasi.nas.report.pages import (
 )
 from kizzasi.nas.report.sentences import verdict
 from kizzasi.nas.report.style import SCRIPT
-from kizzasi.nas.report.svg import Axis, pareto_front, short
+from kizzasi.nas.report.svg import Axis, short
 from kizzasi.nas.report.tables import finalist_rows, spark, tables
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.lineage import ancestry, lineage, mermaid
 from kizzasi.nas.results.noise import noise_of, t_quantile
+from kizzasi.nas.searchers import pareto_front
 from kizzasi.nas.study.journal import Journal, read_events
 
 GEOMETRY = {"d", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "viewbox", "transform"}
@@ -425,7 +426,7 @@ def test_written_in_one_move(tmp_path):
 
 
 def test_numbers_in_plots():
-    assert pareto_front([(3, 1), (1, 3), (2, 3), (2, 2), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
+    assert pareto_front([(3, 1), (1, 3), (2, 3), (2, 2), (4, 1), (1, 3)]) == [0, 1, 3, 5]
     rounded = [short(value) for value in (0.35, 999, 999.6, 32_768, 1.2e6)]
     assert rounded == ["0.35", "999", "1k", "32.8k", "1.2M"]
     axis = Axis.fit("x", [1, 100], 0, 1)

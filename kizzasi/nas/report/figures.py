@@ -15,7 +15,6 @@ from kizzasi.nas.report.svg import (
     Mark,
     Point,
     bars,
-    pareto_front,
     plot,
     short,
     sketch,
@@ -25,6 +24,7 @@ from kizzasi.nas.results.lineage import Node, ancestry, lineage
 from kizzasi.nas.results.rank_agreement import spearman
 from kizzasi.nas.results.summary import Event, Standing, Summary, proxies_of
 from kizzasi.nas.results.words import said
+from kizzasi.nas.searchers.nsga2 import pareto_front
 
 # What a candidate costs: field, name, axis with its unit.
 COSTS = (
@@ -285,7 +285,8 @@ def _pareto(summary: Summary, key: str, name: str, label: str) -> Figure:
             if (score := s.score(rung.name)) is not None
         ]
         marks += reached
-        fronts.append(pareto_front((mark.x, mark.y) for mark in reached))
+        points = [(mark.x, mark.y) for mark in reached]
+        fronts.append(sorted({points[i] for i in pareto_front(points)}) if points else [])
     if not marks:
         return Figure.missing(title, "No candidate has a score yet.")
     links = [points for s in measured if len(points := _climb(s, key)) > 1]

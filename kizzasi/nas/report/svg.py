@@ -129,15 +129,6 @@ def short(value: float) -> str:
     raise AssertionError("the last unit takes every value")
 
 
-def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """Points that no other beats in one coordinate without losing in the other; less is better."""
-    front: list[Point] = []
-    for point in sorted(points):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
-
-
 def plot(
     title: str,
     x_label: str,

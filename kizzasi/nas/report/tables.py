@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from kizzasi.nas.report.figures import COSTS, trainings
 from kizzasi.nas.report.layers import layer_rows
-from kizzasi.nas.report.svg import pareto_front, short
+from kizzasi.nas.report.svg import short
 from kizzasi.nas.results.equal_terms import CLOSE, InTime, equal_params, equal_time
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.noise import TOO_FEW, against, noise_of
 from kizzasi.nas.results.rank_agreement import Agreement, Region
 from kizzasi.nas.results.summary import Standing, Summary
 from kizzasi.nas.results.words import said
+from kizzasi.nas.searchers.nsga2 import pareto_front
 
 LEFT_ALIGNED = {
     "architecture", "group", "best", "family", "predictor", "candidate", "reason", "setting",
@@ -248,10 +249,9 @@ def _fronts(summary: Summary) -> Rows:
             for s in reached
             if s.entry.get(key) is not None and (score := s.score(rungs[-1].name)) is not None
         }
-        front = set(pareto_front(points.values()))
-        for own, point in points.items():
-            if point in front:
-                fronts.setdefault(own, []).append(name)
+        names = list(points)
+        for place in pareto_front(list(points.values())) if points else ():
+            fronts.setdefault(names[place], []).append(name)
     rows = []
     for standing in reached:
         entry = standing.entry

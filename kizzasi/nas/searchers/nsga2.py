@@ -112,8 +112,13 @@ def pareto_front(scores: ArrayLike) -> list[int]:
     Args:
         scores: (n, objectives), lower is better; NaN counts as infinity.
     """
-    rank, _ = rank_and_crowding(_objectives(scores))
-    return np.flatnonzero(rank == 0).tolist()
+    rows, front = _objectives(scores), []
+    for place in np.lexsort(rows.T[::-1]).tolist():  # who dominates another comes before it
+        others = rows[front]
+        no_worse, better = others <= rows[place], others < rows[place]
+        if not (no_worse.all(1) & better.any(1)).any():
+            front.append(place)
+    return sorted(front)
 
 
 def _objectives(scores: ArrayLike) -> np.ndarray:

@@ -7,6 +7,7 @@ anything of yours with a method `to_spec(stem=...)`; with `described(stem)` it s
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +26,7 @@ class Description:
         spec: its model.
         name: for tables.
         family: its members share a learning rate.
-        genotype: the genes that made it; None if there are none.
+        genotype: the genes that made it, by name; None if there are none.
         proxy: the analytic score, higher is better.
         estimated_params: by a formula, if there is one.
         settings: of the training, where the candidate brings its own; None takes those of its
@@ -35,7 +36,7 @@ class Description:
     spec: ModelSpec
     name: str
     family: str
-    genotype: dict[str, Any] | None = None
+    genotype: tuple[tuple[str, Any], ...] | None = None
     proxy: float | None = None
     estimated_params: int | None = None
     settings: dict[str, Any] | None = None
@@ -69,11 +70,11 @@ def describe(candidate: Any, stem: Stem | None) -> Description:
             spec,
             candidate.name,
             candidate.model_type,
-            dataclasses.asdict(candidate),
+            tuple(dataclasses.asdict(candidate).items()),
             candidate.proxy_score(),
             candidate.param_count(),
         )
-    genes = candidate.to_dict() if isinstance(candidate, Candidate) else None
+    genes = candidate.genes if isinstance(candidate, Candidate) else None
     name = f"{name_of(spec)} {spec.digest[:4]}"  # widths are not in a name
     return Description(spec, name, main_mixer(spec), genes, analytic_score(spec))
 
@@ -82,4 +83,4 @@ def main_mixer(spec: ModelSpec) -> str:
     """The family of a model whose layers differ: "mostly" the mixer that most of them have, and of
     equals the one that comes first. Its members share a learning rate."""
     kinds = Counter(part.kind for _, part in spec.parts() if isinstance(part, MixerSpec))
-    return f"mostly {kinds.most_common(1)[0][0]}"
+    return sys.intern(f"mostly {kinds.most_common(1)[0][0]}")

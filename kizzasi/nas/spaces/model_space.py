@@ -20,7 +20,14 @@ from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Signal, Tokens
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.stem import with_stem
 from kizzasi.nas.spaces.template.encode import genes_of
-from kizzasi.nas.spaces.template.nodes import TRIES, Decide, MisfitError, Walk, every
+from kizzasi.nas.spaces.template.nodes import (
+    TRIES,
+    Decide,
+    MisfitError,
+    Walk,
+    every,
+    shared,
+)
 from kizzasi.nas.spaces.template.parse import parse, plain
 from kizzasi.strict import coerce, require
 
@@ -236,4 +243,5 @@ class ModelSpace:
 
     def _fill(self, decide: Decide, again: Decide | None, *, exhaustive: bool = False) -> Candidate:
         walk = Walk(decide, again, exhaustive=exhaustive)
-        return Candidate(self._root.fill("", walk), tuple(walk.genes.items()))
+        spec = self._root.fill("", walk)
+        return Candidate(spec, tuple(map(shared, walk.genes.items())))

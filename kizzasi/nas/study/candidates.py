@@ -19,7 +19,7 @@ from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec
-from kizzasi.nas.searchers import Flowing, Proposals, Searcher, Stream, Streaming
+from kizzasi.nas.searchers import Flowing, News, Proposals, Searcher, Stream, Streaming
 from kizzasi.nas.searchers.traced import Traced
 from kizzasi.nas.spaces.constraints import Constraints, Refusal, Rules
 from kizzasi.nas.spaces.describe import describe, spec_of
@@ -194,7 +194,7 @@ class Entrants:
         inner = self.searcher.proposals(traced)
         batch, first = next(inner), self.presets
         while True:
-            entries = [self._entered(candidate, traced, ids) for candidate in batch]
+            entries = [self.entered(candidate, traced, ids) for candidate in batch]
             ids.update((c, e.id) for c, e in zip(batch, entries, strict=True))
             traced.forget()
             new: dict[str, Entry] = {}
@@ -206,54 +206,80 @@ class Entrants:
                 told = yield list(new.values())
                 scores.update(zip(new, told, strict=True))
             try:
-                batch = inner.send([self._score(e, scores[e.id]) for e in entries])
+                batch = inner.send([self.score(e, scores[e.id]) for e in entries])
             except StopIteration:
                 return
 
     def stream(self, space: Space[Any]) -> Stream[Entry]:
         """Yield the presets, then a new entry at every call."""
         assert isinstance(self.searcher, Streaming), "checked"
-        traced, ids, scores = Traced(space, self.first), dict[Any, str](), dict[str, float]()
+        traced = Traced(space, self.first)
         inner = Flowing(self.searcher.stream(traced))
-        entered, numbers = list[Entry](), dict[str, list[int]]()  # by id: the inner numbers
-        presets, n_inner, known = list(self.presets)[::-1], 0, set[str]()
-        ahead = [inner.propose()]  # so that a space without candidates is known before a training
-        entry: Entry | None = None
-        while True:
-            if presets:
-                entry = presets.pop()
-            else:
-                candidate = ahead.pop() if ahead else inner.propose()
-                if candidate is None and inner.over:
-                    return
-                if candidate is None:
-                    entry = None
-                else:
-                    entry = self._entered(candidate, traced, ids)
-                    ids[candidate] = entry.id
-                    traced.forget()
-                    numbers.setdefault(entry.id, []).append(n_inner)
-                    n_inner += 1
-                    if entry.id in known:
-                        if entry.id in scores:
-                            inner.tell(n_inner - 1, self._score(entry, scores[entry.id]))
-                        continue
-            if entry is not None:
-                known.add(entry.id)
-                entered.append(entry)
-            for number, score in (yield entry):
-                told = entered[number]
-                scores[told.id] = score
-                for own in numbers.get(told.id, ()):
-                    inner.tell(own, self._score(told, score))
+        ledger = _Ledger(self, traced, inner)
+        candidate = inner.propose()  # so that a space without candidates is known before a training
+        for preset in self.presets:
+            ledger.hear((yield ledger.enter(preset)))
+        while candidate is not None or not inner.over:
+            if candidate is None:
+                ledger.hear((yield None))
+            elif entry := ledger.new(candidate):
+                ledger.hear((yield ledger.enter(entry)))
+            candidate = inner.propose()
 
-    def _entered(self, candidate: Any, traced: Traced[Any], ids: dict[Any, str]) -> Entry:
+    def entered(self, candidate: Any, traced: Traced[Any], ids: dict[Any, str]) -> Entry:
         parents = tuple(ids[parent] for parent in traced.parents(candidate, ids))
         group = "random" if traced.sampled(candidate) else "searched"
         return entry_of(group, candidate, self.stem, parents)
 
-    def _score(self, entry: Entry, score: float) -> Any:
+    def score(self, entry: Entry, score: float) -> Any:
         return (-score, *self.objectives(entry.spec)) if self.objectives else score
+
+
+class _Ledger:
+    """Between a stream of entries and the searcher's own of candidates: who is who, and which
+    results are news to whom.
+
+    Args:
+        entrants: whose stream it is.
+        traced: the space that the searcher draws from.
+        inner: the searcher's stream.
+    """
+
+    def __init__(self, entrants: Entrants, traced: Traced[Any], inner: Flowing[Any]) -> None:
+        self.entrants, self.traced, self.inner = entrants, traced, inner
+        self.ids: dict[Any, str] = {}  # of candidates
+        self.entered: list[Entry] = []  # by the outer number
+        self.scores: dict[str, float | None] = {}  # of everyone who has entered
+        self.numbers: dict[str, list[int]] = {}  # the inner ones of every model
+        self.n_inner = 0
+
+    def new(self, candidate: Any) -> Entry | None:
+        """A proposal of the searcher as an entry; None if its model has entered before."""
+        entry = self.entrants.entered(candidate, self.traced, self.ids)
+        self.ids[candidate] = entry.id
+        self.traced.forget()
+        number, self.n_inner = self.n_inner, self.n_inner + 1
+        self.numbers.setdefault(entry.id, []).append(number)
+        if entry.id not in self.scores:
+            return entry
+        score = self.scores[entry.id]
+        if score is not None:
+            self.inner.tell(number, self.entrants.score(entry, score))
+        return None
+
+    def enter(self, entry: Entry) -> Entry:
+        """Note that an entry takes part."""
+        self.scores.setdefault(entry.id, None)
+        self.entered.append(entry)
+        return entry
+
+    def hear(self, news: News) -> None:
+        """Pass results on to the searcher, for each of its proposals that are of that model."""
+        for number, score in news:
+            entry = self.entered[number]
+            self.scores[entry.id] = score
+            for own in self.numbers.get(entry.id, ()):
+                self.inner.tell(own, self.entrants.score(entry, score))
 
 
 def costs(spec: ModelSpec) -> tuple[float, ...]:

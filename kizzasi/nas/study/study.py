@@ -35,7 +35,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +49,7 @@ from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A candidate that takes part in a study."""
 
@@ -63,19 +62,16 @@ class Entry:
     params: int
     estimated_params: int | None
     state_bytes: int
-    genotype: dict[str, Any] | None = None
+    genotype: tuple[tuple[str, Any], ...] | None = None
     parents: tuple[str, ...] = ()
     settings: dict[str, Any] | None = None  # its own; None takes those of its family
-
-    @cached_property
-    def digest(self) -> str:
-        return self.spec.digest
 
     def to_event(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.settings is None:
             del own["settings"]
-        return {"event": "candidate", **own, "spec": self.spec.to_dict()}
+        genes = None if self.genotype is None else dict(self.genotype)
+        return {"event": "candidate", **own, "genotype": genes, "spec": self.spec.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Trial:
         """Names the training across its rungs; its checkpoint has this name."""
         chosen = self.settings
         named = repr(chosen["lr"]) if [*chosen] == ["lr"] else json.dumps(chosen, sort_keys=True)
-        text = f"{self.entry.digest} {self.seed} {named} {self.horizon}"
+        text = f"{self.entry.spec.digest} {self.seed} {named} {self.horizon}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -259,7 +260,14 @@ class Model:
 
 
 def _with_blocks(frame: ModelSpec, blocks: Any) -> ModelSpec:
-    return frame.replace(blocks=tuple(_spliced([blocks])))
+    return frame.replace(blocks=tuple(map(shared, _spliced([blocks]))))
+
+
+@lru_cache(maxsize=2**14)
+def shared(value: T) -> T:
+    """An equal value that others hold already: the many candidates of a search are made of few
+    different layers and genes."""
+    return value
 
 
 def _spliced(values: Iterable[Any]) -> list[Any]:
