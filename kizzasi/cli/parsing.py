@@ -18,6 +18,8 @@ VERBS = {
     "worker": "find a model",
     "sweep": "find a model",
     "evolve": "find a model",
+    "ask": "find a model",
+    "tell": "find a model",
     "report": "find a model",
     "export": "find a model",
     "scale": "find a model",

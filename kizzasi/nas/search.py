@@ -391,7 +391,7 @@ def run_plan(
         line.say(live.text)
         study = Study(folder, journal, running, line, follow)
         begin(study, plan)
-        live.told(study.events)
+        live.told(event for _, event in journal.scan())
         if left_out := (study.find("study") or {}).get("data", {}).get("left_out"):
             line.write(f"{line.name}: {said_of(left_out)}")
         line.count_to(total, live.tokens)

@@ -20,11 +20,11 @@ from kizzasi.nas.results.foresight import foresight
 from kizzasi.nas.schedulers import (
     ASHA,
     Extrapolated,
+    Halving,
     Hyperband,
     Results,
     Schedule,
     StoppingASHA,
-    SuccessiveHalving,
 )
 from kizzasi.nas.schedulers.extrapolated import expected, steepness
 from kizzasi.nas.schedulers.schedule import FAILED
@@ -86,7 +86,7 @@ def test_the_last_score_is_what_was_seen():
 
 @pytest.mark.parametrize(
     "inner",
-    [ASHA(30, 1, 27), StoppingASHA(30, 1, 27), Hyperband(1, 27), SuccessiveHalving(30, 1, 27)],
+    [ASHA(30, 1, 27), StoppingASHA(30, 1, 27), Hyperband(1, 27), Halving((1, 3, 9, 27), 3, 30)],
     ids=repr,
 )
 def test_is_a_scheduler(inner):

@@ -52,7 +52,7 @@ class JointCandidate(Generic[C]):
             self.to_spec(stem=stem),
             ", ".join((told.name, *words)),
             told.family,
-            {**(told.genotype or {}), **dict(self.chosen)},
+            (*(told.genotype or ()), *self.chosen),
             told.proxy,
             told.estimated_params,
             self.settings,

@@ -24,6 +24,7 @@ from typing import Any
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.executors.elsewhere import Elsewhere
 from kizzasi.nas.results.equal_terms import result_figures, sized
 from kizzasi.nas.results.finals import FINAL, NARROW, TEST, Event, Final, falling, twins
 from kizzasi.nas.results.noise import noise_of
@@ -164,7 +165,7 @@ class FinalTraining:
         job = study.job(next(t for t in trials if t.seed == seed))
         path, evaluator = job.checkpoint, self.plan.evaluator
         assert path is not None, "a study keeps checkpoints"
-        if not path.exists():
+        if not path.exists() and not isinstance(study.executor, Elsewhere):
             study.executor.submit(job)  # its checkpoint is gone: once more
             study.executor.collect(study.bar)
         try:

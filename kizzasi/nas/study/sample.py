@@ -42,7 +42,7 @@ def write_sample(study: Study, best: Path) -> None:
         study: whose best model is saved.
         best: folder of the model.
     """
-    saved = next((e for e in reversed(study.events) if e["event"] == "saved"), None)
+    saved = study.find("saved")
     if saved is None:  # a journal of version 0.1
         return
     own = {key: saved[key] for key in ("candidate", "seed")}

@@ -14,8 +14,8 @@ from kizzasi.nas.study.identity import versions
 
 def session_of(executor: Executor, searcher: Any = None) -> dict[str, Any]:
     """Facts of this machine that results may depend on, and the number of places."""
-    device = torch.device(executor.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cuda = executor.device.startswith("cuda")
+    name = torch.cuda.get_device_name(torch.device(executor.device)) if cuda else None
     gpu = {"gpu": name} if name else {}
     used = {"optuna": version("optuna")} if isinstance(searcher, TPE) else {}
     return {"places": executor.places, "device": executor.device, **gpu, **versions(), **used}
