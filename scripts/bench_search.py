@@ -92,7 +92,7 @@ def measured_in(folder: Path, name: str, n_trials: int) -> dict[str, Any]:
     wanted = [0, *(count for count in COUNTS if count < 0.95 * n_trials)]
     append, done = Study.append, 0
 
-    def counted(study: Study, event: dict[str, Any]) -> dict[str, Any]:
+    def counted(self: Study, event: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         if done == next(iter(wanted), None):
             marks.append((wanted.pop(0), time.process_time(), resident_kib()))
@@ -100,7 +100,7 @@ def measured_in(folder: Path, name: str, n_trials: int) -> dict[str, Any]:
         if event["event"] == "trial" and event["rung"] == "final" and len(wanted) == 0:
             wanted.append(-1)
             marks.append((done, time.process_time(), resident_kib()))
-        return append(study, event)
+        return append(self, event)
 
     Study.append = counted
     try:

@@ -4,6 +4,7 @@ import io
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_search import outcome
@@ -48,6 +49,12 @@ def plan(tmp_path):
     return elsewhere.plan_elsewhere(read_config(path)[0], Metric("loss"))
 
 
+def asked(plan, run: Path, n: int | None = None) -> list[dict[str, Any]]:
+    jobs = elsewhere.ask(plan, run, n)
+    assert isinstance(jobs, list)
+    return jobs
+
+
 def line(job, **more) -> str:
     return json.dumps({"id": job["id"], "score": score(job), **more})
 
@@ -70,11 +77,11 @@ def test_an_outside_loop_gives_what_a_search_gives(plan, tmp_path):
 
 def test_several_side_by_side_are_told_in_any_order(plan, tmp_path):
     run = tmp_path / "run"
-    jobs = elsewhere.ask(plan, run, 3)
+    jobs = asked(plan, run, 3)
     assert len({job["id"] for job in jobs}) == 3
     lines = [line(jobs[2], spent=1, seconds=2.5), "", line(jobs[0])]
     assert elsewhere.tell(plan, run, lines) == 2
-    again = elsewhere.ask(plan, run)
+    again = asked(plan, run)
     assert len(again) == 3
     assert jobs[1] in again
     assert jobs[0] not in again
@@ -98,7 +105,7 @@ def test_several_side_by_side_are_told_in_any_order(plan, tmp_path):
 )
 def test_a_bad_line_is_named_and_nothing_is_written(plan, tmp_path, text, fault):
     run = tmp_path / "run"
-    jobs = elsewhere.ask(plan, run, 2)
+    jobs = asked(plan, run, 2)
     before = (run / "journal.jsonl").read_bytes()
     lines = [line(jobs[1]), *text.replace("ID", jobs[0]["id"]).split("\n")]
     with pytest.raises(StudyError) as told:
