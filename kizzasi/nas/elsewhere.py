@@ -17,7 +17,6 @@ from kizzasi.documents import cut
 from kizzasi.errors import SpecError, StudyError
 from kizzasi.models import Tokens
 from kizzasi.models.stems import StemSpec
-from kizzasi.models.strict import unknown_name
 from kizzasi.nas.evaluators.evaluator import Job, Measurement, Report
 from kizzasi.nas.executors.elsewhere import Elsewhere, WaitingError
 from kizzasi.nas.results.events import count, list_of, maybe, number, point, record, text
@@ -32,6 +31,7 @@ from kizzasi.nas.study.journal import read_run
 from kizzasi.nas.study.named import plan_of
 from kizzasi.nas.study.plan import Plan
 from kizzasi.progress import Line
+from kizzasi.strict import unknown_name
 from kizzasi.train.task import Metric
 
 FIELDS = record(
