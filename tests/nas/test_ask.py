@@ -96,7 +96,7 @@ def test_several_side_by_side_are_told_in_any_order(plan, tmp_path):
         ('{"id": "ID", "score": NaN}', "NaN is not JSON; tell a failed trial by a score of null"),
         ('{"score": 1}', "id: missing"),
         ('{"id": "ID", "score": "1"}', "score: expected a number"),
-        ('{"id": "ID", "score": 1, "secnds": 2}', "secnds: unknown; did you mean seconds?"),
+        ('{"id": "ID", "score": 1, "secnds": 2}', "'secnds': unknown; did you mean seconds?"),
         ('{"id": "ID", "score": null}', "give a score, or a score of null and the reason"),
         ('{"id": "ID", "score": 1, "failure": "no"}', "give a score, or a score of null"),
         ('{"id": "strange-1", "score": 1}', "'strange-1' was not asked for"),
