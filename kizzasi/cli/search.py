@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/first", help="folder (default runs/first)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     parser.add_argument(
+        "--warm",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="begin with what earlier searches of the same data found",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="say what would be trained and how long; no more"
     )
     where = parser.add_argument_group("where trials run")
@@ -271,6 +278,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         threads=args.threads,
         limits=limits,
         address=args.address,
+        warm=args.warm,
     )
     best = found.best
     edge = found.summary.at_edge

@@ -59,6 +59,7 @@ from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.session import session_of
 from kizzasi.nas.study.study import Study
+from kizzasi.nas.study.warm import warmed
 from kizzasi.nas.study.waves import Waves
 from kizzasi.progress import Line
 from kizzasi.train.files import said_of
@@ -221,14 +222,19 @@ class Search:
     budget: int | None = field(default=None, kw_only=True)
     proxies: tuple[str, ...] = field(default=(), kw_only=True)
 
-    def run(self, *, resume: bool = False) -> Found:
+    def run(self, *, resume: bool = False, warm: Sequence[Path | str] = ()) -> Found:
         """Run to the end, or along the journal and on from there.
+
+        Args:
+            resume: go on with the run in the folder.
+            warm: folders of earlier runs of the same task; their candidates come first, and what
+                they trained is not trained again. Copied into the journal.
 
         Raises:
             StudyError: the folder holds a run already (without resume), or another search's.
             SpecError: a part breaks a rule.
         """
-        return run_plan(self.plan(), Path(self.folder), self.executor, resume=resume)
+        return run_plan(self.plan(), Path(self.folder), self.executor, resume=resume, warm=warm)
 
     @property
     def _space(self) -> Space[Any]:
@@ -319,6 +325,7 @@ def named_search(
     threads: int | None = None,
     limits: Limits = NO_LIMITS,
     address: str = "local",
+    warm: Sequence[Path | str] = (),
 ) -> Found:
     """Run the search that a config describes; what the command line does.
 
@@ -332,6 +339,7 @@ def named_search(
         device: "cpu" or "cuda".
         executor, threads, limits, address: where trials run and what each may take; see
             `open_executor`.
+        warm: folders of earlier runs that it begins with; see `Search.run`.
 
     Raises:
         StudyError: the folder holds a run already (without resume), or another config's.
@@ -353,7 +361,7 @@ def named_search(
         total = tokens_at_most(config, len(plan.baselines))
         return run_plan(
             plan, folder, opened, resume=resume, total=total, device=device, config=config,
-            line=line,
+            line=line, warm=warm,
         )  # fmt: skip
 
 
@@ -367,6 +375,7 @@ def run_plan(
     device: str = "cpu",
     config: SearchConfig | None = None,
     line: Line | None = None,
+    warm: Sequence[Path | str] = (),
 ) -> Found:
     """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML,
     and how far it is, on a line."""
@@ -391,6 +400,7 @@ def run_plan(
         line.say(live.text)
         study = Study(folder, journal, running, line, follow)
         begin(study, plan)
+        plan = warmed(plan, study, warm)
         live.told(event for _, event in journal.scan())
         if left_out := (study.find("study") or {}).get("data", {}).get("left_out"):
             line.write(f"{line.name}: {said_of(left_out)}")

@@ -85,6 +85,21 @@ class Measurement:
                 del facts[name]
         return facts
 
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Measurement:
+        """Of an event that holds what `to_dict` gave, among other things."""
+        values = facts.get("values")
+        return cls(
+            facts["score"],
+            spent=facts["tokens"],
+            seconds=facts["seconds"],
+            per_second=facts["tokens_per_second"],
+            curve=tuple(map(tuple, facts["curve"])),
+            failure=facts["failure"],
+            values=None if values is None else tuple(values),
+            facts=facts.get("facts"),
+        )
+
 
 class Evaluator(Protocol):
     """Trains and scores. It is copied to workers, so it must be picklable: a function of a module,

@@ -142,6 +142,7 @@ KINDS: dict[str, Check] = {
         versions_=map_of(text),
     ),
     "extended": record(config=CONFIG),
+    "earlier": record(folder=text, group=text, spec=mapping, trials=list_of(record(id=text))),
     "measured": record(id=text, refusal=maybe(record(rule=text, value_=anything, bound_=anything))),
     "screen": record(id=text, by=text, parent_=maybe(text), score=maybe(number), tokens_=count),
     "candidate": record(

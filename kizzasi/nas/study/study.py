@@ -9,6 +9,7 @@ study      config, metric {name, unit, lower_is_better, root}, data {name, diges
 extended   see `kizzasi.nas.results.extended`
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
+earlier    see `kizzasi.nas.study.warm`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
            spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
            settings if they are the candidate's own
@@ -34,7 +35,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,8 @@ from kizzasi.nas.results.extended import current
 from kizzasi.nas.results.words import gist
 from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
+
+EARLIER = "earlier"  # the event of what an earlier run found; see `kizzasi.nas.study.warm`
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ class Study:
         self.scores: dict[str, float | None] = {}
         self.own: set[str] = set()  # trainings of this very run
         self.succeeded, self.reasons = False, set[str]()
+        self.earlier: dict[str, int] = {}  # places of what earlier runs found, by id of a trial
         for place, event in journal.scan():
             self._note(place, event)
         self.tasks: dict[str, Task] = {}
@@ -216,6 +220,8 @@ class Study:
     def _note(self, place: int, event: dict[str, Any]) -> None:
         if event["event"] == "extended":
             self.grown, self.grown_at = {**self.grown, **event["config"]}, place
+        if event["event"] == EARLIER:
+            self.earlier.update((trial["id"], place) for trial in event["trials"])
         if event["event"] != "trial":
             return
         self.scores[event["id"]] = event["score"]
@@ -233,9 +239,20 @@ class Study:
             self.append({"event": "session", **session})
 
     def start(self, task: Task) -> None:
-        """Hand a task to the executor."""
+        """Hand a task to the executor, unless an earlier run has done it."""
+        if task.key in self.earlier:
+            self.arrived.append((task.key, self.append(task.event(self._known(task.key)))))
+            return
         self.tasks[task.key] = task
         self.executor.submit(task.job)
+
+    def _known(self, trial: str) -> Measurement:
+        told = self.journal.at(self.earlier[trial])
+        own = next(event for event in told["trials"] if event["id"] == trial)
+        return replace(
+            Measurement.from_dict(own),
+            facts={**(own.get("facts") or {}), "earlier": told["folder"]},
+        )
 
     def next(self) -> tuple[str, dict[str, Any]]:
         """Key and event of the next task that ends; the event is in the journal."""
@@ -252,6 +269,9 @@ class Study:
             self.start(task)
         found: dict[str, dict[str, Any]] = {}
         keys = {task.key for task in tasks}
+        for key, event in [arrived for arrived in self.arrived if arrived[0] in keys]:
+            self.arrived.remove((key, event))
+            found[key] = event
         while len(found) < len(tasks):
             key, event = self._collect()
             if key in keys:
