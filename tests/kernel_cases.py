@@ -63,7 +63,7 @@ def trapezoid(t):
 
 def mimo(t):
     h, r, p, n = 2, 3, 5, 19
-    dt, share = normal(B, t, h, seed=1).exp(), normal(B, t, h, seed=2).sigmoid()
+    dt, share = (normal(B, t, h, seed=i).sigmoid() for i in (1, 2))
     keys = normal(B, t, h, r, n, seed=3), normal(B, t, h, r, n, seed=4)
     state = normal(B, h, p, n), normal(B, h, r, n), normal(B, h, r, p)
     return (normal(B, t, h, r, p), dt, decays(B, t, h), share, *keys, *state), {}, {}
