@@ -183,7 +183,10 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> Binary
         OSError: it cannot be opened, is no regular file, or is a link that may not be followed.
     """
     flags = READ if follow else READ | getattr(os, "O_NOFOLLOW", 0)
-    place = os.open(path, flags)
+    try:
+        place = os.open(path, flags)
+    except ValueError as error:  # a zero byte
+        raise OSError(errno.EINVAL, f"no name of a file ({error})", str(path)) from error
     if not stat.S_ISREG(os.fstat(place).st_mode):
         os.close(place)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

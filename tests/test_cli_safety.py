@@ -397,6 +397,12 @@ def test_a_read_only_disk_loses_nothing_and_shows_what_is_there(capsys, place, r
     assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("verb", ["report", "info", "validate", "generate", "export"])
+def test_a_zero_byte_is_in_no_name(capsys, place, verb):
+    assert "a\ufffdb" in refusal(capsys, verb, "a\0b")
+    assert "a\ufffdb" in refusal(capsys, verb, "a\0b.yaml")
+
+
 def test_numbers_that_would_never_end_are_refused(capsys, place):
     build_model(SPEC).save_pretrained("model")
     for words in (["--beams", 10**6], ["--tokens", 10**30], ["--device", "meta"], ["--top-p", 2]):

@@ -168,6 +168,19 @@ def test_event_files_for_tensorboard(tmp_path):
         to_tensorboard(run, board)
 
 
+def test_no_id_of_a_journal_leads_out_of_the_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    events = complete_events()
+    own = next(e["id"] for e in events if e["event"] == "candidate")
+    run = write_run(
+        tmp_path / "run", json.loads(json.dumps(events).replace(f'"{own}', '"../../out'))
+    )
+    board = to_tensorboard(run, tmp_path / "deep" / "board")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "run"]
+    assert list((tmp_path / "deep").iterdir()) == [board]
+    assert any(p.name.startswith(".._.._out-lr") for p in board.iterdir())
+
+
 @pytest.mark.parametrize(
     ("module", "convert"),
     [("optuna", to_optuna), ("tensorboard", lambda run: to_tensorboard(run, run / "board"))],

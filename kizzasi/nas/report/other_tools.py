@@ -6,6 +6,7 @@ Both may be made while the run goes on, and show what is there.
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ def to_tensorboard(run: Path, folder: Path) -> Path:
         raise StudyError(f"{folder}: holds files already; give a new folder")
     for entry, trial in trainings(summary):
         name = f"{entry['id']}-{_word(trial['settings'])}-seed{trial['seed']}-{trial['rung']}"
-        with writer(str(folder / name)) as board:
+        with writer(str(folder / re.sub(r"[^\w.+-]", "_", name))) as board:  # names are foreign
             _write_training(board, summary, entry, trial)
     return folder
 
