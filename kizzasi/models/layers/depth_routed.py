@@ -19,7 +19,6 @@ them at evaluation; there the threshold of its section 3.5 decides, here always.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,10 +31,11 @@ from kizzasi.models import init
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.layers.layer import LayerModule, LayerSpec, cost_of, depth_of
+from kizzasi.models.layers.ragged import each_length
 from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import WideLinear
-from kizzasi.models.state import chosen, join_states, map_state
+from kizzasi.models.state import chosen
 from kizzasi.strict import join, register, require
 
 
@@ -112,81 +112,33 @@ class DepthRouted(LayerModule):
         routed = (r > 0) & real
         first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         document = call.places(first)[0].expand_as(r)
-        if torch.compiler.is_compiling():
-            return self._in_a_graph(x, r, routed, document, state, call)
-        y, aux = tokens, {}
-        rows: list[Tensor] = []
-        states: list[Any] = []
-        counts = routed.sum(1)
-        for n in counts.unique().tolist():
-            chosen = (counts == n).nonzero()[:, 0]
-            before = None if state is None else _rows(state, chosen)
-            if n == 0:
-                after = self._nothing(chosen, x) if before is None else before
-            else:
-                places = routed[chosen].nonzero()[:, 1].view(-1, n)
-                index = chosen[:, None], places
-                part = tokens[index]
-                ran = self._run(part, document[index], before, call)
-                share = r[index].sigmoid().to(x.dtype).unsqueeze(-1)
-                y = y.index_put(index, part + share * (ran.y - part))
-                aux, after = add_losses(aux, _scaled(ran.aux, len(chosen) / len(x))), ran.state
-            rows.append(chosen)
-            states.append(self._forgetting(after, routed[chosen], document[chosen], x))
-        order = torch.cat(rows).argsort()
-        after = _rows(join_states(states), order)
+
+        def inner(index: Tensor, rows: Tensor | None) -> tuple[Tensor, Call]:
+            z, ids = (v if rows is None else v.index_select(0, rows) for v in (tokens, document))
+            z = z.gather(1, index.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
+            segments = None if call.segments is None else ids.gather(1, index)
+            shape = z.shape[0], z.shape[1]
+            return z, Call(shape, x.device, segments=segments, step=call.step)
+
+        u, after, aux = each_length(self.body, tokens, routed, inner, state)
+        share = r.sigmoid().to(x.dtype).unsqueeze(-1)
+        if torch.compiler.is_compiling():  # a step, which ran for every row
+            y = torch.where(routed.unsqueeze(-1), tokens + share * (u - tokens), tokens)
+        else:
+            index = routed.nonzero(as_tuple=True)
+            part, ran = tokens[index], u[index[0], routed.cumsum(1)[index] - 1]
+            y = tokens.index_put(index, part + share[index] * (ran - part))
+        if call.segments is not None:
+            nothing = self.init_state(len(x), x.device, x.dtype)
+            after = chosen(_begun(routed, document), nothing, after)
         if not call.step:
             aux = add_losses(aux, {"depth_routed": self._loss(r, real)})
         return MixerOut(y[:, 0] if call.step else y, after, aux)
-
-    def _in_a_graph(
-        self,
-        x: Tensor,
-        r: Tensor,
-        routed: Tensor,
-        document: Tensor,
-        state: tuple[Any, ...] | None,
-        call: Call,
-    ) -> MixerOut:
-        """A step of every row, which counts where it is routed."""
-        nothing = self.init_state(len(x), x.device, x.dtype)
-        before = nothing if state is None else state
-        ran = self._run(x[:, None], document, before, call)
-        y = x + r.sigmoid().to(x.dtype) * (ran.y[:, 0] - x)
-        after = chosen(routed[:, 0], ran.state, before)
-        if call.segments is not None:
-            after = chosen((document[:, 0] > 0) & ~routed[:, 0], nothing, after)
-        return MixerOut(torch.where(routed, y, x), after)
 
     def init_state(
         self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Any, ...]:
         return self.body.init_state(batch, device, dtype)
-
-    def _run(
-        self, part: Tensor, document: Tensor, before: tuple[Any, ...] | None, call: Call
-    ) -> MixerOut:
-        """The body on the routed tokens (rows, n, d) of some rows."""
-        shape = part.shape[0], part.shape[1]
-        segments = None if call.segments is None else document
-        inner = Call(shape, part.device, segments=segments, step=call.step)
-        ran = self.body(part[:, 0] if call.step else part, before, inner)
-        return MixerOut(ran.x[:, None] if call.step else ran.x, ran.state, ran.aux)
-
-    def _forgetting(
-        self, state: tuple[Any, ...], routed: Tensor, document: Tensor, x: Tensor
-    ) -> tuple[Any, ...]:
-        """The state, of rows whose open document has no routed token the empty one."""
-        last = document[:, -1:]
-        new = (last[:, 0] > 0) & ~(routed & (document == last)).any(1)
-        if not bool(new.any()):
-            return state
-        parts = [_rows(state, (~new).nonzero()[:, 0]), self._nothing(new.nonzero()[:, 0], x)]
-        order = torch.cat([(~new).nonzero()[:, 0], new.nonzero()[:, 0]]).argsort()
-        return _rows(join_states(parts), order)
-
-    def _nothing(self, rows: Tensor, x: Tensor) -> tuple[Any, ...]:
-        return self.body.init_state(len(rows), x.device, x.dtype)
 
     def _loss(self, r: Tensor, real: Tensor) -> Tensor:
         n = real.sum(1)
@@ -197,9 +149,7 @@ class DepthRouted(LayerModule):
         return self.spec.weight * torch.where(real, each, 0.0).sum() / n.sum().clamp(min=1)
 
 
-def _rows(state: tuple[Any, ...], rows: Tensor) -> tuple[Any, ...]:
-    return map_state(lambda leaf: leaf.index_select(0, rows), state)
-
-
-def _scaled(losses: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: factor * loss for name, loss in losses.items()}
+def _begun(routed: Tensor, document: Tensor) -> Tensor:
+    """(b,) rows whose open document began in this call and has no routed token."""
+    last = document[:, -1:]
+    return (last[:, 0] > 0) & ~(routed & (document == last)).any(1)
