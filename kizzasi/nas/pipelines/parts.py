@@ -255,7 +255,7 @@ class Source(Strict):
 
 @dataclass(frozen=True)
 class Reg(Strict):
-    """Free bits: kappa nats per token of a latent cost nothing."""
+    """Free bits: kappa bits per token of a latent cost nothing."""
 
     kind: Literal["freebits", "none"]
     kappa: float | None = bounded(0)
