@@ -18,6 +18,8 @@ from kizzasi.models.ops.kv_codes import (
     code_bytes,
     decode,
     decode_channels,
+    decode_channels_into,
+    decode_into,
     encode,
     encode_channels,
     hadamard,
@@ -184,11 +186,13 @@ RINGS = {"none": {}, "ring": {"window": 9, "n_global": 2}, "late": {"window": 5,
 
 
 @pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("engine", ["torch", "auto"])
 @pytest.mark.parametrize("how", [{"kv_quant": "int8"}, {"kv_quant": "nf4", "kv_group": 4}, {}])
-def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, monkeypatch):
+def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, engine, monkeypatch):
     monkeypatch.setattr(codes, "SPARE", 4)
     blocks = (BlockSpec(AttentionSpec(4, 2, **RINGS[ring], **how), MLPSpec()),)
-    model = build_model(ModelSpec(16, blocks, Tokens(11)), seed=0, dtype=torch.float64)
+    how_built = {"dtype": torch.float64, "engine": engine}
+    model = build_model(ModelSpec(16, blocks, Tokens(11)), seed=0, **how_built)
     x = torch.randint(11, (2, 30), generator=torch.Generator().manual_seed(1))
     for begin in (0, 5, 13):
         state = model(x[:, :begin]).state if begin else model.init_state(2)
@@ -205,6 +209,32 @@ def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, monkeypat
         assert len(places) <= (1 if RINGS[ring] else 5)  # grown by doubling, else never moved
         assert_same_state(decoder.fork(), state)
         assert_same_state(begun, kept)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
+@pytest.mark.parametrize("width", [1, 7, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_are_read_alike_in_c(kind, width, dtype):
+    try:
+        from kizzasi.models.ops.native import kv_codes as native
+    except ImportError:
+        pytest.skip("no compiled kernels here")
+    b, h, s, n = 2, 3, 130, 10
+    x = draw(b, h, s, width).to(dtype)
+    made, wanted = x.new_full((2, b, h, 200, width), torch.nan)[:, :, :, :s]
+    stored, *scale = encode(x, kind)
+    room = torch.nn.functional.pad(stored, (0, 0, 0, 50))[:, :, :s]
+    native.decode_into(made, room, *scale, kind)
+    decode_into(wanted, room, *scale, kind)
+    assert_close(made, wanted)
+    if kind == "fp8":
+        return
+    stored, step, least = encode_channels(x.unflatten(2, (-1, n)), kind)
+    room = torch.nn.functional.pad(stored.flatten(2, 3), (0, 0, 0, 50))[:, :, :s]
+    native.decode_channels_into(made, room, step, least, kind)
+    decode_channels_into(wanted, room, step, least, kind)
+    assert_close(made, wanted)
+    assert ((made - x).abs() <= 0.6 * step.to(dtype).repeat_interleave(n, 2) + 0.05).all()
 
 
 @pytest.mark.parametrize(("quant", "most"), [("nf4", 0.3), ("int8", 0.56)])

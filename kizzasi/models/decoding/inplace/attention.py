@@ -171,7 +171,8 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
     if not (known and mixer.engine in ("auto", "torch")):
         return None
     if spec.coded and CodedStore.fits(state, mixer.memory):
-        dtype, store = state.k_first.dtype, CodedStore(state, mixer.memory)
+        dtype = state.k_first.dtype
+        store = CodedStore(state, mixer.memory, mixer.engine, about.shared)
     elif not spec.coded and Store.fits(state, spec.window, spec.n_global):
         dtype, store = state.k.dtype, Store(state, spec.window, spec.n_global)
     else:

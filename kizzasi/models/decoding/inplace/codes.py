@@ -15,7 +15,13 @@ from torch import Tensor
 from kizzasi.models.attention.grouped import GroupedMemory, GroupedState
 from kizzasi.models.attention.memory import CodedState, Remembers
 from kizzasi.models.decoding.own_cache import SPARE
-from kizzasi.models.ops.kv_codes import KVQuant, encode, encode_channels
+from kizzasi.models.ops.kv_codes import (
+    DECODE_CHANNELS_INTO,
+    DECODE_INTO,
+    KVQuant,
+    encode,
+    encode_channels,
+)
 
 Coded = CodedState | GroupedState
 
@@ -25,9 +31,16 @@ class CodedStore:
     is coded once, and its codes are never copied. What is seen is decoded anew for every token.
 
     As long as a ring is not full its slots are in order, as without a window.
+
+    Args:
+        engine: that decodes.
+        shared: what the layers of a line have in common: where they write what they have decoded,
+            one after another.
     """
 
-    def __init__(self, state: Coded, memory: Remembers) -> None:
+    def __init__(
+        self, state: Coded, memory: Remembers, engine: str, shared: dict[str, Any]
+    ) -> None:
         self.memory, self.stencil = memory, memory.stencil
         self.n = memory.n if isinstance(memory, GroupedMemory) else 0
         self.place = int(state.next_position()[0])
@@ -37,6 +50,7 @@ class CodedStore:
         self.kind, self.h = type(state), state.k.shape[1]
         self.quant: KVQuant = memory.quant
         self.no_position = state.position.new_empty(len(state.k), 0)
+        self.engine, self.shared = engine, shared
         self.per_slot = ("k", "v", "v_scale") if self.n else ("k", "v", "k_scale", "v_scale")
 
     @staticmethod
@@ -74,7 +88,7 @@ class CodedStore:
         if self.n and place % self.n == self.n - 1:
             self._complete()
         self.place += 1
-        return self.memory.seen(self._now(), kv)
+        return self._seen(kv)
 
     def _slot(self, place: int) -> int:
         span, g = self.stencil.span, self.stencil.n_global
@@ -120,18 +134,53 @@ class CodedStore:
             if place >= lost or place < self.stencil.n_global:
                 leaves["k"].select(2, self._slot(place)).copy_(codes.select(2, place % n))
 
-    def _now(self) -> Coded:
-        """What is there, as a state that is read at once."""
-        n, slots = self.place, self.stencil.slots
+    def _seen(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is there; they hold until the next layer's are asked for."""
+        n, slots, leaves = self.place, self.stencil.slots, self.leaves
         most = n if slots is None else slots
         if self.n and slots is not None:
-            most = min(slots, self.n * self.leaves["k_step"].shape[2])
-        n = n if slots is None else min(n, slots)
+            most = min(slots, self.n * leaves["k_step"].shape[2])
+        if n > most:
+            return self.memory.seen(self._full(), like)
+        done = (n - 1) // self.n * self.n if self.n else n
+        k, v = (x[:, :, :n] for x in self._room(like))
+        if done and self.n:
+            step, least = (leaves[x][:, :, : done // self.n] for x in ("k_step", "k_least"))
+            decode = DECODE_CHANNELS_INTO.pick(self.engine, k.device)
+            decode(k[:, :, :done], leaves["k"][:, :, :done], step, least, self.quant)
+        elif done:
+            self._decode(k[:, :, :done], "k")
+        if done:
+            self._decode(v[:, :, :done], "v")
+        g = min(self.stencil.n_global, n)
+        for name, x in (("k", k), ("v", v)):
+            if self.n:
+                x[:, :, done:] = leaves[f"{name}_open"][:, :, : n - done]
+            if g:
+                x[:, :, :g] = leaves[f"{name}_first"][:, :, :g]
+        return k, v
+
+    def _decode(self, out: Tensor, name: str) -> None:
+        codes, scale = (self.leaves[x][:, :, : out.shape[2]] for x in (name, f"{name}_scale"))
+        DECODE_INTO.pick(self.engine, out.device)(out, codes, scale, self.quant)
+
+    def _room(self, like: Tensor) -> Tensor:
+        """(2, b, h, room, width) for keys and values of this layer and, after it, of others."""
+        b, _, width = like.shape
+        key, room = f"decoded {self.h} {width}", self.leaves["k"].shape[2]
+        there = self.shared.get(key)
+        if there is None or there.shape[3] < room:
+            there = self.shared[key] = like.new_empty(2, b, self.h, room, width)
+        return there
+
+    def _full(self) -> Coded:
+        """A ring that has been gone round, as a state that is read at once."""
+        n, slots = self.place, self.stencil.slots
+        assert slots is not None, "a ring"
         taken = {name: self.leaves[name][:, :, :n] for name in self.per_slot}
         for name in ("k_first", "v_first"):
             taken[name] = self.leaves[name][:, :, :n]
-        in_order = self.place <= most
-        position = self.no_position if in_order else self._positions()[:, :n]
+        position = self._positions()[:, : min(n, slots)]
         return self.kind(**{**self.leaves, **taken}, position=position)
 
     def _positions(self) -> Tensor:
