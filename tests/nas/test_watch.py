@@ -64,7 +64,7 @@ def hostile_names():
     events = complete_events()
     for event in events:
         if event["event"] == "candidate":
-            event["name"] = f"\x1b[2J\x9b2J\0\n{event['name']}"
+            event["name"] = f"\x1b[2J\x9b2J\0\n{event['name']}" + "x" * 90
     return events
 
 
@@ -90,6 +90,8 @@ def test_no_name_reaches_a_terminal_or_page_as_it_is(tmp_path, capsys, events):
 def test_the_state_fits_a_screen(events):
     summary = summarise(events)
     lines = status(summary, pace_of(summary)).split("\n")
+    rungs = lines[lines.index("") + 2 :] if "" in lines else []
+    assert all(line[-1].isdigit() for line in rungs)  # the last column, seconds, is all there
     assert len(lines) <= 24
     assert all(len(line) <= 100 and (line == "" or line.isprintable()) for line in lines)
 

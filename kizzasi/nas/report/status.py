@@ -11,7 +11,7 @@ from kizzasi.nas.report.tables import rung_rows
 from kizzasi.nas.results.summary import Summary
 from kizzasi.nas.results.words import gist
 
-WIDTH = 100
+WIDTH, MOST_NAME = 100, 44
 RESUME = "kizzasi search --resume goes on with it"
 
 
@@ -85,12 +85,17 @@ def status(summary: Summary, pace: Pace, *, alive: bool = True) -> str:
         *_leaders(summary),
         f"left      {_left(summary, pace) if alive or summary.finished else RESUME}",
     ]
-    rungs = rung_rows(summary)
+    rungs = [[_cut(cell) for cell in row] for row in rung_rows(summary)]
     if len(rungs) > 1:
         widths = [max(len(row[i]) for row in rungs) for i in range(len(rungs[0]))]
         lines.append("")
         lines += ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rungs]
     return "\n".join(_printable(line[:WIDTH]) for line in lines)
+
+
+def _cut(cell: str) -> str:
+    """A name of a model that leaves room for the other columns."""
+    return cell if len(cell) <= MOST_NAME else f"{cell[: MOST_NAME - 1]}…"
 
 
 def _state(summary: Summary, alive: bool) -> str:
