@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from kizzasi.cli import main
+from kizzasi.models import ChannelSpec, LayerSpec, MixerSpec
+from kizzasi.models.heads import HeadSpec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,6 +18,13 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+
+
+@pytest.fixture(autouse=True)
+def unchanged_families(monkeypatch):
+    """What a page registers is gone after it."""
+    for family in (MixerSpec, ChannelSpec, LayerSpec, HeadSpec):
+        monkeypatch.setattr(family, "registry", dict(family.registry))
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
