@@ -52,6 +52,10 @@ class Store:
             (state.position == state.position[:1]).all()
         )
 
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """`add`, and attend to what is seen, q (b, h, queries of a head, width)."""
+        return F.scaled_dot_product_attention(q, *self.add(kv))
+
     def add(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token's (b, 2 h, width). Returns keys and values that it sees, (b, h, s,
         width)."""
@@ -145,10 +149,8 @@ class AttentionSteps(Steps):
             turned.mul_(cos).addcmul_(rolled, sin)
         if self.by is not None:
             heads = self._turned(heads, self.by)
-        k, v = self.store.add(heads[:, h:])
         # Queries that share keys stand in for tokens: none of them is later than any key.
-        q = heads[:, :h].reshape(b, h_kv, h // h_kv, d)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.store.attend(heads[:, :h].reshape(b, h_kv, h // h_kv, d), heads[:, h:])
         y = y if self.by is None else turn(y, self.by)
         return self.leave(y.reshape(b, h * d))
 

@@ -65,9 +65,20 @@ class CodedStore:
             (state.position == state.position[:1]).all()
         )
 
-    def add(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token's (b, 2 h, width), turned as they are coded. Returns keys and values that
-        it sees, (b, h, s, width)."""
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Write one token's (b, 2 h, width), turned as they are coded; and attend to all that it
+        sees, q (b, h, queries of a head, width)."""
+        self._add(kv)
+        if self._goes_round():
+            return F.scaled_dot_product_attention(q, *self.memory.seen(self._full(), kv))
+        # Head by head: what is decoded of one is read before it leaves the cache of a core.
+        heads = [
+            F.scaled_dot_product_attention(q[:, i : i + 1], *self._seen(i, kv))
+            for i in range(self.h)
+        ]
+        return torch.cat(heads, 1)
+
+    def _add(self, kv: Tensor) -> None:
         self._make_room()
         place, stencil, leaves = self.place, self.stencil, self.leaves
         slot = self._slot(place)
@@ -88,7 +99,6 @@ class CodedStore:
         if self.n and place % self.n == self.n - 1:
             self._complete()
         self.place += 1
-        return self._seen(kv)
 
     def _slot(self, place: int) -> int:
         span, g = self.stencil.span, self.stencil.n_global
@@ -134,24 +144,31 @@ class CodedStore:
             if place >= lost or place < self.stencil.n_global:
                 leaves["k"].select(2, self._slot(place)).copy_(codes.select(2, place % n))
 
-    def _seen(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of what is there; they hold until the next layer's are asked for."""
-        n, slots, leaves = self.place, self.stencil.slots, self.leaves
-        most = n if slots is None else slots
-        if self.n and slots is not None:
-            most = min(slots, self.n * leaves["k_step"].shape[2])
-        if n > most:
-            return self.memory.seen(self._full(), like)
+    def _goes_round(self) -> bool:
+        """Whether slots, or groups, are not in order any more."""
+        most = self.stencil.slots
+        if most is None:
+            return False
+        if self.n:
+            most = min(most, self.n * self.leaves["k_step"].shape[2])
+        return self.place > most
+
+    def _seen(self, head: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 1, s, width) keys and values of a head; they hold until others are asked for."""
+        n, quant = self.place, self.quant
+        leaves = {name: leaf[:, head : head + 1] for name, leaf in self.leaves.items()}
         done = (n - 1) // self.n * self.n if self.n else n
         k, v = (x[:, :, :n] for x in self._room(like))
+        coded = {name: leaves[name][:, :, :done] for name in self.per_slot}
+        decode = DECODE_INTO.pick(self.engine, k.device)
+        if done:
+            decode(v[:, :, :done], coded["v"], coded["v_scale"], quant)
         if done and self.n:
             step, least = (leaves[x][:, :, : done // self.n] for x in ("k_step", "k_least"))
-            decode = DECODE_CHANNELS_INTO.pick(self.engine, k.device)
-            decode(k[:, :, :done], leaves["k"][:, :, :done], step, least, self.quant)
+            by_channel = DECODE_CHANNELS_INTO.pick(self.engine, k.device)
+            by_channel(k[:, :, :done], coded["k"], step, least, quant)
         elif done:
-            self._decode(k[:, :, :done], "k")
-        if done:
-            self._decode(v[:, :, :done], "v")
+            decode(k[:, :, :done], coded["k"], coded["k_scale"], quant)
         g = min(self.stencil.n_global, n)
         for name, x in (("k", k), ("v", v)):
             if self.n:
@@ -160,17 +177,12 @@ class CodedStore:
                 x[:, :, :g] = leaves[f"{name}_first"][:, :, :g]
         return k, v
 
-    def _decode(self, out: Tensor, name: str) -> None:
-        codes, scale = (self.leaves[x][:, :, : out.shape[2]] for x in (name, f"{name}_scale"))
-        DECODE_INTO.pick(self.engine, out.device)(out, codes, scale, self.quant)
-
     def _room(self, like: Tensor) -> Tensor:
-        """(2, b, h, room, width) for keys and values of this layer and, after it, of others."""
-        b, _, width = like.shape
-        key, room = f"decoded {self.h} {width}", self.leaves["k"].shape[2]
-        there = self.shared.get(key)
+        """(2, b, 1, room, width) for a head's keys and values and, after it, for others'."""
+        width, room = like.shape[-1], self.leaves["k"].shape[2]
+        there = self.shared.get(f"decoded {width}")
         if there is None or there.shape[3] < room:
-            there = self.shared[key] = like.new_empty(2, b, self.h, room, width)
+            there = self.shared[f"decoded {width}"] = like.new_empty(2, len(like), 1, room, width)
         return there
 
     def _full(self) -> Coded:

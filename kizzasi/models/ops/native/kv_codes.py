@@ -32,10 +32,11 @@ def _call(
     name: str, out: Tensor, codes: Tensor, scale: Tensor, extra: Tensor, n: int, kind: KVQuant
 ) -> None:
     b, h, s, width = out.shape
-    row = h * codes.stride(1) == codes.stride(0) or b == 1
-    codes = codes if row and codes[0, 0].is_contiguous() else codes.contiguous()
+    even = 1 in (b, h) or h * codes.stride(1) == codes.stride(0)
+    codes = codes if even and codes[0, 0].is_contiguous() else codes.contiguous()
+    row = codes.stride(0 if h == 1 else 1)
     assert out[0, 0].is_contiguous(), "heads lie in one piece each"
     assert b == 1 or out.stride(0) == h * out.stride(1), "and so far from one another"
-    sizes = [b * h, s, n, width, codes.shape[-1], codes.stride(1), scale.stride(1), out.stride(1)]
+    sizes = [b * h, s, n, width, codes.shape[-1], row, scale.stride(1), out.stride(1)]
     threads = library.threads(out.numel())
     library.call(name, out.dtype, [codes, scale, out, extra], *sizes, int(kind == "nf4"), threads)
