@@ -174,3 +174,12 @@ def test_a_report_is_plain_data_and_repeats_with_its_seed():
     assert first == second == json.loads(json.dumps(first))
     assert first["everywhere"]["proxy"] != other["everywhere"]["proxy"]
     assert first["verdict"].startswith("Inside the parameter band the proxy ")
+
+
+def test_spearman_of_very_many_takes_no_pairs():
+    """A report of a search of ten thousand asks for it; by pairs that would be a gigabyte."""
+    x = np.random.default_rng(0).integers(0, 9, 300)
+    y = np.random.default_rng(1).integers(0, 9, 300)
+    by_pairs = proxy_worth(x, y, x, np.ones(300), n_boot=1).everywhere.proxy.spearman.value
+    assert spearman(x, y) == by_pairs
+    assert spearman(np.arange(200_000), np.arange(200_000) // 2) == pytest.approx(1, abs=1e-9)

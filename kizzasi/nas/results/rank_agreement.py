@@ -39,7 +39,12 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float | None:
 
     Source: Spearman 1904; Kendall & Gibbons 1990, "Rank Correlation Methods", chapter 3 (ties).
     """
-    return _point(x, y, k=1)[0]
+    scores = _columns(x=x, y=y)
+    if scores.shape[1] < MIN_PAIRS or np.isnan(scores).any():
+        return None
+    r_x, r_y = map(_ranks, scores)  # no pairs here: a report of a long search asks for it
+    norm = np.sum(r_x**2) * np.sum(r_y**2)
+    return float(np.sum(r_x * r_y) / np.sqrt(norm)) if norm > 0 else None
 
 
 def kendall_tau_b(x: ArrayLike, y: ArrayLike) -> float | None:
@@ -234,6 +239,13 @@ def _region(scores: np.ndarray, k: int, n_boot: int, seed: int) -> Region:
         random=_agreement(np.concatenate([expected, *by_chance], axis=1)),
         lead=_statistic(by_proxy[1] - by_params[1]),
     )
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """r[i] = sum_j sign(x[i] - x[j]), by sorting."""
+    order = np.sort(x)
+    below, up_to = (np.searchsorted(order, x, side) for side in ("left", "right"))
+    return (below + up_to - len(x)).astype(np.float64)
 
 
 def _signs(x: np.ndarray) -> np.ndarray:
