@@ -63,6 +63,7 @@ class Line:
             ncols=self._columns(),
             nrows=20,  # tqdm shows nothing on a terminal that says it has none
             leave=False,
+            miniters=1,  # a pace that was fast once hides no slow step
             smoothing=0.05,
             bar_format=_format(total),
         )

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from kizzasi.nas.report.sentences import verdict
 from kizzasi.nas.study.journal import read_events
 from kizzasi.progress import CLEAR, EVERY_SECONDS, Line
 from kizzasi.train.task import Metric
+from kizzasi.train.trainer import Training
 
 pty = pytest.importorskip("pty")
 SHAPE = ["--seq-len", 16, "--batch-size", 2]
@@ -121,6 +123,13 @@ def test_a_search_names_its_phases_and_ends_with_what_to_do(monkeypatch, place, 
 
 
 def test_a_training_shows_its_loss_on_a_terminal(monkeypatch, place, terminal):
+    real = Training._step
+
+    def slower(self, *batch):  # a line is shown ten times a second at most
+        time.sleep(0.11 if self.step >= 9 else 0.0)
+        return real(self, *batch)
+
+    monkeypatch.setattr(Training, "_step", slower)
     seen = on_terminal(monkeypatch, terminal, *TRAIN)
     assert re.search(r"train +\d+%\|.*\| \d\d:\d\d left, step 1\d, loss \d\.\d{3} bits/byte", seen)
     assert "scoring" in seen
