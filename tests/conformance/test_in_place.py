@@ -110,6 +110,31 @@ class Shift(nn.Module):
         return x + self.by
 
 
+class InPlaceOf(nn.Module):
+    """What stands where a mixer stood, as adapters of parameters do: it has a forward, no more."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        out = self.base(*args, **kwargs)
+        return out._replace(y=2 * out.y)
+
+
+@pytest.mark.parametrize("part", ["mixer", "channel"])
+@torch.no_grad()
+def test_what_stands_in_the_place_of_a_mixer_is_called(part):
+    model = several(LAYERS["bare"], BlockSpec(MambaSpec(d_state=3), SwiGLUSpec()))
+    begun = model(tokens(1, 3)).state
+    plain = model.step(tokens(1, 1)[:, 0], begun).logits
+    setattr(model.blocks[1], part, InPlaceOf(getattr(model.blocks[1], part)))
+    decoder = Decoder(model, begun)
+    follow(decoder, model, tokens(1, 9), begun)
+    assert isinstance(decoder._line, InPlaceLine)
+    assert not torch.equal(model.step(tokens(1, 1)[:, 0], begun).logits, plain)
+
+
 @torch.no_grad()
 def test_rules_and_listeners_may_write_and_hook():
     """Logits are no inference tensors, and a hook that a listener registers acts from then on."""

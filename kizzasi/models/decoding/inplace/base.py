@@ -204,5 +204,7 @@ def normed(norm: nn.Module | None, rows: int) -> Run | None:
 
 
 def stepped(mixer: Mixer, state: Any) -> Called:
-    """A mixer of any kind."""
+    """A mixer of any kind, or what stands in its place, such as an adapter of its parameters."""
+    if not isinstance(mixer, Mixer):
+        return Called(lambda x, state, call: mixer(x, state, call=call), state)
     return Called(lambda x, state, call: mixer.recurrent(x, state, call), state)
