@@ -117,6 +117,7 @@ class AttentionSteps(Steps):
         store: Store | CodedStore,
         turns: Turns,
         products: Products,
+        dtype: torch.dtype,
     ) -> None:
         spec = mixer.spec
         self.h, self.h_kv, self.d = spec.n_heads, spec.kv_heads, mixer.head_dim
@@ -124,7 +125,7 @@ class AttentionSteps(Steps):
         self.by: Tensor | None = None
         self.by_key: Tensor | None = None
         if spec.coded:
-            place = {"device": store.no_position.device, "dtype": mixer.o_proj.weight.dtype}
+            place = {"device": store.no_position.device, "dtype": dtype}
             self.by = hadamard(self.d, **place)
             self.by_key = self.by if mixer.memory.turns_keys else None
         self.enter = products.of(mixer.q_proj, mixer.k_proj, mixer.v_proj)
@@ -187,6 +188,6 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
             return None
         norms = q_norm, k_norm
     key = f"turns {mixer.rotary.name}"
-    like = mixer.o_proj.weight.detach()
+    like = state.position.new_empty(0, dtype=dtype)  # a projection may be no plain Linear
     turns = about.shared.setdefault(key, Turns(mixer.rotary, like))
-    return AttentionSteps(mixer, norms, store, turns, about.products)
+    return AttentionSteps(mixer, norms, store, turns, about.products, dtype)
