@@ -101,7 +101,7 @@ def _plan(config: SearchConfig, space: Any, metric: Metric, vocab_size: int) -> 
     return replace(plan, evaluator=outside, described={**plan.described, "vocab_size": vocab_size})
 
 
-def ask(plan: Plan, folder: Path, n: int | None = None) -> list[dict[str, Any]] | Found:
+def ask(plan: Plan, folder: Path, n: int | None = None) -> list[Mapping[str, Any]] | Found:
     """The jobs that are handed out and not told yet, or what was found when there are no more.
 
     Args:
@@ -202,7 +202,7 @@ def _places(folder: Path) -> int | None:
     return next((e["places"] for e in reversed(events) if e["event"] == "session"), None)
 
 
-def _go_on(plan: Plan, folder: Path, executor: Elsewhere) -> list[dict[str, Any]] | Found:
+def _go_on(plan: Plan, folder: Path, executor: Elsewhere) -> list[Mapping[str, Any]] | Found:
     """Run a search as far as the measurements that are there allow."""
     try:
         return run_plan(

@@ -26,13 +26,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kizzasi.errors import KizzasiError, SpecError, StudyError
 from kizzasi.files import write_text
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
-from kizzasi.nas.executors.execute import NO_LIMITS, Limits, failed
+from kizzasi.nas.executors.execute import NO_LIMITS, Counter, Limits, failed
 from kizzasi.nas.executors.worker import Worker
 
 QUEUE, OWNER = "queue", "owner.json"
@@ -82,7 +80,7 @@ class Files:
         self.jobs[name], self.losses[name] = job, 0
         write_text(self.queue / TODO / name, json.dumps(job_data(job, self.folder)))
 
-    def collect(self, bar: tqdm) -> tuple[Job, Measurement]:
+    def collect(self, bar: Counter) -> tuple[Job, Measurement]:
         """The next result; the bar moves when a trial ends."""
         while True:
             self._beat()
@@ -110,7 +108,7 @@ class Files:
             os.utime(self.queue / OWNER)
             self.beaten = time.monotonic()
 
-    def _received(self, path: Path, bar: tqdm) -> tuple[Job, Measurement] | None:
+    def _received(self, path: Path, bar: Counter) -> tuple[Job, Measurement] | None:
         answer = read_json(path)
         path.unlink(missing_ok=True)
         job = self.jobs.pop(path.name, None) if answer["session"] == self.session else None

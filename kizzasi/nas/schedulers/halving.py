@@ -63,8 +63,9 @@ class Halving:
 
     def _promoted(self, scores: Mapping[int, float], n: int, rung: int) -> list[int]:
         inside = [c for c in ranked(scores) if self.group_of(c) != "outside"]
-        eta = isinstance(self.keep, int)
-        most = n // self.keep ** (rung + 1) if eta else max(2, round(self.keep * len(scores)))
+        keep = self.keep
+        eta = isinstance(keep, int)
+        most = n // keep ** (rung + 1) if eta else max(2, round(keep * len(scores)))
         kept = set(inside[:most])
         kept.update([c for c in inside if self.group_of(c) == "preset"][:1])
         kept.update([c for c in inside if self.group_of(c) != "preset"][:1])

@@ -37,7 +37,7 @@ def entry_of(group: str, candidate: Any, stem: Stem | None, parents: tuple[str, 
     told = describe(candidate, stem)
     plain = plain_entry(group, told.name, told.family, told.spec)
     if told.settings is not None:
-        text = f"{plain.digest} {json.dumps(told.settings, sort_keys=True)}"
+        text = f"{told.spec.digest} {json.dumps(told.settings, sort_keys=True)}"
         ident = hashlib.sha256(text.encode()).hexdigest()[:12]
         plain = dataclasses.replace(plain, id=ident, settings=told.settings)
     return dataclasses.replace(
