@@ -208,6 +208,28 @@ def test_local_search_finds_the_top_of_a_hill(improvement):
     assert run(searcher, Digits(8, 4), one_by_one(total)).best()[1] == 24.0
 
 
+def test_a_late_score_of_a_climb_that_is_over_leads_no_other():
+    """With one neighbour a place, a new climb begins after one that is no better."""
+    parents = []
+
+    @dataclass(frozen=True)
+    class Watched(Digits):
+        def mutate(self, candidate, rng, prob):
+            parents.append(candidate)
+            return super().mutate(candidate, rng, prob)
+
+    flow = Flowing(LocalSearch(9, 1, "first", 0.5, 3).stream(Watched(9, 9)))
+    _, second = flow.propose(), flow.propose()
+    flow.tell(1, 5.0)
+    flow.propose()
+    flow.tell(2, 1.0)
+    fourth = flow.propose()
+    flow.tell(0, 99.0)
+    flow.tell(3, 2.0)
+    flow.propose()
+    assert parents == [second, fourth]
+
+
 # --- NSGA-II
 
 

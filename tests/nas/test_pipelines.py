@@ -108,6 +108,12 @@ REFUSED = [  # path, value, what is said, and what the repair leaves there; - fo
     ("arch.mix_unit.merge", "Add", "one mixer has nothing to merge", None),
     ("arch.mix_unit.mixer.kind", "Atention", "did you mean Attention?", "-"),
     (
+        "arch.mix_unit",
+        {"kind": "route", "choices": [{"kind": "SSM"}] * 2},
+        "arch.mix_unit.router.topk: 'route' needs it",
+        {"kind": "route", "choices": [{"kind": "SSM"}] * 2, "router": {"topk": 1}},
+    ),
+    (
         "arch.mix_unit.mixer.stencil",
         {"kind": "local"},
         "stencil.window: 'local' needs it",

@@ -432,6 +432,8 @@ def test_numbers_in_plots():
     axis = Axis.fit("x", [1, 100], 0, 1)
     assert axis.log
     assert axis.ticks() == [1, 2, 5, 10, 20, 50, 100]
+    assert Axis.fit("x", [2, 10.1], 0, 1).log
+    assert not Axis.fit("x", [2, 10], 0, 1).log
     for values in ([5.0], [0.0], [-3, 7], [2.0, 2.0 + 1e-9], [160_000, 240_000], [1, 1e12]):
         axis = Axis.fit("x", values, 0, 100)
         assert all(0 <= axis(v) <= 100 for v in values)
