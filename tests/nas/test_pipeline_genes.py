@@ -5,13 +5,13 @@ import dataclasses
 import functools
 import json
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kizzasi.models import build_model
-from kizzasi.nas.pipelines import document as words
-from kizzasi.nas.pipelines import examined
+from kizzasi.nas.pipelines import document, examined, parts
 from kizzasi.nas.pipelines.misfits import changed, found_at
 from kizzasi.strict import field_types
 
@@ -46,6 +46,9 @@ STAGED = {
     },
     "train": {"ctx_len": 32, "vocab_size": 23},
 }
+words = SimpleNamespace(
+    **vars(parts), **{k: v for k, v in vars(document).items() if k not in vars(parts)}
+)
 UNIT, MIXER = "arch.mix_unit", "arch.mix_unit.mixer"
 ROUTE = {
     "kind": "route",

@@ -171,6 +171,9 @@ def test_ctrl_c_ends_a_watch_in_peace(tmp_path):
         text=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background suite has none
     )
     assert watch.stdout is not None
     first = watch.stdout.readline()

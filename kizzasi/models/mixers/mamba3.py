@@ -209,7 +209,7 @@ class Mamba3(Mixer):
         memory = TrapezoidState(before.ssm, before.k, self._inputs(before.v))
         y, after = run(inputs, dt, log_decay, share, B, C, memory, call.starts)
         y = self._finish(y, inputs, z)
-        last = u[:, -1].clone() if many else after.x
+        last = u[:, -1].to(before.v.dtype, copy=True) if many else after.x
         return MixerOut(y, Mamba3State(angles[:, -1].clone(), after.h, after.B, last))
 
     def recurrent(self, x: Tensor, state: Mamba3State, call: Call) -> MixerOut:
@@ -219,7 +219,8 @@ class Mamba3(Mixer):
         B, C, inputs = self._rotate(B, angle), self._rotate(C, angle), self._inputs(u)
         before = TrapezoidState(state.ssm, state.k, self._inputs(state.v))
         y, after = step(before, inputs, dt, log_decay, share, B, C)
-        return MixerOut(self._finish(y, inputs, z), Mamba3State(angle, after.h, after.B, u))
+        last = u.to(state.v.dtype)
+        return MixerOut(self._finish(y, inputs, z), Mamba3State(angle, after.h, after.B, last))
 
     def fused(self) -> Mapping[str, tuple[int, ...]]:
         return {"in_proj.weight": tuple(width for width in self.widths if width)}

@@ -137,7 +137,9 @@ def mix_swiglu(
     token, weight = (v.index_select(0, order) for v in (to.token, to.weight))  # index_put is slow
     if how == "grouped":
         return combine(_grouped(x, token, counts, gate_up, down), token, weight, x)
-    if torch.compiler.is_compiling() or x.is_meta:
+    if x.is_meta:  # without values, a job is as another's
+        return combine(swiglu(gate_up[0], down[0])(x.index_select(0, token)), token, weight, x)
+    if torch.compiler.is_compiling():
         return mix_sorted_node(x, weight, token, counts, gate_up, down)[0].to(x.dtype)
     return MIX_SORTED.pick(engine, x.device)(x, weight, token, counts, gate_up, down)
 

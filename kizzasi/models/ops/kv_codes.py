@@ -175,13 +175,13 @@ def pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.stack([levels[byte & 15], levels[byte >> 4]], 1)
 
 
-def decode_into(out: Tensor, codes: Tensor, scale: Tensor, kind: KVQuant) -> None:
+def decode_into_ref(out: Tensor, codes: Tensor, scale: Tensor, kind: KVQuant) -> None:
     """Write `decode` of codes and scale (b, h, s, ...) into out (b, h, s, width), whose heads lie
     in one piece each."""
     out.copy_(decode(codes, scale, kind, out.shape[-1], out.dtype))
 
 
-def decode_channels_into(
+def decode_channels_into_ref(
     out: Tensor, codes: Tensor, step: Tensor, least: Tensor, kind: KVQuant
 ) -> None:
     """Write `decode_channels` of codes (b, h, s, bytes), with step and least (b, h, groups, width)
@@ -223,11 +223,11 @@ def straight_through(x: Tensor, shown: Tensor) -> Tensor:
 
 NATIVE = "kizzasi.models.ops.native.kv_codes"
 DECODE_INTO = Engines(
-    "decode_into", reference=decode_into, torch=decode_into, native=f"{NATIVE}:decode_into"
+    "decode_into", reference=decode_into_ref, torch=decode_into_ref, native=f"{NATIVE}:decode_into"
 )
 DECODE_CHANNELS_INTO = Engines(
     "decode_channels_into",
-    reference=decode_channels_into,
-    torch=decode_channels_into,
+    reference=decode_channels_into_ref,
+    torch=decode_channels_into_ref,
     native=f"{NATIVE}:decode_channels_into",
 )

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kizzasi.models.ops.autodiff import gradients, too_narrow, transformed
 from kizzasi.models.ops.engines import Engines
@@ -278,12 +277,6 @@ def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 mix_sorted_node.register_autograd(_differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.kizzasi.mix_swiglu)
-def _(x: Any, weight: Any, token: Any, counts: Any, gate_up: Any, down: Any, **_: Any) -> int:
-    """If no job is idle; the arguments are shapes."""
-    return 2 * token[0] * 3 * down[1] * down[2]
 
 
 MIX_SORTED = Engines(

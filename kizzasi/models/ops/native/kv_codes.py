@@ -13,7 +13,7 @@ def decode_into(out: Tensor, codes: Tensor, scale: Tensor, kind: KVQuant) -> Non
     """As of kv_codes; fp8, and heads of an odd width or of unequal groups, are the torch form's."""
     n, size = groups_of(out.shape[-1])
     if kind == "fp8" or n * size != out.shape[-1]:
-        return torch_form.decode_into(out, codes, scale, kind)
+        return torch_form.decode_into_ref(out, codes, scale, kind)
     scale = scale.to(out.dtype).contiguous()
     table = pairs(out.device, out.dtype)
     _call("kv_tokens", out, codes, scale, table, size, kind)
