@@ -274,6 +274,34 @@ def test_kimi_linears_dense_channels_are_named_in_two_ways(tmp_path):
     assert difference(reread.eval(), load(tmp_path / "ours")) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_value_heads": 6},
+        {"expand_v": 2.0},
+        {"conv": False},
+        {"conv_bias": True},
+        {"gate_bias": True},
+        {"negative_eigenvalues": True},
+        {"gate_floor": -5.0},
+        {"channel_gates": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_kimi_linear_cannot_say_is_refused(changes, stored, tmp_path):
+    spec = load(stored / "kimi_linear").spec
+    blocks = [
+        replace(block, mixer=replace(block.mixer, **changes))
+        if block.mixer.kind == "kda"
+        else block
+        for block in spec.blocks
+    ]
+    assert blocks != [*spec.blocks]
+    other = build_model(spec.replace(blocks=tuple(blocks)), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="cannot write it as kimi_linear"):
+        save(other, tmp_path / "ours", "kimi_linear")
+
+
 def test_keys_of_published_files(stored, tmp_path):
     """As in LFM2-1.2B, recurrentgemma-2b, gemma-3-1b and xLSTM-7b."""
     published = {
