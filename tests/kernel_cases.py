@@ -11,6 +11,7 @@ from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
 from kizzasi.models.ops.mimo import MIMO_TRAPEZOID
 from kizzasi.models.ops.norm import RMS_NORM
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
+from kizzasi.models.ops.slstm import SLSTM_SCAN, SLSTMMemory
 from kizzasi.models.ops.sorted_experts import MIX_SORTED
 from kizzasi.models.ops.ssd import SSD, TRAPEZOID, TrapezoidState
 from kizzasi.models.ops.wkv7 import WKV7
@@ -111,6 +112,25 @@ class Norms:
         return lambda x, w, starts: (op(x, w, 0.1, eps), ())
 
 
+class Cells:
+    """sLSTM's table, for functions of tensors only; its state apart from the last y."""
+
+    names = SLSTM_SCAN.names
+
+    def pick(self, engine, device):
+        op = SLSTM_SCAN.pick(engine, device)
+        return lambda x, R, *cells, starts: op(x, R, SLSTMMemory(*cells), starts)
+
+
+def cells(t, rows=B):
+    """Heads of 19 cells, the first of which is empty."""
+    h, n = 2, 19
+    y, c, m = (normal(rows, h, n, seed=i) for i in range(3))
+    norm = normal(rows, h, n).exp()
+    norm[:, 0, 0] = c[:, 0, 0] = 0
+    return (normal(rows, t, 4, h, n), normal(4, h, n, n) / 4, y, c, norm, m), {}, {}
+
+
 class Mixtures:
     """The experts' table: jobs for three of four experts, and a last one for nobody."""
 
@@ -151,6 +171,7 @@ KERNELS = {
     "delta-channel": (DELTA_RULE, lambda t: delta(t, 5, 9, 5)),
     "delta-2": (DELTA_RULE_2, delta_2),
     "wkv7": (WKV7, wkv7),
+    "slstm": (Cells(), cells),
     "norm": (Norms(), lambda t: ((normal(B, t, 19), normal(19)), {}, {})),
     "experts": (Mixtures(), mixture),
     "decay": (DECAY_SCAN, lambda t: ((decays(B, t, 19), normal(B, t, 19), normal(B, 19)), {}, {})),

@@ -132,7 +132,7 @@ def gated_matrix():
 
 
 def cells(x, R, y, c, n, m, starts=None):
-    out, memory = slstm.slstm(x, R, slstm.SLSTMMemory(y, c, n, m), starts)
+    out, memory = slstm.slstm_ref(x, R, slstm.SLSTMMemory(y, c, n, m), starts)
     return out, tuple(memory)
 
 

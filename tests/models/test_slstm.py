@@ -7,7 +7,7 @@ from tolerance import assert_close
 from kizzasi.errors import SpecError
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers import SLSTMSpec
-from kizzasi.models.ops.slstm import slstm
+from kizzasi.models.ops.slstm import slstm_ref
 
 
 def draw(*shape, seed=1):
@@ -19,7 +19,7 @@ def test_it_is_the_papers_recurrence():
     x, R = draw(1, 14, 4, 2, 3), 0.5 * draw(4, 2, 3, 3, seed=2)
     starts = torch.zeros(1, 14, dtype=torch.bool)
     starts[0, 6] = True
-    y, _ = slstm(x, R, None, starts)
+    y, _ = slstm_ref(x, R, None, starts)
     for head in range(2):
         for begin, end in ((0, 6), (6, 14)):
             h, c, n = (torch.zeros(3, dtype=torch.float64) for _ in range(3))
@@ -36,7 +36,7 @@ def test_extreme_input_gates_give_finite_numbers_and_gradients(gate):
     x = draw(1, 9, 4, 1, 3).float()
     x[:, ::2, 1] = gate
     x.requires_grad_()
-    y, _ = slstm(x, torch.zeros(4, 1, 3, 3))
+    y, _ = slstm_ref(x, torch.zeros(4, 1, 3, 3))
     assert y.isfinite().all()
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 

@@ -27,7 +27,7 @@ from kizzasi.models.init import linear_, uniform_
 from kizzasi.models.mixer import NO_DECAY, LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, WideLinear
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
-from kizzasi.models.ops.slstm import SLSTMMemory, slstm, slstm_flops, slstm_step
+from kizzasi.models.ops.slstm import SLSTM_SCAN, SLSTMMemory, slstm_flops, slstm_step
 from kizzasi.models.parts.causal_conv import CausalConv, convolve
 from kizzasi.strict import join, register, require
 
@@ -81,7 +81,7 @@ class SLSTM(Mixer):
     gates begin as in their mLSTM.
     """
 
-    ops = (CAUSAL_CONV1D,)
+    ops = (CAUSAL_CONV1D, SLSTM_SCAN)
     float32_parameters = ("R",)
     fan_in = {"R": -2}  # noqa: RUF012 (read-only by contract)
     param_rules = {"R": NO_DECAY}  # noqa: RUF012 (read-only by contract)
@@ -99,7 +99,8 @@ class SLSTM(Mixer):
     def parallel(self, x: Tensor, state: SLSTMState | None, call: Call) -> MixerOut:
         before, memory = (None, None) if state is None else state
         u, last = self._convolve(x, before, call)
-        y, memory = slstm(self._gates(x, u), self.R, memory, call.starts)
+        run = SLSTM_SCAN.pick(self.engine, x.device)
+        y, memory = run(self._gates(x, u), self.R, memory, call.starts)
         return MixerOut(self._leave(x, y), SLSTMState(last, memory))
 
     def recurrent(self, x: Tensor, state: SLSTMState, call: Call) -> MixerOut:

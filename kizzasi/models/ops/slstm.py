@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
 
 
@@ -31,7 +32,7 @@ class SLSTMMemory(NamedTuple):
     m: Tensor
 
 
-def slstm(
+def slstm_ref(
     x: Tensor, R: Tensor, memory: SLSTMMemory | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, SLSTMMemory]:
     """Run the cells one token at a time: outputs enter the gates, so no other order exists.
@@ -68,7 +69,7 @@ def slstm(
 
 
 def slstm_step(memory: SLSTMMemory, x: Tensor, R: Tensor) -> SLSTMMemory:
-    """One token of `slstm`: x (b, 4, h, n)."""
+    """One token of `slstm_ref`: x (b, 4, h, n)."""
     x, R = full_precision(x), full_precision(R)
     y, c, n, m = memory
     z, i, f, o = (x + (y[:, None].unsqueeze(-2) @ R).squeeze(-2)).unbind(1)
@@ -82,5 +83,13 @@ def slstm_step(memory: SLSTMMemory, x: Tensor, R: Tensor) -> SLSTMMemory:
 
 
 def slstm_flops(batch: int, seq_len: int, heads: int, n: int) -> int:
-    """Work of the matrix products of `slstm`; a multiply-add counts 2."""
+    """Work of the matrix products of `slstm_ref`; a multiply-add counts 2."""
     return 2 * batch * seq_len * 4 * heads * n * n
+
+
+SLSTM_SCAN = Engines(
+    "slstm",
+    reference=slstm_ref,
+    torch=slstm_ref,
+    native="kizzasi.models.ops.native.slstm:slstm",
+)
