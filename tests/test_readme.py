@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,9 +33,10 @@ def unchanged_families(monkeypatch):
 def test_docs_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    namespace: dict = {}
+    module = ModuleType("page")  # so that what a page defines can be pickled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for number, block in enumerate(blocks):
-        exec(compile(block, f"{page.name} block {number}", "exec"), namespace)
+        exec(compile(block, f"{page.name} block {number}", "exec"), vars(module))
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))

@@ -1,7 +1,7 @@
 """Run trials of a search that was started with --executor files, here or on another machine.
 
 Any number of workers may come and go; each takes what nobody has begun, and ends with the search.
-Killed at any moment, its trial is given to another one. See docs/search.md for a SLURM array.
+Killed at any moment, its trial is given to another one. See docs/machines.md for a SLURM array.
 
 example:
   kizzasi search --data ~/notes --out runs/notes --executor files --workers 8

@@ -73,7 +73,11 @@ class HeadSpec(Registered):
 @dataclass(frozen=True)
 class Own(HeadSpec):
     """The stem's own head: logits over its vocabulary, or predicted frames. Others beside it share
-    the features."""
+    the features.
+
+    Args:
+        name: under which `ModelOutput.heads` holds what it says.
+    """
 
     kind: ClassVar[str] = "own"
     name: str = "own"
@@ -102,7 +106,13 @@ class _LinearHead(HeadSpec):
 @register
 @dataclass(frozen=True)
 class Classes(_LinearHead):
-    """Logits over classes: one answer a sequence, or with pool None one a token (tagging)."""
+    """Logits over classes: one answer a sequence, or with pool None one a token (tagging).
+
+    Args:
+        n_classes: how many, at least 2.
+        pool: the features it reads: the last token's, or their mean; None: every token's.
+        name: under which `ModelOutput.heads` holds what it says.
+    """
 
     kind: ClassVar[str] = "classes"
     n_classes: int
@@ -119,7 +129,13 @@ class Classes(_LinearHead):
 @register
 @dataclass(frozen=True)
 class Regression(_LinearHead):
-    """n_out real numbers for every token, or with a pool for the sequence."""
+    """n_out real numbers for every token, or with a pool for the sequence.
+
+    Args:
+        n_out: how many.
+        pool: the features it reads: the last token's, or their mean; None: every token's.
+        name: under which `ModelOutput.heads` holds what it says.
+    """
 
     kind: ClassVar[str] = "regression"
     n_out: int

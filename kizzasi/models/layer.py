@@ -79,13 +79,13 @@ class Layer(nn.Module, metaclass=Ready):
         mask: Tensor | None = None,
         stateful: bool = False,
     ) -> Tensor | LayerOut:
-        """(b, t, d) to (b, t, d). With `stateful` what the method of that name returns, which alone
-        takes the other arguments.
+        """(b, t, d) to (b, t, d); the other arguments are those of `stateful`, which returns more.
 
-        Raises ShapeError if x is not (b, t, d_model).
+        Raises as `stateful` does.
         """
-        if stateful:
-            return self._stateful(x, state, segment_ids, mask)
+        if stateful or not (state is None and segment_ids is None and mask is None):
+            out = self._stateful(x, state, segment_ids, mask)
+            return out if stateful else out.y
         self._check(x, time=True)
         return self.mixer(x).y
 

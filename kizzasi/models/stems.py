@@ -110,7 +110,12 @@ class Tokens(StemSpec):
 @register
 @dataclass(frozen=True)
 class Signal(StemSpec):
-    """Frames of n_in real channels in, frames of n_out real channels out."""
+    """Frames of n_in real channels in, frames of n_out real channels out.
+
+    Args:
+        n_in: channels of a frame that comes in.
+        n_out: channels of a frame that goes out.
+    """
 
     kind: ClassVar[str] = "signal"
     n_in: int

@@ -84,6 +84,15 @@ def test_a_stream_equals_the_whole(name):
     assert_close(alone.y, whole[:, 0])
 
 
+def test_a_plain_call_takes_documents_padding_and_a_state_too():
+    made = MambaSpec(d_state=4).layer(D_MODEL, seed=1, dtype=torch.float64)
+    x = frames(2, 9)
+    ids = torch.tensor([[4] * 5 + [6] * 4] * 2)
+    for given in ({"segment_ids": ids}, {"mask": ids == 6}, {"state": made.stateful(x).state}):
+        assert torch.equal(made(x, **given), made.stateful(x, **given).y)
+        assert not torch.equal(made(x, **given), made(x))
+
+
 @every_part
 def test_documents_and_padding_are_kept_apart(name):
     made, x = layer(name), frames(1, 9)

@@ -53,7 +53,8 @@ class AsideSpec(LayerSpec):
         n_heads: heads of the block.
         hidden: inner width of its channel.
         head_dim: None means 2 d_model / n_heads.
-        position: "none", or "rope" with rope_theta.
+        position: "none", or "rope".
+        rope_theta: base of the rotary frequencies.
         scale: factor of the scores; None means (head_dim / 2)^-0.5.
         activation: of the channel's gate.
         bias: of the channel's maps.
