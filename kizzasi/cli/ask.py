@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.elsewhere import ask, begun, plan_elsewhere, plan_in
-    from kizzasi.nas.search import Found
+    from kizzasi.nas.report.found import Found
     from kizzasi.nas.study.config_file import read_config
     from kizzasi.train.task import Metric
 

@@ -46,7 +46,7 @@ class Gene(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from kizzasi.nas.executors import KINDS
-    from kizzasi.nas.search import SearchConfig
+    from kizzasi.nas.study.config import SearchConfig
 
     default = SearchConfig()
     parser.add_argument("--data", help='a file or folder of bytes, or "stdlib"; default: built in')
@@ -307,7 +307,7 @@ def _bytes(mebibytes: float | None) -> int | None:
 def _wanted(args: argparse.Namespace, folder: Path) -> tuple[SearchConfig, Any]:
     """The config and, where the journal alone has it, the space. A resumed run takes from its
     journal what no flag says."""
-    from kizzasi.nas.search import SearchConfig
+    from kizzasi.nas.study.config import SearchConfig
     from kizzasi.nas.study.config_file import read_config, require_read
     from kizzasi.nas.study.identity import settings_of
 
@@ -333,7 +333,7 @@ def _dry_run(
     config: SearchConfig, space: Any, args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
     """What a search would do, by its own arithmetic and the pace of a few steps here."""
-    from kizzasi.nas.search import outline
+    from kizzasi.nas.study.outline import outline
 
     told = outline(config, space, device=args.device, workers=args.workers)
     minutes = told["seconds"] / 60

@@ -4,6 +4,7 @@ from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.evaluators.zero_cost import PROXIES
 from kizzasi.nas.executors import Executor, InProcess, Limits, Processes
+from kizzasi.nas.report.found import Finalist, Found
 from kizzasi.nas.results.rank_agreement import (
     kendall_tau_b,
     proxy_worth,
@@ -22,7 +23,7 @@ from kizzasi.nas.schedulers import (
     Scheduler,
     StoppingASHA,
 )
-from kizzasi.nas.search import Finalist, Found, Search, named_search
+from kizzasi.nas.search import Search, named_search
 from kizzasi.nas.searchers import (
     NSGA2,
     TPE,

@@ -19,8 +19,9 @@ from kizzasi.models import Tokens
 from kizzasi.models.stems import StemSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement, Report
 from kizzasi.nas.executors.elsewhere import Elsewhere, WaitingError
+from kizzasi.nas.report.found import Found
 from kizzasi.nas.results.events import count, list_of, maybe, number, point, record, text
-from kizzasi.nas.search import Found, run_plan
+from kizzasi.nas.search import run_plan
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import read_space
 from kizzasi.nas.spaces.stem import Stem

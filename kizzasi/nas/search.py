@@ -17,9 +17,6 @@ there.
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,25 +24,22 @@ from types import FunctionType
 from typing import Any
 
 from kizzasi.errors import SpecError
-from kizzasi.models import ModelSpec, SequenceModel, load
-from kizzasi.nas.evaluators.evaluator import Evaluator, Job
+from kizzasi.models import ModelSpec
+from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
 from kizzasi.nas.executors.files import serve
 from kizzasi.nas.executors.work import Work
-from kizzasi.nas.report.export import export
+from kizzasi.nas.report.found import Found
 from kizzasi.nas.report.live import Live
-from kizzasi.nas.report.pages import table, write_report
-from kizzasi.nas.results.finals import Final
-from kizzasi.nas.results.summary import Summary
+from kizzasi.nas.report.pages import write_report
 from kizzasi.nas.schedulers import Scheduler
-from kizzasi.nas.searchers import Searcher, pareto_front
+from kizzasi.nas.searchers import Searcher
 from kizzasi.nas.spaces.constraints import Constraints
 from kizzasi.nas.spaces.describe import name_of
 from kizzasi.nas.spaces.joint import Joint
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import definition
-from kizzasi.nas.spaces.resize import stretched
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.spaces.stem import Stem
 from kizzasi.nas.study.candidates import ProxyPool
@@ -55,6 +49,7 @@ from kizzasi.nas.study.flow import Flow
 from kizzasi.nas.study.folder import CONFIG, claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
+from kizzasi.nas.study.outline import tokens_at_most
 from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.session import session_of
@@ -66,109 +61,6 @@ from kizzasi.train.files import said_of
 from kizzasi.train.memory import require_memory
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Metric, Shape, Task
-
-TIMED_STEPS = 4  # of `outline`
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finalist:
-    """A candidate that was trained anew at the final budget.
-
-    Args:
-        name: for people.
-        spec: its architecture.
-        params: embeddings included.
-        score: mean over the seeds; on test where there is one. None if every training failed.
-        scores: by seed.
-        searched: False for a baseline.
-    """
-
-    name: str
-    spec: ModelSpec
-    params: int
-    score: float | None
-    scores: dict[int, float]
-    searched: bool
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found. Plain values; `summary` has everything else.
-
-    Args:
-        folder: of the run.
-        summary: of its journal.
-    """
-
-    folder: Path
-    summary: Summary = field(repr=False)
-
-    @property
-    def best(self) -> Finalist:
-        """The best model, whose weights are kept: the winner, or a baseline that beat it."""
-        assert self.summary.saved is not None, "a finished search has a best model"
-        return self._finalist(self.summary.saved)
-
-    @property
-    def winner(self) -> Finalist:
-        """The best searched candidate."""
-        assert self.summary.winner is not None, "a finished search has a winner"
-        return self._finalist(self.summary.winner)
-
-    @property
-    def finals(self) -> list[Finalist]:
-        """Everyone who was trained anew, best first."""
-        return [self._finalist(final) for final in self.summary.finals]
-
-    @property
-    def front(self) -> list[ModelSpec]:
-        """The models that no other beats in both score and parameters, on the deepest rung."""
-        deepest = self.summary.rungs[-1].name
-        points = {
-            s.entry["id"]: (s.entry["params"], score)
-            for s in self.summary.standings
-            if (score := s.score(deepest)) is not None
-        }
-        names = list(points)
-        specs = {s.entry["id"]: s.entry["spec"] for s in self.summary.standings}
-        front = pareto_front(list(points.values()))
-        return [ModelSpec.from_dict(specs[names[i]]) for i in front]
-
-    @property
-    def table(self) -> str:
-        """Everyone who took part, and the findings, for a terminal."""
-        return table(self.summary)
-
-    def model(self, device: str = "cpu") -> SequenceModel:
-        """The best model with its weights.
-
-        Raises:
-            CheckpointError: the evaluator left none that can be loaded.
-        """
-        return load(self.folder / "best", device=device)
-
-    def at(self, n_params: int) -> ModelSpec:
-        """The best model's design at another budget: its layers stacked, and all of it wider.
-
-        Raises:
-            SpecError: no such model is valid and within a factor of 1.4 of n_params.
-        """
-        return stretched(self.best.spec, n_params)
-
-    def export(self, out: Path | str) -> Path:
-        """Weights, spec, model card and a script that runs it, in a folder of their own."""
-        return export(self.folder, Path(out))
-
-    def _finalist(self, final: Final) -> Finalist:
-        sign = self.summary.metric.sign
-        return Finalist(
-            name=final.entry["name"],
-            spec=ModelSpec.from_dict(final.entry["spec"]),
-            params=final.entry["params"],
-            score=None if final.mean is None else sign * final.mean,
-            scores={seed: sign * score for seed, score in final.by_seed.items()},
-            searched=final.entry["group"] != "preset",
-        )
 
 
 @dataclass(frozen=True)
@@ -416,77 +308,6 @@ def run_plan(
             Waves(run, plan.side_by_side).climb()
         run.finish()
         return Found(folder, write_report(folder, study.events))
-
-
-def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
-    """What the bar counts to: a rough upper bound, since failed trials stop early."""
-    n, total, before = config.n_candidates + n_baselines, 0, 0
-    if config.searcher == "proxy":
-        n = n_baselines + config.n_best + config.n_random + config.n_outside
-    for tokens in config.budgets:
-        total += n * (tokens - before)
-        before, n = tokens, max(2, round(config.keep * n)) + 1
-    total = config.search_tokens or total
-    n_tried = math.prod(map(len, config.sweep.values()))
-    sweeps = (n_baselines + config.n_sweep) * (n_tried - 1) * config.budgets[0]
-    seeds = config.final_seeds + config.slope_seeds
-    return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
-
-
-def outline(
-    config: SearchConfig,
-    space: Any = None,
-    *,
-    task: Task | None = None,
-    device: str = "cpu",
-    workers: int | None = None,
-) -> dict[str, Any]:
-    """What `named_search` would do at most, and how long that would take; nothing is written.
-
-    Args:
-        config, space, task, device, workers: as there.
-
-    Returns:
-        trials, candidates, baselines, tokens, workers, params (of the model that was timed),
-        tokens_per_second (of all workers) and seconds.
-
-    Raises:
-        DataError, SpecError: as there.
-    """
-    config.check()
-    task = task or open_task(config.data, test_fraction=config.test_fraction, test=config.test)
-    plan = plan_of(config, task, space)
-    plan.check()
-    n, presets = config.n_candidates, len(plan.baselines)
-    if config.searcher == "proxy":
-        n = config.n_best + config.n_random + config.n_outside
-    tokens = tokens_at_most(config, presets)
-    n_tried = math.prod(map(len, config.sweep.values()))
-    sweeps = (presets + config.n_sweep) * (n_tried - 1)
-    finals = (1 + config.n_finalists) * (config.final_seeds + config.slope_seeds)
-    spec = next(iter(plan.baselines.values()))
-    pace = _pace(plan.micro_training, spec, device)
-    side_by_side = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
-    return {
-        "trials": (n + presets) * len(config.budgets) + sweeps + finals,
-        "candidates": n,
-        "baselines": presets,
-        "tokens": tokens,
-        "workers": side_by_side,
-        "params": spec.cost(1).params,
-        "tokens_per_second": pace * side_by_side,
-        "seconds": tokens / (pace * side_by_side),
-    }
-
-
-def _pace(evaluator: MicroTrain, spec: ModelSpec, device: str) -> float:
-    """Tokens a second of one training, from a few steps."""
-    training = evaluator.training(Job(spec, 1, 0, device=device))
-    step = training.recipe.tokens_per_step
-    training.run(step)
-    start = time.perf_counter()
-    training.run(step * (1 + TIMED_STEPS))
-    return step * TIMED_STEPS / (time.perf_counter() - start)
 
 
 def _named(evaluator: Any) -> str:

@@ -14,7 +14,8 @@ from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas import elsewhere
 from kizzasi.nas.executors.simulated import Simulated
-from kizzasi.nas.search import Found, run_plan
+from kizzasi.nas.report.found import Found
+from kizzasi.nas.search import run_plan
 from kizzasi.nas.study.config_file import read_config
 from kizzasi.nas.study.journal import Journal, read_events
 from kizzasi.train import Metric
