@@ -32,6 +32,7 @@ Family = TypeVar("Family", bound=type)
 BY_PLACE = 3
 MOST = 2**64  # of a whole number
 PLAIN = (bool, int, float, str, type(None))
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def require(rule: bool, path: str, message: str) -> None:
@@ -145,15 +146,15 @@ class Strict(metaclass=StrictType):
     def canonical_json(self) -> str:
         """One text per value: sorted keys, no white space, all fields but `added` ones at their
         defaults."""
-        data = self._data(brief=True)
-        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return CANONICAL.encode(self._data(brief=True))
 
     def _data(self, *, brief: bool) -> dict[str, Any]:
         hints, data = field_types(type(self)), {}
         for name, _, later, default in _fields(type(self)):
             value = getattr(self, name)
             if not (brief and later and value == default):
-                data[name] = plain(value, hints[name], name, brief=brief)
+                known = type(value) in PLAIN  # a spec is checked when it is made
+                data[name] = value if known else plain(value, hints[name], name, brief=brief)
         return data
 
     def require_positive(self, path: str, *names: str) -> None:
@@ -212,7 +213,7 @@ def register(cls: Family) -> Family:
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
     """Turn plain data into a value of the annotated type, or raise SpecError with the path."""
-    if hint in PLAIN:
+    if type(hint) is type and hint in PLAIN:
         return _scalar(value, hint, path)
     origin, args = _parts(hint)
     if origin in (Union, types.UnionType):

@@ -25,7 +25,12 @@ class Cost(NamedTuple):
     state_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        return Cost(
+            self.params + other.params,
+            self.active_params + other.active_params,
+            self.flops + other.flops,
+            self.state_bytes + other.state_bytes,
+        )
 
 
 def dense(params: int, *, flops: int = 0, state_bytes: int = 0) -> Cost:

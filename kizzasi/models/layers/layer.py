@@ -106,9 +106,8 @@ class LayerSpec(Registered):
 
     def inside(self) -> Iterator[tuple[str, tuple[LayerSpec, ...] | Part]]:
         """The fields that are stacks, mixers or channels, by name, in their order."""
-        for name, hint in field_types(type(self)).items():
+        for name, stack in _insides(type(self)):
             value = getattr(self, name)
-            stack = isinstance(value, tuple) and get_args(hint)[:1] == (LayerSpec,)
             if stack or isinstance(value, (MixerSpec, ChannelSpec)):
                 yield name, value
 
@@ -270,6 +269,13 @@ def _mixers(part: Strict) -> Iterator[MixerSpec]:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, Strict):
                 yield from _mixers(one)
+
+
+@functools.cache
+def _insides(cls: type[LayerSpec]) -> tuple[tuple[str, bool], ...]:
+    """The fields of a layer that may be stacks, mixers or channels, and which are stacks."""
+    hints = field_types(cls)
+    return tuple((name, get_args(hints[name])[:1] == (LayerSpec,)) for name in _specs(cls))
 
 
 @functools.cache

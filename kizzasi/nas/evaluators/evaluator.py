@@ -9,7 +9,7 @@ def evaluate(job, report):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; values of windows and further facts only where they are known."""
-        facts = asdict(self)
+        facts = dict(vars(self))
         facts["tokens"], facts["tokens_per_second"] = facts.pop("spent"), facts.pop("per_second")
         for name in ("values", "facts"):
             if facts[name] is None:

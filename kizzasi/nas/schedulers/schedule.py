@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -140,8 +141,9 @@ class Results:
         scores.append(score)
         self._rungs[rung][candidate] = score
         if score != FAILED:
-            insort(self._orders[rung], (-score, candidate))
-            insort(self._resting[rung], (-score, candidate))
+            place = -score, candidate
+            insort(self._orders[rung], place)
+            insort(self._resting[rung], place)
         self.n_begun = max(self.n_begun, candidate + 1)
         self.told.append((candidate, rung, score))
 
@@ -165,6 +167,7 @@ class Scheduler(Protocol):
         ...
 
 
+@cache
 def geometric_budgets(min_budget: int, max_budget: int, eta: int) -> tuple[int, ...]:
     """Return min_budget * eta^k for k = 0, 1, ... as far as max_budget.
 

@@ -17,7 +17,7 @@ import torch
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
-from kizzasi.nas.spaces.describe import spec_of
+from kizzasi.nas.spaces.describe import cost_at, spec_of
 from kizzasi.nas.spaces.device_cost import built, latency_ms, peak_memory_bytes
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
@@ -82,7 +82,7 @@ class Constraints:
 
     def analytic_refusal(self, spec: ModelSpec) -> Refusal | None:
         """The first rule that the spec breaks on paper; nothing is built."""
-        cost = spec.cost(self.seq_len)
+        cost = cost_at(spec, self.seq_len)
         values = (
             cost.params,
             cost.active_params,

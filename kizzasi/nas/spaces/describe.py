@@ -10,9 +10,10 @@ import dataclasses
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-from kizzasi.models import MixerSpec, ModelSpec
+from kizzasi.models import Cost, MixerSpec, ModelSpec
 from kizzasi.nas.spaces.families import ArchCandidate, analytic_score
 from kizzasi.nas.spaces.model_space import Candidate, name_of
 from kizzasi.nas.spaces.stem import Stem, with_stem
@@ -58,6 +59,12 @@ def spec_of(candidate: Any, stem: Stem | None) -> ModelSpec:
     if isinstance(candidate, ModelSpec):
         return with_stem(candidate, stem)
     return candidate.to_spec(stem=stem)
+
+
+@lru_cache(maxsize=2**8)
+def cost_at(spec: ModelSpec, seq_len: int) -> Cost:
+    """What a model costs, which rules, entries and objectives ask in turn."""
+    return spec.cost(seq_len)
 
 
 def describe(candidate: Any, stem: Stem | None) -> Description:

@@ -231,7 +231,10 @@ class ModelSpace:
     def encode(self, spec: ModelSpec) -> Candidate | None:
         """The candidate of this space that is this model, if there is one."""
         genes = next(genes_of(self._root, spec), None)
-        return None if genes is None else self.decode(genes)
+        if genes is None:
+            return None
+        spec.check()
+        return Candidate(spec, _kept(genes))
 
     def _try(self, decide: Decide, again: Decide, otherwise: Candidate) -> Candidate:
         for _ in range(TRIES):
@@ -244,4 +247,8 @@ class ModelSpace:
     def _fill(self, decide: Decide, again: Decide | None, *, exhaustive: bool = False) -> Candidate:
         walk = Walk(decide, again, exhaustive=exhaustive)
         spec = self._root.fill("", walk)
-        return Candidate(spec, tuple(map(shared, walk.genes.items())))
+        return Candidate(spec, _kept(walk.genes))
+
+
+def _kept(genes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(map(shared, genes.items()))

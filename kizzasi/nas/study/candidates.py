@@ -22,7 +22,7 @@ from kizzasi.models import ModelSpec
 from kizzasi.nas.searchers import Flowing, News, Proposals, Searcher, Stream, Streaming
 from kizzasi.nas.searchers.traced import Traced
 from kizzasi.nas.spaces.constraints import Constraints, Refusal, Rules
-from kizzasi.nas.spaces.describe import describe, spec_of
+from kizzasi.nas.spaces.describe import cost_at, describe, spec_of
 from kizzasi.nas.spaces.families import ArchCandidate
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.spaces.space import Space
@@ -51,7 +51,7 @@ def entry_of(group: str, candidate: Any, stem: Stem | None, parents: tuple[str, 
 
 def plain_entry(group: str, name: str, family: str, spec: ModelSpec) -> Entry:
     """A model as an entry."""
-    cost = spec.cost(STATE_LENGTH)
+    cost = cost_at(spec, STATE_LENGTH)
     ident = spec.digest[:12]
     return Entry(ident, group, name, family, spec, None, cost.params, None, cost.state_bytes)
 
@@ -284,5 +284,5 @@ class _Ledger:
 
 def costs(spec: ModelSpec) -> tuple[float, ...]:
     """What a search of several objectives minimises beside the loss: state and flops."""
-    cost = spec.cost(STATE_LENGTH)
+    cost = cost_at(spec, STATE_LENGTH)
     return float(cost.state_bytes), float(cost.flops)

@@ -49,6 +49,7 @@ from kizzasi.nas.results.words import gist
 from kizzasi.nas.study.journal import Journal
 from kizzasi.train.task import Metric, Split
 
+SORTED = json.JSONEncoder(sort_keys=True)
 EARLIER = "earlier"  # the event of what an earlier run found; see `kizzasi.nas.study.warm`
 
 
@@ -93,7 +94,7 @@ class Trial:
     def run_id(self) -> str:
         """Names the training across its rungs; its checkpoint has this name."""
         chosen = self.settings
-        named = repr(chosen["lr"]) if [*chosen] == ["lr"] else json.dumps(chosen, sort_keys=True)
+        named = repr(chosen["lr"]) if [*chosen] == ["lr"] else SORTED.encode(chosen)
         text = f"{self.entry.spec.digest} {self.seed} {named} {self.horizon}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -321,9 +322,9 @@ class Study:
     def keep(self, trials: Sequence[Trial], busy: Collection[Path | None] = ()) -> None:
         """Delete all checkpoints of this run but those of these trials, and those in use; strange
         files stay."""
-        kept = {self.checkpoint(trial) for trial in trials} | set(busy)
+        kept = {trial.run_id for trial in trials} | {path.stem for path in busy if path}
         for path in self.checkpoints.glob("*.pt"):
-            if path not in kept and path.stem in self.own:
+            if path.stem in self.own and path.stem not in kept:
                 remove(path)
 
     def forget(self, trials: Sequence[Trial]) -> None:

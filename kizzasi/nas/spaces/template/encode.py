@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec
 from kizzasi.nas.spaces.template.nodes import (
@@ -12,14 +12,13 @@ from kizzasi.nas.spaces.template.nodes import (
     List,
     Model,
     Node,
-    Part,
     Pattern,
     Repeat,
-    fillings,
 )
 from kizzasi.strict import join
 
 Genes = dict[str, int]
+Prefixes = list[tuple[Genes, int]]  # genes, and how many blocks they make
 Blocks = Sequence[LayerSpec]
 
 
@@ -43,11 +42,9 @@ class _Reading:
 
     Args:
         d_model: of the model.
-        known: by the path of a template's block and the block read: the ways to make it.
     """
 
     d_model: int
-    known: dict[tuple[str, int], list[Genes]] = field(default_factory=dict)
 
     def prefixes(self, node: Node, blocks: Blocks, path: str) -> Iterator[tuple[Genes, int]]:
         """Genes with which `node` makes the first n of these blocks, and n."""
@@ -58,11 +55,12 @@ class _Reading:
         elif isinstance(node, List):
             yield from self._chain([(n, f"{path}[{i}]") for i, n in enumerate(node.nodes)], blocks)
         elif isinstance(node, Repeat):
-            for copies in range(node.low, node.high + 1):
+            found: Prefixes = [({}, 0)]
+            for copies in range(1, min(node.high, len(blocks)) + 1):
+                found = self._longer(found, node.node, f"{path}[{copies - 1}]", blocks)
                 own = {path: copies - node.low} if node.high > node.low else {}
-                links = [(node.node, f"{path}[{i}]") for i in range(copies)]
-                for genes, n in self._chain(links, blocks):
-                    yield {**own, **genes}, n
+                if copies >= node.low:
+                    yield from (({**own, **genes}, n) for genes, n in found)
         elif isinstance(node, Pattern):
             for i, text in enumerate(node.texts):
                 own = {path: i} if len(node.texts) > 1 else {}
@@ -70,41 +68,25 @@ class _Reading:
                 for genes, n in self._chain(links, blocks):
                     yield {**own, **genes}, n
         elif isinstance(node, Block) and blocks and isinstance(blocks[0], BlockSpec):
-            for genes in self._block(node, blocks[0], path):
-                yield genes, 1
+            yield from ((genes, 1) for genes in node.ways(blocks[0], path, self.d_model))
 
-    def _chain(
-        self, links: Sequence[tuple[Node, str]], blocks: Blocks
-    ) -> Iterator[tuple[Genes, int]]:
-        """One node behind the other; nodes of one path have the same genes."""
-        if not links:
-            yield {}, 0
-            return
-        (node, path), *rest = links
-        for genes, n in self.prefixes(node, blocks, path):
-            for more, m in self._chain(rest, blocks[n:]):
-                if all(more.get(where, gene) == gene for where, gene in genes.items()):
-                    yield {**genes, **more}, n + m
+    def _chain(self, links: Sequence[tuple[Node, str]], blocks: Blocks) -> Prefixes:
+        """One node behind the other."""
+        found: Prefixes = [({}, 0)] if len(links) <= len(blocks) else []
+        for node, path in links:
+            if not found:
+                break
+            found = self._longer(found, node, path, blocks)
+        return found
 
-    def _block(self, node: Block, block: BlockSpec, path: str) -> list[Genes]:
-        key = path, id(block)
-        if key not in self.known:
-            self.known[key] = list(self._ways(node, block, path))
-        return self.known[key]
-
-    def _ways(self, node: Block, block: BlockSpec, path: str) -> Iterator[Genes]:
-        parts = node.parts.nodes
-        if BlockSpec(**{key: getattr(block, key) for key in parts}) != block:
-            return  # what the template leaves out has its default
-        ways: list[Genes] = [{}]
-        for key, part in parts.items():
-            wanted, where = getattr(block, key), join(path, key)
-            if isinstance(part, Part):
-                fitting = part.ways(wanted, where, self.d_model)
-            else:
-                fitting = [g for value, g in fillings(part, where, self.d_model) if value == wanted]
-            ways = [{**way, **genes} for way in ways for genes in fitting]
-        yield from ways
+    def _longer(self, found: Prefixes, node: Node, path: str, blocks: Blocks) -> Prefixes:
+        """One more node behind each of these; nodes of one path have the same genes."""
+        return [
+            ({**before, **genes}, m + n)
+            for before, m in found
+            for genes, n in self.prefixes(node, blocks[m:], path)
+            if all(before.get(where, gene) == gene for where, gene in genes.items())
+        ]
 
 
 def _options(node: Choice, path: str) -> Iterator[tuple[int, Genes]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ from kizzasi.strict import join
 
 TRIES = 50  # draws before a part, and before a whole model, is given up
 HERE = "@"  # stands for the path of a part
+MOST_KEPT = 2**12  # parts and blocks of a kind that are kept once made
+K = TypeVar("K")
 T = TypeVar("T")
 
 Decide = Callable[[str, int], int]  # (path of a hole, its number of options) -> an option's number
@@ -44,6 +46,10 @@ class Walk:
         gene = self.decide(path, n)
         self.genes[path] = gene
         return gene
+
+    def since(self, n: int) -> tuple[int, ...]:
+        """The options taken behind the first n: all that what was filled there depends on."""
+        return tuple(islice(self.genes.values(), n, None))
 
 
 class Node(Protocol):
@@ -89,9 +95,32 @@ class Block:
     """A `BlockSpec` of parts."""
 
     parts: Record
+    made: dict[tuple[int, ...], BlockSpec] = field(default_factory=dict)  # by their genes
+    read: dict[tuple[int, BlockSpec], list[dict[str, int]]] = field(default_factory=dict)
 
     def fill(self, path: str, walk: Walk) -> BlockSpec:
-        return BlockSpec(**self.parts.fill(path, walk))
+        before = len(walk.genes)
+        parts = self.parts.fill(path, walk)
+        return kept(self.made, walk.since(before), lambda: BlockSpec(**parts))
+
+    def ways(self, block: BlockSpec, path: str, d_model: int) -> list[dict[str, int]]:
+        """All genes with which this is `block` at this width."""
+        found = kept(self.read, (d_model, block), lambda: self._ways(block, d_model))
+        return [{path + where: gene for where, gene in genes.items()} for genes in found]
+
+    def _ways(self, block: BlockSpec, d_model: int) -> list[dict[str, int]]:
+        parts = self.parts.nodes
+        if BlockSpec(**{key: getattr(block, key) for key in parts}) != block:
+            return []  # what the template leaves out has its default
+        ways: list[dict[str, int]] = [{}]
+        for key, part in parts.items():
+            wanted, where = getattr(block, key), f".{key}"
+            if isinstance(part, Part):
+                fitting = part.ways(wanted, where, d_model)
+            else:
+                fitting = [g for value, g in fillings(part, where, d_model) if value == wanted]
+            ways = [{**way, **genes} for way in ways for genes in fitting]
+        return ways
 
     def count(self, d_model: int) -> int:
         return self.parts.count(d_model)
@@ -166,6 +195,7 @@ class Part:
     def __init__(self, family: type[MixerSpec] | type[ChannelSpec], node: Node) -> None:
         self.family, self.node = family, node
         self._counts: dict[int, int] = {}
+        self._made: dict[tuple[int, ...], Any] = {}
         self._ways: dict[int, dict[Any, list[dict[str, int]]]] = {}
 
     def fill(self, path: str, walk: Walk) -> Any:
@@ -175,10 +205,9 @@ class Part:
                 value = self.node.fill(path, walk)
                 if value is None:
                     return None
-                part = self.family.from_dict(value, path)
+                make = partial(self._checked, value, path, walk.d_model)
                 try:
-                    part.check(walk.d_model, path)
-                    return part
+                    return kept(self._made, (walk.d_model, *walk.since(before)), make)
                 except SpecError as error:
                     if walk.again is None or attempt == TRIES - 1:
                         raise MisfitError(str(error)) from error
@@ -187,6 +216,11 @@ class Part:
                     walk.genes.popitem()
         finally:
             walk.decide = decide
+
+    def _checked(self, value: Any, path: str, d_model: int) -> Any:
+        part = self.family.from_dict(value, path)
+        part.check(d_model, path)
+        return part
 
     def ways(self, value: Any, path: str, d_model: int) -> list[dict[str, int]]:
         """All genes with which this part is `value` at this width."""
@@ -268,6 +302,17 @@ def shared(value: T) -> T:
     """An equal value that others hold already: the many candidates of a search are made of few
     different layers and genes."""
     return value
+
+
+def kept(made: dict[K, T], key: K, make: Callable[[], T]) -> T:
+    """What was made for this key before, or else is made now; of too many the oldest goes."""
+    found = made.get(key)
+    if found is None:
+        found = make()
+        if len(made) >= MOST_KEPT:
+            del made[next(iter(made))]
+        made[key] = found
+    return found
 
 
 def _spliced(values: Iterable[Any]) -> list[Any]:
