@@ -30,7 +30,7 @@ from kizzasi.nas.study.run import Run
 BLOCK = {"mixer": {"kind": "mamba", "d_state": choice(*range(1, 17))}}
 SPACE = ModelSpace({"d_model": choice(8, 12), "stem": Signal(1, 1), "blocks": repeat(BLOCK, 3, 4)})
 CURVE = tuple((i * 5120, 3.0) for i in range(20))
-FEW, MANY = 40, 120
+FEW, MANY = 80, 160
 
 
 def train(job: Job, report: object) -> Measurement:
@@ -87,7 +87,7 @@ def test_calls_of_a_trial_do_not_grow_with_their_number(name, climb):
         profile.disable()
         calls.append(pstats.Stats(profile).total_calls / trials)  # pyright: ignore[reportAttributeAccessIssue]
     assert calls[1] < 1.15 * calls[0]
-    assert calls[1] < 1
+    assert calls[1] < 3000
 
 
 @pytest.mark.parametrize("name", SEARCHES)
