@@ -4,8 +4,13 @@
 loaded by `kizzasi.models.load`; its logits, and the greedy tokens that follow, are compared first,
 and no ratio is printed unless they agree.
 
-example:
+With --far N, of the recurrent models alone: what a token costs after N tokens of one line, against
+what it cost after 100 (medians of 64 tokens).
+
+examples:
   python scripts/bench_decode.py --tokens 128 --prefill 512 --repeats 5
+  python scripts/bench_decode.py --threads 1 --cpu-time        where other programs run too
+  python scripts/bench_decode.py --far 32000
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kizzasi.models import SequenceModel, load
+from kizzasi.models import Decoder, SequenceModel, load
 
 SIZES = {"vocab_size": 256, "hidden_size": 256, "num_hidden_layers": 4}
 NO_IDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
@@ -35,7 +40,10 @@ PEERS: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 256, "intermediate_size": 1024, "context_length": 4096},
     "mixtral": {**HEADS, "intermediate_size": 344, "num_local_experts": 4},
 }
+RECURRENT = ("mamba", "mamba2", "rwkv")
 PROMPT = 16
+NEAR, SAMPLE = 100, 64
+Clock = Callable[[], float]
 
 
 def pair(name: str, device: str) -> tuple[Any, SequenceModel]:
@@ -65,21 +73,35 @@ def check(name: str, peer: Any, model: SequenceModel, prompt: Tensor) -> None:
 
 
 @torch.no_grad()
-def rate(run: Callable[[], object], n_tokens: int) -> float:
-    start = time.perf_counter()
+def rate(run: Callable[[], object], n_tokens: int, clock: Clock) -> float:
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return n_tokens / (time.perf_counter() - start)
+    return n_tokens / (clock() - start)
 
 
-def measure(runs: dict[str, Callable[[], object]], n_tokens: int, repeats: int) -> dict[str, float]:
+def measure(
+    runs: dict[str, Callable[[], object]], n_tokens: int, repeats: int, clock: Clock
+) -> dict[str, float]:
     """Median tokens/s, in turn, so that both meet the same machine; the first is warm-up."""
     rates: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(repeats + 1):
         for key, run in runs.items():
-            rates[key].append(rate(run, n_tokens))
+            rates[key].append(rate(run, n_tokens, clock))
     return {key: statistics.median(values[1:]) for key, values in rates.items()}
+
+
+def far(model: SequenceModel, n: int, clock: Clock) -> dict[str, float]:
+    """Median microseconds of the SAMPLE tokens after NEAR and after n tokens of one line."""
+    decoder, seconds = Decoder(model), []
+    tokens = torch.randint(256, (n + SAMPLE, 1))
+    for token in tokens:
+        start = clock()
+        decoder.step(token)
+        seconds.append(clock() - start)
+    near, late = (1e6 * statistics.median(seconds[i : i + SAMPLE]) for i in (NEAR, n))
+    return {f"us at {NEAR}": near, f"us at {n}": late, "ratio": late / near}
 
 
 def main() -> None:
@@ -94,6 +116,8 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="decode by torch.compile(model.step)"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, not of the clock")
+    parser.add_argument("--far", type=int, metavar="N", help="compare token N with token 100")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
@@ -103,10 +127,16 @@ def main() -> None:
     torch.manual_seed(args.seed)
     long = torch.randint(256, (1, args.prefill), device=args.device)
     prompt = long[:, :PROMPT]
-    rows = []
+    clock: Clock = time.process_time if args.cpu_time else time.perf_counter
+    rows: list[dict[str, Any]] = []
     for name in args.models:
+        if args.far and name not in RECURRENT:
+            continue
         peer, model = pair(name, args.device)
         check(name, peer, model, long)
+        if args.far:
+            rows.append({"model": name, **far(model, args.far, clock)})
+            continue
         n = {"max_new_tokens": args.tokens}
         step = torch.compile(model.step, dynamic=True) if args.compile else None
         theirs = partial(peer.generate, prompt, min_new_tokens=args.tokens, do_sample=False, **n)
@@ -119,13 +149,14 @@ def main() -> None:
         }
         for task, (runs, other) in tasks.items():
             n_tokens = args.tokens if task == "decode" else args.prefill
-            found = measure({**runs, "transformers": other}, n_tokens, args.repeats)
+            found = measure({**runs, "transformers": other}, n_tokens, args.repeats, clock)
             ratio = found["ours"] / found["transformers"]
             rows.append({"model": name, "task": task, **found, "ratio": ratio})
     if args.json:
         print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
         return
-    print(f"tokens/s, medians of {args.repeats}, {torch.get_num_threads()} threads")
+    times = " of processor time" if args.cpu_time else ""
+    print(f"tokens/s{times}, medians of {args.repeats}, {torch.get_num_threads()} threads")
     for row in rows:
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else v for k, v in row.items()))
 

@@ -6,13 +6,29 @@ import torch
 from cases import VOCAB, causal_parts, make, tokens
 from tolerance import assert_close
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kizzasi.models import BlockSpec, Decoder, ModelSpec, Tokens, build_model
-from kizzasi.models.channels import MLPSpec, RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.channels import MLPSpec, MoESpec, RWKVChannelSpec, SwiGLUSpec
+from kizzasi.models.channels.moe_routers import TopK
+from kizzasi.models.decoding.inplace.attention import PLACES
 from kizzasi.models.decoding.inplace.base import Called
 from kizzasi.models.decoding.inplace.line import CalledLine, InPlaceLine
 from kizzasi.models.mixers import AttentionSpec, Mamba2Spec, MambaSpec, RWKV4Spec
+from kizzasi.models.ops.activations import ACTIVATIONS
+from kizzasi.models.ops.steps import STEPS
 from kizzasi.testing.mixer import assert_same_state
+
+native = pytest.mark.skipif(
+    STEPS.resolve("auto", torch.device("cpu")) != "native",
+    reason="no compiled kernels here: python -m kizzasi.models.ops.native.build",
+)
+
+
+def library():
+    from kizzasi.models.ops.native import library
+
+    return library
 
 
 def follow(decoder, model, x, state):
@@ -74,6 +90,115 @@ def test_every_kind_of_layer_has_steps_of_its_own(rows):
         assert not isinstance(block, Called)
         assert not isinstance(block.mixer, Called)
         assert not isinstance(block.channel, Called)
+
+
+ATTENTION = {"n_heads": 4, "n_kv_heads": 2, "qkv_bias": True, "out_bias": True}
+WRITTEN = {
+    **LAYERS,
+    "odd": BlockSpec(
+        AttentionSpec(3, head_dim=10, rope_dims=6, qk_norm=True, qk_norm_kind="layer"),
+        MLPSpec(hidden=7, activation="relu2", bias=True),
+    ),
+    "full": BlockSpec(
+        AttentionSpec(**ATTENTION, qk_norm="full", position="none", n_global=2, window=4),
+        SwiGLUSpec(hidden=5, bias=True, activation="gelu_tanh"),
+    ),
+    "jamba": BlockSpec(MambaSpec(d_state=9, inner_norm="rms", bias=True), MLPSpec(hidden=33)),
+    "falcon": BlockSpec(MambaSpec(inner_norm="weightless", conv_bias=False, d_conv=2)),
+    "groups": BlockSpec(
+        Mamba2Spec(d_state=3, head_dim=4, n_groups=2, dt_limit=(0.01, 0.1), d_conv=1)
+    ),
+    "ungated": BlockSpec(Mamba2Spec(d_state=16, head_dim=8, rms_norm=False, bias=True)),
+    "norm-first": BlockSpec(
+        Mamba2Spec(d_state=5, head_dim=8, n_groups=2, norm_before_gate=True, dt_limit=(0.02, None))
+    ),
+    "rwkv-wide": BlockSpec(RWKV4Spec(d_inner=21), RWKVChannelSpec(version=7, hidden=19)),
+    "rwkv-6": BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=6), parallel="shared"),
+    **{
+        f"mlp-{name}": BlockSpec(AttentionSpec(2), MLPSpec(hidden=11, activation=name))
+        for name in ACTIVATIONS
+    },
+    "experts": BlockSpec(AttentionSpec(2), MoESpec(5, 3, hidden=9, router=TopK(scale=1.5))),
+    "switch": BlockSpec(AttentionSpec(2), MoESpec(4, 1, normalize="all")),
+}
+
+
+def engines(decoder):
+    return set(decoder._line.engines)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_layers_written_as_one_program_decode_as_called_ones_do(name, dtype):
+    """On every instruction set, one row to four, and tables, rings and stores that are renewed."""
+    model = several(WRITTEN[name], WRITTEN[name], tie_head=True).to(dtype)
+    alone = isinstance(WRITTEN[name].channel, MoESpec)
+    for isa, rows in zip(library().AVAILABLE, ((1, 3), (1, 4), (1, 2)), strict=False):
+        with library().using(isa):
+            for b in rows[:1] if alone else rows:
+                x = tokens(b, 8)
+                begun = model(x[:, :2]).state
+                decoder = Decoder(model, begun)
+                state = follow(decoder, model, x[:, 2:], begun)
+                if dtype == torch.float64:
+                    assert_same_state(decoder.fork(), state)
+                assert engines(decoder) == {"native"}
+
+
+@native
+@pytest.mark.parametrize("name", ["sandwich", "full"])  # a store that grows, and a ring
+@torch.no_grad()
+def test_places_far_on_are_those_of_a_value(name):
+    model, x = several(WRITTEN[name]), tokens(1, 2 * PLACES + 9)
+    decoder = Decoder(model)
+    state = follow(decoder, model, x, model.init_state(1))
+    assert_same_state(decoder.fork(), state)
+
+
+@native
+@torch.no_grad()
+def test_who_is_called_and_who_is_written():
+    x = tokens(1, 5)
+    for engine, found in (("auto", "native"), ("torch", "torch"), ("reference", "torch")):
+        model = build_model(ModelSpec(16, (LAYERS["bare"],) * 2, Tokens(VOCAB)), engine=engine)
+        decoder = Decoder(model, model(x).state)
+        follow(decoder, model, x, model(x).state)
+        assert engines(decoder) == {found}
+        assert f"engine={found}" in repr(decoder)
+    called = BlockSpec(AttentionSpec(2, softcap=5.0), MLPSpec())
+    model = several(LAYERS["bare"], LAYERS["rwkv"], called, LAYERS["sandwich"])
+    decoder = Decoder(model, model(x).state)
+    follow(decoder, model, x, model(x).state)
+    assert decoder._line.engines == ["native", "native", "torch", "native"]
+    many = tokens(5, 4)
+    decoder = Decoder(model, model(many).state)
+    follow(decoder, model, many, model(many).state)
+    assert engines(decoder) == {"torch"}
+    with FlopCounterMode(display=False) as counter:
+        decoder = Decoder(model, model(x).state)
+        before = counter.get_total_flops()
+        decoder.step(x[:, 0])
+    assert counter.get_total_flops() - before >= 2 * sum(p.numel() for p in model.parameters()) / 2
+
+
+@pytest.mark.parametrize("rows", [1, 5])  # one program, and calls
+@torch.no_grad()
+def test_weights_that_are_replaced_or_written_into_act_from_then_on(rows):
+    model, x = several(LAYERS["bare"], LAYERS["sandwich"]), tokens(rows, 12)
+    state = model(x[:, :2]).state
+    decoder = Decoder(model, state)
+    state = follow(decoder, model, x[:, 2:4], state)
+    mixer = model.blocks[0].mixer
+    mixer.A_log.add_(0.5)
+    state = follow(decoder, model, x[:, 4:6], state)
+    mixer.in_proj.weight = nn.Parameter(mixer.in_proj.weight.flip(0))
+    state = follow(decoder, model, x[:, 6:8], state)
+    model.blocks[1].mixer.o_proj.weight.data = -model.blocks[1].mixer.o_proj.weight.data
+    state = follow(decoder, model, x[:, 8:10], state)
+    model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()})
+    follow(decoder, model, x[:, 10:], state)
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Decoder:
     """Steps a model with a state of its own, written in place; no gradients, modes stay.
 
-    Weights are looked up, and up to 256 MiB of them laid out anew, when its first line of tokens
-    begins; after training make another decoder. `generate` does all that by itself; this is for a
-    loop of one's own:
+    On a CPU, one to four rows go through all layers that can be written so as one program of C
+    (`repr` says how many); for others up to 256 MiB of weights are laid out anew. Weights that are
+    trained, loaded or replaced in between act from the next token on. `generate` does all that by
+    itself; this is for a loop of one's own:
 
         decoder = Decoder(model)
         logits = decoder.read(prompt)
@@ -98,6 +99,14 @@ class Decoder:
             raise GenerateError("gather: no token was read yet; call read or step first")
         with torch.no_grad():
             self._line = self._begin(self._line.value().gather(rows))
+
+    def __repr__(self) -> str:
+        if self._line is None:
+            return "Decoder(no token was read yet)"
+        engines = self._line.engines
+        counts = {name: engines.count(name) for name in sorted(set(engines))}
+        names = "+".join(counts) or "torch"
+        return f"Decoder(engine={names}, layers {counts}, {self._line.rows} rows)"
 
     def _begin(self, state: ModelState) -> Line:
         if self._compiled is not None:

@@ -209,12 +209,12 @@ def _sample(run: Run, with_state: bool) -> Decoded:
     given = run.step != run.model.step  # a compiled step, say, takes states as they are
     products = Products(COPIED if run.max_new_tokens >= REPAYS else 0)
     line = CalledLine(run.step, run.state) if given else begin(run.model, run.state, products)
+    overheard = run.on_token or sampling.process or run.stopping.decode  # who listens may hook
     while True:
         ids, sound = sampling.pick(sampling.logits(logits, seen), run.draws)
         ids = transcript.add(ids, sound, logits)
-        line = (
-            line if line.holds() else begin(run.model, line.value(), products)
-        )  # who listens may hook
+        if overheard and not line.holds():
+            line = begin(run.model, line.value(), products)
         if transcript.finished:
             out = transcript.decoded()
             if with_state and min(out.lengths) == len(transcript.ids):

@@ -6,7 +6,7 @@ place  position of the token, the same in every row
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,15 @@ from torch import Tensor
 from kizzasi.models.attention.cache import AttentionState
 from kizzasi.models.attention.rope_scaling import Rotary
 from kizzasi.models.call import Call
-from kizzasi.models.decoding.inplace.base import About, Products, Steps
+from kizzasi.models.decoding.inplace.base import About, Products, Steps, Unfit, write_norm
 from kizzasi.models.decoding.inplace.codes import Coded, CodedStore
 from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.kv_codes import hadamard, turn
+
+if TYPE_CHECKING:
+    from kizzasi.models.ops.native.steps import Program
 
 PLACES = 64  # whose tables are made at once
 READ = ("n_kv_heads", "head_dim", "window", "position", "rope_theta", "rope_dims", "rope_scaling")
@@ -63,12 +66,18 @@ class Store:
         if self.window is not None:
             slot = place if place < self.g else (place - self.g) % self.window + self.g
         elif place == self.slots.shape[2]:
-            self.slots = F.pad(self.slots, (0, 0, 0, max(SPARE, place)))
+            self.make_room(1)
         self.slots.select(2, slot).copy_(kv)
         self.place = n = place + 1
         if self.window is not None and n > self.window + self.g:
             n = self.window + self.g
         return self.slots[:, :h, :n], self.slots[:, h:, :n]
+
+    def make_room(self, tokens: int) -> None:
+        """For so many more."""
+        left = self.slots.shape[2] - self.place
+        if self.window is None and left < tokens:
+            self.slots = F.pad(self.slots, (0, 0, 0, max(SPARE, self.place, tokens - left)))
 
     def value(self) -> AttentionState:
         k, v = self.slots[:, : self.h], self.slots[:, self.h :]
@@ -90,21 +99,27 @@ class Turns:
         self.rotary, self.like = rotary, like
         self.begin, self.end, self.place = 0, 0, -1
         self.now: tuple[Tensor, Tensor] | None = None
+        self.tables: list[Tensor] = []
 
     def at(self, place: int) -> tuple[Tensor, Tensor]:
         """(1, n_rotated) each."""
         if self.now is None or place != self.place:
             if not self.begin <= place < self.end:
-                self.begin, self.end = place, place + PLACES
-                position = torch.arange(self.begin, self.end, device=self.like.device)[None]
-                tables = self.rotary.tables(
-                    Call((1, PLACES), position.device), "", position, self.like.dtype
-                )
-                self.tables = [table[0, 0] for table in tables]
+                self.since(place)
             i = place - self.begin
             cos, sin = self.tables
             self.place, self.now = place, (cos[i : i + 1], sin[i : i + 1])
         return self.now
+
+    def since(self, place: int) -> list[Tensor]:
+        """(PLACES, n_rotated) each, from this place on."""
+        if self.begin != place or self.end == 0:
+            self.begin, self.end = place, place + PLACES
+            position = torch.arange(self.begin, self.end, device=self.like.device)[None]
+            call = Call((1, PLACES), position.device)
+            tables = self.rotary.tables(call, "", position, self.like.dtype)
+            self.tables = [table[0, 0].contiguous() for table in tables]
+        return self.tables
 
 
 class AttentionSteps(Steps):
@@ -131,6 +146,7 @@ class AttentionSteps(Steps):
         self.enter = products.of(mixer.q_proj, mixer.k_proj, mixer.v_proj)
         self.leave = products.of(mixer.o_proj)
         self.norms = norms
+        self.program: Program | None = None
         self.turns = turns if spec.position == "rope" else None
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -155,6 +171,27 @@ class AttentionSteps(Steps):
         y = y if self.by is None else turn(y, self.by)
         return self.leave(y.reshape(b, h * d))
 
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        store, (h, h_kv, d) = self.store, (self.h, self.h_kv, self.d)
+        if not isinstance(store, Store) or not program.starts_at(store.place):
+            raise Unfit
+        heads = self.enter.write(program, x, "queries, keys, values")
+        if self.norms is not None:
+            q, k, _ = heads.split_with_sizes([h * d, h_kv * d, h_kv * d], 1)
+            for norm, part in zip(self.norms, (q, k), strict=True):
+                write_norm(norm, program, part, part)
+        y = program.room("attended", h * d)
+        n = 0 if self.turns is None else self.turns.rotary.n_rotated
+        move = program.attend(heads, y, (h, h_kv, d), n, store.window or 0, store.g)
+
+        def prepare() -> None:
+            self.program, store.place = program, program.place
+            store.make_room(PLACES)
+            move(store.slots, [] if self.turns is None else self.turns.since(program.place))
+
+        program.every(PLACES, prepare)
+        return self.leave.write(program, y, "mixed")
+
     def _turned(self, heads: Tensor, by: Tensor) -> Tensor:
         """(b, h + 2 h_kv, d) as they are coded: all, or the values alone."""
         if self.by_key is not None:
@@ -163,6 +200,8 @@ class AttentionSteps(Steps):
         return torch.cat([heads[:, :n], turn(heads[:, n:], by)], 1)
 
     def value(self) -> AttentionState | Coded:
+        if self.program is not None:
+            self.store.place = self.program.place
         return self.store.value()
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,17 @@ from kizzasi.models.mixer import Mixer, MixerOut
 from kizzasi.models.norm import Norm
 from kizzasi.models.parts.linear import is_plain
 
+if TYPE_CHECKING:
+    from kizzasi.models.ops.native.steps import Program
+
 Run = Callable[[Tensor], Tensor]
 WIDE = (torch.float32, torch.float64)
+CENTRED = ("layer", "layer_unbiased")  # norms that take the mean off
 COPIED = 2**26  # numbers at most of all weights that are laid out anew: 256 MiB in float32
+
+
+class Unfit(Exception):
+    """A layer, or a part of it, that cannot be written as instructions of a program."""
 
 
 class Steps(ABC):
@@ -37,6 +46,11 @@ class Steps(ABC):
     @abstractmethod
     def value(self) -> Any:
         """The state as the layer's recurrent form takes it: a copy, which no later step touches."""
+
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        """Write what `__call__` does as instructions, from x (b, d) to y (b, d), rooms of the
+        program, which from then on writes the state. Raises Unfit for what it cannot say."""
+        raise Unfit
 
 
 class Called(Steps):
@@ -56,50 +70,137 @@ class Called(Steps):
         return disown(self.state)
 
 
-class Products:
-    """Products of activations with weights, as fast as they can be had.
+class Weights:
+    """The parameters of a model as they are now, to be told when they are others."""
 
-    Weights of plain Linears are copied, transposed and side by side: few rows are multiplied by
-    such a matrix in two thirds of the time, and several layers in one call. One line after another
-    may share the copies.
+    def __init__(self, model: nn.Module) -> None:
+        self.tables: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.parameters: list[Tensor] = []
+        for table in (m._parameters for m in model.modules()):
+            for name, parameter in table.items():
+                if parameter is not None:
+                    self.tables.append(table)
+                    self.names.append(name)
+                    self.parameters.append(parameter)
+        inference = any(p.is_inference() for p in self.parameters)  # which count no versions
+        self.reads = [Tensor.data_ptr] if inference else [Tensor.data_ptr, attrgetter("_version")]
+        self.read = [list(map(read, self.parameters)) for read in self.reads]
+
+    def same(self) -> bool:
+        """Whether none was replaced, moved or written into since."""
+        return all(map(is_, map(dict.get, self.tables, self.names), self.parameters)) and all(
+            list(map(read, self.parameters)) == found
+            for read, found in zip(self.reads, self.read, strict=True)
+        )
+
+
+class Products:
+    """Products of activations with weights, as fast as torch has them.
+
+    Weights of plain Linears are copied, transposed and side by side, when they are first used: few
+    rows are multiplied by such a matrix in two thirds of the time, and several layers in one call.
+    One line after another of the same weights may share the copies.
 
     Args:
         copied: how many numbers may be copied; 0 for a few tokens only, which do not repay it.
     """
 
     def __init__(self, copied: int = COPIED) -> None:
-        self.left = copied
-        self.weights: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self.copied = self.left = copied
+        self.copies: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self.weights: Weights | None = None
 
-    def of(self, *layers: nn.Module) -> Run:
+    def watch(self, model: nn.Module) -> Weights:
+        """The model's weights, once nothing is kept of earlier ones."""
+        if self.weights is None or not self.weights.same():
+            self.weights, self.left = Weights(model), self.copied
+            self.copies.clear()
+        return self.weights
+
+    def of(self, *layers: nn.Module) -> Product:
         """x (b, d) to the outputs of all layers, joined. Anything but a plain Linear, an adapter
         say, is called."""
-        linear = [layer for layer in layers if is_plain(layer)]
-        biases = [layer.bias.detach() for layer in linear if layer.bias is not None]
-        if len(linear) < len(layers) or len(biases) not in (0, len(layers)):
-            return _joined(layers)
+        return Product(self, layers)
+
+    def copy(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
+        """(d, outputs of all) and their biases; None where there is no room for it."""
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         key = tuple(id(layer) for layer in layers)
-        if key not in self.weights:
-            size = sum(layer.weight.numel() for layer in linear)
-            if size > self.left:
-                return _joined(layers)
+        if key not in self.copies:
+            size = sum(layer.weight.numel() for layer in layers)
+            if size > self.left or len(biases) not in (0, len(layers)):
+                return None
             self.left -= size
-            weight = torch.cat([layer.weight.detach() for layer in linear]).t().contiguous()
-            self.weights[key] = weight, torch.cat(biases) if biases else None
-        weight, bias = self.weights[key]
-        if bias is None:
-            return lambda x: torch.mm(x, weight)
-        return lambda x: torch.addmm(bias, x, weight)
+            weight = torch.cat([layer.weight.detach() for layer in layers]).t().contiguous()
+            self.copies[key] = weight, torch.cat(biases) if biases else None
+        return self.copies[key]
 
     def experts(self, weights: Tensor) -> list[Run]:
         """x (b, d) to its products with each of (n, out, d)."""
         key = (id(weights),)
-        if key not in self.weights and weights.numel() <= self.left:
+        if key not in self.copies and weights.numel() <= self.left:
             self.left -= weights.numel()
-            self.weights[key] = weights.detach().mT.contiguous(), None
-        if key not in self.weights:
+            self.copies[key] = weights.detach().mT.contiguous(), None
+        if key not in self.copies:
             return [partial(_product, weight) for weight in weights.unbind()]
-        return [partial(_transposed, weight) for weight in self.weights[key][0].unbind()]
+        return [partial(_transposed, weight) for weight in self.copies[key][0].unbind()]
+
+
+class Product:
+    """See `Products.of`."""
+
+    def __init__(self, products: Products, layers: Sequence[nn.Module]) -> None:
+        self.products, self.layers = products, layers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    @cached_property
+    def _run(self) -> Run:
+        linear = [layer for layer in self.layers if is_plain(layer)]
+        copy = self.products.copy(linear) if len(linear) == len(self.layers) else None
+        if copy is None:
+            return _joined(self.layers)
+        weight, bias = copy
+        if bias is None:
+            return lambda x: torch.mm(x, weight)
+        return lambda x: torch.addmm(bias, x, weight)
+
+    def write(self, program: Program, x: Tensor, name: str) -> Tensor:
+        """As instructions, to a room of this name; see `Steps.write`."""
+        linear = [layer for layer in self.layers if is_plain(layer)]
+        if len(linear) < len(self.layers):
+            raise Unfit
+        widths = [len(layer.weight) for layer in linear]
+        y = program.room(name, sum(widths))
+        for layer, part in zip(linear, y.split(widths, 1), strict=True):
+            bias = None if layer.bias is None else readable(layer.bias)
+            program.product(x, readable(layer.weight), bias, part)
+        return y
+
+
+def readable(weight: Tensor) -> Tensor:
+    """A weight as instructions read it: rows of neighbours. Raises Unfit if it lies otherwise."""
+    if weight.stride(-1) != 1 and weight.shape[-1] != 1:
+        raise Unfit
+    return weight.detach()
+
+
+def write_norm(norm: nn.Module, program: Program, x: Tensor, y: Tensor) -> Tensor:
+    """y = norm(x) of every stretch of the norm's width, as an instruction; y may be x."""
+    if type(norm) is nn.RMSNorm and norm.weight is None:
+        eps = torch.finfo(program.dtype).eps if norm.eps is None else norm.eps
+        program.norm(x, y, norm.normalized_shape[0], None, None, eps)
+        return y
+    if type(norm) is not Norm or norm.engine != "auto":
+        raise Unfit
+    weight, bias = readable(norm.weight), None if norm.bias is None else readable(norm.bias)
+    if norm.kind == "scale":
+        weight = (weight / norm.d**0.5).expand(norm.d).contiguous()
+    how = {"centred": norm.kind in CENTRED, "plus_one": norm.kind == "rms_plus_one"}
+    program.norm(x, y, norm.d, weight, bias, norm.eps, **how)
+    return y
 
 
 def _joined(layers: Sequence[nn.Module]) -> Run:
@@ -140,12 +241,6 @@ class About(NamedTuple):
 class Stateless(Steps):
     """A layer that remembers nothing."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __call__(self, x: Tensor, call: Call) -> Tensor:
-        return self.run(x)
-
     def value(self) -> tuple[()]:
         return ()
 
@@ -184,7 +279,7 @@ def normed(norm: nn.Module | None, rows: int) -> Run | None:
     if norm is None or type(norm) is not Norm:
         return norm
     weight: Tensor = norm.weight
-    if norm.kind in ("layer", "layer_unbiased"):
+    if norm.kind in CENTRED:
         shape, bias, eps = (norm.d,), norm.bias, norm.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
     if rows > 1 or not weight.is_cpu or norm.eps <= 0:

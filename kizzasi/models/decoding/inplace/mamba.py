@@ -5,19 +5,30 @@ b rows · c channels · k filter length · i d_inner · n d_state · h heads · 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.call import Call
-from kizzasi.models.decoding.inplace.base import About, Products, Steps
+from kizzasi.models.decoding.inplace.base import (
+    About,
+    Products,
+    Steps,
+    Unfit,
+    readable,
+    write_norm,
+)
 from kizzasi.models.mixers.mamba import Mamba, MambaState
 from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
+from kizzasi.models.norm import GatedNorm, WideLinear
 from kizzasi.models.ops.selective_scan import selective_scan_step_
 from kizzasi.models.ops.ssd import ssd_step_
 from kizzasi.models.parts.causal_conv import CausalConv
+
+if TYPE_CHECKING:
+    from kizzasi.models.ops.native.steps import Program
 
 LENGTH = 64  # tokens that a tape holds before its end is copied to its start
 
@@ -27,7 +38,7 @@ class ConvSteps:
 
     def __init__(self, conv: CausalConv, state: Tensor) -> None:
         self.k = conv.weight.shape[2]
-        self.taps, self.bias = conv.weight[:, 0].t().contiguous().unsqueeze(1), conv.bias
+        self.taps, self.bias = conv.weight[:, 0].detach().t().contiguous().unsqueeze(1), conv.bias
         b, c = state.shape[:2]
         self.tape = state.new_empty(LENGTH + self.k, b, c)
         self.tape[: self.k - 1] = state.permute(2, 0, 1)
@@ -43,6 +54,17 @@ class ConvSteps:
         y = (self.tape[end - self.k : end] * self.taps).sum(0)
         return F.silu(y if self.bias is None else y.add_(self.bias), inplace=True)
 
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        """As instructions, which move a tape of length k on by one token."""
+        self.tape, self.end = self.tape[self.end - self.k + 1 : self.end], self.k
+        self.tape = F.pad(self.tape, (0, 0, 0, 0, 1, 0))
+        bias, y = (
+            None if self.bias is None else readable(self.bias),
+            program.room("conv", x.shape[1]),
+        )
+        program.add("conv", [x, self.taps, bias, self.tape, y], x.shape[1], self.k, x.stride(0))
+        return y
+
     def value(self) -> Tensor:
         return self.tape[self.end - self.k + 1 : self.end].permute(1, 2, 0).contiguous()
 
@@ -53,12 +75,13 @@ class MambaSteps(Steps):
     def __init__(
         self, mixer: Mamba, conv: CausalConv, state: MambaState, products: Products
     ) -> None:
-        self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
+        self.mixer, self.conv = mixer, ConvSteps(conv, state.conv)
+        self.h = state.ssm.clone(memory_format=torch.contiguous_format)
         self.enter, self.select = products.of(mixer.in_proj), products.of(mixer.x_proj)
         self.leave = products.of(mixer.out_proj)
         self.widen = mixer.dt_proj.weight.detach().t().contiguous()
         self.bias = mixer.dt_proj.bias
-        self.A, self.D = -mixer.A_log.exp(), mixer.D
+        self.A, self.D = -mixer.A_log.detach().exp(), mixer.D
         self.parts = mixer.rank, mixer.spec.d_state, mixer.spec.d_state
 
     def __call__(self, x: Tensor, call: Call) -> Tensor:
@@ -72,6 +95,22 @@ class MambaSteps(Steps):
         y = selective_scan_step_(u, dt, self.A, B, C, self.D, self.h)
         return self.leave(y.mul_(F.silu(z)))
 
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        mixer = self.mixer
+        u, z = self.enter.write(program, x, "in").chunk(2, -1)
+        u = self.conv.write(program, u)
+        chosen = self.select.write(program, u, "chosen")
+        dt, B, C = chosen.split_with_sizes(self.parts, -1)
+        if mixer.spec.inner_norm is not None:
+            norms = mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm
+            for norm, part in zip(norms, (dt, B, C), strict=True):
+                write_norm(norm, program, part, part)
+        steps, y = (program.room(name, mixer.d_inner) for name in ("steps", "scanned"))
+        program.product(dt, readable(mixer.dt_proj.weight), readable(mixer.dt_proj.bias), steps)
+        tensors = [u, steps, self.A, B, C, readable(self.D), z, self.h, y]
+        program.add("scan", tensors, mixer.d_inner, mixer.spec.d_state, B.stride(0), z.stride(0))
+        return self.leave.write(program, y, "mixed")
+
     def value(self) -> MambaState:
         return MambaState(self.conv.value(), self.h.clone())
 
@@ -82,10 +121,15 @@ class Mamba2Steps(Steps):
     def __init__(
         self, mixer: Mamba2, conv: CausalConv, state: Mamba2State, products: Products
     ) -> None:
-        self.mixer, self.conv, self.h = mixer, ConvSteps(conv, state.conv), state.ssm.clone()
+        self.mixer, self.conv = mixer, ConvSteps(conv, state.conv)
+        self.h = state.ssm.clone(memory_format=torch.contiguous_format)
         self.enter, self.leave = products.of(mixer.in_proj), products.of(mixer.out_proj)
         spec = mixer.spec
-        self.A, self.D, self.bias = -mixer.A_log.exp(), mixer.D.unsqueeze(-1), mixer.dt_bias
+        self.A, self.D, self.bias = (
+            -mixer.A_log.detach().exp(),
+            mixer.D.unsqueeze(-1),
+            mixer.dt_bias,
+        )
         self.heads, self.groups = (mixer.n_heads, spec.head_dim), (2 * spec.n_groups, spec.d_state)
         self.parts = mixer.d_inner, mixer.d_xBC, mixer.n_heads
         self.split = mixer.d_inner, mixer.d_xBC - mixer.d_inner
@@ -106,12 +150,35 @@ class Mamba2Steps(Steps):
         norm = self.mixer.norm
         return self.leave(y.mul_(F.silu(z)) if norm is None else norm.forward(y, z))
 
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        mixer, spec, norm = self.mixer, self.mixer.spec, self.mixer.norm
+        if norm is not None and type(norm) is not GatedNorm:
+            raise Unfit
+        z, xBC, dt = self.enter.write(program, x, "in").split_with_sizes(self.parts, -1)
+        u, BC = self.conv.write(program, xBC).split_with_sizes(self.split, -1)
+        B, C = BC.chunk(2, -1)
+        (heads, p), y = self.heads, program.room("read", mixer.d_inner)
+        low, high = self.limit or (None, None)
+        limits = program.number(low or 0.0, float("inf") if high is None else high)
+        weights = [readable(self.bias), self.A, readable(mixer.D)]
+        sizes = heads, p, spec.n_groups, spec.d_state, u.stride(0), B.stride(0), dt.stride(0)
+        program.add("ssd", [u, dt, *weights, B, C, limits, self.h, y], *sizes)
+        if norm is None or not norm.norm_before_gate:
+            program.gate("silu", z, y, y)
+        if norm is not None:
+            width = mixer.d_inner // norm.n_groups
+            program.norm(y, y, width, readable(norm.weight), None, norm.eps, each=True)
+            if norm.norm_before_gate:
+                program.gate("silu", z, y, y)
+        return self.leave.write(program, y, "mixed")
+
     def value(self) -> Mamba2State:
         return Mamba2State(self.conv.value(), self.h.clone())
 
 
 def mamba_steps(mixer: Mamba, state: MambaState, about: About) -> Steps | None:
     conv = _known(mixer.conv1d, state, about)
+    conv = conv if type(mixer.dt_proj) is WideLinear else None
     return None if conv is None else MambaSteps(mixer, conv, state, about.products)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from kizzasi.models.channels.rwkv_channel import SHARES, RWKVChannel, RWKVChanne
 from kizzasi.models.decoding.inplace.base import About, Products, Steps
 from kizzasi.models.mixers.rwkv4 import RWKV4, RWKV4State
 from kizzasi.models.ops.wkv4 import WKV4Sums
+
+if TYPE_CHECKING:
+    from kizzasi.models.ops.native.steps import Program
 
 
 class Mixed:
@@ -25,6 +29,14 @@ class Mixed:
         before, self.last = self.last, x
         start, end = (before, x) if self.from_before else (x, before)
         return torch.addcmul(start, end - start, self.shares).unbind()
+
+    def write(self, program: Program, x: Tensor) -> tuple[Tensor, ...]:
+        """As an instruction."""
+        (k, _, d), b = self.shares.shape, len(x)
+        y = program.room("shares", k * d).view(k, b, d)
+        sizes = d, k, int(self.from_before)
+        program.add("mix", [x, self.last, self.shares, y], *sizes)
+        return y.unbind()
 
 
 class RWKV4Steps(Steps):
@@ -41,6 +53,17 @@ class RWKV4Steps(Steps):
         r, k, v = self.mix(x)
         y = self.sums.step_(self.k(k), self.v(v))
         return self.leave(y.mul_(self.r(r).sigmoid_()))
+
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        r, k, v = self.mix.write(program, x)
+        r, k, v = (
+            product.write(program, part, name)
+            for product, part, name in ((self.r, r, "r"), (self.k, k, "k"), (self.v, v, "v"))
+        )
+        sums, y = self.sums, program.room("average", k.shape[1])
+        tensors = [k, v, r, sums.decay[1], sums.bonus[0], sums.sums, sums.top, y]
+        program.add("wkv4", tensors, k.shape[1])
+        return self.leave.write(program, y, "mixed")
 
     def value(self) -> RWKV4State:
         return RWKV4State(self.mix.last.clone(), self.sums.value())
@@ -60,6 +83,15 @@ class RWKVChannelSteps(Steps):
         k, *r = self.mix(x)
         y = self.v(self.k(k).relu_().square_())
         return y if self.r is None else y.mul_(self.r(r[0]).sigmoid_())
+
+    def write(self, program: Program, x: Tensor) -> Tensor:
+        k, *r = self.mix.write(program, x)
+        hidden = self.k.write(program, k, "hidden")
+        program.gate("relu2", hidden, None, hidden)
+        y = self.v.write(program, hidden, "wide")
+        if self.r is not None:
+            program.gate("sigmoid", self.r.write(program, r[0], "r"), y, y)
+        return y
 
     def value(self) -> RWKVChannelState:
         return RWKVChannelState(self.mix.last.clone())

@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -77,6 +77,14 @@ INLINE real total(vec v) {
   return _mm512_reduce_add_ps((__m512)v);
 #elif defined(__AVX512F__)
   return _mm512_reduce_add_pd((__m512d)v);
+#elif defined(__AVX2__) && BITS == 32
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+#elif defined(__AVX2__)
+  __m128d x = _mm256_castpd256_pd128((__m256d)v);
+  x = _mm_add_pd(x, _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
 #else
   real x[LANES];
   store(x, v);

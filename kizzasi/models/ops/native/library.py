@@ -80,6 +80,11 @@ def call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor | None], *sizes
     )
 
 
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """A kernel by itself, for whoever calls it again and again with the same arguments."""
+    return _kernel(name, dtype, _used)
+
+
 def ask(name: str, dtype: torch.dtype, count: int, *sizes: int) -> list[int]:
     """The numbers by which a kernel wants room made for it."""
     answer = (ctypes.c_int64 * count)()
