@@ -3,9 +3,15 @@
 example:
   echo '{"id": "2f6c0b...-9", "score": 1.31}' | kizzasi tell runs/mine
   kizzasi tell runs/mine results.jsonl
+  echo '{"spec": {"d_model": 64, ...}}' | kizzasi tell runs/mine
 
 A line has the id of a job and its score; a job that failed has a score of null and a "failure" that
 says why. "spent", "seconds" and "curve" (pairs of budget spent and training loss) may be told too.
+
+A line with a "spec" alone puts an architecture of your own among the candidates: it keeps the
+bounds of the search, need not lie in its space, and comes before what the searcher proposes next.
+`kizzasi ask` then has its job, with the budget, the seed and the settings that the others have.
+
 If a line is wrong, each one that is is named and nothing is written.
 """
 

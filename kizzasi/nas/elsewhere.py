@@ -8,20 +8,21 @@ next depends on the order in which measurements are told, which the journal has.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kizzasi.documents import cut
 from kizzasi.errors import SpecError, StudyError
-from kizzasi.models import Tokens
+from kizzasi.models import ModelSpec, Tokens
 from kizzasi.models.stems import StemSpec
 from kizzasi.nas.evaluators.evaluator import Job, Measurement, Report
 from kizzasi.nas.executors.elsewhere import Elsewhere, WaitingError
 from kizzasi.nas.report.found import Found
 from kizzasi.nas.results.events import count, list_of, maybe, number, point, record, text
 from kizzasi.nas.search import run_plan
+from kizzasi.nas.spaces.describe import spec_of
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.ready_made import read_space
 from kizzasi.nas.spaces.stem import Stem
@@ -125,21 +126,27 @@ def tell(plan: Plan, folder: Path, lines: Iterable[str]) -> int:
     Args:
         plan: of the search.
         folder: of the run.
-        lines: a JSON object each, with the id of a job and its score; blank ones are passed over.
+        lines: a JSON object each: the id of a job and its score, or a spec that is to take part;
+            blank ones are passed over.
 
     Raises:
-        StudyError: a line is not what it should be, or its job is not one that was asked for;
-            names all such lines, and nothing is written.
+        StudyError: a line is not what it should be, its job is not one that was asked for, or its
+            spec is none that can take part; names all such lines, and nothing is written.
     """
     places = _places(folder)
     if places is None:
         raise StudyError(f"{folder}: nothing was asked for yet; begin with kizzasi ask")
     told, faults, at = {}, dict[int, str](), dict[str, int]()
+    specs: list[ModelSpec] = []
     for i, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            key, measured = measurement(line)
+            read = _read(line)
+            if "spec" in read:
+                specs.append(_own(read, plan))
+                continue
+            key, measured = measurement(read)
             if key in told:
                 raise StudyError(f"id: {key} stands in line {at[key]} already")
             told[key], at[key] = measured, i
@@ -156,8 +163,8 @@ def tell(plan: Plan, folder: Path, lines: Iterable[str]) -> int:
     for key, measured in told.items():
         spent = measured.spent or waiting.jobs[key].budget if measured.score is not None else 0
         told[key] = replace(measured, spent=spent)
-    _go_on(plan, folder, Elsewhere(plan.evaluator, places, told))
-    return len(told)
+    _go_on(plan, folder, Elsewhere(plan.evaluator, places, told), specs)
+    return len(told) + len(specs)
 
 
 class FaultsError(StudyError):
@@ -168,8 +175,8 @@ class FaultsError(StudyError):
         self.lines = tuple(lines)
 
 
-def measurement(line: str) -> tuple[str, Measurement]:
-    """The id and the measurement in a line of JSON. Raises StudyError saying what is wrong."""
+def _read(line: str) -> dict[str, Any]:
+    """The object in a line of JSON. Raises StudyError saying what is wrong."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON; tell a failed trial by a score of null")
@@ -178,6 +185,32 @@ def measurement(line: str) -> tuple[str, Measurement]:
         found = json.loads(line, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise StudyError(f"not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise StudyError("expected a mapping")
+    return found
+
+
+def _own(found: Mapping[str, Any], plan: Plan) -> ModelSpec:
+    """The spec in a line, which keeps every rule of models and all bounds of the search."""
+    if found.keys() != {"spec"}:
+        others = ", ".join(map(cut, found.keys() - {"spec"}))
+        raise StudyError(
+            f"spec: stands alone in its line; leave {others} out, and tell the score "
+            "of its job when that was asked for"
+        )
+    try:
+        spec = ModelSpec.from_dict(found["spec"], "spec")
+        spec.check()
+        refusal = plan.constraints.analytic_refusal(spec_of(spec, plan.stem))
+    except (SpecError, RecursionError) as error:
+        raise StudyError(str(error)) from error
+    if refusal:
+        raise StudyError(f"spec: {refusal}, which bounds this search")
+    return spec
+
+
+def measurement(found: Mapping[str, Any]) -> tuple[str, Measurement]:
+    """The id and the measurement in a line. Raises StudyError saying what is wrong."""
     if fault := FIELDS(found):
         raise StudyError(fault)
     for name in found:
@@ -203,12 +236,13 @@ def _places(folder: Path) -> int | None:
     return next((e["places"] for e in reversed(events) if e["event"] == "session"), None)
 
 
-def _go_on(plan: Plan, folder: Path, executor: Elsewhere) -> list[Mapping[str, Any]] | Found:
+def _go_on(
+    plan: Plan, folder: Path, executor: Elsewhere, specs: Sequence[ModelSpec] = ()
+) -> list[Mapping[str, Any]] | Found:
     """Run a search as far as the measurements that are there allow."""
+    line = Line("ask", hidden=True)
     try:
-        return run_plan(
-            plan, folder, lambda _: executor, resume=True, line=Line("ask", hidden=True)
-        )
+        return run_plan(plan, folder, lambda _: executor, resume=True, line=line, proposed=specs)
     except WaitingError:
         return [_asked(job) for job in executor.jobs.values()]
 

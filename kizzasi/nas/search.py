@@ -268,9 +268,10 @@ def run_plan(
     config: SearchConfig | None = None,
     line: Line | None = None,
     warm: Sequence[Path | str] = (),
+    proposed: Sequence[ModelSpec] = (),
 ) -> Found:
     """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML,
-    and how far it is, on a line."""
+    and how far it is, on a line. Models proposed from outside take part from now on."""
     plan.check()
     line = line or Line("search")
     evaluator: Evaluator = plan.evaluator
@@ -302,8 +303,10 @@ def run_plan(
             write_config(config, folder / CONFIG)
         run, session = Run(plan, study, device), session_of(running, plan.searcher)
         if plan.side_by_side is None:
-            Flow(run, session).climb()
+            Flow(run, session, proposed).climb()
         else:
+            if proposed:
+                run.propose(proposed)  # which says why not
             study.begin(session)
             Waves(run, plan.side_by_side).climb()
         run.finish()

@@ -143,6 +143,7 @@ KINDS: dict[str, Check] = {
     ),
     "extended": record(config=CONFIG),
     "earlier": record(folder=text, group=text, spec=mapping, trials=list_of(record(id=text))),
+    "proposed": record(specs=list_of(mapping)),
     "measured": record(id=text, refusal=maybe(record(rule=text, value_=anything, bound_=anything))),
     "screen": record(id=text, by=text, parent_=maybe(text), score=maybe(number), tokens_=count),
     "candidate": record(

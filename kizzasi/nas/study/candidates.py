@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kizzasi.errors import SpecError, StudyError
@@ -180,6 +181,7 @@ class Entrants:
         stem: of the task.
         objectives: what the searcher minimises beside the loss; None if it wants a plain score.
         first: candidates that it begins with, before it draws.
+        own: filled from outside while the search runs; these go before what the searcher draws.
     """
 
     searcher: Searcher
@@ -187,6 +189,7 @@ class Entrants:
     stem: Stem | None
     objectives: Callable[[ModelSpec], tuple[float, ...]] | None = None
     first: Sequence[Any] = ()
+    own: deque[Entry] = field(default_factory=deque)
 
     def proposals(self, space: Space[Any]) -> Proposals[Any]:
         """Yield the new entries of each batch."""
@@ -219,7 +222,10 @@ class Entrants:
         candidate = inner.propose()  # so that a space without candidates is known before a training
         for preset in self.presets:
             ledger.hear((yield ledger.enter(preset)))
-        while candidate is not None or not inner.over:
+        while self.own or candidate is not None or not inner.over:
+            if self.own:
+                ledger.hear((yield ledger.enter(self.own.popleft())))
+                continue
             if candidate is None:
                 ledger.hear((yield None))
             elif entry := ledger.new(candidate):

@@ -13,17 +13,19 @@ Glossary
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kizzasi.errors import StudyError
+from kizzasi.models import ModelSpec
 from kizzasi.nas.results.finals import APART
 from kizzasi.nas.schedulers import Instalment
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.study import Entry, Task, Trial
 
 Event = dict[str, Any]
+PROPOSED = "proposed"
 TIDY_EVERY = 8  # results, or more, between looks at which checkpoints are still wanted
 
 
@@ -42,10 +44,15 @@ class Flow:
     Args:
         run: of the search.
         session: what the journal's session event says of this machine.
+        proposed: models of the user's that take part from now on.
+
+    Journal:
+        proposed    specs of such models; they go before what the searcher draws next
     """
 
-    def __init__(self, run: Run, session: Event) -> None:
+    def __init__(self, run: Run, session: Event, proposed: Sequence[ModelSpec] = ()) -> None:
         self.run, self.study, self.session = run, run.study, session
+        self.proposed = proposed
         self.places, self.live, self.spent = 0, False, 0
         self.n_taken, self.tidy_at = 0, TIDY_EVERY
         self.ready: deque[tuple[Task, Callable[[Event], None]]] = deque()
@@ -56,7 +63,7 @@ class Flow:
 
     def _recorded(self) -> Iterator[Event]:
         """What happened to places and tasks, in order, up to where the journal ended."""
-        kinds = {"session", "trial", *(["candidate"] if self.run.plan.proxies else [])}
+        kinds = {"session", PROPOSED, "trial", *(["candidate"] if self.run.plan.proxies else [])}
         for _, event in self.study.journal.scan():
             if event["event"] in kinds and event.get("rung") not in APART:
                 yield event
@@ -66,8 +73,14 @@ class Flow:
         for event in self._recorded():
             if event["event"] == "session":
                 self.places = event["places"]
+            elif event["event"] == PROPOSED:
+                self.run.propose([ModelSpec.from_dict(spec) for spec in event["specs"]])
             else:
                 self._replay(event)
+            self._fill()
+        if self.proposed:
+            self.run.propose(self.proposed)
+            self.study.append({"event": PROPOSED, "specs": [s.to_dict() for s in self.proposed]})
             self._fill()
         self._go_live()
         self._fill()

@@ -6,6 +6,7 @@ The trainings in between are those of `kizzasi.nas.study.flow`, in which no work
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -31,6 +32,7 @@ from kizzasi.nas.study.candidates import (
     Recorded,
     baseline_entries,
     costs,
+    entry_of,
 )
 from kizzasi.nas.study.config import INHERIT
 from kizzasi.nas.study.final_training import FinalTraining
@@ -63,6 +65,7 @@ class Run:
             space = Joint(LayerMoves(space.space, given), space.genes)
         self.feasible: Feasible[Any] = Feasible(space, self.rules, stem=plan.stem)
         self.settings: dict[str, dict[str, Any]] = {}  # by family
+        self.own: deque[Entry] = deque()  # of the user, waiting to enter
         self.budgets = plan.budgets
         self.schedule = self._schedule()
 
@@ -75,7 +78,7 @@ class Run:
         else:
             objectives = costs if isinstance(plan.searcher, NSGA2) else None
             first = [candidate for candidate in plan.first if self.feasible.admits(candidate)]
-            searcher = Entrants(plan.searcher, usual, plan.stem, objectives, first)
+            searcher = Entrants(plan.searcher, usual, plan.stem, objectives, first, self.own)
 
         def group_of(candidate: int) -> str:
             return schedule.candidates[candidate].group
@@ -101,6 +104,29 @@ class Run:
     def _last_trial(self, spec: ModelSpec) -> Trial | None:
         """The last training of a model whose checkpoint is kept."""
         return next((trial for trial in self.promotable() if trial.entry.spec == spec), None)
+
+    def propose(self, specs: Sequence[ModelSpec]) -> None:
+        """Let models of the user's take part, those that do not yet.
+
+        Raises:
+            StudyError: the search decides on batches, or wants no more candidates.
+        """
+        schedule = self.schedule
+        if not isinstance(schedule.search, Flowing):
+            raise StudyError(
+                "spec: this search decides on several candidates at once; a spec of your own needs "
+                "one without side_by_side, by a searcher such as regularized or random"
+            )
+        known = {entry.id for entry in (*schedule.candidates, *self.own)}
+        entries = [entry_of("searched", spec, self.plan.stem) for spec in specs]
+        new = list({entry.id: entry for entry in entries if entry.id not in known}.values())
+        n = len(schedule.candidates) + len(self.own)
+        if schedule.search.over or (new and not schedule.scheduler.budgets(n + len(new) - 1)):
+            raise StudyError(
+                f"spec: the search wants no more candidates than those that it has ({n}) and can "
+                f"take no {len(new)} more; begin one with more of them (n_pool)"
+            )
+        self.own.extend(new)
 
     def finish(self) -> None:
         """Train the finalists, save the best, write the result."""

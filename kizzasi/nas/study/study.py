@@ -10,6 +10,7 @@ extended   see `kizzasi.nas.results.extended`
 measured   id, refusal (null, or the bound that this model breaks when it is run)
 screen     see `kizzasi.nas.study.screens`
 earlier    see `kizzasi.nas.study.warm`
+proposed   see `kizzasi.nas.study.flow`
 candidate  id, group ("preset", "proxy", "random", "searched" or "outside" the band), name, family,
            spec, proxy, params, estimated_params, state_bytes, genotype, parents (candidate ids),
            settings if they are the candidate's own
