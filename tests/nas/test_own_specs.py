@@ -103,4 +103,4 @@ def test_the_program(plan, tmp_path, capsys):
     lines.write_text(own())
     assert main(["tell", str(run), str(lines)]) == 0
     assert capsys.readouterr().out == "1 told\n"
-    assert any(ModelSpec.from_dict(job["spec"]) == OWN for job in asked(plan, run, 4))
+    assert any(ModelSpec.from_dict(job["spec"]) == OWN for job in asked(plan, run, 40))
