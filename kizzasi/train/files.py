@@ -23,6 +23,15 @@ NOT_STANDARD_LIBRARY_CODE = frozenset(
 )
 COPIES = 4  # of a text, while it is read and split
 OF_A_SEARCH = b'{"event":"study",'  # what a search's journal.jsonl begins with
+# What is said of what is not read, of one and of several.
+SAID = {
+    "hidden": ("hidden file or folder not read", "hidden files and folders not read"),
+    "of a run": ("folder of a search not read", "folders of searches not read"),
+    "a link": ("link not followed", "links not followed"),
+    "no regular file": ("pipe or device not read", "pipes and devices not read"),
+    "binary": ("binary file not read", "binary files not read"),
+    "no numbers": ("column without numbers left out", "columns without numbers left out"),
+}
 LOOKED_AT = 8192  # bytes of a file in which a zero byte says that it is no text
 
 
@@ -103,10 +112,15 @@ def said_of(left_out: Sequence[str]) -> str:
         left_out: "name: reason" each.
     """
     reasons = Counter(one.rpartition(": ")[2] for one in left_out)
-    counts = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+    counts = [f"{n} {_words(reason, n)}" for reason, n in reasons.items()]
     first = ", ".join(one.rpartition(": ")[0] for one in left_out[:3])
     more = ", ..." if len(left_out) > 3 else ""
-    return f"not read: {counts} ({first}{more})"
+    return f"{', '.join(counts)} ({first}{more})"
+
+
+def _words(reason: str, n: int) -> str:
+    words = SAID.get(reason, (reason, reason))
+    return words[n != 1]
 
 
 def _is_run(folder: Path, apart: Path | None) -> bool:

@@ -194,3 +194,15 @@ def test_a_model_learns_every_task(tasks):
         before = training.score()
         assert training.run(60 * 12 * 16) is None
         assert task.metric.sign * (training.score() - before) < -0.1, task.name
+
+
+def test_a_stem_with_more_ids_than_the_data_has_not_diverged_before_it_began(tmp_path):
+    """The loss of a fresh model is about log(ids of its stem), not of the data."""
+    from kizzasi.train import Recipe, Training
+
+    task = TokenIds.open(ids_file(tmp_path, high=4)[0])
+    spec = ModelSpec(16, (BlockSpec(MambaSpec(d_state=4)),), Tokens(5000))
+    training = Training(build_model(spec), task, Recipe(640, 16, 4, lr=1e-6))
+    assert task.ceiling < math.log(5000) - 1
+    assert training.run(640) is None
+    assert task.ceiling < training.curve[0][1] * math.log(2)
