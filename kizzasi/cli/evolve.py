@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     per_step = args.seq_len * args.batch_size
     evaluator = evaluator_of(args, args.asha_max)
-    space, folder = space_of(args, evaluator.task), Path(args.out)
+    space, folder = space_of(args, evaluator), Path(args.out)
     seeds = tuple(map(Variant, space.seeds))
     searcher = PipelineEvolution(
         args.population,

@@ -77,14 +77,21 @@ def evaluator_of(args: argparse.Namespace, steps: int) -> MicroTrain:
     return MicroTrain(open_task(args.data), recipe, observed)
 
 
-def space_of(args: argparse.Namespace, task: Any) -> PipelineSpace:
-    """The space over all seeds, with the stem of the task."""
+def space_of(args: argparse.Namespace, evaluator: MicroTrain) -> PipelineSpace:
+    """The space over all seeds, with the stem of the task. Raises SpecError also for a seed that
+    plainly does not fit in memory."""
     from kizzasi.nas.pipelines import PipelineSpace
+    from kizzasi.train.memory import require_memory
 
     seeds = _seeds(args)
     if not seeds:
         raise SpecError(f"{', '.join(args.seeds)}: no .yaml file in it; name pipelines")
-    return PipelineSpace(tuple(seeds), task.stem)
+    for spec, file in seeds.items():
+        try:
+            require_memory(spec, evaluator.recipe, args.device)
+        except SpecError as error:
+            raise SpecError(f"{file}: {error}") from error
+    return PipelineSpace(tuple(seeds), evaluator.task.stem)
 
 
 def _seeds(args: argparse.Namespace) -> dict[ModelSpec, str]:

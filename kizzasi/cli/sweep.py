@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     per_step = args.seq_len * args.batch_size
     stages = tuple(steps * per_step for steps in args.pdh_stages)
     evaluator = evaluator_of(args, max([args.asha_max, *args.pdh_stages]))
-    space = space_of(args, evaluator.task)
+    space = space_of(args, evaluator)
     n = len(space.seeds)
     low, high = args.asha_min * per_step, args.asha_max * per_step
     scheduler = Sweep(n, low, high, args.reduction, stages)

@@ -25,7 +25,8 @@ def join(device: str, how: Parallel) -> tuple[Ranks, str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), how), device
+    beside = int(os.environ["LOCAL_WORLD_SIZE"])
+    return Ranks(dist.get_rank(), dist.get_world_size(), how, beside), device
 
 
 def restarted() -> bool:

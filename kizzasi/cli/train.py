@@ -34,7 +34,7 @@ from kizzasi.files import BusyError, clear_partial, only_writer, write_text
 from kizzasi.progress import Line
 
 if TYPE_CHECKING:
-    from kizzasi.models import SequenceModel
+    from kizzasi.models import ModelSpec, SequenceModel
     from kizzasi.train.task import Task
     from kizzasi.train.trainer import Training
 
@@ -195,6 +195,8 @@ def _wanted(args: argparse.Namespace, state: Path) -> _Wanted:
     from kizzasi.train.recipe import Recipe
     from kizzasi.train.trainer import read_training
 
+    if args.spec is not None and not is_spec_file(args.spec):
+        args.spec = args.given["spec"] = checkpoint_of(args.spec)
     given = {name: getattr(args, name) for name in HELD}
     given |= {name: getattr(Recipe(1), name) for name in OF_PIPELINES}
     if not state.exists():
@@ -243,12 +245,13 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line)
     }
     recipe = Recipe(wanted.tokens, score_windows=args.score_windows or None, **shape)
     recipe.check()
+    spec = _spec(wanted, args)
+    require_memory(spec, recipe, args.device, ranks=ranks)
     task = open_task(own["data"], apart=Path(args.out))
-    model = _model(wanted, task, args)
+    _require_ids(wanted, task)
+    model = _model(wanted, spec, args)
     if leak := find_leak(model):
         raise StudyError(f"{own['spec']}: {leak}")
-    if ranks.world == 1:
-        require_memory(model.spec, recipe, args.device)
     of_old = wanted.saved is not None and "identity" not in wanted.saved
     data_seed = own["seed"] if of_old else derive_seed(own["seed"], "data")
     training = Training(model, task, recipe, data_seed, ranks)
@@ -263,36 +266,41 @@ def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line)
     return training
 
 
-def _model(wanted: _Wanted, task: Task, args: argparse.Namespace) -> SequenceModel:
-    """The model to train, as it is before the first step; a resumed one gets its numbers later."""
-    from kizzasi.models import build_model, load
-    from kizzasi.models.checkpoints import companions_of
-    from kizzasi.train.bytes import ByteText
-
-    source, seed = wanted.values["spec"], wanted.values["seed"]
+def _spec(wanted: _Wanted, args: argparse.Namespace) -> ModelSpec:
+    """What to train. Raises DataError for a checkpoint without data to train it on."""
+    source = wanted.values["spec"]
     if wanted.saved is not None and "spec" not in args.given:
-        spec = _noted_spec(wanted.saved)
-        return build_model(spec, seed=seed, device=args.device, engine=args.engine)
-    if is_spec_file(source):
-        return build_model(read_spec(source), seed=seed, device=args.device, engine=args.engine)
-    like = checkpoint_of(source)
-    if wanted.values["data"] is None:
+        return _noted_spec(wanted.saved)
+    if not is_spec_file(source) and wanted.values["data"] is None:
         raise DataError(
             f"{source}: give --data to train a checkpoint further ('builtin' for Python's text)"
         )
-    if isinstance(task, ByteText) and companions_of(Path(like)).files:
+    return read_spec(source)
+
+
+def _require_ids(wanted: _Wanted, task: Task) -> None:
+    """Raises DataError where a checkpoint reads ids of a tokenizer, and the data are bytes."""
+    from kizzasi.models.checkpoints import companions_of
+    from kizzasi.train.bytes import ByteText
+
+    if isinstance(task, ByteText) and wanted.like and companions_of(Path(wanted.like)).files:
         raise DataError(
-            f"{like}: it reads the ids of its tokenizer, and the data are bytes; give ids made "
-            "with that tokenizer (--data ids.npy or ids.bin)"
+            f"{wanted.like}: it reads the ids of its tokenizer, and the data are bytes; give ids "
+            "made with that tokenizer (--data ids.npy or ids.bin)"
         )
-    if wanted.saved is not None:
-        from kizzasi.models.checkpoints import spec_of
-
-        return build_model(spec_of(like), seed=seed, device=args.device, engine=args.engine)
-    return load(like, device=args.device, engine=args.engine)
 
 
-def _noted_spec(saved: Mapping[str, Any]) -> Any:
+def _model(wanted: _Wanted, spec: ModelSpec, args: argparse.Namespace) -> SequenceModel:
+    """The model to train, as it is before the first step; a resumed one gets its numbers later."""
+    from kizzasi.models import build_model, load
+
+    source, how = wanted.values["spec"], {"device": args.device, "engine": args.engine}
+    if wanted.saved is None and not is_spec_file(source):
+        return load(source, **how)
+    return build_model(spec, seed=wanted.values["seed"], **how)
+
+
+def _noted_spec(saved: Mapping[str, Any]) -> ModelSpec:
     import json
 
     from kizzasi.errors import CheckpointError

@@ -27,7 +27,15 @@ from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Evaluator
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.executors import NO_LIMITS, Executor, InProcess, Kind, Limits, open_executor
+from kizzasi.nas.executors import (
+    NO_LIMITS,
+    Executor,
+    InProcess,
+    Kind,
+    Limits,
+    Processes,
+    open_executor,
+)
 from kizzasi.nas.executors.files import serve
 from kizzasi.nas.executors.work import Work
 from kizzasi.nas.report.found import Found
@@ -248,8 +256,6 @@ def named_search(
             config.data, test_fraction=config.test_fraction, apart=folder, test=config.test
         )
         plan = plan_of(config, task, space)
-        for spec in plan.baselines.values():
-            require_memory(spec, plan.micro_training.recipe, device, limits.memory_bytes)
         total = tokens_at_most(config, len(plan.baselines))
         return run_plan(
             plan, folder, opened, resume=resume, total=total, device=device, config=config,
@@ -273,6 +279,8 @@ def run_plan(
     """Run a plan in a folder; see `Search.run`. Its config, if it has one, is put there as YAML,
     and how far it is, on a line. Models proposed from outside take part from now on."""
     plan.check()
+    if not resume:
+        plan.check_steps()
     line = line or Line("search")
     evaluator: Evaluator = plan.evaluator
     if isinstance(evaluator, MicroTrain):
@@ -280,7 +288,7 @@ def run_plan(
         task.check(Shape(recipe.seq_len, recipe.batch_size, recipe.score_windows), task.stem)
         evaluator = Work(evaluator, plan.seed)
     with (
-        executor(evaluator) as running,
+        _fitting(executor(evaluator), plan) as running,
         claimed(folder, resume=resume) as journal,
         line,
     ):
@@ -311,6 +319,17 @@ def run_plan(
             Waves(run, plan.side_by_side).climb()
         run.finish()
         return Found(folder, write_report(folder, study.events))
+
+
+def _fitting(running: Executor, plan: Plan) -> Executor:
+    """The executor. Raises SpecError if a baseline plainly does not fit in memory where it runs; of
+    other machines nobody here knows."""
+    evaluator = plan.evaluator
+    if isinstance(evaluator, MicroTrain) and isinstance(running, (InProcess, Processes)):
+        limits = running.workers[0].limits if isinstance(running, Processes) else NO_LIMITS
+        for spec in plan.baselines.values():
+            require_memory(spec, evaluator.recipe, running.device, limits.memory_bytes)
+    return running
 
 
 def _named(evaluator: Any) -> str:

@@ -27,11 +27,13 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the `world` processes that train one model together."""
+    """This process's place among the `world` processes that train one model together, `beside` of
+    them on this machine."""
 
     rank: int = 0
     world: int = 1
     how: Parallel = "ddp"
+    beside: int = 1
 
     def share(self, model: SequenceModel) -> nn.Module:
         """What to call in place of the model. fsdp shards the model's own parameters."""

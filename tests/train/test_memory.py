@@ -11,6 +11,7 @@ from kizzasi.models.layers import DownsampleSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.train import memory
 from kizzasi.train.bytes import load_corpus
+from kizzasi.train.distributed import Ranks
 from kizzasi.train.memory import require_memory, training_bytes
 from kizzasi.train.recipe import Recipe
 from kizzasi.train.trainer import Training
@@ -67,7 +68,7 @@ def test_what_plainly_does_not_fit_is_refused_with_its_numbers(monkeypatch):
     spec = SPECS["attention"]
     recipe = Recipe(64, seq_len=128, batch_size=64, precision="fp32")
     need = sum(training_bytes(spec, recipe))
-    assert need == 16 * spec.cost(1).params + 4 * 16 * 128 * 64 * 3
+    assert need == 16 * spec.cost(1).params + 4 * 128 * 64 * (16 * 3 + 256)
     monkeypatch.setattr(memory, "free_bytes", lambda device: need)
     require_memory(spec, recipe)
     with pytest.raises(SpecError, match=r"64 windows of 128; the limit allows .* batch_size"):
@@ -76,13 +77,31 @@ def test_what_plainly_does_not_fit_is_refused_with_its_numbers(monkeypatch):
         require_memory(spec, recipe, limit=1000)
 
 
+def test_processes_share_a_batch_and_the_memory_of_their_machine(monkeypatch):
+    spec, recipe = SPECS["attention"], Recipe(64, seq_len=128, batch_size=64, precision="fp32")
+    fixed, batch = training_bytes(spec, recipe)
+    assert training_bytes(spec, recipe, Ranks(0, 4)) == (fixed, batch // 4)
+    assert training_bytes(spec, recipe, Ranks(0, 4, "fsdp")) == (fixed // 4, batch // 4)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * fixed + batch - 1)
+    require_memory(spec, recipe, ranks=Ranks(0, 4, "ddp", 2))
+    require_memory(spec, recipe, ranks=Ranks(0, 4, "fsdp", 4))
+    with pytest.raises(SpecError, match=r"cpu has free"):
+        require_memory(spec, recipe, ranks=Ranks(0, 4, "ddp", 4))
+
+
 def test_programs_refuse_before_the_first_step_and_leave_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     SPECS["attention"].to_file("spec.yaml")
     (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 200)
     monkeypatch.setattr(Training, "run", pytest.fail)
     many = ["--seq-len", "128", "--batch-size", "1000000000"]
-    for verb in (["train", "spec.yaml"], ["search", "--workers", "1"]):
+    for verb in (
+        ["train", "spec.yaml"],
+        ["search", "--workers", "1"],
+        ["search", "--workers", "2", "--threads", "1"],
+        ["sweep", "spec.yaml"],
+        ["evolve", "spec.yaml"],
+    ):
         assert main([*verb, "--data", "text", "--out", "a/b", *many]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "cpu has free" in line

@@ -57,6 +57,7 @@ def outline(
     task = task or open_task(config.data, test_fraction=config.test_fraction, test=config.test)
     plan = plan_of(config, task, space)
     plan.check()
+    plan.check_steps()
     n, presets = config.n_candidates, len(plan.baselines)
     if config.searcher == "proxy":
         n = config.n_best + config.n_random + config.n_outside

@@ -133,6 +133,19 @@ class Plan:
             for value in values if name != DROPOUT else ():
                 replace(self.evaluator.recipe, **{name: value}).check()
 
+    def check_steps(self) -> None:
+        """Raises SpecError if a training is to be shorter than a step. For new searches: earlier
+        ones have done such a step, and go on."""
+        if not isinstance(self.evaluator, MicroTrain):
+            return
+        recipe, least = self.evaluator.recipe, min(self.budgets[0], self.final_budget)
+        if least < recipe.tokens_per_step:
+            raise SpecError(
+                f"batch_size: a step of {recipe.batch_size:,} windows of {recipe.seq_len:,} takes "
+                f"{recipe.tokens_per_step:,} tokens, and a training of {least:,} was asked for; "
+                "lower batch_size or seq_len, or raise the rungs and the budget of the finals"
+            )
+
     @property
     def budgets(self) -> tuple[int, ...]:
         """All budgets that the scheduler knows, rising: the rungs."""
