@@ -51,6 +51,7 @@ def _run(args: argparse.Namespace, line: Line) -> tuple[dict[str, Any], str]:
     import torch
 
     from kizzasi.models import load
+    from kizzasi.train.bytes import baselines_of
     from kizzasi.train.open import open_task
     from kizzasi.train.task import Shape
     from kizzasi.train.trainer import to_score
@@ -67,8 +68,7 @@ def _run(args: argparse.Namespace, line: Line) -> tuple[dict[str, Any], str]:
     task = task.to(torch.device(args.device))
     with scoring(line, model, args.score_windows, args.batch_size), torch.no_grad():
         found = task.score(to_score(model, task), args.split, shape)
-    line.say("baselines")
-    score, beside = found.mean(task.metric), task.baselines()
+    score, beside = found.mean(task.metric), baselines_of(task, line)
     result = {
         "model": path,
         "data": task.name,

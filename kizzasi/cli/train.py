@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _run(args: argparse.Namespace, ranks: Any, line: Line) -> tuple[dict[str, Any], str]:
     from kizzasi.cli.torchrun import leave
     from kizzasi.models.checkpoints import save
+    from kizzasi.train.bytes import baselines_of
 
     with _claimed(Path(args.out), args, writes=ranks.rank == 0) as folder:
         state = folder / STATE
@@ -110,8 +111,7 @@ def _run(args: argparse.Namespace, ranks: Any, line: Line) -> tuple[dict[str, An
             save(whole.eval(), folder, overwrite=True, like=wanted.like)
             state.unlink(missing_ok=True)
         score = _score(training, args, line)
-        line.say("baselines")
-        beside = training.task.baselines()
+        beside = baselines_of(training.task, line)
         leave(ranks)
     metric = training.task.metric
     result = {

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kizzasi.errors import DataError, SpecError
 from kizzasi.models import ModelOutput, Tokens
-from kizzasi.train.byte_baselines import baselines, duplicate_share
+from kizzasi.train.byte_baselines import baselines, duplicate_share, looked_at, work
 from kizzasi.train.files import files_of, language_reference, read_files, standard_library
 from kizzasi.train.task import (
     LN2,
@@ -32,6 +32,7 @@ from kizzasi.train.task import (
     Scores,
     Shape,
     Split,
+    Task,
     scored,
     token_bits,
 )
@@ -100,8 +101,9 @@ class ByteText:
     def has(self, split: Split) -> bool:
         return len(self.part(split)) > 0
 
-    def baselines(self) -> dict[str, float]:
-        return baselines(self)
+    def baselines(self, told: Callable[[int], object] | None = None) -> dict[str, float]:
+        """As `byte_baselines.baselines`, which says what `told` is."""
+        return baselines(self, told)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -109,6 +111,7 @@ class ByteText:
             "n_held_out": len(self.valid),
             "n_test": len(self.test),
             "repeated": duplicate_share(self),
+            **({"looked_at": bounds} if (bounds := looked_at(self)) else {}),
             **({"left_out": list(self.left_out)} if self.left_out else {}),
         }
 
@@ -207,6 +210,26 @@ def with_test(corpus: ByteText, source: str | Path, max_bytes: int | None = None
     digest = hashlib.sha256(f"{corpus.digest} test".encode() + text).hexdigest()
     test = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return replace(corpus, test=test, digest=digest)
+
+
+class Progress(Protocol):
+    """Where a program says how far it is, such as a `Line`."""
+
+    def say(self, text: str) -> None: ...
+
+    def count_to(self, total: int | None, done: int = 0, unit: str = "tok") -> None: ...
+
+    def update(self, n: int) -> object: ...
+
+
+def baselines_of(task: Task, line: Progress) -> dict[str, float]:
+    """A task's baselines; of much text they take a while, and a line says how far they are."""
+    line.say("baselines")
+    if not isinstance(task, ByteText):
+        line.count_to(None)
+        return task.baselines()
+    line.count_to(work(task), unit="B")
+    return task.baselines(line.update)
 
 
 def check_vocab(vocab_size: int, corpus: ByteText) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -303,7 +304,7 @@ def test_baselines_of_the_default_text_are_ordered_and_quick():
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 7])
 def test_duplicate_share_counts_repeated_stretches(monkeypatch, chunk):
-    monkeypatch.setattr("kizzasi.train.byte_baselines.DUPLICATE_CHUNK", chunk)
+    monkeypatch.setattr("kizzasi.train.byte_baselines.CHUNK", chunk)
     noise = torch.randint(256, (3000,), generator=torch.Generator().manual_seed(0))
     noise = bytes(noise.tolist())
     assert duplicate_share(split_of(noise[:2000], noise[2000:])) == 0
@@ -311,6 +312,33 @@ def test_duplicate_share_counts_repeated_stretches(monkeypatch, chunk):
     half = duplicate_share(split_of(noise[:2000], noise[100:300] + noise[2000:2200]))
     assert half == pytest.approx(0.5, abs=0.01)
     assert duplicate_share(split_of(b"short", b"text")) == 0
+
+
+def test_of_much_text_a_part_is_looked_at_and_that_is_said(monkeypatch, tmp_path):
+    from kizzasi.train import byte_baselines as room
+
+    rng = np.random.default_rng(0)
+    text = bytes(rng.integers(97, 105, 400_000, dtype=np.uint8))
+    corpus = corpus_of(tmp_path, text)
+    whole = corpus.baselines()
+    assert "looked_at" not in corpus.facts()
+    told: list[int] = []
+    assert corpus.baselines(told.append) == whole
+    assert sum(told) == room.work(corpus) == 2 * len(corpus.train) + len(corpus.valid)
+    monkeypatch.setattr(room, "XZ_WINDOW", 100_000)
+    monkeypatch.setattr(room, "HELD_OUT", 3 * room.STRETCH)
+    told.clear()
+    part = corpus.baselines(told.append)
+    assert sum(told) == room.work(corpus) == 200_000 + 3 * 4096
+    assert part["unigram"] != whole["unigram"]
+    assert part == {name: pytest.approx(bits, abs=0.2) for name, bits in whole.items()}
+    n = f"{len(corpus.valid):,}"
+    assert corpus.facts()["looked_at"] == (
+        f"12,288 of {n} held-out bytes, evenly spread; xz learns from the last 100,000 of "
+        f"{len(corpus.train):,}"
+    )
+    again = split_of(text, text[:100_000])
+    assert duplicate_share(again) == 1
 
 
 def test_check_vocab_names_the_largest_byte():

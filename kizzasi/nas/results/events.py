@@ -114,6 +114,7 @@ DATA = record(
     n_held_out_=count,
     n_test_=count,
     repeated_=maybe(number),
+    looked_at_=text,
     left_out_=list_of(text),
 )
 CONFIG = record(

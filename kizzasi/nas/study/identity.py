@@ -23,6 +23,8 @@ from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.journal import read_run
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Study
+from kizzasi.progress import Line
+from kizzasi.train.bytes import baselines_of
 from kizzasi.train.task import Metric
 
 # What version 0.1 did where its journals say nothing.
@@ -45,11 +47,11 @@ def begin(study: Study, plan: Plan) -> None:
     Raises:
         StudyError: the journal is another search's; names what differs.
     """
-    event = study.once("study", lambda: _facts(plan))
+    event = study.once("study", lambda: _facts(plan, study))
     changed = _changes(event, plan)
     if changed and not study.scores:  # nothing was trained yet, so nothing is lost
         study.clear()
-        study.once("study", lambda: _facts(plan))
+        study.once("study", lambda: _facts(plan, study))
         return
     other = [key for key in changed if not _grown(key, *changed[key])]
     if other:
@@ -93,12 +95,14 @@ def settings_of(path: Path) -> Settings | None:
     return Settings(named, ModelSpace(template) if layered else None)
 
 
-def _facts(plan: Plan) -> dict[str, Any]:
+def _facts(plan: Plan, study: Study) -> dict[str, Any]:
     task = plan.evaluator.task if isinstance(plan.evaluator, MicroTrain) else None
     facts: dict[str, Any] = {"data": {}, "baselines": {}}
     if task is not None:
         named = {"name": task.name, "digest": task.digest}
-        facts = {"data": {**named, **task.facts()}, "baselines": task.baselines()}
+        line = study.bar
+        beside = baselines_of(task, line) if isinstance(line, Line) else task.baselines()
+        facts = {"data": {**named, **task.facts()}, "baselines": beside}
     metric = {k: v for k, v in vars(plan.metric).items() if v != getattr(Metric(""), k)}
     config = dict(plan.described)
     return {"config": config, "metric": metric, **facts, "versions": versions()}
