@@ -16,6 +16,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 EVERY_SECONDS = 60.0  # between lines where nothing is shown anew
+NARROW = 60  # columns below which words are worth more than a bar
 CLEAR = "\r\x1b[K"
 
 
@@ -27,6 +28,7 @@ class Line:
         total: of what is counted; None as long as nobody knows.
         unit: of it: "tok".
         done: of it, before this line began.
+        at_most: nobody knows how much there is, only that it is no more than the total.
         hidden: show nothing at all.
         stream: where to; stderr if left out.
         clock: seconds that pass.
@@ -39,6 +41,7 @@ class Line:
         unit: str = "tok",
         *,
         done: int = 0,
+        at_most: bool = False,
         hidden: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -48,9 +51,10 @@ class Line:
         self.alive = not hidden and self.stream.isatty()
         self.logs = not hidden and not self.alive
         self.text, self.last = "", float("-inf")
-        self._begin(total, done)
+        self._begin(total, done, at_most)
 
-    def _begin(self, total: int | None, done: int) -> None:
+    def _begin(self, total: int | None, done: int, at_most: bool) -> None:
+        self.most, columns = "at most " if at_most else "", self._columns()
         self.total, self.n, self.before, self.began = total, done, done, self.clock()
         self.bar = tqdm(
             total=total,
@@ -60,20 +64,22 @@ class Line:
             unit_scale=True,
             disable=not self.alive,
             file=self.stream,
-            ncols=self._columns(),
+            ncols=columns,
             nrows=20,  # tqdm shows nothing on a terminal that says it has none
             leave=False,
             miniters=1,  # a pace that was fast once hides no slow step
             smoothing=0.05,
-            bar_format=_format(total),
+            bar_format=_format(total, self.most, columns or NARROW),
         )
         self.bar.set_postfix_str(self.text)
 
-    def count_to(self, total: int | None, done: int = 0, unit: str = "tok") -> None:
-        """What is counted from now on: so much, of which so much is there already."""
+    def count_to(
+        self, total: int | None, done: int = 0, unit: str = "tok", *, at_most: bool = False
+    ) -> None:
+        """What is counted from now on: so much or at most so much, of which so much is there."""
         self.bar.close()
         self.unit = unit
-        self._begin(total, done)
+        self._begin(total, done, at_most)
 
     def say(self, text: str, *, now: bool = True) -> None:
         """What is going on; shown at once on a terminal, or else with the next count."""
@@ -116,11 +122,11 @@ class Line:
         told = f", {tqdm.format_sizeof(self.n)} {self.unit}"
         if not self.total:
             return told
-        told += f" of at most {tqdm.format_sizeof(self.total)}"
+        told += f" of {self.most}{tqdm.format_sizeof(self.total)}"
         if gained <= 0 or self.n > self.total:
             return told
         left = seconds * (self.total - self.n) / gained
-        return f"{told}, {tqdm.format_interval(left)} left"
+        return f"{told}, {self.most}{tqdm.format_interval(left)} left"
 
     def __enter__(self) -> Line:
         return self
@@ -129,10 +135,11 @@ class Line:
         self.bar.close()
 
 
-def _format(total: int | None) -> str:
+def _format(total: int | None, most: str, columns: int) -> str:
     if total is None:
         return "{desc}{postfix}, {elapsed}"
-    return "{desc} {percentage:3.0f}%|{bar:10}| {remaining} left{postfix}"
+    bar = "|{bar:10}|" if columns >= NARROW else ","
+    return f"{{desc}} {{percentage:3.0f}}%{bar} {most}{{remaining}} left{{postfix}}"
 
 
 @contextmanager

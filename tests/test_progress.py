@@ -101,7 +101,7 @@ def test_a_search_names_its_phases_and_ends_with_what_to_do(monkeypatch, place, 
     at = [seen.index(phase) for phase in phases]
     assert at == sorted(at)
     assert re.search(r"rung 2 of 2, \d+ trials, best \d\.\d{3} bits/byte \(", seen)
-    assert re.search(r"\d+%\|.*\| \d\d:\d\d left", seen)
+    assert re.search(r"\d+%\|.*\| at most \d\d:\d\d left", seen)
     assert last_shown(seen) == ""
     told = capsys.readouterr().out
     events = read_events(Path("found/journal.jsonl"))
@@ -171,13 +171,14 @@ def test_no_redrawn_line_is_wider_than_its_terminal(monkeypatch, terminal, size,
     seen = terminal.read()
     assert "50%" in seen or "0%" in seen
     assert "left, a n" in seen
+    assert ("|" in seen) == (wide == 80)  # a narrow one has words instead of a bar
     assert max(len(part) for part in re.split(r"[\r\n]+", seen)) <= wide
     assert "stays\r\n" in seen
 
 
 def test_a_log_has_one_line_a_minute():
     now, log = [0.0], io.StringIO()
-    with Line("train", 1000, stream=log, clock=lambda: now[0]) as line:
+    with Line("train", 1000, stream=log, at_most=True, clock=lambda: now[0]) as line:
         for step in range(500):
             line.say(f"step {step}")
             line.update(1)
@@ -185,7 +186,7 @@ def test_a_log_has_one_line_a_minute():
     lines = log.getvalue().splitlines()
     assert len(lines) == 9  # at once, and after 60, 120, ..., 480 seconds
     assert lines[0].startswith("train: step 0, 1.00 tok of at most 1.00k")
-    assert lines[5] == "train: step 300, 301 tok of at most 1.00k, 11:36 left"
+    assert lines[5] == "train: step 300, 301 tok of at most 1.00k, at most 11:36 left"
     assert EVERY_SECONDS == 60
     hidden = io.StringIO()
     with Line("train", 1000, stream=hidden, hidden=True) as line:
@@ -198,7 +199,7 @@ def test_a_resumed_count_reckons_with_what_it_gained_itself():
     with Line("train", 1000, done=900, stream=log, clock=lambda: now[0]) as line:
         now[0] = 10.0
         line.update(10)
-    assert log.getvalue() == "train, 910 tok of at most 1.00k, 01:30 left\n"
+    assert log.getvalue() == "train, 910 tok of 1.00k, 01:30 left\n"
 
 
 def test_what_a_search_is_at():

@@ -147,7 +147,7 @@ def check_numbers(args: argparse.Namespace, *names: str) -> None:
 @contextmanager
 def scoring(line: Line, model: SequenceModel, n_windows: int, batch_size: int) -> Iterator[None]:
     """Count on a line the batches that a model scores meanwhile."""
-    line.count_to(-(-n_windows // batch_size) or None, unit="batches")
+    line.count_to(-(-n_windows // batch_size) or None, unit="batches", at_most=True)
     line.say("scoring")
     hook = model.register_forward_hook(lambda *_: line.update(1))
     try:

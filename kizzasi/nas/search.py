@@ -305,7 +305,7 @@ def run_plan(
         live.told(event for _, event in journal.scan())
         if left_out := (study.find("study") or {}).get("data", {}).get("left_out"):
             line.write(f"{line.name}: {said_of(left_out)}")
-        line.count_to(total, live.tokens)
+        line.count_to(total, live.tokens, at_most=True)
         line.say(live.text)
         if config is not None:
             write_config(config, folder / CONFIG)

@@ -30,7 +30,8 @@ def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
     n_tried = math.prod(map(len, config.sweep.values()))
     sweeps = (n_baselines + config.n_sweep) * (n_tried - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
-    return total + sweeps + (1 + config.n_finalists) * seeds * config.final_tokens
+    n_finalists = min(config.n_finalists, config.n_candidates)
+    return total + sweeps + (1 + n_finalists) * seeds * config.final_tokens
 
 
 def outline(
@@ -64,7 +65,8 @@ def outline(
     tokens = tokens_at_most(config, presets)
     n_tried = math.prod(map(len, config.sweep.values()))
     sweeps = (presets + config.n_sweep) * (n_tried - 1)
-    finals = (1 + config.n_finalists) * (config.final_seeds + config.slope_seeds)
+    n_finalists = min(config.n_finalists, config.n_candidates)
+    finals = (1 + n_finalists) * (config.final_seeds + config.slope_seeds)
     spec = next(iter(plan.baselines.values()))
     pace = _pace(plan.micro_training, spec, device)
     side_by_side = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
