@@ -95,10 +95,11 @@ def test_programs_refuse_before_the_first_step_and_leave_nothing(monkeypatch, tm
     (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 200)
     monkeypatch.setattr(Training, "run", pytest.fail)
     many = ["--seq-len", "128", "--batch-size", "1000000000"]
+    long = ["--rungs", str(2**40), "--tokens", str(2**40)]
     for verb in (
         ["train", "spec.yaml"],
-        ["search", "--workers", "1"],
-        ["search", "--workers", "2", "--threads", "1"],
+        ["search", "--workers", "1", *long],
+        ["search", "--workers", "2", "--threads", "1", *long],
         ["sweep", "spec.yaml"],
         ["evolve", "spec.yaml"],
     ):
@@ -106,4 +107,7 @@ def test_programs_refuse_before_the_first_step_and_leave_nothing(monkeypatch, tm
         (line,) = capsys.readouterr().err.splitlines()
         assert "cpu has free" in line
         assert "lower batch_size or seq_len" in line
+    for short in ([], ["--rungs", str(2**40)], ["--dry-run"]):
+        assert main(["search", "--data", "text", "--out", "a/b", *many, *short]) == 2
+        assert "a step of 1,000,000,000 windows of 128 takes" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
