@@ -75,6 +75,9 @@ MIXER_CONTRACT = {
     "kizzasi.models.mixer",
     "kizzasi.models.norm",
     "kizzasi.models.ops.attention",
+    # The rule by which engines are chosen, and the compiled library, in which eml has kernels too.
+    "kizzasi.models.ops.engines",
+    "kizzasi.models.ops.native.library",
 }
 
 

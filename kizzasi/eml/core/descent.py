@@ -1,8 +1,8 @@
 """eml-core's coordinate descent: its sequence of trials, run on whatever device the model is on.
 
 A trial adds a step to one parameter and keeps it if the error falls. The sequence is drawn first.
-On the CPU `Walk` follows it; on every other device, and for a model whose softmax is a tree,
-`ListedDescent` does, by tensor operations. Both take the path of one trial after another.
+`ListedDescent` follows it by tensor operations, on any device and for any module; on a CPU flattened
+attention has a compiled kernel. Both take the path of one trial after another.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from kizzasi.eml.core.rng import Lcg, Rng
 from kizzasi.eml.search.coordinate import ListedDescent
 from kizzasi.eml.search.minimize import minimize
 from kizzasi.eml.search.objective import ModuleObjective
+from kizzasi.models.ops.engines import Engines
 from kizzasi.errors import SpecError
 
 _ROUND_STRIDE = 0x9E3779B97F4A7C15
@@ -94,3 +95,24 @@ def descend(
     found = minimize(objective, optimizer, evaluations=len(index) + 1)
     objective.assign(found.x)
     return before, float(found.loss), int(found.state.accepts)
+
+
+def descend_ref(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    index: np.ndarray,
+    delta: np.ndarray,
+    batch: int | None = None,
+) -> tuple[float, float, int]:
+    """`descend`, one candidate at a time: the definition."""
+    return descend(model, inputs, targets, index, delta, batch=1)
+
+
+# Of flattened attention whose softmax is no tree.
+DESCENT = Engines(
+    "eml_descent",
+    reference=descend_ref,
+    torch=descend,
+    native="kizzasi.eml.core.walk:descend",
+)

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kizzasi.eml.core.descent import EndToEndTrainConfig, descend, draw_trials
+from kizzasi.eml.core.descent import DESCENT, EndToEndTrainConfig, draw_trials
 from kizzasi.eml.core.events import EmlEventLog, Event, Trained
 from kizzasi.eml.core.fields import Fields
 from kizzasi.eml.core.rng import Lcg, Rng
 from kizzasi.eml.core.tree import SafeTree
-from kizzasi.eml.core.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError
 
 BUFFER_SIZE = 256
@@ -132,8 +131,9 @@ class FlatAttention(nn.Module):
 
         With fewer than 4 samples nothing is tried and the error is inf. Below
         `config.convergence_mse` the model becomes `trained` and a `Trained` event is logged.
-        Everything runs on the model's device: on the CPU by `Walk` in float64, elsewhere, or with
-        a softmax tree in use, by tensor operations in the model's dtype.
+        Everything runs on the model's device: on the CPU by a compiled kernel in float64 where
+        there is one, elsewhere, or with a softmax tree in use, by tensor operations in the model's
+        dtype.
 
         Args:
             config: None for the defaults.
@@ -152,11 +152,9 @@ class FlatAttention(nn.Module):
             torch.stack([each.to(first) for each in part]) for part in zip(*subset, strict=True)
         )
         trials = draw_trials(config, self.training_rounds, self.param_count, self.rng)
-        if first.device.type == "cpu" and batch is None and not self.tree_softmax:
-            walk = Walk(self.trees(), self.seq_len, x, y)
-            before, (after, self.last_accepts) = walk.loss(), walk.run(*trials)
-        else:
-            before, after, self.last_accepts = descend(self, x, y, *trials, batch=batch)
+        engine = "torch" if self.tree_softmax or batch else "auto"
+        descend = DESCENT.pick(engine, first.device)
+        before, after, self.last_accepts = descend(self, x, y, *trials, batch=batch)
         if after < config.convergence_mse:
             self.trained = True
             self.tree_softmax = self.rng == "seed" and len(self.trees()) == 5
