@@ -23,7 +23,6 @@ from kizzasi.eml import (
 from kizzasi.eml.core.descent import descend, draw_trials
 from kizzasi.eml.core.events import event_from_dict
 from kizzasi.eml.core.rng import Lcg
-from kizzasi.eml.core.walk import Walk
 from kizzasi.errors import CheckpointError, ShapeError, SpecError
 
 
@@ -174,9 +173,6 @@ def test_browser_bundle():
         ToyEmlAttention.from_browser_bundle("b", bundle | {"q": '{"depth": 3}'}, seq_len=2)
 
 
-CASES = [(4, 2, 2, 3), (8, 4, 4, 5), (6, 6, 1, 3), (4, 1, 3, 4)]
-
-
 @pytest.mark.parametrize("batch", [7, 64, None])
 def test_speculation_keeps_the_sequential_path(batch):
     path = []
@@ -195,50 +191,6 @@ def test_speculation_keeps_the_sequential_path(batch):
 def samples(count, width):
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, width, generator=generator, dtype=torch.float64) * 2 - 1
-
-
-def paths(model, n_samples, count):
-    """Run trials one by one by the definition, then by `Walk`: (accepts, parameters, loss) each."""
-    ends = []
-    for walks in (False, True):
-        built = model()
-        x = samples(n_samples, built.seq_len * built.d_model)
-        trials = draw_trials(EndToEndTrainConfig(trials=count), 1, built.param_count, "fixed")
-        walk = Walk(built.trees(), built.seq_len, x, x.flip(1))
-        if walks:
-            final, accepts = walk.run(*trials)
-        else:
-            before, final, accepts = descend(built, x, x.flip(1), *trials, batch=1)
-            assert walk.loss() == pytest.approx(before, rel=1e-12)
-        ends.append((accepts, torch.cat([t.params for t in built.trees()]).tolist(), final))
-    return ends
-
-
-@pytest.mark.parametrize("spread", [0.05, 0.5])
-@pytest.mark.parametrize("sizes", [*CASES, (16, 8, 8, 3)])
-@pytest.mark.parametrize("model", [ToyEmlAttention, BaselineAttention])
-def test_walk_takes_the_path_of_one_by_one_evaluation(model, sizes, spread):
-    sizes = sizes if model is ToyEmlAttention else sizes[:3]
-    plain, walk = paths(lambda: toy(*sizes, model=model, spread=spread), 6, 150)
-    assert plain[:2] == walk[:2]
-    assert walk[2] == pytest.approx(plain[2], rel=1e-12)
-    assert walk[0] > 20
-
-
-@pytest.mark.parametrize("n_samples", [5, 40])  # windows of two trials, and of one
-def test_walk_clamps_exponents_floors_logarithms_and_meets_saturated_attention(n_samples):
-    def extreme():
-        model = toy(8, 4, 4, 3)
-        with torch.no_grad():
-            model.q_model.split()[2][:, -1] = values(1.0, 1.5, 0.0)
-            model.k_model.split()[2][3, -1] = values(8.0, 0.0, -2.0)
-            model.out_model.split()[2][5, 1:] = values(-100.0, 0.1, -1.5)
-        return model
-
-    plain, walk = paths(extreme, n_samples, 400)
-    assert plain[:2] == walk[:2]
-    assert walk[2] == pytest.approx(plain[2], rel=1e-12)
-    assert walk[0] > 50
 
 
 @pytest.mark.parametrize(("depth", "count"), [(2, 24), (3, 32), (4, 44), (5, 56)])

@@ -1,8 +1,8 @@
 """eml-core's coordinate descent: its sequence of trials, run on whatever device the model is on.
 
 A trial adds a step to one parameter and keeps it if the error falls. The sequence is drawn first.
-`ListedDescent` follows it by tensor operations, on any device and for any module; on a CPU flattened
-attention has a compiled kernel. Both take the path of one trial after another.
+`ListedDescent` follows it by tensor operations, on any device and for any module; on a CPU
+flattened attention has a compiled kernel. Both take the path of one trial after another.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kizzasi.eml.core.rng import Lcg, Rng
 from kizzasi.eml.search.coordinate import ListedDescent
 from kizzasi.eml.search.minimize import minimize
 from kizzasi.eml.search.objective import ModuleObjective
-from kizzasi.models.ops.engines import Engines
 from kizzasi.errors import SpecError
+from kizzasi.models.ops.engines import Engines
 
 _ROUND_STRIDE = 0x9E3779B97F4A7C15
 

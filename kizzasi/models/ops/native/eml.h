@@ -26,21 +26,23 @@
 
 INLINE vec magnitude(vec x) { return (vec)((bits)x & ~(word)SIGN_BIT); }
 
-// max(low, x) and min(high, x); x itself where x is NaN.
-INLINE vec at_least(vec x, real low) {
+// The larger and the smaller; b where either is NaN.
 #if defined(__AVX512F__) && BITS == 32
-  return (vec)_mm512_max_ps((__m512)splat(low), (__m512)x);
+#define MAX(a, b) ((vec)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define MIN(a, b) ((vec)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #elif defined(__AVX512F__)
-  return (vec)_mm512_max_pd((__m512d)splat(low), (__m512d)x);
+#define MAX(a, b) ((vec)_mm512_max_pd((__m512d)(a), (__m512d)(b)))
+#define MIN(a, b) ((vec)_mm512_min_pd((__m512d)(a), (__m512d)(b)))
 #elif defined(__AVX2__) && BITS == 32
-  return (vec)_mm256_max_ps((__m256)splat(low), (__m256)x);
+#define MAX(a, b) ((vec)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define MIN(a, b) ((vec)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #elif defined(__AVX2__)
-  return (vec)_mm256_max_pd((__m256d)splat(low), (__m256d)x);
+#define MAX(a, b) ((vec)_mm256_max_pd((__m256d)(a), (__m256d)(b)))
+#define MIN(a, b) ((vec)_mm256_min_pd((__m256d)(a), (__m256d)(b)))
 #else
-  return choose((bits)(x < low), splat(low), x);
+#define MAX(a, b) choose((bits)((a) > (b)), a, b)
+#define MIN(a, b) choose((bits)((a) < (b)), a, b)
 #endif
-}
-INLINE vec at_most(vec x, real high) { return -at_least(-x, -high); }
 
 // e^x of |x| < 80 (float) or 700 (double), NaN for NaN; within 1 unit in the last place.
 INLINE vec bounded_exp(vec x) {
@@ -89,7 +91,7 @@ INLINE vec logarithm(vec x) {
 
 // One level of eml-core's chain: eml_safe(v c0 + c1, |v| + c2 + 1); NaN where v is infinite.
 INLINE vec safe_node(vec v, vec c0, vec c1, vec c2) {
-  vec x = at_most(at_least(v * c0 + c1, -EXP_LIMIT), EXP_LIMIT);
+  vec x = MIN(splat(EXP_LIMIT), MAX(splat(-EXP_LIMIT), v * c0 + c1));
   vec y = (magnitude(v) + c2) + 1;
-  return bounded_exp(x) - logarithm(choose((bits)(y > 0), y, splat(TINY)));
+  return bounded_exp(x) - logarithm(MAX(y, splat(TINY)));
 }

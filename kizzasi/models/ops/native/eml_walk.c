@@ -141,10 +141,10 @@ static void attend(walk *a, int64_t first, int64_t last, real *to) {
         for (int64_t c = 0; c < r; c++)
           score += load(q + (i * r + c) * P + at) * load(k + (j * r + c) * P + at);
         weight[j] = score * a->scale;
-        most = j ? choose((bits)(weight[j] > most), weight[j], most) : weight[j];
+        most = j ? MAX(most, weight[j]) : weight[j];
       }
       for (int64_t j = 0; j < n; j++) {
-        weight[j] = bounded_exp(at_least(weight[j] - most, BITS == 32 ? -80 : -700));
+        weight[j] = bounded_exp(MAX(splat(BITS == 32 ? -80 : -700), weight[j] - most));
         sum += weight[j];
       }
       for (int64_t j = 0; j < n; j++) weight[j] /= sum;
