@@ -131,7 +131,7 @@ def test_a_tree_that_is_not_in_use_is_left_alone():
 def test_without_the_library_training_is_the_same(sizes, monkeypatch):
     config = EndToEndTrainConfig(trials=300)
     ends = []
-    for native in ("kizzasi.eml.core.walk:descend", "kizzasi.eml.core.nowhere:descend"):
+    for native in ("kizzasi.eml.core.native:descend", "kizzasi.eml.core.nowhere:descend"):
         table = Engines("eml_descent", reference=descend_ref, torch=descend, native=native)
         monkeypatch.setattr(flat, "DESCENT", table)
         model = toy(*sizes)

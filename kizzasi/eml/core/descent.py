@@ -114,5 +114,5 @@ DESCENT = Engines(
     "eml_descent",
     reference=descend_ref,
     torch=descend,
-    native="kizzasi.eml.core.walk:descend",
+    native="kizzasi.eml.core.native:descend",
 )
