@@ -1,6 +1,8 @@
 """Trials on Ray: the results of one process, also when a node is killed on the way."""
 
-from contextlib import contextmanager
+import os
+import signal
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,44 @@ def test_a_search_on_ray_is_the_search_in_one_process(data, tmp_path):
         assert ray.is_initialized(), "a connection that the caller made was closed"
     assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
     assert list((tmp_path / "there" / "trials").iterdir()) == [], "the probe was left behind"
+
+
+def test_a_worker_killed_during_a_search_changes_nothing(data, tmp_path, monkeypatch):
+    named_search(config(data), tmp_path / "here", SPACE)
+    received, lost, killed = Ray._received, Ray._lost, list[int]()
+    jobs_lost = []
+
+    def then_killed(self, answer, bar):
+        if len(killed) < 3 and answer[1] is not None:
+            killed.append(own_actors()[0])
+            os.kill(killed[-1], signal.SIGKILL)
+        return received(self, answer, bar)
+
+    monkeypatch.setattr(Ray, "_received", then_killed)
+    monkeypatch.setattr(Ray, "_lost", lambda *args: jobs_lost.append(args[1]) or lost(*args))
+    with local():
+        named_search(config(data), tmp_path / "there", SPACE, workers=2, executor="ray")
+    assert (len(killed), len(jobs_lost)) == (3, 3)
+    assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
+    assert list((tmp_path / "there" / "trials").iterdir()) == []
+
+
+def own_actors() -> list[int]:
+    """Processes of actors among the descendants of this one."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = []
+    for pid in parents:
+        above = pid
+        while above in parents and above != os.getpid():
+            above = parents[above]
+        with suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if above == os.getpid() and command.startswith(b"ray::_Place"):
+                found.append(pid)
+    return found
 
 
 def test_a_trial_that_explodes_is_not_a_lost_node(data, tmp_path, monkeypatch):

@@ -80,6 +80,9 @@ def test_runs_are_not_overwritten_or_mixed(finished, data):
     other = replace(config(data), seed=1)
     with pytest.raises(StudyError, match="cannot resume another search; seed: 0 then, 1 now"):
         named_search(other, finished, SPACE, resume=True)
+    longer = replace(config(data), rungs=(*config(data).rungs, 10**6))
+    with pytest.raises(StudyError, match=f"rungs: .* found here, by --warm {finished}$"):
+        named_search(longer, finished, SPACE, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_a_resumed_warm_start_needs_no_other_folder(first, tmp_path):
     for moment in (8, 12):
         search(tmp_path / f"{moment}", 9, []).run(resume=True)
         assert outcome(tmp_path / f"{moment}") == outcome(tmp_path / "whole")
+
+
+def test_a_search_that_cannot_go_on_is_told_of_the_warm_start(first, tmp_path):
+    own = search(shutil.copytree(first, tmp_path / "run"), 6, [])
+    longer = replace(own, scheduler=ASHA(6, 9, 81))
+    with pytest.raises(StudyError, match="cannot resume another search; scheduler: ") as told:
+        longer.run(resume=True)
+    way = f'in another folder it may begin with what was found here, by warm=["{own.folder}"]'
+    assert str(told.value).endswith(way)
+    replace(longer, folder=tmp_path / "longer").run(warm=[own.folder])
+    with pytest.raises(StudyError, match="evaluator: ") as told:
+        replace(own, evaluator=other).run(resume=True)
+    assert "found here" not in str(told.value), "a warm start would be refused, too"
 
 
 def test_runs_that_trained_otherwise_are_refused(first, tmp_path):

@@ -7,7 +7,7 @@ same search. Budgets that only grow are no other search: it goes on from what it
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.journal import read_run
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.study import Study
+from kizzasi.nas.study.warm import SAME
 from kizzasi.progress import Line
 from kizzasi.train.bytes import baselines_of
 from kizzasi.train.task import Metric
@@ -57,12 +58,22 @@ def begin(study: Study, plan: Plan) -> None:
     if other:
         given = ", ".join(f"{k}: {changed[k][0]} then, {changed[k][1]} now" for k in other)
         folder = study.checkpoints.parent
-        raise StudyError(f"{folder}: cannot resume another search; {given:.300}")
+        way = _way_on(folder, other, plan)
+        raise StudyError(f"{folder}: cannot resume another search; {given:.300}{way}")
     then, now = event.get("versions", {}), versions()
     if told := ", ".join(f"{k} {then[k]} then, {now[k]} now" for k in then if then[k] != now[k]):
         study.bar.write(f"resumed with other versions: {told}")
     if changed:
         study.append({"event": "extended", "config": {k: v for k, (_, v) in changed.items()}})
+
+
+def _way_on(folder: Path, other: Sequence[str], plan: Plan) -> str:
+    """How a search that is another one may begin with what this one found, where it may."""
+    elsewhere = "vocab_size" in plan.described  # by ask and tell, which know no warm start
+    if elsewhere or {"data digest", "evaluator", *SAME} & set(other):
+        return ""
+    how = f"--warm {folder}" if "n_pool" in plan.described else f'warm=["{folder}"]'
+    return f"; in another folder it may begin with what was found here, by {how}"
 
 
 @dataclass(frozen=True)
