@@ -164,8 +164,31 @@ HOLDERS = {
         "arch.pipeline[1].budget",
     ),
 }
+LATENT = with_(
+    "arch.cond",
+    {
+        "source": {"kind": "pool-mlp", "H": 4},
+        "reg": {"kind": "freebits", "kappa": 0.1},
+        "ops": [{"where": "pre_mixer", "op": "add"}],
+    },
+)
+CODED = with_("arch.kv_policy", {"cache": "full", "quant": "nf4"})
+CHUNKED = with_("arch.hierarchy", {"levels": [{"every": 1, "chunk": 2.0}]})
+FIRST = {**LOOP, "noise_std": 0.1, "loops": {"eval": 2, "keys": "first"}}
+# Fields that another document brings to life: (class, field) -> it, and where.
+ELSEWHERE = {
+    **{(words.Source, name): (LATENT, "arch.cond.source") for name in ("query", "form", "seed")},
+    (words.Op, "where"): (LATENT, "arch.cond.ops[0]"),
+    (words.KVPolicy, "group"): (CODED, "arch.kv_policy"),
+    (words.Level, "chunk"): (CHUNKED, "arch.hierarchy.levels[0]"),
+    (words.Level, "balance"): (CHUNKED, "arch.hierarchy.levels[0]"),
+    (words.Recurrence, "seed"): (with_("arch.recurrence", FIRST), "arch.recurrence"),
+    (words.Loops, "tolerance"): (with_("arch.recurrence", FIRST), "arch.recurrence.loops"),
+}
 # Two words for one thing: a sliding window is local, and a ring is how a window is kept.
 SAME = {("Stencil", "kind", "sliding"), ("KVPolicy", "cache", "ring")}
+# A norm that stores its gain less one differs in what weight decay pulls it to.
+SAME |= {(cls, "norm", "rms_plus_one") for cls in ("Arch", "Module", "Recurrence")}
 WHOLE = {  # what a part may be, where its type is another class
     words.MixUnit: ROUTE,
     words.FFN: {"kind": "moe", "experts": 2, "topk": 1, "act": "swiglu", "mult": 1.0},
@@ -261,15 +284,31 @@ def does(spec):
 
 
 FIELDS = [
-    pytest.param(cls, name, id=f"{cls.__name__}.{name}")
+    pytest.param(cls, name, HOLDERS[cls], id=f"{cls.__name__}.{name}")
     for cls in HOLDERS
     for name in field_types(cls)
 ]
+FIELDS += [
+    pytest.param(cls, name, holder, id=f"{cls.__name__}.{name} elsewhere")
+    for (cls, name), holder in ELSEWHERE.items()
+]
 
 
-@pytest.mark.parametrize(("cls", "name"), FIELDS)
-def test_no_field_is_dead(cls, name):
-    base, path = HOLDERS[cls]
+@pytest.mark.parametrize(("cls", "name"), [param.values[:2] for param in FIELDS[-len(ELSEWHERE) :]])
+def test_a_field_lives_elsewhere(cls, name):
+    """Some value of it makes another model, and is not refused."""
+    base, path = ELSEWHERE[cls, name]
+    value = found_at(base, f"{path}.{name}")
+    tried = options(field_types(cls)[name], value, name)
+    after = [outcome(json.dumps(changed(base, f"{path}.{name}", one))) for one in tried]
+    before = outcome(json.dumps(base))
+    assert before is not None
+    assert any(one is not None and one != before for one in after), f"{path}.{name}: {tried}"
+
+
+@pytest.mark.parametrize(("cls", "name", "holder"), FIELDS)
+def test_no_field_is_dead(cls, name, holder):
+    base, path = holder
     where = f"{path}.{name}" if path else name
     value = found_at(base, where)
     if cls is words.Document and name in ("arch", "train"):

@@ -31,11 +31,22 @@ Mode = Literal["all", "train", "prefill", "decode", "train_prefill", "inference"
 
 @dataclass(frozen=True)
 class Level(Strict):
-    """From `every` layers off either end inwards, layers run at the rate `downsample`."""
+    """Layers that run at a lower rate.
+
+    Args:
+        every: from so many layers off either end inwards.
+        downsample: the rate.
+        pool, up_proj: whether tokens are joined by learned weights, and parted so.
+        chunk: in the place of all these: tokens of a chunk on average, whose ends are learned.
+        balance: weight of the loss that keeps to it.
+    """
 
     every: int
     downsample: float | None = bounded(above=0, most=1)
+    pool: Literal["mean", "linear"] | None = None
     up_proj: bool | None = None
+    chunk: float | None = bounded(above=1)
+    balance: float | None = bounded(above=0)
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,21 @@ class Hierarchy(Strict):
 
 @dataclass(frozen=True)
 class DepthRouter(Strict):
-    """Layers that a part of the tokens skip."""
+    """Layers that a part of the tokens skip.
+
+    Args:
+        kind: each layer by itself ("token"), or all as one ("layer").
+        budget: share of the tokens that do not.
+        tau: EvoForge's temperature.
+        min_layers: first layers that none skips.
+        balance: weight of the loss that keeps to the budget.
+    """
 
     kind: Literal["token", "layer", "none"]
     budget: float | None = bounded(above=0, most=1)
     tau: float | None = bounded(above=0)
     min_layers: int | None = bounded(0)
+    balance: float | None = bounded(above=0)
 
 
 @dataclass(frozen=True)
@@ -71,22 +91,41 @@ class LoopSchedule(Strict):
 
 @dataclass(frozen=True)
 class Loops(Strict):
-    """How many times a body runs."""
+    """How many times a body runs.
+
+    Args:
+        train, eval: times.
+        schedule: of training.
+        keys: an iterate reads its own keys and values ("each"), or those of the first.
+        tolerance: relative change at which a token stops, in evaluation.
+    """
 
     train: int | None = bounded(1)
     eval: int | None = bounded(1)
     schedule: LoopSchedule | None = None
+    keys: Literal["each", "first"] | None = None
+    tolerance: float | None = bounded(0)
 
 
 @dataclass(frozen=True)
 class Recurrence(Strict):
-    """Layers before, inside and after a loop; they sum to n_layers."""
+    """Layers before, inside and after a loop; they sum to n_layers.
+
+    Args:
+        prelude, body, coda: how many.
+        adapter: what an iterate reads of the one before and of the prelude.
+        noise_std, seed: of what the loop starts from.
+        norm: after the last iterate.
+        loops: how many times.
+    """
 
     prelude: int = field(metadata={"minimum": 0})
     body: int = field(metadata={"minimum": 1})
     coda: int = field(metadata={"minimum": 0})
     adapter: Literal["identity", "residual", "concat_linear"] | None = None
     noise_std: float | None = bounded(0)
+    seed: int | None = bounded(0)
+    norm: NormName | None = None
     loops: Loops | None = None
 
 

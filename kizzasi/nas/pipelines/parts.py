@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 from kizzasi.models import ChannelSpec, MixerSpec
 from kizzasi.strict import Registered, Strict, join, require, unknown_name
 
-NormName = Literal["LayerNorm", "RMSNorm", "ScaleNorm"]
+# EvoForge's three, and two of the house's own.
+NormName = Literal["LayerNorm", "RMSNorm", "ScaleNorm", "layer_unbiased", "rms_plus_one"]
 PosName = Literal["rope", "alibi", "relbias", "learned", "xpos", "none"]
 
 
@@ -245,12 +246,23 @@ class FFN(Open):
 
 @dataclass(frozen=True)
 class Source(Strict):
-    """What a condition is made of: a pooled past, or the last finished segment. H: its width, or
-    the bits of a latent."""
+    """What a condition or a latent is made of.
 
-    kind: Literal["pool-mlp", "segment"]
+    Args:
+        kind: a pooled past, one that fades ("ema"), or the last finished segment.
+        H: width of a condition, or the bits of a latent.
+        segment: tokens of one.
+        query: of a latent: what its encoder's stream begins as, the stream or one learned vector.
+        form: of a latent: a weight for each bit, or a row for each pattern of bits.
+        seed: of a latent's bits where they are drawn.
+    """
+
+    kind: Literal["pool-mlp", "segment", "ema"]
     H: int | None = bounded(1)
     segment: int | None = bounded(1)
+    query: Literal["stream", "learned"] | None = None
+    form: Literal["factored", "table"] | None = None
+    seed: int | None = bounded(0)
 
 
 @dataclass(frozen=True)
@@ -263,9 +275,12 @@ class Reg(Strict):
 
 @dataclass(frozen=True)
 class Op(Strict):
-    """Where and how a condition acts."""
+    """Where and how a condition acts, or bits are read; "proj_kv": where keys and values are made,
+    by bits that are added in the first layer alone."""
 
-    where: Literal["pre_mixer", "post_mixer", "ln", "proj_q", "proj_v", "q", "v", "token"]
+    where: Literal[
+        "pre_mixer", "post_mixer", "ln", "proj_q", "proj_v", "q", "v", "token", "proj_kv"
+    ]
     op: Literal["film", "add", "scale", "lora"]
     share: Literal["global", "per_channel", "per_head"] | None = None
     r: int | None = bounded(1)
@@ -300,21 +315,40 @@ class LatentCache(Strict):
 
 @dataclass(frozen=True)
 class KVPolicy(Strict):
-    """What attention keeps of the past, and in which form."""
+    """What attention keeps of the past, and in which form.
+
+    Args:
+        cache: how long.
+        window: positions of a window or ring.
+        quant: bits.
+        group: tokens whose keys are coded together, channel by channel; else each by itself.
+        evict: EvoForge's, without a meaning.
+        latent: of a compressed cache.
+    """
 
     cache: Literal["full", "window", "ring", "none", "latent"]
     window: int | None = bounded(1)
     quant: Literal["none", "fp8", "nf4", "int8"] | None = None
+    group: int | None = bounded(2)
     evict: str | None = None
     latent: LatentCache | None = None
 
 
 @dataclass(frozen=True)
 class Residual(Strict):
-    """Where norms stand: before ("single"), on both sides ("dual"), or after, with a scaled stream
-    ("deepnet")."""
+    """Where norms stand, and branches.
+
+    Args:
+        kind: norms before branches ("single"), on both sides ("dual"), or after, with a scaled
+            stream ("deepnet").
+        pre_ln, post_ln: of "dual": which there are.
+        scale: of "dual": of what a branch adds; of "deepnet": of the stream.
+        beside: the feed-forward part stands beside the mixer, with a norm of its own ("separate")
+            or the mixer's ("shared").
+    """
 
     kind: Literal["single", "dual", "deepnet"]
     pre_ln: bool | None = None
     post_ln: bool | None = None
     scale: float | None = bounded(above=0)
+    beside: Literal["shared", "separate"] | None = None

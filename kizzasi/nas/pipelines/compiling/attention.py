@@ -135,6 +135,11 @@ def _cached(
         return {}
     _refused(kv, where, findings)
     found: dict[str, Any] = {} if kv.quant in (None, "none") else {"kv_quant": kv.quant}
+    if kv.group is not None:
+        if kv.quant in ("int8", "nf4"):
+            found["kv_group"] = kv.group
+        else:
+            findings.drop(f"{where}.group", f"{kv.quant or 'none'!r} codes no channels")
     if kv.cache not in ("window", "ring"):
         if kv.window is not None:
             findings.drop(f"{where}.window", f"a cache {kv.cache!r} has no window")

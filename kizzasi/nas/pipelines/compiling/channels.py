@@ -8,7 +8,9 @@ from kizzasi.models import ChannelSpec
 from kizzasi.nas.pipelines.misfits import Findings
 from kizzasi.nas.pipelines.parts import FFN, Own, Residual
 
+OWN_NORMS = ("layer_unbiased", "rms_plus_one")
 NORMS = {"LayerNorm": "layer", "RMSNorm": "rms", "ScaleNorm": "scale"}
+NORMS |= {kind: kind for kind in OWN_NORMS}
 GATES = {"swiglu": "silu", "geglu": "gelu"}
 OF_MOE = ("experts", "topk", "capacity")
 
@@ -47,10 +49,17 @@ def _dense(act: str, hidden: int | None) -> dict[str, Any]:
 
 
 def residual_of(residual: Residual | None, path: str, findings: Findings) -> dict[str, Any]:
-    """The fields of a block that say where its norms stand."""
-    if residual is None or residual.kind == "single":
+    """The fields of a block that say where its norms and branches stand."""
+    if residual is None:
+        return {}
+    beside = {} if residual.beside is None else {"parallel": residual.beside}
+    return {**_norms(residual, path, findings), **beside}
+
+
+def _norms(residual: Residual, path: str, findings: Findings) -> dict[str, Any]:
+    if residual.kind == "single":
         for name in ("pre_ln", "post_ln", "scale"):
-            if residual is not None and getattr(residual, name) is not None:
+            if getattr(residual, name) is not None:
                 findings.drop(f"{path}.{name}", "'single' norms what a branch reads")
         return {}
     if residual.kind == "deepnet":

@@ -10,15 +10,17 @@ Source: Fleuret 2025, arXiv:2510.17558, section 3.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kizzasi.models import BlockSpec, LayerSpec
+from kizzasi.models.layers.latent import MOST_IN_A_TABLE, LatentSpec
 from kizzasi.nas.pipelines.misfits import DROP, Findings
-from kizzasi.nas.pipelines.parts import Cond
+from kizzasi.nas.pipelines.parts import Cond, Op
 from kizzasi.strict import Strict
 
-READS = {"film": "film", "lora": "lora", "add": "add"}
+READS = ("film", "lora", "add")
+CROSSES = "is no plain attention, which alone can look at another stream"
 
 
 def is_latent(cond: Cond | None) -> bool:
@@ -33,7 +35,7 @@ def latent_fields(cond: Cond | None, path: str, findings: Findings) -> dict[str,
     source, reg = cond.source, cond.reg
     found: dict[str, Any] = {}
     if source is not None:
-        if source.kind == "segment" or source.segment is not None:
+        if source.kind != "pool-mlp" or source.segment is not None:
             rule = "a latent has bits of every token"
             findings.add(
                 f"{path}.source",
@@ -42,7 +44,11 @@ def latent_fields(cond: Cond | None, path: str, findings: Findings) -> dict[str,
                 (f"{path}.source.kind", "pool-mlp"),
                 (f"{path}.source.segment", DROP),
             )
-        found["n_bits"] = source.H
+        found |= {"n_bits": source.H, "query": source.query, "form": source.form}
+        found["seed"] = source.seed
+        if source.form == "table" and (source.H or LatentSpec.n_bits) > MOST_IN_A_TABLE:
+            rule = "a table has a row for each pattern of bits"
+            found["n_bits"] = findings.set(f"{path}.source.H", rule, MOST_IN_A_TABLE)
     if reg is not None and reg.kind == "freebits":
         found["free_bits"] = reg.kappa
     elif reg is not None:
@@ -63,12 +69,18 @@ def _reading(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
             kind = findings.set(
                 f"{where}.op", f"{kind!r}: bits are read by film, add and lora", "film"
             )
-        if op.where != "pre_mixer":
+        if op.where == "proj_kv" and kind != "add":
+            rule = "keys and values are made of what is added, and nothing else"
+            findings.set(f"{where}.where", rule, "pre_mixer")
+        elif op.where == "proj_kv":
+            kind = "kv"
+        elif op.where != "pre_mixer":
             findings.set(f"{where}.where", f"{op.where!r}: layers read the bits first", "pre_mixer")
         if op.share not in (None, "per_channel"):
             findings.drop(f"{where}.share", "bits are read by every channel")
-        if kind in inject:
-            findings.drop(where, f"{kind!r} is there already")
+        if kind in inject or {"add", "kv"} <= {kind, *inject}:
+            rule = f"{op.op!r} is there already"
+            findings.drop(where, rule if kind in inject else f"{rule}, for keys and values too")
             continue
         inject.append(kind)
         if kind == "lora":
@@ -76,12 +88,38 @@ def _reading(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
             if rank is None:
                 rank = findings.set(f"{where}.r", "'lora' needs it", 4)
         elif op.r is not None:
-            findings.drop(f"{where}.r", f"{kind!r} has no rank")
+            findings.drop(f"{where}.r", f"{op.op!r} has no rank")
     return {"inject": inject or ["add"], "rank": rank}
 
 
-def latent(body: list[Any], encoder: list[Any], given: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Bits:
+    """What a latent has beside its body.
+
+    Args:
+        encoder: its layers.
+        given: its other fields.
+        ops: of the cond that says them.
+        path: of that cond.
+    """
+
+    encoder: list[Any]
+    given: dict[str, Any]
+    ops: tuple[Op, ...]
+    path: str
+
+
+def latent(body: list[Any], bits: Bits, findings: Findings) -> Any:
     """The layer: its body reads what its encoder chooses."""
+    given, encoder, path = bits.given, bits.encoder, bits.path
+    if "kv" in given["inject"] and not body[0].crosses:
+        i = next(i for i, op in enumerate(bits.ops) if op.where == "proj_kv")
+        rule = f"the first layer that reads the bits {CROSSES}"
+        findings.set(f"{path}.ops[{i}].where", rule, "pre_mixer")
+        given = {**given, "inject": ["add" if one == "kv" else one for one in given["inject"]]}
+    if given.get("query") == "learned" and not encoder[0].crosses:
+        rule = f"the first layer of the encoder {CROSSES}"
+        given = {**given, "query": findings.set(f"{path}.source.query", rule, "stream")}
     stacks = {
         "body": [one.to_dict() for one in body],
         "encoder": [one.to_dict() for one in encoder],
@@ -98,7 +136,7 @@ def encoder_of(layers: list[Any], path: str, findings: Findings) -> list[Any]:
             findings.add(path, "an encoder is made of attention", "give it mixers of attention")
             return []
         whole = {"causal": False, "window": None, "block": None, "n_blocks": 1, "n_global": 0}
-        whole |= {"dilation": 1, "kv_quant": "none"}
+        whole |= {"dilation": 1, "kv_quant": "none", "kv_group": None}
         found.append(replace(one, mixer=replace(mixer, **whole)))
     return found
 
@@ -108,7 +146,8 @@ def halved(layers: list[Any], cond: Cond, path: str, findings: Findings) -> list
     half = len(layers) // 2
     encoder = encoder_of(layers[-1:], f"{path}.reg", findings)
     given = latent_fields(cond, path, findings)
-    return [*layers[:half], latent(layers[half:], encoder or layers[-1:], given)]
+    bits = Bits(encoder or layers[-1:], given, cond.ops, path)
+    return [*layers[:half], latent(layers[half:], bits, findings)]
 
 
 def _attention(mixer: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.layers.layer import check_stack
-from kizzasi.nas.pipelines.compiling.latents import encoder_of, latent, latent_fields
+from kizzasi.nas.pipelines.compiling.latents import Bits, encoder_of, latent, latent_fields
 from kizzasi.nas.pipelines.compiling.stack import INHERITED, Frame, layers_of
 from kizzasi.nas.pipelines.compiling.topology import layer
 from kizzasi.nas.pipelines.document import Arch, Module, Params, Stage
@@ -58,7 +58,7 @@ class Line:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole: bool = True
     encoders: dict[str, list[Any]] = field(default_factory=dict)
-    latents: dict[str, tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)
+    latents: dict[str, Bits] = field(default_factory=dict)
 
     def take(self, stage: Stage, i: int) -> None:
         """Put one stage at the end."""
@@ -204,7 +204,8 @@ class Line:
             rule = "a latent is as wide as its bits, cond.source.H"
             self.findings.drop(f"{path}.params.latent_dim", rule)
         given = latent_fields(module.cond, f"{path}.cond", self.findings)
-        self.latents[stage.name] = (self.encoders[source], given)
+        ops = () if module.cond is None else module.cond.ops
+        self.latents[stage.name] = Bits(self.encoders[source], given, ops, f"{path}.cond")
 
     def _put(self, layers: list[Any], stage: Stage, module: Module, path: str, where: str) -> None:
         if stage.repeat is not None and stage.repeat > 1:
@@ -212,8 +213,8 @@ class Line:
         layers = self._reading(layers, stage, where)
         for name in (*stage.inputs, *stage.kv_from, *stage.mem_from):
             if name in self.latents:
-                encoder, given = self.latents[name]
-                layers = [latent(layers, encoder, given)] if encoder else layers
+                bits = self.latents[name]
+                layers = [latent(layers, bits, self.findings)] if bits.encoder else layers
         self.layers += layers
         if module.budget is not None or stage.budget is not None:
             flops = self._flops(layers)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from kizzasi.models import LayerSpec
+from kizzasi.nas.pipelines.compiling.channels import NORMS
 from kizzasi.nas.pipelines.compiling.latents import halved, is_latent
 from kizzasi.nas.pipelines.document import DepthRouter, Hierarchy, Level, Loops, Recurrence, Stack
 from kizzasi.nas.pipelines.misfits import DROP, Findings
@@ -75,7 +76,10 @@ def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: F
             (f"{path}.source.segment", DROP),
         )
     elif source is not None and source.segment is not None:
-        findings.drop(f"{path}.source.segment", "'pool-mlp' has no segments")
+        findings.drop(f"{path}.source.segment", f"{source.kind!r} has no segments")
+    for name in ("query", "form", "seed"):
+        if source is not None and getattr(source, name) is not None:
+            findings.drop(f"{path}.source.{name}", "a summary has no bits; freebits make a latent")
     if source is not None and source.H is not None:
         findings.drop(f"{path}.source.H", "the summary is as wide as the stream")
     if cond.reg is not None:
@@ -83,12 +87,15 @@ def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: F
         findings.drop(f"{path}.reg", rule, "leave it out, or give freebits for a latent")
     if not cond.ops:
         findings.add(f"{path}.ops", "it is needed", "give an op, or leave cond out", (path, DROP))
+    fades = "ema" if source is not None and source.kind == "ema" else None
     for i, op in enumerate(cond.ops):
-        one = _turned(one, op, heads, f"{path}.ops[{i}]", findings)
+        one = _turned(one, op, heads, fades, f"{path}.ops[{i}]", findings)
     return one
 
 
-def _turned(one: Any, op: Op, heads: int | None, path: str, findings: Findings) -> Any:
+def _turned(
+    one: Any, op: Op, heads: int | None, source: str | None, path: str, findings: Findings
+) -> Any:
     if op.where not in PLACES:
         findings.set(f"{path}.where", f"{op.where!r}: {NORMS_ALONE}", "pre_mixer")
     rank = op.r
@@ -106,7 +113,7 @@ def _turned(one: Any, op: Op, heads: int | None, path: str, findings: Findings) 
         groups = {"global": 1, "per_head": heads}.get(op.share or "")
         rank = None
     at = PLACES.get(op.where, "in")
-    return layer("condition", [one], op=op.op, at=at, groups=groups, rank=rank)
+    return layer("condition", [one], op=op.op, at=at, source=source, groups=groups, rank=rank)
 
 
 # ------------------------------------------------------------------------- depth
@@ -114,7 +121,7 @@ def _turned(one: Any, op: Op, heads: int | None, path: str, findings: Findings) 
 
 def _routed(layers: list[Any], router: DepthRouter, path: str, findings: Findings) -> list[Any]:
     if router.kind == "none":
-        for name in ("budget", "tau", "min_layers"):
+        for name in ("budget", "tau", "min_layers", "balance"):
             if getattr(router, name) is not None:
                 findings.drop(f"{path}.{name}", "'none' routes nothing")
         return layers
@@ -131,7 +138,9 @@ def _routed(layers: list[Any], router: DepthRouter, path: str, findings: Finding
         first = findings.set(f"{path}.min_layers", rule, max(0, len(layers) - 1))
     rest = layers[first:]
     bodies = [[one] for one in rest] if router.kind == "token" else [rest]
-    return layers[:first] + [layer("depth_routed", body, capacity=budget) for body in bodies]
+    return layers[:first] + [
+        layer("depth_routed", body, capacity=budget, weight=router.balance) for body in bodies
+    ]
 
 
 def _looped(layers: list[Any], recurrence: Recurrence, path: str, findings: Findings) -> list[Any]:
@@ -144,6 +153,11 @@ def _looped(layers: list[Any], recurrence: Recurrence, path: str, findings: Find
         layers = (layers * total)[:total]
     adapter = recurrence.adapter
     loop = {"adapter": adapter, "noise_std": recurrence.noise_std or None}
+    loop |= {"norm": None if recurrence.norm is None else NORMS[recurrence.norm]}
+    if recurrence.seed is not None and not recurrence.noise_std:
+        findings.drop(f"{where}.seed", "a loop without noise draws nothing")
+    else:
+        loop["seed"] = recurrence.seed
     loop |= _loops(recurrence.loops or Loops(), adapter or "identity", f"{where}.loops", findings)
     body = layers[first:last]
     return [*layers[:first], layer("loop", body, **loop), *layers[last:]]
@@ -151,7 +165,7 @@ def _looped(layers: list[Any], recurrence: Recurrence, path: str, findings: Find
 
 def _loops(loops: Loops, adapter: str, path: str, findings: Findings) -> dict[str, Any]:
     """How many times, in evaluation and in training."""
-    schedule = loops.schedule
+    schedule, ends = loops.schedule, {"keys": loops.keys, "tolerance": loops.tolerance or None}
     n = loops.eval or loops.train
     if n is None:
         n = findings.set(f"{path}.eval", "it is needed", 2)
@@ -159,14 +173,17 @@ def _loops(loops: Loops, adapter: str, path: str, findings: Findings) -> dict[st
         rule = f"{loops.train} in training and {n} in evaluation would be two models"
         remedy = f"give {n} for both; poisson_lognormal draws around one mean"
         findings.set(f"{path}.train", rule, n, remedy)
+    if loops.tolerance and loops.keys != "first":
+        rule = "a token stops where its later iterates leave no keys"
+        findings.set(f"{path}.keys", rule, "first")
     if schedule is None:
-        return {"n_loops": n}
+        return {**ends, "n_loops": n}
     where = f"{path}.schedule"
     for name in ("curriculum", "warmup_steps"):
         value = getattr(schedule, name)
         if value is not None:
             findings.drop(f"{where}.{name}", "a model knows no training steps")
-    found: dict[str, Any] = {"n_loops": n, "schedule": schedule.kind}
+    found: dict[str, Any] = {**ends, "n_loops": n, "schedule": schedule.kind}
     if schedule.backprop is not None and adapter == "identity":
         rule = "without an adapter the layers before the loop would have no gradient"
         findings.drop(f"{where}.backprop", rule)
@@ -194,16 +211,25 @@ def _lowered(layers: list[Any], hierarchy: Hierarchy, path: str, findings: Findi
         return layers
     factors, before = [], 1
     for i, level in enumerate(hierarchy.levels):
-        factors.append(_factor(level, before, f"{path}.levels[{i}]", findings))
-        before *= factors[-1]
+        where = f"{path}.levels[{i}]"
+        if level.chunk is None:
+            factors.append(_factor(level, before, where, findings))
+            before *= factors[-1]
+            if level.balance is not None:
+                findings.drop(f"{where}.balance", "a rate that is given needs no loss")
+            continue
+        factors.append(1)
+        for name in ("downsample", "pool", "up_proj"):
+            if getattr(level, name) is not None:
+                findings.drop(f"{where}.{name}", "a chunk's ends are learned, and so is its rate")
     inner = layers
     depth = 0
     around: list[tuple[list[Any], list[Any]]] = []
     for i, level in enumerate(hierarchy.levels):
         skip = level.every - depth
-        if skip < 1 or 2 * skip >= len(inner):
+        if skip < min(1, i) or 2 * skip >= len(inner):
             rule = f"{level.every} layers off either end of {len(layers)} leave nothing between"
-            if skip < 1:
+            if skip < min(1, i):
                 rule = f"{level.every} is not beyond the level before"
             findings.drop(f"{path}.levels[{i}]", rule, "give another number, or leave it out")
             factors = factors[:i]
@@ -213,9 +239,15 @@ def _lowered(layers: list[Any], hierarchy: Hierarchy, path: str, findings: Findi
     for (head, tail), level, factor in reversed(
         list(zip(around, hierarchy.levels, factors, strict=False))
     ):
-        up = "linear" if level.up_proj else None
-        inner = [*head, layer("downsample", inner, factor=factor, upsampling=up), *tail]
+        inner = [*head, _slower(inner, level, factor), *tail]
     return inner
+
+
+def _slower(inner: list[Any], level: Level, factor: int) -> Any:
+    if level.chunk is not None:
+        return layer("chunked", inner, rate=level.chunk, weight=level.balance)
+    up = "linear" if level.up_proj else None
+    return layer("downsample", inner, factor=factor, pooling=level.pool, upsampling=up)
 
 
 def _factor(level: Level, before: int, path: str, findings: Findings) -> int:
