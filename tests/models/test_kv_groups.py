@@ -14,12 +14,11 @@ from kizzasi.models.decoding.inplace.attention import AttentionSteps
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.models.ops.attention import attention_ref
+from kizzasi.models.ops.coded_attention import Coded, coded_attention, coded_attention_ref
 from kizzasi.models.ops.kv_codes import (
     code_bytes,
     decode,
     decode_channels,
-    decode_channels_into_ref,
-    decode_into_ref,
     encode,
     encode_channels,
     hadamard,
@@ -212,29 +211,32 @@ def test_codes_are_written_in_place_and_decode_as_values_do(ring, how, engine, m
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
-@pytest.mark.parametrize("width", [1, 7, 64, 80, 128])
+@pytest.mark.parametrize("width", [1, 6, 7, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_codes_are_read_alike_in_c(kind, width, dtype):
-    try:
-        from kizzasi.models.ops.native import kv_codes as native
-    except ImportError:
-        pytest.skip("no compiled kernels here")
-    b, h, s, n = 2, 3, 130, 10
-    x = draw(b, h, s, width).to(dtype)
-    made, wanted = x.new_full((2, b, h, 200, width), torch.nan)[:, :, :, :s]
-    stored, *scale = encode(x, kind)
-    room = torch.nn.functional.pad(stored, (0, 0, 0, 50))[:, :, :s]
-    native.decode_into(made, room, *scale, kind)
-    decode_into_ref(wanted, room, *scale, kind)
-    assert_close(made, wanted)
-    if kind == "fp8":
+@pytest.mark.parametrize("n", [0, 10])
+def test_codes_are_attended_to_alike_in_c(kind, width, dtype, n):
+    """Few and many slots, before, at and after the end of a group, inside the first ones; slots to
+    spare hold codes that would show."""
+    native = pytest.importorskip("kizzasi.models.ops.native.coded_attention", exc_type=ImportError)
+    if n and kind == "fp8":
         return
-    stored, step, least = encode_channels(x.unflatten(2, (-1, n)), kind)
-    room = torch.nn.functional.pad(stored.flatten(2, 3), (0, 0, 0, 50))[:, :, :s]
-    native.decode_channels_into(made, room, step, least, kind)
-    decode_channels_into_ref(wanted, room, step, least, kind)
-    assert_close(made, wanted)
-    assert ((made - x).abs() <= 0.6 * step.to(dtype).repeat_interleave(n, 2) + 0.05).all()
+    b, h, room, g = 2, 3, 140, 4
+    k, v = draw(2, b, h, room, width).to(dtype)
+    q, exact = draw(b, h, 5, width).to(dtype), draw(4, b, h, max(n, g), width).to(dtype)
+    v_codes, v_scale = encode(v, kind)
+    open_ = [x[:, :, :n] for x in exact[2:]] if n else [None, None]
+    least = None
+    if n:
+        k_codes, k_scale, least = encode_channels(k.unflatten(2, (-1, n)), kind)
+        k_codes = k_codes.flatten(2, 3)
+    else:
+        k_codes, k_scale = encode(k, kind)
+    firsts = exact[0, :, :, :g], exact[1, :, :, :g]
+    coded = Coded(k_codes, v_codes, k_scale, least, v_scale, *firsts, *open_)
+    for s in (1, 3, 4, 5, 10, 11, 20, 97, 130, 131):
+        wanted = coded_attention_ref(q, coded, s, kind)
+        assert_close(native.coded_attention(q, coded, s, kind), wanted)
+        assert_close(coded_attention(q, coded, s, kind), wanted)
 
 
 @pytest.mark.parametrize(("quant", "most"), [("nf4", 0.3), ("int8", 0.56)])

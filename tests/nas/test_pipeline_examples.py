@@ -1,6 +1,7 @@
 """The pipelines in examples/: each fits, prints, is scaled, trains, steps and draws."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def task(tmp_path_factory):
 
 def test_there_are_a_dozen():
     assert len(EXAMPLES) >= 12
+
+
+def test_the_table_of_the_page_is_of_these_files():
+    page = (EXAMPLES[0].parents[1] / "docs" / "pipelines.md").read_text()
+    named = re.findall(r"^\| (examples/\S+\.yaml) \| .*\d \|$", page, re.MULTILINE)
+    assert sorted(named) == [f"examples/{path.name}" for path in EXAMPLES]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
 
 KVQuant = Literal["none", "int8", "fp8", "nf4"]
@@ -175,22 +174,6 @@ def pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.stack([levels[byte & 15], levels[byte >> 4]], 1)
 
 
-def decode_into_ref(out: Tensor, codes: Tensor, scale: Tensor, kind: KVQuant) -> None:
-    """Write `decode` of codes and scale (b, h, s, ...) into out (b, h, s, width), whose heads lie
-    in one piece each."""
-    out.copy_(decode(codes, scale, kind, out.shape[-1], out.dtype))
-
-
-def decode_channels_into_ref(
-    out: Tensor, codes: Tensor, step: Tensor, least: Tensor, kind: KVQuant
-) -> None:
-    """Write `decode_channels` of codes (b, h, s, bytes), with step and least (b, h, groups, width)
-    each of as many tokens, into out (b, h, s, width), whose heads lie in one piece each."""
-    codes = codes.unflatten(2, (step.shape[2], -1))
-    about = step.unsqueeze(3), least.unsqueeze(3)
-    out.copy_(decode_channels(codes, *about, kind, out.dtype).flatten(2, 3))
-
-
 @functools.cache
 def _signs(n: int) -> tuple[tuple[float, ...], ...]:
     """Sylvester's matrix of n rows, a power of two, orthonormal; it is its own inverse."""
@@ -219,15 +202,3 @@ def turn(x: Tensor, by: Tensor) -> Tensor:
 def straight_through(x: Tensor, shown: Tensor) -> Tensor:
     """The value of `shown` with the gradient of x."""
     return shown + (x - x.detach())
-
-
-NATIVE = "kizzasi.models.ops.native.kv_codes"
-DECODE_INTO = Engines(
-    "decode_into", reference=decode_into_ref, torch=decode_into_ref, native=f"{NATIVE}:decode_into"
-)
-DECODE_CHANNELS_INTO = Engines(
-    "decode_channels_into",
-    reference=decode_channels_into_ref,
-    torch=decode_channels_into_ref,
-    native=f"{NATIVE}:decode_channels_into",
-)

@@ -16,7 +16,7 @@ from kizzasi.models.attention.cache import AttentionState
 from kizzasi.models.attention.rope_scaling import Rotary
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.inplace.base import About, Products, Steps, Unfit, write_norm
-from kizzasi.models.decoding.inplace.codes import Coded, CodedStore
+from kizzasi.models.decoding.inplace.codes import CodedCache, CodedStore
 from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.mixers.attention import Attention, AttentionSpec
 from kizzasi.models.norm import Norm
@@ -199,7 +199,7 @@ class AttentionSteps(Steps):
         n = self.h + self.h_kv
         return torch.cat([heads[:, :n], turn(heads[:, n:], by)], 1)
 
-    def value(self) -> AttentionState | Coded:
+    def value(self) -> AttentionState | CodedCache:
         if self.program is not None:
             self.store.place = self.program.place
         return self.store.value()
@@ -214,7 +214,7 @@ def attention_steps(mixer: Attention, state: Any, about: About) -> Steps | None:
         return None
     if spec.coded and CodedStore.fits(state, mixer.memory):
         dtype = state.k_first.dtype
-        store = CodedStore(state, mixer.memory, mixer.engine, about.shared)
+        store = CodedStore(state, mixer.memory, mixer.engine)
     elif not spec.coded and Store.fits(state, spec.window, spec.n_global):
         dtype, store = state.k.dtype, Store(state, spec.window, spec.n_global)
     else:

@@ -15,32 +15,23 @@ from torch import Tensor
 from kizzasi.models.attention.grouped import GroupedMemory, GroupedState
 from kizzasi.models.attention.memory import CodedState, Remembers
 from kizzasi.models.decoding.own_cache import SPARE
-from kizzasi.models.ops.kv_codes import (
-    DECODE_CHANNELS_INTO,
-    DECODE_INTO,
-    KVQuant,
-    encode,
-    encode_channels,
-)
+from kizzasi.models.ops.coded_attention import CODED_ATTENTION, Coded
+from kizzasi.models.ops.kv_codes import KVQuant, encode, encode_channels
 
-Coded = CodedState | GroupedState
+CodedCache = CodedState | GroupedState
 
 
 class CodedStore:
     """A `CodedState` or `GroupedState` of rows that are all at one place, written in place: a token
-    is coded once, and its codes are never copied. What is seen is decoded anew for every token.
+    is coded once, and its codes are never copied. What is seen is read of them for every token.
 
     As long as a ring is not full its slots are in order, as without a window.
 
     Args:
-        engine: that decodes.
-        shared: what the layers of a line have in common: where they write what they have decoded,
-            one after another.
+        engine: that attends.
     """
 
-    def __init__(
-        self, state: Coded, memory: Remembers, engine: str, shared: dict[str, Any]
-    ) -> None:
+    def __init__(self, state: CodedCache, memory: Remembers, engine: str) -> None:
         self.memory, self.stencil = memory, memory.stencil
         self.n = memory.n if isinstance(memory, GroupedMemory) else 0
         self.place = int(state.next_position()[0])
@@ -50,14 +41,14 @@ class CodedStore:
         self.kind, self.h = type(state), state.k.shape[1]
         self.quant: KVQuant = memory.quant
         self.no_position = state.position.new_empty(len(state.k), 0)
-        self.engine, self.shared = engine, shared
+        self.engine = engine
         self.per_slot = ("k", "v", "v_scale") if self.n else ("k", "v", "k_scale", "v_scale")
 
     @staticmethod
     def fits(state: Any, memory: Remembers) -> bool:
         """Whether all rows are at one place, with nothing dead among their slots."""
         slots = memory.stencil.slots
-        if not isinstance(state, Coded) or memory.widths[0] != memory.widths[1]:
+        if not isinstance(state, CodedCache) or memory.widths[0] != memory.widths[1]:
             return False
         if slots is None:
             return state.in_order
@@ -71,12 +62,8 @@ class CodedStore:
         self._add(kv)
         if self._goes_round():
             return F.scaled_dot_product_attention(q, *self.memory.seen(self._full(), kv))
-        # Head by head: what is decoded of one is read before it leaves the cache of a core.
-        heads = [
-            F.scaled_dot_product_attention(q[:, i : i + 1], *self._seen(i, kv))
-            for i in range(self.h)
-        ]
-        return torch.cat(heads, 1)
+        attend = CODED_ATTENTION.pick(self.engine, q.device)
+        return attend(q, self._coded(), self.place, self.quant)
 
     def _add(self, kv: Tensor) -> None:
         self._make_room()
@@ -153,37 +140,19 @@ class CodedStore:
             most = min(most, self.n * self.leaves["k_step"].shape[2])
         return self.place > most
 
-    def _seen(self, head: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 1, s, width) keys and values of a head; they hold until others are asked for."""
-        n, quant = self.place, self.quant
-        leaves = {name: leaf[:, head : head + 1] for name, leaf in self.leaves.items()}
-        done = (n - 1) // self.n * self.n if self.n else n
-        k, v = (x[:, :, :n] for x in self._room(like))
-        coded = {name: leaves[name][:, :, :done] for name in self.per_slot}
-        decode = DECODE_INTO.pick(self.engine, k.device)
-        if done:
-            decode(v[:, :, :done], coded["v"], coded["v_scale"], quant)
-        if done and self.n:
-            step, least = (leaves[x][:, :, : done // self.n] for x in ("k_step", "k_least"))
-            by_channel = DECODE_CHANNELS_INTO.pick(self.engine, k.device)
-            by_channel(k[:, :, :done], coded["k"], step, least, quant)
-        elif done:
-            decode(k[:, :, :done], coded["k"], coded["k_scale"], quant)
-        g = min(self.stencil.n_global, n)
-        for name, x in (("k", k), ("v", v)):
-            if self.n:
-                x[:, :, done:] = leaves[f"{name}_open"][:, :, : n - done]
-            if g:
-                x[:, :, :g] = leaves[f"{name}_first"][:, :, :g]
-        return k, v
-
-    def _room(self, like: Tensor) -> Tensor:
-        """(2, b, 1, room, width) for a head's keys and values and, after it, for others'."""
-        width, room = like.shape[-1], self.leaves["k"].shape[2]
-        there = self.shared.get(f"decoded {width}")
-        if there is None or there.shape[3] < room:
-            there = self.shared[f"decoded {width}"] = like.new_empty(2, len(like), 1, room, width)
-        return there
+    def _coded(self) -> Coded:
+        leaves = self.leaves
+        return Coded(
+            leaves["k"],
+            leaves["v"],
+            leaves["k_step" if self.n else "k_scale"],
+            leaves.get("k_least"),
+            leaves["v_scale"],
+            leaves["k_first"],
+            leaves["v_first"],
+            leaves.get("k_open"),
+            leaves.get("v_open"),
+        )
 
     def _full(self) -> Coded:
         """A ring that has been gone round, as a state that is read at once."""
@@ -206,7 +175,7 @@ class CodedStore:
         dead = (position < 0) | ((slot >= g) & (position < g)) | ((slot < g) & (slot > last))
         return position.masked_fill(dead, -1).expand(len(self.no_position), -1)
 
-    def value(self) -> Coded:
+    def value(self) -> CodedCache:
         leaves = {name: leaf.clone() for name, leaf in self.leaves.items()}
         if self.stencil.slots is not None:
             return self.kind(**leaves, position=self._positions().clone())
