@@ -60,8 +60,8 @@ def coded_attention_ref(q: Tensor, coded: Coded, s: int, kind: KVQuant) -> Tenso
         k = decode(k, coded.k_scale[:, :, :done], kind, width, dtype)
     else:
         n = _tokens(coded)
-        about = (x[:, :, : done // n].unsqueeze(3) for x in (coded.k_scale, coded.k_least))
-        k = decode_channels(k.unflatten(2, (done // n, n)), *about, kind, dtype).flatten(2, 3)
+        step, least = (x[:, :, : done // n].unsqueeze(3) for x in (coded.k_scale, coded.k_least))
+        k = decode_channels(k.unflatten(2, (done // n, n)), step, least, kind, dtype).flatten(2, 3)
     v = decode(coded.v[:, :, :done], coded.v_scale[:, :, :done], kind, width, dtype)
     if coded.k_open is not None and coded.v_open is not None:
         k = torch.cat([k, coded.k_open[:, :, : s - done].to(dtype)], 2)
@@ -74,15 +74,10 @@ def coded_attention_ref(q: Tensor, coded: Coded, s: int, kind: KVQuant) -> Tenso
 def coded_attention(q: Tensor, coded: Coded, s: int, kind: KVQuant) -> Tensor:
     """`coded_attention_ref` head by head: what is decoded of one is read before it leaves the cache
     of a core."""
-    heads = [
-        coded_attention_ref(
-            q[:, i : i + 1],
-            Coded(*(x if x is None else x[:, i : i + 1] for x in coded)),
-            s,
-            kind,
-        )
-        for i in range(q.shape[1])
-    ]
+    heads = []
+    for i in range(q.shape[1]):
+        head = Coded._make(x if x is None else x[:, i : i + 1] for x in coded)
+        heads.append(coded_attention_ref(q[:, i : i + 1], head, s, kind))
     return torch.cat(heads, 1)
 
 

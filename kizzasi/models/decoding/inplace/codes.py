@@ -154,7 +154,7 @@ class CodedStore:
             leaves.get("v_open"),
         )
 
-    def _full(self) -> Coded:
+    def _full(self) -> CodedCache:
         """A ring that has been gone round, as a state that is read at once."""
         n, slots = self.place, self.stencil.slots
         assert slots is not None, "a ring"

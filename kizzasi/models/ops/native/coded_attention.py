@@ -21,15 +21,17 @@ def coded_attention(q: Tensor, coded: Coded, s: int, kind: KVQuant) -> Tensor:
         return torch_form.coded_attention(q, coded, s, kind)
     done, dtype = done_of(coded, s), q.dtype
     exact = [x if x is None else x.to(dtype).contiguous() for x in coded[5:]]
-    scales = [x if x is None else x.to(scale_dtype(dtype)).contiguous() for x in coded[2:5]]
+    made = scale_dtype(dtype)
+    scale, v_scale = (x.to(made).contiguous() for x in (coded.k_scale, coded.v_scale))
+    least = None if coded.k_least is None else coded.k_least.to(made).contiguous()
     k, v = coded.k.contiguous(), coded.v.contiguous()
     q, y = q.contiguous(), q.new_empty(q.shape)
     work = q.new_empty(b * h * (TOKENS * width + queries * s))
     table = pairs(q.device, dtype) if kind == "nf4" else None
-    slots, groups = k.shape[2], scales[0].shape[2]
+    slots, groups = k.shape[2], scale.shape[2]
     group = 0 if coded.k_open is None else coded.k_open.shape[2]
     sizes = [b * h, queries, width, done, s - done, min(coded.k_first.shape[2], s), group, part]
     sizes += [k.shape[3], slots, groups, group, coded.k_first.shape[2], int(kind == "nf4")]
-    tensors = [k, *scales[:2], v, scales[2], *exact, q, y, work, table]
+    tensors = [k, scale, least, v, v_scale, *exact, q, y, work, table]
     library.call("kv_attend", dtype, tensors, *sizes, library.threads(b * h * s * width * queries))
     return y

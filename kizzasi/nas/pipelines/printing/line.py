@@ -142,6 +142,6 @@ def _custom(layers: list[Any]) -> dict[str, Any]:
 
 def _causal(layer: Any) -> Any:
     """A layer of an encoder as it would stand in the line; None if it is none of attention."""
-    mixer: Any = layer.mixer if isinstance(layer, BlockSpec) else None
-    attends = mixer is not None and mixer.kind == "attention"
+    mixer: Any = getattr(layer, "mixer", None)
+    attends = isinstance(layer, BlockSpec) and mixer.kind == "attention"
     return replace(layer, mixer=replace(mixer, causal=True)) if attends else None
