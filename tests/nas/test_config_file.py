@@ -15,6 +15,7 @@ from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.config import usual_rates
 from kizzasi.nas.study.config_file import SECTIONS, nested, read_config, unread, write_config
 from kizzasi.nas.study.journal import read_events
+from kizzasi.nas.study.named import constraints_of
 
 
 def test_every_setting_has_one_section():
@@ -126,3 +127,8 @@ def test_a_grid_takes_all_candidates_in_order(tmp_path):
     ]
     wanted = Feasible(tiny(), Constraints(params=(2_200, 41_800))).iterate(3)
     assert [ModelSpec.from_dict(e["spec"]) for e in entered] == [c.to_spec() for c in wanted]
+
+
+def test_the_band_is_a_share_of_the_size_on_either_side():
+    config = SearchConfig(data="x", n_params=200_000, band=0.25)
+    assert constraints_of(config).params == (150_000, 250_000)

@@ -24,7 +24,7 @@ from kizzasi.models import BlockSpec, ModelSpec, Tokens
 from kizzasi.models.mixers import MambaSpec
 from kizzasi.nas import Job, Measurement, named_search
 from kizzasi.nas.executors import Files, files, open_executor
-from kizzasi.nas.executors.execute import run_job
+from kizzasi.nas.executors.execute import NO_LIMITS, Limits, run_job
 from kizzasi.nas.executors.files import job_data, job_of, measurement_of, serve
 
 SPEC = ModelSpec(8, (BlockSpec(MambaSpec(d_state=4)),), Tokens(16))
@@ -216,6 +216,30 @@ def test_errors_of_users_end_the_search(tmp_path):
         owner.collect(BAR)
     with pytest.raises(SpecError, match="the number of workers that will come"):
         open_executor(score, "files")
+
+
+def test_a_worker_is_made_anew_when_the_search_is_another(tmp_path, monkeypatch):
+    """A search that was killed comes back with other settings: no trial runs by the old ones."""
+    made = []
+
+    class Noted(Here):
+        def __init__(self, evaluator, n_threads, limits, device):
+            super().__init__(evaluator, n_threads, limits, device)
+            made.append((n_threads, limits))
+
+    monkeypatch.setattr(files, "Worker", Noted)
+    first = Files(score, tmp_path, 1)
+    for job in jobs(tmp_path, 2):
+        first.submit(job)
+    (thread,) = served(tmp_path, n=1)
+    for _ in range(2):
+        first.collect(BAR)
+    limits = Limits(seconds=60)
+    with Files(score, tmp_path, 1, n_threads=2, limits=limits) as second:
+        second.submit(jobs(tmp_path)[1])
+        assert second.collect(BAR)[1].score == 1 / 3
+    thread.join(10)
+    assert made == [(1, NO_LIMITS), (2, limits)]
 
 
 def test_without_a_search_a_worker_gives_up(tmp_path, capsys):

@@ -295,6 +295,31 @@ def test_checkpoints_of_those_that_run_are_not_tidied_away(tmp_path):
     assert list((tmp_path / "run" / "trials").iterdir()) == []
 
 
+def test_checkpoints_are_looked_through_after_eight_results(tmp_path, monkeypatch):
+    looks, tidy = [], Flow._tidy
+
+    def noted(self):
+        looks.append(len(self.study.scores))
+        tidy(self)
+
+    monkeypatch.setattr(Flow, "_tidy", noted)
+    search(tmp_path / "run", Random(20, 0), ASHA(20, 9, 81)).run()
+    assert looks[:2] == [8, 16]
+
+
+def test_finalists_train_as_long_as_the_last_rung_with_seeds_of_their_own(tmp_path):
+    jobs = []
+
+    def train(job: Job, report) -> float:
+        jobs.append((job.seed, job.budget))
+        return chance(job.spec, 0)
+
+    run = search(tmp_path / "run", Random(4, 0), Halving((9, 27, 81), 0.5))
+    replace(run, evaluator=train, finals=Finals(n=1, seeds=2)).run()
+    assert {budget for seed, budget in jobs if seed == 0} == {9, 27, 81}
+    assert {job for job in jobs if job[0]} == {(1, 81), (2, 81)}
+
+
 # --- what a search begins with, and what its sweeps say
 
 

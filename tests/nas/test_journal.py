@@ -301,3 +301,12 @@ def test_a_journal_of_version_0_1_is_read_as_one_of_today(path):
     assert (lost["score"], lost["non_finite"]["score"]) == (None, "nan")
     with Journal(path) as journal:
         assert journal.events == [study, settings, trial, lost]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage, "lock", none)
+    with pytest.raises(StudyError, match=r"cannot lock a file \(No locks available\); put the run"):
+        Journal(tmp_path / "journal.jsonl")

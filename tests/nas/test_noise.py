@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.noise import noise_of, t_quantile
@@ -33,6 +34,12 @@ def test_quantiles_of_students_t():
     table = {(0.975, 1): 12.7062, (0.975, 2): 4.3027, (0.975, 10): 2.2281, (0.95, 5): 2.0150}
     for (p, freedom), value in {**table, (0.995, 30): 2.7500, (0.9975, 4): 5.5976}.items():
         assert t_quantile(p, freedom) == pytest.approx(value, abs=5e-4)
+
+
+@pytest.mark.parametrize("freedom", range(1, 13))
+def test_quantiles_are_those_of_scipy(freedom):
+    for p in (0.6, 0.975, 0.9995):
+        assert t_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=1e-9)
 
 
 def test_windows_that_differ_make_the_floor_higher():

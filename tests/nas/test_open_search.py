@@ -27,6 +27,7 @@ from kizzasi.nas import (
     named_search,
     repeat,
 )
+from kizzasi.nas.search import _named
 from kizzasi.train import Frames, Labels, Metric, Recipe, TokenIds
 
 
@@ -273,3 +274,14 @@ def test_own_searcher_scheduler_and_space_pass_the_exams_and_search(tmp_path):
     found = search.run()
     assert found.winner.spec in Depths(4).iterate()
     assert found.front[0].stem == Signal(1, 1)
+
+
+def test_an_evaluator_is_told_from_another_by_its_recipe_or_its_name():
+    class Own:
+        def __call__(self, job, report):
+            return 0.0
+
+    training = MicroTrain(Labels.of("x", np.zeros((40, 8), int), np.arange(40) % 2), Recipe(512))
+    assert _named(training) == repr(training.recipe)
+    assert _named(Own()) == f"{__name__}.{Own.__qualname__}"
+    assert _named(tasks) == f"{__name__}.tasks"

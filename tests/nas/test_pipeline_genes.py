@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kizzasi.models import build_model
+from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.mixers import RetentionSpec
 from kizzasi.nas.pipelines import document, examined, parts
 from kizzasi.nas.pipelines.misfits import changed, found_at
+from kizzasi.nas.pipelines.space import topologies
+from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.strict import field_types
 
 ATTENTION = {"kind": "Attention", "heads": 4}
@@ -326,3 +329,21 @@ def test_no_field_is_dead(cls, name, holder):
             f"{where}: {word!r} is another word for nothing new"
         )
         known.append(one)
+
+
+@pytest.mark.parametrize(
+    ("move", "field", "values"),
+    [
+        (topologies.hierarchy, "factor", {2, 4}),
+        (topologies.hierarchy, "upsampling", {"repeat", "linear"}),
+        (topologies.chunking, "rate", {2.0, 4.0, 6.0}),
+        (topologies.depth_router, "capacity", {0.25, 0.5, 0.75}),
+        (topologies.recurrence, "n_loops", {2, 3}),
+        (topologies.recurrence, "adapter", {"identity", "residual", "concat_linear"}),
+        (topologies.condition, "op", {"film", "add", "scale", "lora"}),
+    ],
+)
+def test_a_move_draws_every_value_and_no_other(move, field, values):
+    spec = ModelSpec(16, (BlockSpec(RetentionSpec(n_heads=2)),), Tokens(9))
+    made = [move(spec, Xorshift64(seed)).blocks[0] for seed in range(1, 60)]
+    assert {getattr(layer, field) for layer in made} == values

@@ -1,9 +1,11 @@
 """Pipelines: what is read, refused, repaired, scaled and printed."""
 
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from kizzasi.cli import main
@@ -18,8 +20,18 @@ from kizzasi.models.mixers import (
     RoutedSpec,
     RWKV7Spec,
 )
-from kizzasi.nas.pipelines import Pipeline, examined, json_schema, repaired, scaled, to_pipeline
+from kizzasi.nas.pipelines import (
+    Pipeline,
+    document,
+    examined,
+    json_schema,
+    parts,
+    repaired,
+    scaled,
+    to_pipeline,
+)
 from kizzasi.nas.pipelines.misfits import changed, found_at
+from kizzasi.nas.pipelines.observing import _loads
 
 SMALL = {
     "arch": {
@@ -102,6 +114,20 @@ def wrong(path, value):
 REFUSED = [  # path, value, what is said, and what the repair leaves there; - for no repair
     ("arch.d_modle", 16, "arch.d_modle: unknown; did you mean d_model?", None),
     ("arch.pos.rope.dims", 128, "128 of the 4 entries of a head cannot be rotated", None),
+    ("arch.pos.rope.dims", 3, "3 of the 4 entries of a head cannot be rotated in pairs", 2),
+    ("arch.pos.kind", "alibi", "arch.pos.rope: 'alibi' rotates nothing", "alibi"),
+    (
+        "arch.pos.rope",
+        {"scaling": {"type": "longrope", "factor": 4.0, "longrope": {"alpha": 2.0, "beta": 8.0}}},
+        "give divisors, 2 numbers",
+        {"scaling": {"type": "longrope", "factor": 4.0, "longrope": {"divisors": [2.0, 8.0]}}},
+    ),
+    (
+        "arch.pos.rope.scaling",
+        {"type": "longrope", "factor": 4.0},
+        "a divisor for each pair of rotated entries",
+        {"type": "longrope", "factor": 4.0, "longrope": {"divisors": [1.0]}},
+    ),
     ("arch.mix_unit.mixer.heads", 5, "5 heads of d_model 16 have not a whole width", 4),
     ("arch.mix_unit.mixer.groups", 3, "3 groups do not divide 4 heads", 2),
     ("arch.mix_unit.mixer.d_state", 4, "d_state: Attention does not read it", None),
@@ -155,6 +181,78 @@ def test_what_does_not_fit_is_named_and_repaired(path, value, said, left):
     Pipeline.from_data(fitting)
     if left is not None:
         assert found_at(fitting, path) == left
+
+
+@pytest.mark.parametrize("own", ["xpos", "none"])
+def test_a_mixers_own_positions_do_without_the_rope_of_the_rest(own):
+    choices = [{"kind": "Attention", "heads": 4}, {"kind": "Attention", "heads": 4, "pos": own}]
+    unit = {"kind": "route", "choices": choices, "router": {"topk": 1}}
+    rotated, other = Pipeline.from_data(wrong("arch.mix_unit", unit)).spec.blocks[0].mixer.experts
+    assert rotated == AttentionSpec(n_heads=4, rope_theta=5000.0, rope_dims=2)
+    assert other == AttentionSpec(n_heads=4, position=own)
+
+
+def test_the_load_of_a_router_has_a_share_for_each_of_its_mixers():
+    mixers = RoutedSpec(tuple(RetentionSpec(n_heads=n) for n in (1, 2, 4)), top_k=1)
+    model = build_model(ModelSpec(16, (BlockSpec(mixers),), Tokens(50)))
+    said = []
+    gate = model.get_submodule("blocks.0.mixer.gate")
+    with _loads(model) as loads:
+        gate.register_forward_hook(lambda gate, given, logits: said.append(logits))
+        for seed in range(2):
+            model(torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(seed)))
+    likeliest = torch.cat(said).argmax(-1).flatten()
+    shares = [(likeliest == i).double().mean().item() for i in range(3)]
+    assert loads == {"blocks.0.mixer.gate": pytest.approx(shares)}
+
+
+BOUNDS = """
+    Arch: d_model >= 1, n_layers >= 1
+    Budget: params_target > 0
+    DepthRouter: budget <= 1 > 0, tau > 0, min_layers >= 0
+    FFN: mult > 0, experts >= 1, topk >= 1, capacity > 0
+    KVPolicy: window >= 1
+    Kernel: features >= 1, redraw >= 0
+    LatentCache: dim >= 1, heads >= 1
+    Level: downsample <= 1 > 0
+    LoopSchedule: mean > 0, sigma >= 0, min >= 1, max >= 1, warmup_steps >= 0, backprop >= 1
+    Loops: train >= 1, eval >= 1
+    Mixer: heads >= 1, groups >= 1, head_dim >= 1, chunk >= 1, d_state >= 1, expand > 0, \
+kernel_len >= 1
+    Module: d_model >= 1, n_layers >= 1, output_dim >= 1
+    ModuleBudget: tokens_per_step >= 1, flops_per_token >= 0, latency_ms >= 0
+    Op: r >= 1
+    Params: vocab_size >= 1, latent_dim >= 1
+    Projection: rank >= 1
+    Recurrence: prelude >= 0, body >= 1, coda >= 0, noise_std >= 0
+    Reg: kappa >= 0
+    Residual: scale > 0
+    Rope: theta > 1, dims >= 2
+    Router: topk >= 1, temp > 0, balance >= 0
+    Scaling: factor >= 1, original_context >= 2
+    Softmax: softcap > 0
+    Source: H >= 1, segment >= 1
+    Stack: d_model >= 1, n_layers >= 1
+    Stage: repeat >= 1
+    StageBudget: tokens_multiplier > 0, compute_multiplier > 0
+    Stencil: window >= 1, dilation >= 1, block >= 1, stride >= 1, globals >= 0
+    Train: ctx_len >= 1, lr > 0, wd >= 0, clip > 0, vocab_size >= 1
+    TrainBudget: tokens_per_step >= 1, max_steps >= 1, flops_per_step > 0
+    Update: freq >= 1, tau >= 0 <= 1
+"""
+
+
+def test_numbers_have_the_bounds_of_their_meaning():
+    signs = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">"}
+    kinds = {k for module in (document, parts) for k in vars(module).values() if is_dataclass(k)}
+    found = []
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        told = {
+            f.name: "".join(f" {signs[k]} {v}" for k, v in f.metadata.items()) for f in fields(kind)
+        }
+        if bounded := ", ".join(f"{name}{bounds}" for name, bounds in told.items() if bounds):
+            found.append(f"    {kind.__name__}: {bounded}")
+    assert found == BOUNDS.strip("\n").splitlines()
 
 
 def test_a_module_of_a_pipeline_is_a_run_of_layers():

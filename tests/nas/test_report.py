@@ -24,6 +24,7 @@ from made_up_runs import (
     trial,
 )
 
+import kizzasi.nas.results.summary as summary_module
 from kizzasi.errors import StudyError
 from kizzasi.nas.report.figures import choices_of, figures, progress
 from kizzasi.nas.report.pages import (
@@ -40,7 +41,7 @@ from kizzasi.nas.report.style import SCRIPT
 from kizzasi.nas.report.svg import Axis, short
 from kizzasi.nas.report.tables import finalist_rows, spark, tables
 from kizzasi.nas.results.finals import Final
-from kizzasi.nas.results.lineage import ancestry, lineage, mermaid
+from kizzasi.nas.results.lineage import Node, ancestry, lineage, mermaid
 from kizzasi.nas.results.noise import noise_of, t_quantile
 from kizzasi.nas.searchers import pareto_front
 from kizzasi.nas.study.journal import Journal, read_events
@@ -357,6 +358,35 @@ def test_lineage_leads_from_the_first_generation_to_the_winner():
     assert [node["id"] for node in told] == list(line)
     unknown = {**candidate(1, "evolved", "mamba", 9, None), "parents": ["nobody", "0" * 11 + "1"]}
     assert lineage(summarise([unknown]))["0" * 11 + "1"].parents == ()
+
+
+def test_a_tree_too_large_for_a_screen_is_drawn_from_its_last_nodes():
+    nodes = [Node(f"{i}", f"n{i}", "evolved", 9, (f"{i - 1}",), i, None, 1.5) for i in range(45)]
+    lines = mermaid(nodes, summary_of("evolved").metric).splitlines()
+    assert len(lines) == 1 + 40 + 39  # the first one's parent is not on it
+    assert lines[1] == '  n0["n5<br/>1.500 bits/byte"]'
+    assert lines[-1] == "  n38 --> n39"
+
+
+def test_of_very_many_an_evenly_spread_share_judges_proxies(monkeypatch):
+    monkeypatch.setattr(summary_module, "_worth", lambda tried, name: tried)
+    every = summarise(complete_events()).worths["proxy"]
+    monkeypatch.setattr(summary_module, "MOST_WORTH", 5)
+    assert len(every) == 12
+    assert summarise(complete_events()).worths["proxy"] == [every[i] for i in (0, 2, 4, 7, 9)]
+    monkeypatch.setattr(summary_module, "MOST_WORTH", 12)
+    assert summarise(complete_events()).worths["proxy"] == every
+
+
+def test_an_axis_over_three_decades_has_only_powers_of_ten():
+    assert Axis("x", 1, 1000, 0, 9, True).ticks() == [1, 10, 100, 1000]
+    assert Axis("x", 1, 999, 0, 9, True).ticks() == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+
+
+def test_data_of_final_scores_are_named_once_there_are_any():
+    told = {name: " ".join(findings(summary_of(name))) for name in ("half-done", "complete")}
+    assert "Final scores are" not in told["half-done"]
+    assert told["complete"].count("Final scores are on the data that also chose") == 1
 
 
 def test_a_curve_in_one_line():

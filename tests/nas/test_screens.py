@@ -2,16 +2,22 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from small_search import SPACE, killed_after, outcome, write_text
 
 from kizzasi.errors import SpecError
+from kizzasi.models import BlockSpec, ModelSpec, Tokens
+from kizzasi.models.mixers import MambaSpec
+from kizzasi.nas.evaluators.evaluator import Job
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.search import SearchConfig, named_search
 from kizzasi.nas.searchers.screened import Screened, one_at_a_time
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.journal import read_events
+from kizzasi.nas.study.screens import Screen
 
 CONFIG = SearchConfig(
     space="tiny",
@@ -173,3 +179,17 @@ def test_probes_and_the_analytic_proxy_screen_families(tmp_path, monkeypatch):
 def test_a_screen_that_cannot_work_is_refused(changes, rule):
     with pytest.raises(SpecError, match=rule):
         replace(CONFIG, **changes).check()
+
+
+def test_a_probe_is_a_job_without_a_budget_of_its_own():
+    spec, jobs = ModelSpec(8, (BlockSpec(MambaSpec(d_state=4)),), Tokens(16)), []
+
+    def all_of(tasks):
+        jobs.extend(task.job for task in tasks)
+        return {task.key: {"score": 0.5} for task in tasks}
+
+    plan: Any = SimpleNamespace(screen_tokens=256, seed=3, stem=Tokens(16))
+    study: Any = SimpleNamespace(find=lambda *kind, **match: None, all_of=all_of)
+    assert Screen("parity", plan, study, lambda spec: None)([spec], None) == [0.5]
+    (job,) = jobs
+    assert job == Job(spec, 0, 3, {"by": "parity"}, key=job.key, kind="probe")

@@ -27,6 +27,7 @@ from kizzasi.train.bytes import (
     duplicate_share,
     held_out_windows,
     load_corpus,
+    with_test,
 )
 from kizzasi.train.files import said_of
 from kizzasi.train.task import IGNORE
@@ -346,3 +347,12 @@ def test_check_vocab_names_the_largest_byte():
     check_vocab(8, corpus)
     with pytest.raises(DataError, match=r"byte 7, but vocab_size=7 .* to 8 or more"):
         check_vocab(7, corpus)
+
+
+def test_a_text_to_test_on_has_a_byte_to_say(tmp_path):
+    corpus = corpus_of(tmp_path, b"some text\n" * 90)
+    (tmp_path / "one").write_bytes(b"a")
+    (tmp_path / "two").write_bytes(b"ab")
+    with pytest.raises(DataError, match="no text to test on"):
+        with_test(corpus, tmp_path / "one")
+    assert with_test(corpus, tmp_path / "two").test.tolist() == [97, 98]

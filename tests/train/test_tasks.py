@@ -140,6 +140,29 @@ def test_baselines_of_a_signal_by_hand():
     )
 
 
+def test_the_linear_baseline_is_least_squares_on_train_alone():
+    rng = np.random.default_rng(0)
+    raw, h = rng.normal(size=(200, 2)).cumsum(0), 3
+    task = Frames.of("walks", raw, horizon=h)
+    x = task.values.double().numpy()
+    rows = [(*(x[t - k] for k in range(8)), [1.0]) for t in range(199)]  # 8 frames and a constant
+    seen = np.stack([np.concatenate(row) for row in rows])
+    inside = np.arange(7, 160 - h)  # what is seen and what is to be said are both in train
+    weights = np.linalg.lstsq(seen[inside], x[inside + h], rcond=None)[0]
+    now = np.arange(160, 180 - h)
+    off = seen[now] @ weights - x[now + h]
+    assert task.baselines()["linear AR"] == pytest.approx(np.square(off).mean(), rel=1e-6)
+
+
+def test_the_period_is_no_shorter_than_two_frames_and_a_third_of_train_at_most():
+    def wave(period, n=100):
+        return Frames.of("w", np.sin(2 * np.pi * np.arange(n) / period), error="MAE")
+
+    for period in (2.5, 5, 26):  # 80 frames of train; a period of 2.5 comes back every 5
+        assert wave(period).baselines()["seasonal"] < (1e-5 if period != 26 else 2e-2), period
+    assert wave(40).baselines()["seasonal"] > 0.1  # as long as half of it
+
+
 def test_files_of_frames(tmp_path):
     rows = waves(50)
     head = "time,a,b\n" + "".join(f"day {i},{a},{b}\n" for i, (a, b) in enumerate(rows))
