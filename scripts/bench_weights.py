@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kizzasi.models import SequenceModel, load
+from kizzasi.models import Decoder, SequenceModel, load
 from kizzasi.models.checkpoints.tokenizers import load_tokenizer
 
 PROMPT = "A list of the planets, from the nearest to the sun to the farthest:"
+Clock = Callable[[], float]
 EXACT, CLOSE = 1e-3, 0.01  # logits in float32; nats per token that the quantized model loses
 
 
@@ -69,29 +70,27 @@ def check(models: dict[str, SequenceModel], other: Any, prompt: Tensor) -> dict[
     return worst
 
 
-def decode(model: SequenceModel, prompt: Tensor, n: int) -> float:
-    """Seconds for n steps after the prompt."""
-    with torch.inference_mode():
-        logits, state, *_ = model(prompt)
-        token = logits[:, -1].argmax(-1)
-        start = time.perf_counter()
-        for _ in range(n):
-            logits, state, *_ = model.step(token, state)
-            token = logits.argmax(-1)
-        return time.perf_counter() - start
+def decode(model: SequenceModel, prompt: Tensor, n: int, clock: Clock) -> float:
+    """Seconds for n steps of a decoder after the prompt."""
+    decoder = Decoder(model)
+    token = decoder.read(prompt).argmax(-1)
+    start = clock()
+    for _ in range(n):
+        token = decoder.step(token).argmax(-1)
+    return clock() - start
 
 
-def decode_peer(model: Any, prompt: Tensor, n: int) -> float:
+def decode_peer(model: Any, prompt: Tensor, n: int, clock: Clock) -> float:
     """The same for transformers: forward with its cache, without the overhead of its `generate`."""
     with torch.inference_mode():
         out = model(prompt, use_cache=True)
         cache = "cache" if "cache" in out else "past_key_values"  # since 5.24; before
         token = out.logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(n):
             out = model(token, use_cache=True, **{cache: out[cache]})
             token = out.logits[:, -1:].argmax(-1)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def main() -> None:
@@ -102,9 +101,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, not of the clock")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    clock: Clock = time.process_time if args.cpu_time else time.perf_counter
     path = args.model or published()
     models = {
         "float32": load(path, dtype=torch.float32),
@@ -116,8 +117,8 @@ def main() -> None:
     prompt = torch.tensor([ids[:16]])
     worst = check(models, other, prompt)
     runs: dict[str, Callable[[], float]] = {
-        "transformers": lambda: decode_peer(other, prompt, args.tokens),
-        **{name: lambda m=m: decode(m, prompt, args.tokens) for name, m in models.items()},
+        "transformers": lambda: decode_peer(other, prompt, args.tokens, clock),
+        **{name: lambda m=m: decode(m, prompt, args.tokens, clock) for name, m in models.items()},
     }
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.repeats + 1):  # in turn, so that all meet the same machine

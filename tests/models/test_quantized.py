@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tolerance import assert_close
 
 from kizzasi.errors import CheckpointError, SpecError
 from kizzasi.models import (
@@ -19,7 +20,13 @@ from kizzasi.models.channels import RWKVChannelSpec, SwiGLUSpec
 from kizzasi.models.checkpoints.quantized import QuantizedLinear, levels
 from kizzasi.models.decoding.inplace.line import InPlaceLine
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV4Spec
+from kizzasi.models.ops.packed import PACKED_LINEAR, pack, unpack
 from kizzasi.models.parts.linear import is_plain
+
+native = pytest.mark.skipif(
+    PACKED_LINEAR.resolve("auto", torch.device("cpu")) != "native",
+    reason="no compiled kernels here: python -m kizzasi.models.ops.native.build",
+)
 
 BLOCKS = (
     BlockSpec(AttentionSpec(4, n_kv_heads=2), SwiGLUSpec(hidden=64)),
@@ -40,7 +47,15 @@ def ids(*shape):
     return torch.randint(48, shape, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(params=["auto", "torch"])
+def engine(request, monkeypatch):
+    """With kernels, where there are any, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(PACKED_LINEAR, "resolve", lambda *_: "torch")
+
+
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("engine")
 @torch.no_grad()
 def test_rounded_models_are_near_and_decode_as_they_read(tied):
     model, x = model_of(tie_head=tied), ids(1, 9)
@@ -83,6 +98,39 @@ def test_hooks_and_adapters_act_on_rounded_layers():
     assert (adapted(x).logits - full).norm() < 0.03 * full.norm()
     with adapted.disable_adapter():
         assert (adapted(x).logits - full).norm() > 0.05 * full.norm()
+
+
+@native
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_in_c_are_those_of_the_weights_that_the_levels_stand_for(bits):
+    from kizzasi.models.ops.native import library
+
+    draw = torch.Generator().manual_seed(0)
+    for isa in library.AVAILABLE:
+        with library.using(isa):
+            for rows in (1, 3, 4, 6, 40):
+                w, x, bias = (torch.randn(s, generator=draw) for s in ((50, 96), (rows, 96), (50,)))
+                weight = pack(*levels(w, bits))
+                run = PACKED_LINEAR.pick("native", x.device)
+                assert weight.codes.shape[2] == 4 * bits
+                wide = unpack(weight).double()
+                assert_close(run(x, weight, bias).double(), x.double() @ wide.T + bias, x.dtype)
+                assert_close(run(x.mT.contiguous().mT, weight), run(x, weight))
+
+
+@native
+@torch.no_grad()
+def test_levels_are_read_by_the_program_of_a_decoder():
+    model, x = model_of(), ids(1, 12)
+    quantize_weights(model)
+    decoder, state = Decoder(model, model(x[:, :2]).state), model(x[:, :2]).state
+    assert set(decoder._line.engines) == {"native"}
+    for token in x[:, 2:].unbind(1):
+        logits, state, *_ = model.step(token, state)
+        assert_close(decoder.step(token), logits)
+    wide = model.double()
+    decoder = Decoder(wide, wide(x).state)
+    assert set(decoder._line.engines) == {"torch"}
 
 
 def test_levels_are_the_nearest_and_ends_are_exact():

@@ -1,90 +1,24 @@
-"""Layers whose weights stay in 4 or 8 bits, for decoding on the CPU, which waits for memory.
-
-    w = scale * level + minimum      level: small integers; a scale and a minimum per 32 inputs
-
-torch's kernel knows levels of 4 bits and computes (level - 8) * scale + zero in float32 from
-bfloat16 inputs, scales and zeros, to bfloat16 outputs. Wider levels are cut in two planes,
-
-    level = 16 high + low,      W x = [W_high, W_low] [x; x],
-
-which one call sums up. So levels are exact, and what is rounded to bfloat16 (8 bits) are the scales
-once, and inputs and outputs at every call: a layer's result differs by less than 1% of its size. On
-SmolLM2-135M (Q4_1) logits, of -33 to 39, differ by 0.08 on average, the next token's distribution
-by 0.0004 to 0.001 nats, and 98 of 100 likeliest tokens are the same.
-"""
+"""Models whose weights stay in 4 or 8 bits: the layers themselves are parts/quantized.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kizzasi.errors import CheckpointError, SpecError
+from kizzasi.errors import SpecError
 from kizzasi.models.model import SequenceModel
+from kizzasi.models.ops.packed import GROUP
 from kizzasi.models.parts.linear import is_plain
+from kizzasi.models.parts.quantized import LevelTensor, QuantizedLinear
 from kizzasi.models.stems import TokenStem
 
-GROUP = 32  # inputs that share a scale
 ROW_BLOCK = 16  # the kernel wants a multiple of so many outputs
 MANY = 8  # rows from which on a product waits for arithmetic, not for memory
 BEST = 64  # logits that a head computes exactly
-
-
-class LevelTensor(NamedTuple):
-    """A matrix (n, k) in integers.
-
-    level    (n, k / 32, 32) int8.
-    scale    (n, k / 32, 1) float32.
-    minimum  the same, or None for zero.
-    """
-
-    level: Tensor
-    scale: Tensor
-    minimum: Tensor | None
-
-
-class QuantizedLinear(nn.Module):
-    """y = W x + b with W in integers. Not trainable, and not in any state_dict.
-
-    Args:
-        weight: n must be a multiple of 16.
-        bias: (n,), kept as it is.
-    """
-
-    packed: Tensor
-    scales: Tensor
-
-    def __init__(self, weight: LevelTensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        level, scale, zero = _planes(weight)
-        self.n_planes = level.shape[1] // weight.level.shape[1]
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(level.flatten(1).int(), 1)
-        scales = torch.cat([scale, zero], dim=-1).transpose(0, 1).bfloat16().contiguous()
-        self.register_buffer("packed", packed, persistent=False)
-        # Seen as integers, they stay what they are when the model changes its dtype.
-        self.register_buffer("scales", scales.view(torch.int16), persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., k) to (..., n) in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        if self.n_planes == 2:
-            rows = torch.cat([rows, rows], dim=1)
-        scales = self.scales.view(torch.bfloat16)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, scales)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        k = self.scales.shape[0] * GROUP // self.n_planes
-        return f"in={k}, out={self.scales.shape[1]}, bits={4 * self.n_planes}"
-
-    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
-        rule = "quantized weights are not saved; keep the file they came from, or load it in full"
-        raise CheckpointError(f"{prefix[:-1]}: {rule}")
 
 
 class QuantizedHead(nn.Module):
@@ -187,17 +121,3 @@ def levels(weight: Tensor, bits: int) -> LevelTensor:
     scale = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / most
     level = ((groups - low) / scale).round().clamp(0, most) - middle
     return LevelTensor(level.to(torch.int8), scale, low + middle * scale)
-
-
-def _planes(weight: LevelTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels of 0 to 15 with scale and zero of (level - 8) * scale + zero, in one plane or two."""
-    level, scale, minimum = weight
-    minimum = torch.zeros_like(scale) if minimum is None else minimum
-    low, high = (int(end) for end in level.aminmax())
-    if low >= 0 and high <= 15:
-        return level, scale, minimum + 8 * scale
-    if low >= -8 and high <= 7:
-        return level + 8, scale, minimum
-    levels = torch.cat([(level >> 4) + 8, level & 15], dim=1)
-    zeros = torch.cat([torch.zeros_like(scale), minimum + 8 * scale], dim=1)
-    return levels, torch.cat([16 * scale, scale], dim=1), zeros

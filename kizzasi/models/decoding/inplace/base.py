@@ -22,6 +22,7 @@ from kizzasi.models.decoding.own_cache import disown, own
 from kizzasi.models.mixer import Mixer, MixerOut
 from kizzasi.models.norm import Norm
 from kizzasi.models.parts.linear import is_plain
+from kizzasi.models.parts.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from kizzasi.models.ops.native.steps import Program
@@ -169,15 +170,27 @@ class Product:
 
     def write(self, program: Program, x: Tensor, name: str) -> Tensor:
         """As instructions, to a room of this name; see `Steps.write`."""
-        linear = [layer for layer in self.layers if is_plain(layer)]
-        if len(linear) < len(self.layers):
-            raise Unfit
-        widths = [len(layer.weight) for layer in linear]
-        y = program.room(name, sum(widths))
-        for layer, part in zip(linear, y.split(widths, 1), strict=True):
+        rows = [_outputs(layer, program.dtype) for layer in self.layers]
+        y = program.room(name, sum(rows))
+        for layer, part in zip(self.layers, y.split(rows, 1), strict=True):
+            assert isinstance(layer, (nn.Linear, QuantizedLinear)), "or it has no outputs"
             bias = None if layer.bias is None else readable(layer.bias)
-            program.product(x, readable(layer.weight), bias, part)
+            if isinstance(layer, QuantizedLinear):
+                assert layer.levels is not None, "or it has no outputs"
+                program.packed(x, layer.levels, bias, part)
+            else:
+                program.product(x, readable(layer.weight), bias, part)
         return y
+
+
+def _outputs(layer: nn.Module, dtype: torch.dtype) -> int:
+    """How many outputs a layer has whose product is an instruction; raises Unfit for others."""
+    if is_plain(layer):
+        return layer.out_features
+    known = type(layer) is QuantizedLinear and dtype == torch.float32
+    if not known or layer.levels is None:
+        raise Unfit
+    return layer.n_out
 
 
 def readable(weight: Tensor) -> Tensor:

@@ -233,11 +233,13 @@ static void run_experts(void **p, const int64_t *s) {
 }
 
 void NAME(attend_step)(void **p, const int64_t *s);  // attend.c
+void NAME(packed)(void **p, const int64_t *s);       // packed.c
 
 typedef void (*instruction)(void **p, const int64_t *s);
 static const instruction INSTRUCTIONS[] = {  // in the order of steps.py
     run_product, run_norm, run_gate, run_add, run_conv, run_scan,
     run_ssd, run_mix, run_wkv4, run_experts, NAME(attend_step),
+    NAME(packed),
 };
 void NAME(steps)(void **p, const int64_t *code) {
   const int64_t *s = code + 1;

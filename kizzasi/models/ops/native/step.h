@@ -2,12 +2,13 @@
 #pragma once
 #include "common.h"
 
-enum { FETCH = 2048 };  // bytes that weights are asked for ahead of their use
+enum { FETCH = 2048, SUMS = 8 };  // bytes that weights are asked for ahead of their use
 
-// Sums of R rows of w with B vectors; U vectors of the machine at a time keep its adders busy.
+// Sums of R rows of w with B vectors; U vectors of the machine at a time keep its adders busy;
+// R B U <= SUMS.
 INLINE void dots(const int R, const int B, const int U, const real *w, int64_t w_row,
                  const real *x, int64_t x_row, int64_t n, real *sums) {
-  vec a[R * B * U];
+  vec a[SUMS];  // a length that depends on R would keep them in memory
   for (int k = 0; k < R * B * U; k++) a[k] = splat(0);
   int64_t j = 0;
   for (; j + U * WIDTH <= n; j += U * WIDTH)
@@ -40,7 +41,7 @@ typedef struct {
 } product;
 
 INLINE void some_rows(const int R, const int B, const int U, const product *q, int64_t o) {
-  real sums[R * B];
+  real sums[SUMS];
   dots(R, B, U, q->w + o * q->w_row, q->w_row, q->x, q->x_row, q->n, sums);
   for (int b = 0; b < B; b++)
     for (int r = 0; r < R; r++)

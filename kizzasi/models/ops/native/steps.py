@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from kizzasi.models.ops.native import library
+from kizzasi.models.ops.native.packed import packed_sizes
+from kizzasi.models.ops.packed import Packed
 
 ORDER = ("product", "norm", "gate", "add", "conv", "scan", "ssd", "mix", "wkv4", "experts")
-ORDER += ("attend",)  # as in step.c
+ORDER += ("attend", "packed")  # as in step.c
 ACTIVATIONS = ("", "silu", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "gelu_quick")
 MANY = 4  # rows beyond which the products of BLAS are faster
 WORTH_A_THREAD = 2**20  # weights that are worth the start of a thread
@@ -90,6 +92,11 @@ class Program:
         threads = min(torch.get_num_threads(), weight.numel() // WORTH_A_THREAD)
         rows = weight.stride(0), x.stride(0), y.stride(0)
         self.add("product", [x, weight, bias, y], n, k, *rows, threads)
+
+    def packed(self, x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> None:
+        """y = W x + bias for a weight in levels."""
+        sums = self.room("sums of groups", weight.scale.shape[1])
+        self.add("packed", [x, *weight, bias, y, sums], *packed_sizes(x, weight, y))
 
     def norm(
         self,
