@@ -17,7 +17,7 @@ from torch import Tensor
 from kizzasi.train.task import spread
 
 CHUNK = 16 << 20  # bytes of train looked at together
-XZ_WINDOW = 32 << 20  # bounds the compressor's time, and its memory, 11 times as much
+XZ_WINDOW = 16 << 20  # bounds the compressor's time, and its memory, 11 times as much
 HELD_OUT = 4 << 20  # bytes of the held-out text that are looked at
 STRETCH = 4096  # of which they consist, as far as they are not all
 PIECE = 1 << 18  # bytes compressed between two looks at the clock
@@ -67,8 +67,8 @@ def baselines(corpus: Halves, told: Callable[[int], object] | None = None) -> di
         xz        8 (size(train + held_out) - size(train)) / n_held_out
 
     c counts the training bytes. The first held-out byte has no predecessor and costs its unigram.
-    xz is raw LZMA2 at its highest preset with a dictionary of up to 64 MiB; of train it is given
-    the last 32 MiB. Of more than 4 MiB of held-out bytes, so many are taken: `held_out_part`.
+    xz is raw LZMA2 at its highest preset with a dictionary of up to 32 MiB; of train it is given
+    the last 16 MiB. Of more than 4 MiB of held-out bytes, so many are taken: `held_out_part`.
 
     Args:
         corpus: the split text, on any device.

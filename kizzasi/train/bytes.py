@@ -40,6 +40,7 @@ from kizzasi.train.windows import batches, held_out_windows, require_enough
 
 HELD_OUT_BLOCK = 4096  # longest held-out stretch; many stretches sample the whole text
 MIN_HELD_OUT_BLOCKS = 4
+LONG = 4 << 20  # bytes compressed for baselines, which are then counted on a line
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +226,7 @@ class Progress(Protocol):
 def baselines_of(task: Task, line: Progress) -> dict[str, float]:
     """A task's baselines; of much text they take a while, and a line says how far they are."""
     line.say("baselines")
-    if not isinstance(task, ByteText):
+    if not isinstance(task, ByteText) or work(task) < LONG:
         line.count_to(None)
         return task.baselines()
     line.count_to(work(task), unit="B")

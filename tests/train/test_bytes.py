@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,6 +318,7 @@ def test_duplicate_share_counts_repeated_stretches(monkeypatch, chunk):
 
 def test_of_much_text_a_part_is_looked_at_and_that_is_said(monkeypatch, tmp_path):
     from kizzasi.train import byte_baselines as room
+    from kizzasi.train import bytes as room_of_bytes
 
     rng = np.random.default_rng(0)
     text = bytes(rng.integers(97, 105, 400_000, dtype=np.uint8))
@@ -338,6 +340,18 @@ def test_of_much_text_a_part_is_looked_at_and_that_is_said(monkeypatch, tmp_path
         f"12,288 of {n} held-out bytes, evenly spread; xz learns from the last 100,000 of "
         f"{len(corpus.train):,}"
     )
+    seen: list[tuple] = []
+    line = SimpleNamespace(
+        say=lambda text: seen.append(("say", text)),
+        count_to=lambda *total, **unit: seen.append((*total, *unit.values())),
+        update=lambda n: seen.append(("more", n)),
+    )
+    assert room_of_bytes.baselines_of(corpus, line) == part
+    assert seen == [("say", "baselines"), (None,)]  # too short to be counted
+    monkeypatch.setattr(room_of_bytes, "LONG", 1)
+    assert room_of_bytes.baselines_of(corpus, line) == part
+    assert seen[3] == (room.work(corpus), "B")
+    assert sum(n for told, n in seen[4:] if told == "more") == room.work(corpus)
     again = split_of(text, text[:100_000])
     assert duplicate_share(again) == 1
 

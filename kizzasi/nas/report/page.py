@@ -101,7 +101,7 @@ def _figure(figure: Figure) -> str:
     caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
     return (
         f'<figure><h2>{escape(figure.title)}</h2><div class="scroll">{figure.svg}</div>'
-        f"{caption}</figure>"
+        f'<p class="swipe">swipe sideways for the whole picture</p>{caption}</figure>'
     )
 
 
@@ -163,9 +163,10 @@ def _next_commands(summary: Summary) -> str:
         lines = ["kizzasi search --resume --out .    # go on"]
     else:
         lines = [
-            "kizzasi info best                  # the model that was saved",
-            "kizzasi generate best              # what it writes, if it was trained on text",
-            "kizzasi export . --out model       # weights, card and a script, to give away",
+            "# in the folder of this report",
+            "kizzasi info best              # the model that was saved",
+            "kizzasi generate best          # what it writes, if it was trained on text",
+            "kizzasi export . --out model   # weights, card and a script, to give away",
         ]
     listed = escape("\n".join(lines))
     return f'<pre class="commands" aria-label="Next commands">{listed}</pre>'

@@ -34,6 +34,9 @@ a { color: var(--searched); }
 ul { margin: 0; padding-left: 20px; } li { margin: 0 0 6px; max-width: 90ch; }
 figcaption, .note { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
 .scroll { overflow-x: auto; }
+.swipe { display: none; }
+@media (max-width: 580px) { .commands { white-space: pre-wrap; }
+  .swipe { display: block; color: var(--soft); font-size: 12px; margin: 4px 0 0; } }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px;
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule);

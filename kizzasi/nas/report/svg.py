@@ -323,7 +323,11 @@ def _mark(x: float, y: float, group: str, text: str, early: bool) -> str:
 
 
 def _line(x: Axis, y: Axis, line: Line) -> str:
-    drawn = _polyline(x, y, line.points, f"line {line.group}", line.text)
+    if len(line.points) == 1:  # a line of no length is hardly seen
+        (a, b), *_ = line.points
+        drawn = _mark(x(a), y(b), line.group, line.text, False)
+    else:
+        drawn = _polyline(x, y, line.points, f"line {line.group}", line.text)
     if not line.failed:
         return drawn
     a, b = x(line.points[-1][0]), y(line.points[-1][1])
@@ -335,10 +339,12 @@ def _names(x: Axis, y: Axis, lines: Sequence[Line]) -> list[str]:
     """The names of lines at their ends, one above the other where these are close."""
     parts, above = [], math.inf
     for line in sorted((line for line in lines if line.name), key=lambda ln: -y(ln.points[-1][1])):
+        end = x(line.points[-1][0])
         above = min(y(line.points[-1][1]) - 6, above - 15)
+        side = "end" if end - 7 * len(line.name) > LEFT else "start"  # within the picture
         parts.append(
-            f'<text class="name" x="{x(line.points[-1][0]) - 4:.1f}" y="{above:.1f}" '
-            f'text-anchor="end">{_cut(line.name, 40)}</text>'
+            f'<text class="name" x="{end + (4 if side == "start" else -4):.1f}" y="{above:.1f}" '
+            f'text-anchor="{side}">{_cut(line.name, 40)}</text>'
         )
     return parts
 

@@ -44,6 +44,10 @@ EQUAL_TIME = (
     "the latest). The error of that, at 95 %, is added to the noise floor. It is read in "
     "mid-schedule, before the learning rate has come down."
 )
+NAMES = (
+    "A name has the width (d64: d_model 64), the layers or the family, and where several designs "
+    "have one name, the first letters of their digest. Proxy: a score without training."
+)
 TWO_SIZES = (
     "The same layers with fewer channels, on the same tokens at the same learning rate. Slope: "
     "what each doubling of the parameters adds to the score. Double size is "
@@ -79,7 +83,13 @@ def tables(summary: Summary) -> list[Part]:
     ids = [standing.entry["id"] for standing in summary.standings]
     won = ids.index(summary.winner.entry["id"]) if summary.winner else None
     return [
-        Part("Candidates", _candidates(summary), "No candidate is there yet.", marked=won),
+        Part(
+            "Candidates",
+            _candidates(summary),
+            "No candidate is there yet.",
+            marked=won,
+            note=NAMES,
+        ),
         *finalist_tables(summary),
         Part("Pareto fronts", _fronts(summary), "No candidate has a score yet."),
         Part("Layers", layer_table(summary), "No candidate may win yet.", plotted=True),
@@ -127,7 +137,9 @@ def _candidates(summary: Summary) -> Rows:
     estimates = (s.entry.get("estimated_params") for s in summary.standings)
     listed = ["-" if estimate is None else f"{estimate:,}" for estimate in estimates]
     rows = [column_names(summary), *(cells(summary, s) for s in summary.standings)]
-    return [r[:4] + [e] + r[4:] for r, e in zip(rows, ["estimated", *listed], strict=True)]
+    whole = [r[:4] + [e] + r[4:] for r, e in zip(rows, ["estimated", *listed], strict=True)]
+    told = [len(whole) == 1 or set(column[1:]) != {"-"} for column in zip(*whole, strict=True)]
+    return [[cell for cell, kept in zip(row, told, strict=True) if kept] for row in whole]
 
 
 def finalist_tables(summary: Summary) -> list[Part]:
