@@ -7,9 +7,11 @@ from op_cases import normal
 from kizzasi.models.ops.conv import CAUSAL_CONV1D
 from kizzasi.models.ops.decay_scan import DECAY_SCAN
 from kizzasi.models.ops.delta import DELTA_RULE, DELTA_RULE_2
+from kizzasi.models.ops.dplr import S4_SCAN, s4_system
 from kizzasi.models.ops.linear_attention import LINEAR_ATTENTION
 from kizzasi.models.ops.mimo import MIMO_TRAPEZOID
 from kizzasi.models.ops.norm import RMS_NORM
+from kizzasi.models.ops.s4 import S4D_SCAN
 from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
 from kizzasi.models.ops.slstm import SLSTM_SCAN, SLSTMMemory
 from kizzasi.models.ops.sorted_experts import MIX_SORTED
@@ -131,6 +133,43 @@ def cells(t, rows=B):
     return (normal(rows, t, 4, h, n), normal(4, h, n, n) / 4, y, c, norm, m), {}, {}
 
 
+class Oscillators:
+    """A table of complex numbers, which come and go as pairs of reals."""
+
+    def __init__(self, table, enter):
+        self.table, self.names, self.enter = table, table.names, enter
+
+    def pick(self, engine, device):
+        op = self.table.pick(engine, device)
+
+        def run(u, *given, starts):
+            *system, h0 = given
+            y, h = op(u, *self.enter(*system), paired(h0), starts)
+            return y, torch.stack([h.real, h.imag], -1)
+
+        return run
+
+
+def paired(x):
+    return torch.complex(x[..., 0], x[..., 1])
+
+
+def diagonal(log_size, angle, B_, C):
+    return torch.polar((-log_size.exp()).exp(), angle), paired(B_), paired(C)
+
+
+def low_rank(*parameters):
+    return (s4_system(*(x.contiguous() for x in parameters)),)
+
+
+def oscillators(t, rank):
+    d, n = 19, 5
+    pairs = [normal(d, n, 2, seed=i) / 4 for i in range(3)]
+    rates = normal(d, n), normal(d, n, seed=1)
+    system = (normal(d) / 4, *rates, *pairs) if rank else (*rates, *pairs[1:])
+    return (normal(B, t, d) / 4, *system, normal(B, d, n, 2) / 4), {}, {}
+
+
 class Mixtures:
     """The experts' table: jobs for three of four experts, and a last one for nobody."""
 
@@ -172,6 +211,8 @@ KERNELS = {
     "delta-2": (DELTA_RULE_2, delta_2),
     "wkv7": (WKV7, wkv7),
     "slstm": (Cells(), cells),
+    "s4d": (Oscillators(S4D_SCAN, diagonal), lambda t: oscillators(t, False)),
+    "s4": (Oscillators(S4_SCAN, low_rank), lambda t: oscillators(t, True)),
     "norm": (Norms(), lambda t: ((normal(B, t, 19), normal(19)), {}, {})),
     "experts": (Mixtures(), mixture),
     "decay": (DECAY_SCAN, lambda t: ((decays(B, t, 19), normal(B, t, 19), normal(B, 19)), {}, {})),

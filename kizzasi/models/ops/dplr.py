@@ -305,4 +305,9 @@ def _complex_rows(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
-S4_SCAN = Engines("s4_scan", reference=s4_scan_ref, torch=s4_scan)
+S4_SCAN = Engines(
+    "s4_scan",
+    reference=s4_scan_ref,
+    torch=s4_scan,
+    native="kizzasi.models.ops.native.oscillators:s4_scan",
+)

@@ -312,4 +312,9 @@ def s4d_step(u: Tensor, h: Tensor, Abar: Tensor, Bbar: Tensor, C: Tensor) -> tup
     return (C * h).sum(-1).real, h
 
 
-S4D_SCAN = Engines("s4d_scan", reference=s4d_scan_ref, torch=s4d_scan)
+S4D_SCAN = Engines(
+    "s4d_scan",
+    reference=s4d_scan_ref,
+    torch=s4d_scan,
+    native="kizzasi.models.ops.native.oscillators:s4d_scan",
+)
