@@ -26,11 +26,15 @@ typedef uint32_t word;
 #define MANTISSA 23
 #define EXPONENT_BIAS 127
 #define MAGIC 12582912.0f  // 1.5 2^23: added and taken off again, it rounds to whole numbers
+#define AVX2(f) _mm256_##f##_ps
+#define SIDE __m256
 #else
 typedef uint64_t word;
 #define MANTISSA 52
 #define EXPONENT_BIAS 1023
 #define MAGIC 6755399441055744.0
+#define AVX2(f) _mm256_##f##_pd
+#define SIDE __m256d
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
 typedef word bits __attribute__((vector_size(LANES * sizeof(real))));
@@ -95,10 +99,29 @@ INLINE real total(vec v) {
 }
 
 INLINE vec choose(bits where, vec yes, vec no) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vec)AVX2(blendv)((SIDE)no, (SIDE)yes, (SIDE)where);
+#else
   return (vec)(((bits)yes & where) | ((bits)no & ~where));
+#endif
+}
+// x where it is larger, smaller or NaN.
+INLINE vec at_least(real low, vec x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vec)AVX2(max)((SIDE)splat(low), (SIDE)x);
+#else
+  return choose((bits)(x < low), splat(low), x);
+#endif
+}
+INLINE vec at_most(real high, vec x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vec)AVX2(min)((SIDE)splat(high), (SIDE)x);
+#else
+  return choose((bits)(x > high), splat(high), x);
+#endif
 }
 
-// 2^x. Zero below the smallest normal number, infinity above the largest, NaN for NaN.
+// 2^x. Zero far below the smallest normal number, infinity above the largest, NaN for NaN.
 INLINE vec power2(vec x) {
 #if defined(__AVX512F__) && BITS == 32
   __m512 y = _mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)x);  // NaN is the second operand
@@ -107,10 +130,9 @@ INLINE vec power2(vec x) {
   __m512d y = _mm512_max_pd(_mm512_set1_pd(-1e4), (__m512d)x);
   vec r = (vec)_mm512_roundscale_pd(y, 0x08), f = (vec)y - r;
 #else
-  const real least = 1 - EXPONENT_BIAS, most = EXPONENT_BIAS + 1;
-  bits under = (bits)(x < least), over = (bits)(x >= most);
-  vec y = choose(under, splat(least), choose(over, splat(EXPONENT_BIAS), x));
-  vec s = y + MAGIC, r = s - MAGIC, f = y - r;
+  // At the ends the scale itself is 0 and infinity.
+  vec y = at_least(-EXPONENT_BIAS, at_most(EXPONENT_BIAS + 1, x));
+  vec s = y + (MAGIC + EXPONENT_BIAS), r = s - (MAGIC + EXPONENT_BIAS), f = y - r;
 #endif
 #if BITS == 32
   vec p = splat(1.535336188e-4f);
@@ -139,8 +161,7 @@ INLINE vec power2(vec x) {
 #elif defined(__AVX512F__)
   return (vec)_mm512_scalef_pd((__m512d)p, (__m512d)r);
 #else
-  vec scale = (vec)(((bits)s + (word)EXPONENT_BIAS) << MANTISSA);
-  return choose(under, splat(0), choose(over, splat(INFINITY), p * scale));
+  return p * (vec)((bits)s << MANTISSA);
 #endif
 }
 

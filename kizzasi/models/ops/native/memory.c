@@ -7,7 +7,8 @@
 // with S indexed [value, key], a row for each of the m channels of a value. Rows know nothing of one
 // another: ROWS of them go through STEPS tokens together, with vectors along the n channels of a
 // key. An item is one head of one row of the batch. Backward computes a block again from the memory
-// before it.
+// before it. A plain memory, where nothing is looked up (no a, and S[t] is read), goes back in one
+// pass; where nobody wants the gradient of its decays, what was before each token is not kept.
 #include "common.h"
 
 enum { STEPS = 32, ROWS = 4 };
@@ -88,8 +89,9 @@ static void give_memory(real *to, const real *from, const block *o, const int64_
     for (int64_t j = 0; j < s[N_N]; j++) to[r * s[S_V] + j * s[S_K]] = from[r * o->np + j];
 }
 
-// Rows r .. r + ROWS of the memory through a block. keep: what was before each token is kept, and
-// dq summed; y is given. Else y is what comes out.
+// Rows r .. r + ROWS of the memory through a block. keep: dq is summed, y is given, with KEEP_ALL
+// what was before each token is kept too. Else y is what comes out.
+enum { KEEP = 1, KEEP_ALL };
 INLINE void ahead(block *o, real *S, int64_t r, const int lookup, const int early, const int keep) {
   int64_t np = o->np, mp = o->mp;
   for (int64_t t = 0; t < o->steps; t++) {
@@ -97,7 +99,8 @@ INLINE void ahead(block *o, real *S, int64_t r, const int lookup, const int earl
     const real *a = o->a + t * np, *b = o->b + t * np;
     real *y = o->y + t * mp + r, *answers = o->answers + t * mp + r;
     if (o->first[t]) memset(S, 0, (size_t)(ROWS * np) * sizeof(real));
-    vec sum[ROWS] = {};
+    vec sum[ROWS] = {}, value[ROWS], dy[ROWS];
+    for (int i = 0; i < ROWS; i++) value[i] = splat(val[i]), dy[i] = splat(keep ? y[i] : 0);
     if (lookup) {
       for (int64_t j = 0; j < np; j += WIDTH) {
         vec aj = load(a + j);
@@ -109,13 +112,13 @@ INLINE void ahead(block *o, real *S, int64_t r, const int lookup, const int earl
       vec wj = load(w + j), kj = load(k + j), qj = load(q + j), dq = splat(0);
       vec bj = lookup ? load(b + j) : splat(0);
       for (int i = 0; i < ROWS; i++) {
-        vec old = load(S + i * np + j), new = old * wj + kj * val[i];
+        vec old = load(S + i * np + j), new = old * wj + kj * value[i];
         if (lookup) new += bj * answers[i];
         vec seen = early ? old : new;
-        if (keep) {
-          store(o->history + (t * ROWS + i) * np + j, old);
-          dq += seen * y[i];
-        } else
+        if (keep == KEEP_ALL) store(o->history + (t * ROWS + i) * np + j, old);
+        if (keep)
+          dq += seen * dy[i];
+        else
           sum[i] += seen * qj;
         store(S + i * np + j, new);
       }
@@ -165,6 +168,31 @@ INLINE void back(block *o, real *G, int64_t r, const int lookup, const int early
   }
 }
 
+// The same of a plain memory, with the gradients of its decays or without.
+INLINE void back_plainly(block *o, real *G, int64_t r, const int decays) {
+  int64_t np = o->np, mp = o->mp;
+  for (int64_t t = o->steps - 1; t >= 0; t--) {
+    const real *q = o->q + t * np, *k = o->k + t * np, *w = o->w + t * np;
+    vec dv[ROWS] = {}, value[ROWS], dy[ROWS];
+    for (int i = 0; i < ROWS; i++)
+      value[i] = splat(o->v[t * mp + r + i]), dy[i] = splat(o->y[t * mp + r + i]);
+    for (int64_t j = 0, at = t * np; j < np; j += WIDTH, at += WIDTH) {
+      vec qj = load(q + j), kj = load(k + j), wj = load(w + j);
+      vec dk = load(o->dk + at), dw = load(o->dw + at);
+      for (int i = 0; i < ROWS; i++) {
+        vec g = load(G + i * np + j) + qj * dy[i];
+        dv[i] += g * kj, dk += g * value[i];
+        if (decays) dw += g * load(o->history + (t * ROWS + i) * np + j);
+        store(G + i * np + j, g * wj);
+      }
+      store(o->dk + at, dk);
+      if (decays) store(o->dw + at, dw);
+    }
+    for (int i = 0; i < ROWS; i++) o->dv[t * mp + r + i] = total(dv[i]);
+    if (o->first[t]) memset(G, 0, (size_t)(ROWS * np) * sizeof(real));
+  }
+}
+
 #define EITHER(call, ...)                                                            \
   if (lookup && early) call(__VA_ARGS__, 1, 1); else if (lookup) call(__VA_ARGS__, 1, 0); \
   else if (early) call(__VA_ARGS__, 0, 1); else call(__VA_ARGS__, 0, 0)
@@ -173,11 +201,15 @@ static void run_ahead(block *o, real *S, int64_t r, int lookup, int early) {
 #define AHEAD(o, S, r, lookup, early) ahead(o, S, r, lookup, early, 0)
   EITHER(AHEAD, o, S, r);
 }
-static void run_again(block *o, real *S, int64_t r, int lookup, int early) {
-#define AGAIN(o, S, r, lookup, early) ahead(o, S, r, lookup, early, 1)
-  EITHER(AGAIN, o, S, r);
+static void run_again(block *o, real *S, int64_t r, int lookup, int early, int decays) {
+#define AGAIN(o, S, r, lookup, early) ahead(o, S, r, lookup, early, KEEP_ALL)
+  if (!lookup && !early && !decays) ahead(o, S, r, 0, 0, KEEP); else EITHER(AGAIN, o, S, r);
 }
-static void run_back(block *o, real *G, int64_t r, int lookup, int early) { EITHER(back, o, G, r); }
+static void run_back(block *o, real *G, int64_t r, int lookup, int early, int decays) {
+  if (lookup && early) back(o, G, r, 1, 1); else if (lookup) back(o, G, r, 1, 0);
+  else if (early) back(o, G, r, 0, 1); else if (decays) back_plainly(o, G, r, 1);
+  else back_plainly(o, G, r, 0);
+}
 
 static void forward_item(void **p, const int64_t *s, int64_t item) {
   block o;
@@ -230,8 +262,8 @@ static void backward_item(void **p, const int64_t *s, int64_t item) {
     memset(o.dq, 0, keys), memset(o.dk, 0, keys), memset(o.dw, 0, keys);
     memset(o.da, 0, keys), memset(o.db, 0, keys);
     for (int64_t r = 0; r < o.mp; r += ROWS) {
-      run_again(&o, S + r * o.np, r, lookup, early);
-      run_back(&o, G + r * o.np, r, lookup, early);
+      run_again(&o, S + r * o.np, r, lookup, early, p[DW] != NULL);
+      run_back(&o, G + r * o.np, r, lookup, early, p[DW] != NULL);
     }
 #define GIVE(X, buffer) give((real *)p[X] + row * key + h * n, o.buffer, key, n, o.np, o.steps)
     GIVE(DQ, dq), GIVE(DK, dk);
