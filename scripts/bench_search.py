@@ -5,8 +5,13 @@ journal, the final trainings and the report. Its training function returns at on
 simulated workers. CPU is that of this process without the time that waits for the disk. Memory is
 what the process holds beyond what it held before the search.
 
+With --trainings, instead: real micro-trainings of a tiny model, and how the memory of the process
+grows a training, by a line fitted to the second half of the samples: resident memory, and what
+Python itself holds (tracemalloc).
+
 example:
   python scripts/bench_search.py --trials 10000
+  python scripts/bench_search.py --trainings 1000
   python scripts/bench_search.py --trials 1000 --searches random --json
 """
 
@@ -20,19 +25,26 @@ import os
 import sys
 import tempfile
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kizzasi.models import Tokens
 from kizzasi.nas import ASHA, Finals, Halving, Random, RegularizedEvolution, Search
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
+from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.executors import run_job
 from kizzasi.nas.executors.simulated import Simulated
+from kizzasi.nas.spaces.families import model_spec
 from kizzasi.nas.spaces.ready_made import read_space
 from kizzasi.nas.study.study import Study
+from kizzasi.train.bytes import load_corpus
+from kizzasi.train.recipe import Recipe
 
-TARGET_MS, TARGET_KIB = 2.0, 4.0
 COUNTS = (1000, 3000, 10_000, 30_000, 100_000)
 RUNGS, ETA, PLACES = (9, 27, 81), 3, 8
 TRIALS_EACH = 1 + 1 / ETA + 1 / ETA**2  # of a candidate, on average
@@ -132,18 +144,55 @@ def measured_in(folder: Path, name: str, n_trials: int) -> dict[str, Any]:
     }
 
 
+def trainings(n: int) -> dict[str, float]:
+    """KiB that a micro-training leaves behind."""
+    evaluator = MicroTrain(
+        load_corpus(None), Recipe(128, seq_len=32, batch_size=4, score_windows=4)
+    )
+    sizes = {"d_model": 16, "d_state": 8, "n_layers": 1, "expand_factor": 1.0, "dropout": 0.0}
+    spec = model_spec("transformer", vocab_size=256, **sizes)
+    tokens, resident, held = evaluator.recipe.tokens_per_step, list[float](), list[float]()
+    tracemalloc.start()
+    for seed in range(n):
+        job = Job(spec, tokens, seed, {"lr": 1e-3}, tokens)
+        assert run_job(evaluator, job, lambda _: None).failure is None
+        resident.append(resident_kib())
+        held.append(tracemalloc.get_traced_memory()[0] / 1024)
+    tracemalloc.stop()
+
+    def slope(samples: list[float]) -> float:
+        half = samples[len(samples) // 2 :]
+        return float(np.polyfit(range(len(half)), half, 1)[0])
+
+    return {
+        "trainings": n,
+        "rss_kib_per_training": slope(resident),
+        "python_kib_per_training": slope(held),
+        "rss_first_mib": resident[0] / 1024,
+        "rss_last_mib": resident[-1] / 1024,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=10_000, help="about as many (10000)")
     parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    parser.add_argument("--trainings", type=int, metavar="N", help="so many micro-trainings")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args()
     if args.trials < 100:
         parser.error("--trials must be at least 100")
+    if args.trainings is not None and args.trainings < 4:
+        parser.error("--trainings must be at least 4")
     if sys.platform != "linux":
         parser.error("the memory of a process is read from /proc, which needs Linux")
+    if args.trainings is not None:
+        memory = trainings(args.trainings)
+        lines = (f"{name:24}{value:12.4g}" for name, value in memory.items())
+        print(json.dumps(memory) if args.json else "\n".join(lines))
+        return 0
     found = []
     for name in args.searches:  # each in a process of its own, so that memory is its own
         with multiprocessing.get_context("spawn").Pool(1) as pool:
