@@ -15,6 +15,7 @@ from kizzasi.errors import ShapeError, SpecError, StudyError
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors import InProcess, Limits, Processes, open_executor
+from kizzasi.nas.executors.ray import _connect
 from kizzasi.nas.executors.worker import _sender
 from kizzasi.train.recipe import Recipe
 
@@ -219,3 +220,11 @@ def test_a_full_disk_is_no_fault_of_the_trial(make):
         pytest.raises(StudyError, match="No space left on device; make room"),
     ):
         list(executor.run([job("fine")], bar))
+
+
+def test_a_ray_that_does_not_start_is_one_line():
+    def init(*_, **__):
+        raise Exception("The current node timed out during startup.\nmore")  # noqa: TRY002
+
+    with pytest.raises(StudyError, match=r"local: The current node timed out .*; start a cluster"):
+        _connect(SimpleNamespace(init=init), "local")

@@ -210,8 +210,8 @@ def _connect(ray: Any, address: str) -> None:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # Ray raises a bare one where a node does not start in time
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"--address {address}: {reason}; start a cluster with `ray start --head`, "
             "or use --address local"
