@@ -224,7 +224,7 @@ def test_a_full_disk_is_no_fault_of_the_trial(make):
 
 def test_a_ray_that_does_not_start_is_one_line():
     def init(*_, **__):
-        raise Exception("The current node timed out during startup.\nmore")  # noqa: TRY002
+        raise Exception("The current node timed out during startup.\nmore")
 
     with pytest.raises(StudyError, match=r"local: The current node timed out .*; start a cluster"):
         _connect(SimpleNamespace(init=init), "local")
