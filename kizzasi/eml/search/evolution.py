@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -162,6 +163,15 @@ class CmaState(NamedTuple):
     seed: int
 
 
+@cache
+def _recombination(mu: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Weights (mu) of the best candidates, best first, and how many they are worth; on the host,
+    which needs the latter and would wait for a device to say it."""
+    weights = math.log(mu + 0.5) - torch.arange(1, mu + 1, device="cpu").to(dtype).log()
+    weights = weights / weights.sum()
+    return weights, float(1 / weights.square().sum())
+
+
 @dataclass(frozen=True)
 class SeparableCma:
     """CMA-ES with a diagonal covariance: linear in n in time and memory.
@@ -201,9 +211,8 @@ class SeparableCma:
         losses = usable(losses)
         x, best, _ = keep_best(state.x, state.best, candidates, losses)
         mu = size // 2
-        weights = math.log(mu + 0.5) - torch.arange(1, mu + 1, device=x.device).to(x).log()
-        weights = weights / weights.sum()
-        mu_eff = float(1 / weights.square().sum())
+        weights, mu_eff = _recombination(mu, x.dtype)
+        weights = weights.to(x.device)
         c_sigma = (mu_eff + 2) / (n + mu_eff + 5)
         damping = 1 + 2 * max(0.0, math.sqrt((mu_eff - 1) / (n + 1)) - 1) + c_sigma
         c_c = (4 + mu_eff / n) / (n + 4 + 2 * mu_eff / n)
