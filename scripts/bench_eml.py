@@ -170,7 +170,7 @@ def speed(seconds: float, clock: Callable[[], float], device: str) -> None:
     print(f"Trials per second of the one-by-one path on the mean task: '{chosen}' on the CPU,")
     print(f"which auto takes there, and 'torch' on {device}; the share that succeeded.")
     for sizes, (seed_speed, factor) in SEED_SPEED.items():
-        ends, ways = [], (("auto", "cpu"), ("torch", device))
+        ends, count, ways = [], 0, (("auto", "cpu"), ("torch", device))
         for way in ways:
             run, count = _runner(sizes, *way)
             trials = draw_trials(EndToEndTrainConfig(trials=64), 1, count, "fixed")
