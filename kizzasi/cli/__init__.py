@@ -63,7 +63,7 @@ def _tell(error: BaseException, given: Sequence[str]) -> int:
     code = 2
     for line in lines:
         text, code = line_of(error) if line is None else (shown(line), 2)
-        text = text.removeprefix(f"{given[0]}: ") if given else text
+        text = text.removeprefix(f"{given[0]}: ") if given and given[0] in VERBS else text
         print(f"{_name(given)}: {text}", file=sys.stderr)
     return code
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,7 +342,7 @@ def test_of_much_text_a_part_is_looked_at_and_that_is_said(monkeypatch, tmp_path
         f"{len(corpus.train):,}"
     )
     seen: list[tuple] = []
-    line = SimpleNamespace(
+    line: Any = SimpleNamespace(
         say=lambda text: seen.append(("say", text)),
         count_to=lambda *total, **unit: seen.append((*total, *unit.values())),
         update=lambda n: seen.append(("more", n)),
