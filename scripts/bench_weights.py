@@ -113,7 +113,8 @@ def main() -> None:
         "quantized": load(path, quantized=True),
     }
     other = peer(path)
-    ids = load_tokenizer(path, 0).encode(PROMPT)
+    vocabulary = models["float32"].stem.n_out
+    ids = load_tokenizer(path, vocabulary).encode(PROMPT)
     prompt = torch.tensor([ids[:16]])
     worst = check(models, other, prompt)
     runs: dict[str, Callable[[], float]] = {
