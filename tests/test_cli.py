@@ -127,7 +127,7 @@ def test_users_errors_are_one_line_with_path_and_remedy(capsys, tmp_path, spec_f
     assert "blocks[0].mixer" in refusal(capsys, "validate", uneven)
     huge = edited("c.json", d_model=4 * 10**5)
     out = ["--out", tmp_path / "out"]
-    assert "parameters need" in refusal(capsys, "train", huge, "--data", data, *out)
+    assert "a training needs" in refusal(capsys, "train", huge, "--data", data, *out)
     small = edited("d.json", stem={"kind": "tokens", "vocab_size": 100})
     assert "vocab_size=100" in refusal(capsys, "train", small, "--data", data, *out)
     assert "nowhere" in refusal(capsys, "train", spec_file, "--data", tmp_path / "nowhere", *out)
