@@ -187,8 +187,7 @@ def _outputs(layer: nn.Module, dtype: torch.dtype) -> int:
     """How many outputs a layer has whose product is an instruction; raises Unfit for others."""
     if is_plain(layer):
         return layer.out_features
-    known = type(layer) is QuantizedLinear and dtype == torch.float32
-    if not known or layer.levels is None:
+    if type(layer) is not QuantizedLinear or dtype != torch.float32 or layer.levels is None:
         raise Unfit
     return layer.n_out
 
