@@ -61,6 +61,7 @@ NAS_ROOMS = (
     "searchers",
     "schedulers",
     "evaluators",
+    "tables",
     "executors",
     "results",
     "study",
