@@ -14,6 +14,7 @@ import kizzasi.train
 GROWING = {  # of a tree or a line that is being read, and of who was judged so far
     "executors.files": {"_Leases"},
     "pipelines.compiling.stages": {"Line"},
+    "pipelines.printing.line": {"Line"},
     "schedulers.pasha": {"_State"},
     "schedulers.pdh": {"_State"},
     "schedulers.stopping_asha": {"_Judged"},

@@ -16,7 +16,7 @@ from kizzasi.nas.spaces.model_space import ModelSpace, name_of
 from kizzasi.strict import require
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """One model of a table. Lower scores are better.
 
