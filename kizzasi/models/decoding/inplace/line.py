@@ -134,8 +134,9 @@ class InPlaceLine(Line):
     def step(self, inputs: Tensor) -> Tensor:
         model, whole = self.model, self.whole
         if whole is not None:
+            logits = whole(inputs)  # refuses ids that are none before anything moves on
             self.position.add_(1)
-            return whole(inputs)
+            return logits
         call = Call((len(inputs), 1), self.device, step=True)
         model._check_positions(self.position)
         with self.guard():

@@ -1,9 +1,6 @@
-// eml(x, y) = exp(x) - ln(y), guarded, on vectors: what eml.c and eml_walk.c share.
+// eml(x, y) = exp(x) - ln(y), guarded, on vectors: what eml_walk.c computes.
 #pragma once
 #include "common.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #define LN2_HIGH ((real)(BITS == 32 ? 6.9313812256e-01 : 6.93147180369123816490e-01))
 #define LN2_LOW ((real)(BITS == 32 ? 9.0580006145e-06 : 1.90821492927058770002e-10))
