@@ -201,8 +201,9 @@ def test_everything_is_checked_before_the_first_step(capsys, place, monkeypatch)
     Path("file").touch()
     assert "file" in refusal(capsys, *train(out="file/run"))
     assert "seq_len=64" in refusal(
-        capsys, "search", "--data", "short", "--out", "a/b", *SEARCH, "--seq-len", 64
-    )
+        capsys, "search", "--data", "short", "--out", "a/b", *SEARCH, "--seq-len", 64,
+        "--batch-size", 1,
+    )  # fmt: skip
     assert "params" in refusal(
         capsys, "search", "--data", "text", "--space", "space.json", "--out", "a/b", *SEARCH,
         "--params", 30, "--band", 1e-9,

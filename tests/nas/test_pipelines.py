@@ -209,7 +209,7 @@ def test_the_load_of_a_router_has_a_share_for_each_of_its_mixers():
 BOUNDS = """
     Arch: d_model >= 1, n_layers >= 1
     Budget: params_target > 0
-    DepthRouter: budget <= 1 > 0, tau > 0, min_layers >= 0
+    DepthRouter: budget <= 1 > 0, tau > 0, min_layers >= 0, balance > 0
     FFN: mult > 0, experts >= 1, topk >= 1, capacity > 0
     KVPolicy: window >= 1
     Kernel: features >= 1, redraw >= 0
@@ -224,14 +224,14 @@ kernel_len >= 1
     Op: r >= 1
     Params: vocab_size >= 1, latent_dim >= 1
     Projection: rank >= 1
-    Recurrence: prelude >= 0, body >= 1, coda >= 0, noise_std >= 0
+    Recurrence: prelude >= 0, body >= 1, coda >= 0, noise_std >= 0, seed >= 0
     Reg: kappa >= 0
     Residual: scale > 0
     Rope: theta > 1, dims >= 2
     Router: topk >= 1, temp > 0, balance >= 0
     Scaling: factor >= 1, original_context >= 2
     Softmax: softcap > 0
-    Source: H >= 1, segment >= 1
+    Source: H >= 1, segment >= 1, seed >= 0
     Stack: d_model >= 1, n_layers >= 1
     Stage: repeat >= 1
     StageBudget: tokens_multiplier > 0, compute_multiplier > 0
