@@ -211,12 +211,12 @@ BOUNDS = """
     Budget: params_target > 0
     DepthRouter: budget <= 1 > 0, tau > 0, min_layers >= 0, balance > 0
     FFN: mult > 0, experts >= 1, topk >= 1, capacity > 0
-    KVPolicy: window >= 1
+    KVPolicy: window >= 1, group >= 2
     Kernel: features >= 1, redraw >= 0
     LatentCache: dim >= 1, heads >= 1
-    Level: downsample <= 1 > 0
+    Level: downsample <= 1 > 0, chunk > 1, balance > 0
     LoopSchedule: mean > 0, sigma >= 0, min >= 1, max >= 1, warmup_steps >= 0, backprop >= 1
-    Loops: train >= 1, eval >= 1
+    Loops: train >= 1, eval >= 1, tolerance >= 0
     Mixer: heads >= 1, groups >= 1, head_dim >= 1, chunk >= 1, d_state >= 1, expand > 0, \
 kernel_len >= 1
     Module: d_model >= 1, n_layers >= 1, output_dim >= 1
