@@ -187,6 +187,11 @@ class ModelSpec(Strict):
         at = zip(self.settled(), places(self.settled(), self.context), strict=True)
         return sum(layer.coding_flops(place, seq_len, batch) for layer, place in at)
 
+    def training_flops(self, seq_len: int, batch: int = 1) -> int:
+        """Flops of a forward pass in training: of `cost`, encoders and as many iterates as run."""
+        trained = self.replace(blocks=tuple(layer.in_training() for layer in self.blocks))
+        return trained.cost(seq_len, batch).flops + trained.coding_flops(seq_len, batch)
+
     @property
     def context_window(self) -> float:
         """How many inputs up to and including the present one an output can depend on."""

@@ -9,6 +9,7 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
+from kizzasi.models.adaptive import after_step
 from kizzasi.models.call import Call
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.layers import LoopSpec
@@ -87,6 +88,35 @@ def test_iterates_are_drawn_in_training_and_fixed_in_evaluation():
         kept = [one[0].mixer.ssm for one in out.state.iterates]
         assert torch.equal(kept[3], kept[min(r, 4) - 1])
         assert module(x, out.state).y.isfinite().all()
+
+
+def test_iterates_grow_over_the_steps_of_training():
+    """fixed: rounded; drawn: what the mean follows; and the count comes back from a checkpoint."""
+    module, grown = loop(n_loops=2, n_train=5, curriculum="linear", warmup_steps=8), []
+    for _ in range(10):
+        grown.append(module._n_loops())
+        after_step(module)
+    assert grown == [1, 2, 2, 2, 3, 4, 4, 4, 5, 5]  # 1 + 4 s / 8, a half to the even number
+    assert module.eval()._n_loops() == 2
+    assert {name for name, _ in module.named_buffers()} == {"steps"}
+    again = loop(n_loops=2, n_train=5, curriculum="sqrt", warmup_steps=40)
+    again.load_state_dict(module.state_dict())
+    assert (int(again.steps), again._mean()) == (10, 3.0)
+    drawn = loop(n_loops=9, schedule="poisson_lognormal", sigma=0.0, n_train=4, min_loops=3)
+    numbers = [drawn._n_loops() for _ in range(3000)]
+    assert min(numbers) == 3
+    assert abs(sum(numbers) / 3000 - 5.14) < 0.15  # 1 + Poisson(4), at least 3
+
+
+def test_flops_of_training_are_of_as_many_iterates_as_it_runs():
+    def spec(**fields):
+        inner = LoopSpec(BODY, **fields)
+        return ModelSpec(D, (LoopSpec((inner,), n_loops=1), BODY[0]), Tokens(9))
+
+    assert spec(n_loops=2, n_train=5).training_flops(7) == spec(n_loops=5).cost(7).flops
+    drawn = spec(n_loops=2, n_train=5, schedule="poisson_lognormal")
+    assert drawn.training_flops(7) == spec(n_loops=6).cost(7).flops
+    assert drawn.cost(7).flops == spec(n_loops=2).cost(7).flops
 
 
 def test_gradients_are_cut_before_the_last_iterates():
@@ -174,6 +204,18 @@ def test_what_fits_no_loop_is_refused():
         ({"body": ()}, r"blocks\[0\]\.body: empty"),
         ({"n_loops": 0}, "n_loops: 0 is not positive"),
         ({"max_loops": 3}, "max_loops: the number of iterates is fixed"),
+        ({"min_loops": 2}, "min_loops: the number of iterates is fixed"),
+        ({"n_train": 0}, "n_train: 0 is not positive"),
+        ({"curriculum": "sqrt"}, "warmup_steps: 0 is not positive"),
+        ({"warmup_steps": 5}, "warmup_steps: there is no curriculum"),
+        (
+            {"n_train": 1, "curriculum": "sqrt", "warmup_steps": 5},
+            "curriculum: a single iterate cannot grow",
+        ),
+        (
+            {"schedule": "poisson_lognormal", "min_loops": 4, "max_loops": 3},
+            "min_loops: 4 is more than max_loops 3",
+        ),
         ({"n_backprop": 1}, "n_backprop: the layers before would have no gradient"),
         ({"tolerance": 0.1}, "tolerance: a token stops where .* set keys to 'first'"),
         ({"keys": "first"}, r"blocks\[0\]\.body\[0\]: has no keys and values of its own"),

@@ -34,7 +34,7 @@ STAGED = {
         "d_model": 16,
         "norm": "RMSNorm",
         "modules": {
-            "low": {"kind": "transformer", **STACK, "budget": {"flops_per_token": 1e7}},
+            "low": {"kind": "transformer", **STACK, "budget": {"flops_per_token": 1e6}},
             "high": {"kind": "transformer", **STACK},
             "in": {"kind": "embedding", "params": {"vocab_size": 23}},
             "out": {"kind": "readout", "output_dim": 23},
@@ -177,6 +177,8 @@ LATENT = with_(
 )
 CODED = with_("arch.kv_policy", {"cache": "full", "quant": "nf4"})
 CHUNKED = with_("arch.hierarchy", {"levels": [{"every": 1, "chunk": 2.0}]})
+GROWS = {**LOOP, "loops": {"eval": 4, "schedule": {"kind": "fixed", "curriculum": "linear"}}}
+GROWS = with_("arch.recurrence", changed(GROWS, "loops.schedule.warmup_steps", 8))
 FIRST = {**LOOP, "noise_std": 0.1, "loops": {"eval": 2, "keys": "first"}}
 # Fields that another document brings to life: (class, field) -> it, and where.
 ELSEWHERE = {
@@ -185,6 +187,8 @@ ELSEWHERE = {
     (words.KVPolicy, "group"): (CODED, "arch.kv_policy"),
     (words.Level, "chunk"): (CHUNKED, "arch.hierarchy.levels[0]"),
     (words.Level, "balance"): (CHUNKED, "arch.hierarchy.levels[0]"),
+    (words.LoopSchedule, "curriculum"): (GROWS, "arch.recurrence.loops.schedule"),
+    (words.LoopSchedule, "warmup_steps"): (GROWS, "arch.recurrence.loops.schedule"),
     (words.Recurrence, "seed"): (with_("arch.recurrence", FIRST), "arch.recurrence"),
     (words.Loops, "tolerance"): (with_("arch.recurrence", FIRST), "arch.recurrence.loops"),
 }
@@ -244,7 +248,7 @@ def options(hint, value, name):
         found = [True, False]
     elif hint in (int, float):
         usual = 4 if value is None else value
-        low = [1] if hint is int else [1.0, 1e-6]
+        low = [1] if hint is int else [1.0, 1e-3]
         found = [hint(2 * usual), hint(max(1, usual // 2) if hint is int else usual / 2), *low]
     elif hint is str:
         found = ["low", "in"]
@@ -278,12 +282,18 @@ def does(spec):
         trained = model.train()(tokens)
     loss = trained.logits.double().square().sum() + sum(trained.aux.values())
     loss.backward()
-    slopes = sum(p.grad.double().abs().sum() for p in model.parameters() if p.grad is not None)
+    zero = torch.zeros((), dtype=torch.float64)
+    slopes = sum(
+        (p.grad.double().abs().sum() for p in model.parameters() if p.grad is not None), zero
+    )
     for _ in range(4):
         model.after_step()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(0)
+        trained = model.train()(tokens).logits.double().sum()
         later = model.eval()(tokens).logits.double().sum()
-    return tuple(round(float(x.detach()), 9) for x in (torch.tensor(out), loss, slopes, later))
+    results = torch.tensor(out), loss, slopes, trained, later
+    return tuple(round(float(x.detach()), 9) for x in results)
 
 
 FIELDS = [

@@ -25,6 +25,7 @@ OTHER = BlockSpec(MambaSpec(d_state=4), MLPSpec(hidden=32))
 SEES_ALL = replace(ONE, mixer=replace(ONE.mixer, causal=False))
 LOOP = LoopSpec((ONE,), 3, adapter="residual", noise_std=0.1)
 DRAWN = replace(LOOP, schedule="poisson_lognormal")
+GROWS = {"curriculum": "linear", "warmup_steps": 50}
 FIRST = LoopSpec((ONE,), 3, keys="first")
 LATENT = LatentSpec((ONE,), (SEES_ALL,), inject=("film", "lora"), rank=2)
 
@@ -67,6 +68,10 @@ SAID = {
             "norm": [replace(LOOP, norm="rms"), replace(LOOP, norm="rms_plus_one")],
             "keys": [FIRST],
             "tolerance": [replace(FIRST, tolerance=0.01)],
+            "n_train": [replace(one, n_train=2) for one in (LOOP, DRAWN)],
+            "min_loops": [replace(DRAWN, min_loops=2)],
+            "curriculum": [replace(one, **GROWS) for one in (LOOP, DRAWN)],
+            "warmup_steps": [replace(LOOP, curriculum="sqrt", warmup_steps=9)],
         },
     ),
     "downsample": (
@@ -188,9 +193,9 @@ def test_one_stack_says_as_much_as_it_can():
         (ONE, LoopSpec((DepthRoutedSpec((ConditionSpec((ONE,)),)),), 2), ONE)[1:2],
         presets.free_transformer(presets.llama(16, 4, 2, 1, 24, 9)).blocks,
     ]
-    for blocks in wholes:
-        text = printed(ModelSpec(16, blocks, Tokens(9)))
-        assert "pipeline" not in text, text
+    texts = [printed(ModelSpec(16, blocks, Tokens(9))) for blocks in wholes]
+    assert not any("pipeline" in text for text in texts), texts
+    text = texts[-1]
     assert "{where: proj_kv, op: add}" in text
     assert "query: learned" in text
 

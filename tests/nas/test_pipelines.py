@@ -1,5 +1,7 @@
 """Pipelines: what is read, refused, repaired, scaled and printed."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from kizzasi.nas.pipelines import (
     scaled,
     to_pipeline,
 )
-from kizzasi.nas.pipelines.misfits import changed, found_at
+from kizzasi.nas.pipelines.misfits import DROP, changed, found_at
 from kizzasi.nas.pipelines.observing import _loads
 
 SMALL = {
@@ -181,6 +183,47 @@ def test_what_does_not_fit_is_named_and_repaired(path, value, said, left):
     Pipeline.from_data(fitting)
     if left is not None:
         assert found_at(fitting, path) == left
+
+
+def test_every_form_of_retention_is_one_model():
+    unit = {"kind": "single", "mixer": {"kind": "Retention", "heads": 4}}
+    plain = changed(SMALL, "arch", {**SMALL["arch"], "mix_unit": unit, "pos": {"kind": "rope"}})
+    spec = Pipeline.from_data(plain).spec
+    for name, value in (("chunk", 1024), ("mode", "parallel"), ("mode", "recurrent")):
+        read = Pipeline.from_data(changed(plain, f"arch.mix_unit.mixer.{name}", value))
+        assert read.spec == spec
+        assert f"{name}: {value}" in read.to_yaml()
+
+
+def test_a_loop_of_evoforge_says_what_training_and_evaluation_run():
+    schedule = {"kind": "poisson_lognormal", "mean": 2.0, "min": 1, "max": 4}
+    schedule |= {"curriculum": "linear", "warmup_steps": 500}
+    loops = {"train": 2, "eval": 3, "schedule": schedule}
+    looped = {"prelude": 1, "body": 1, "coda": 0, "adapter": "residual", "loops": loops}
+    data = wrong("arch.recurrence", looped)
+    loop = Pipeline.from_data(data).spec.blocks[1]
+    assert (loop.n_loops, loop.n_train, loop.min_loops, loop.max_loops) == (3, 2, 1, 4)
+    assert (loop.curriculum, loop.warmup_steps) == ("linear", 500)
+    where = "arch.recurrence.loops.schedule"
+    for name, value, said, left in (
+        ("mean", 4.0, "4, but loops.train is 2", 2.0),
+        ("min", 5, "5 is more than max 4", 4),
+        ("curriculum", "none", "no curriculum grows over it", "none"),
+        ("warmup_steps", 0, "'linear' needs it", 100),
+    ):
+        broken = changed(data, f"{where}.{name}", value)
+        assert any(said in str(misfit) for misfit in examined(broken)[1]), said
+        fitting, _ = repaired(broken)
+        assert found_at(fitting, f"{where}.{name}") == left
+    single = changed(data, "arch.recurrence.loops.train", 1)
+    assert [str(m).partition(":")[0].rpartition(".")[2] for m in examined(single)[1]] == [
+        "mean",
+        "curriculum",
+        "warmup_steps",
+    ]
+    drawn = changed(changed(data, "arch.recurrence.loops.train", DROP), f"{where}.mean", 2.5)
+    assert "a whole number" in str(examined(drawn)[1][0])
+    assert Pipeline.from_data(repaired(drawn)[0]).spec.blocks[1].n_train == 2
 
 
 @pytest.mark.parametrize("own", ["xpos", "none"])

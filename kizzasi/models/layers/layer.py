@@ -104,6 +104,12 @@ class LayerSpec(Registered):
         new = {name: value for name, value in settled.items() if value is not getattr(self, name)}
         return (replace(self, **new) if new else self), offered  # pyright: ignore[reportArgumentType]
 
+    def in_training(self: Self) -> Self:
+        """The layer with as much work as training does, where that is another: in loops."""
+        stacks = ((name, value) for name, value in self.inside() if isinstance(value, tuple))
+        trained = {name: tuple(one.in_training() for one in stack) for name, stack in stacks}
+        return replace(self, **trained) if trained else self  # pyright: ignore[reportArgumentType]
+
     def inside(self) -> Iterator[tuple[str, tuple[LayerSpec, ...] | Part]]:
         """The fields that are stacks, mixers or channels, by name, in their order."""
         for name, stack in _insides(type(self)):

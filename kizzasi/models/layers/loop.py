@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from kizzasi.errors import SpecError
 from kizzasi.models import init
+from kizzasi.models.adaptive import Adaptive
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, linear, norm
 from kizzasi.models.layers.layer import LayerModule, LayerSpec, cost_of, depth_of, window_of
@@ -42,7 +43,7 @@ from kizzasi.models.mixer import LayerContext, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import Norm, NormKind
 from kizzasi.models.ops.devices import answers
 from kizzasi.models.ops.noise import noise_of
-from kizzasi.strict import join, register, require
+from kizzasi.strict import added, join, register, require
 
 
 @register
@@ -52,11 +53,17 @@ class LoopSpec(LayerSpec):
 
     Args:
         body: the layers of one iterate.
-        n_loops: iterates; in training their mean, if they are drawn.
-        schedule: of training: "fixed", or "poisson_lognormal": 1 + Poisson(u) iterates, u lognormal
-            of mean n_loops, drawn anew for every call from torch's generator.
+        n_loops: iterates; the most, with a tolerance.
+        n_train: n, iterates in training, or what their mean follows if they are drawn; None means
+            n_loops.
+        schedule: of training: "fixed", n iterates, or "poisson_lognormal": 1 + Poisson(u), u
+            lognormal of mean n, drawn anew for every call from torch's generator.
         sigma: of log u.
-        max_loops: bound of what is drawn; None means none.
+        min_loops, max_loops: bounds of what is drawn; None means none.
+        curriculum: n grows from 1 to its full value: "linear", 1 + (n - 1) s / w after s of w
+            optimiser steps (`model.after_step()`), "sqrt", with the root of s / w; "none", it does
+            not. Rounded where the schedule is fixed.
+        warmup_steps: w.
         adapter: what an iterate reads of s and e; see above.
         noise_std: of s_0 (added to e for the adapter "identity"), cut at three deviations.
         seed: of the noise.
@@ -81,19 +88,21 @@ class LoopSpec(LayerSpec):
     norm: NormKind | None = None
     keys: Literal["each", "first"] = "each"
     tolerance: float = 0.0
+    n_train: int | None = added(None)
+    min_loops: int = added(1)
+    curriculum: Literal["none", "linear", "sqrt"] = added("none")
+    warmup_steps: int = added(0)
 
     def check(self, d_model: int, path: str) -> None:
         super().check(d_model, path)
-        self.require_positive(path, "n_loops")
-        for name in ("max_loops", "n_backprop"):
+        self.require_positive(path, "n_loops", "min_loops")
+        for name in ("max_loops", "n_backprop", "n_train"):
             if getattr(self, name) is not None:
                 self.require_positive(path, name)
         for name in ("sigma", "noise_std", "tolerance"):
             value = getattr(self, name)
             require(value >= 0, join(path, name), f"{value} is negative; give 0 or more")
-        drawn = self.schedule != "fixed"
-        rule = "the number of iterates is fixed; give n_loops alone, or another schedule"
-        require(drawn or self.max_loops is None, join(path, "max_loops"), rule)
+        self._check_training(path)
         through = self.adapter != "identity" or self.n_backprop is None
         rule = "the layers before would have no gradient; give an adapter that reads them again"
         require(through, join(path, "n_backprop"), rule)
@@ -101,6 +110,21 @@ class LoopSpec(LayerSpec):
         require(self.keys == "first" or not self.tolerance, join(path, "tolerance"), rule)
         if self.keys == "first":
             self._check_first(d_model, path)
+
+    def _check_training(self, path: str) -> None:
+        drawn = self.schedule != "fixed"
+        rule = "the number of iterates is fixed; leave it out, or give another schedule"
+        require(drawn or self.max_loops is None, join(path, "max_loops"), rule)
+        require(drawn or self.min_loops == 1, join(path, "min_loops"), rule)
+        rule = f"{self.min_loops} is more than max_loops {self.max_loops}; give less"
+        require(self.min_loops <= (self.max_loops or math.inf), join(path, "min_loops"), rule)
+        grows = self.curriculum != "none"
+        rule = f"{self.warmup_steps} is not positive; say over how many steps iterates grow"
+        require(self.warmup_steps > 0 or not grows, join(path, "warmup_steps"), rule)
+        rule = "there is no curriculum; leave it out, or give 'linear' or 'sqrt'"
+        require(self.warmup_steps == 0 or grows, join(path, "warmup_steps"), rule)
+        rule = "a single iterate cannot grow; leave it out"
+        require(self.trained > 1 or not grows, join(path, "curriculum"), rule)
 
     def _check_first(self, d_model: int, path: str) -> None:
         rule = "the first iterate's keys would have no gradient; leave one of the two out"
@@ -133,6 +157,16 @@ class LoopSpec(LayerSpec):
         return total if self.norm is None else total + norm(self.norm, d)
 
     @property
+    def trained(self) -> int:
+        """n of the end of training."""
+        return self.n_loops if self.n_train is None else self.n_train
+
+    def in_training(self) -> LoopSpec:
+        """With as many iterates as training runs on average, bounds and curriculum aside."""
+        n = self.trained + (self.schedule != "fixed")
+        return replace(super().in_training(), n_loops=n)
+
+    @property
     def depth(self) -> int:
         return self.n_loops * depth_of(self.body)
 
@@ -149,7 +183,7 @@ class LoopState(NamedTuple):
     position: Tensor | tuple[()]
 
 
-class Loop(LayerModule):
+class Loop(LayerModule, Adaptive):
     """See `LoopSpec`.
 
     In training with drawn iterates, one that a state has not seen goes on from the last that it
@@ -166,6 +200,10 @@ class Loop(LayerModule):
         linear = spec.adapter == "concat_linear"
         self.adapter = nn.Linear(2 * d, d, bias=False) if linear else None
         self.norm = None if spec.norm is None else Norm(spec.norm, d, eps)
+        grows = spec.curriculum != "none"
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64) if grows else None)
+
+    steps: Tensor | None
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         self.body.reset_parameters(n_layers, generator)
@@ -173,6 +211,15 @@ class Loop(LayerModule):
             init.linear_(self.adapter, generator)
         if self.norm is not None:
             self.norm.reset_parameters()
+        if self.steps is not None:
+            self.steps.zero_()
+
+    def take(self) -> Tensor | None:
+        return torch.zeros(1) if self.steps is not None and self.training else None
+
+    def after_step(self, counted: Tensor) -> None:
+        assert self.steps is not None, "asked"
+        self.steps += 1
 
     def parallel(self, x: Tensor, state: LoopState | None, call: Call) -> MixerOut:
         s, position = self._start(x, state, call)
@@ -231,17 +278,31 @@ class Loop(LayerModule):
 
     def _n_loops(self) -> int:
         spec = self.spec
-        if spec.schedule == "fixed" or not self.training:
+        if not self.training:
             return spec.n_loops
-        if torch.compiler.is_compiling():
+        drawn = spec.schedule != "fixed"
+        if torch.compiler.is_compiling() and (drawn or self.steps is not None):
             raise SpecError(
-                "loop: a graph cannot hold a number of iterates that is drawn for every call; "
-                "compile what is inside the loop, or train with schedule 'fixed'"
+                "loop: a graph cannot hold a number of iterates that is drawn for every call, or "
+                "grows; compile what is inside the loop, or train with schedule 'fixed' and no "
+                "curriculum"
             )
-        log_mean = math.log(spec.n_loops) - spec.sigma**2 / 2
-        u = torch.empty(1).log_normal_(log_mean, spec.sigma) if spec.sigma else spec.n_loops
+        n = self._mean()
+        if not drawn:
+            return round(n)
+        log_mean = math.log(n) - spec.sigma**2 / 2
+        u = torch.empty(1).log_normal_(log_mean, spec.sigma) if spec.sigma else n
         r = 1 + int(torch.poisson(torch.as_tensor(u, dtype=torch.float32).reshape(1)))
+        r = max(r, spec.min_loops)
         return r if spec.max_loops is None else min(r, spec.max_loops)
+
+    def _mean(self) -> float:
+        """n as far as it has grown."""
+        n = self.spec.trained
+        if self.steps is None:
+            return n
+        share = min(1.0, int(self.steps) / self.spec.warmup_steps)
+        return 1 + (n - 1) * (share if self.spec.curriculum == "linear" else math.sqrt(share))
 
     def _adapt(self, s: Tensor, e: Tensor) -> Tensor:
         if self.adapter is not None:

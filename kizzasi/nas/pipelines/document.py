@@ -77,7 +77,15 @@ class DepthRouter(Strict):
 
 @dataclass(frozen=True)
 class LoopSchedule(Strict):
-    """How many times a body runs in training."""
+    """How many times a body runs in training.
+
+    Args:
+        kind: always the same number, or one drawn for every step.
+        mean, sigma: of what is drawn: 1 + Poisson(u), u lognormal; the mean is that of loops.train.
+        min, max: bounds of it.
+        curriculum, warmup_steps: how the number grows from 1 to its mean, over how many steps.
+        backprop: the last so many have gradients.
+    """
 
     kind: Literal["fixed", "poisson_lognormal"]
     mean: float | None = bounded(above=0)
@@ -94,7 +102,7 @@ class Loops(Strict):
     """How many times a body runs.
 
     Args:
-        train, eval: times.
+        train, eval: times; each is the other's where one alone is given.
         schedule: of training.
         keys: an iterate reads its own keys and values ("each"), or those of the first.
         tolerance: relative change at which a token stops, in evaluation.

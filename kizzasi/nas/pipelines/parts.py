@@ -171,7 +171,7 @@ class Mixer(Open):
         head_dim: width of a head; d_model / heads where it is not given.
         stencil, softmax, projection, value_glu: of Attention.
         pos: of Attention, in the place of the model's.
-        chunk, mode: of Retention: length of a chunk, and the form that trains.
+        chunk, mode: of Retention, read and without effect: every form gives one result.
         d_state, expand: of SSM: states per channel, and channels / d_model.
         kernel_len: of LongConv.
     """

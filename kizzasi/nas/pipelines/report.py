@@ -122,8 +122,7 @@ def _losses(standing: Standing, trial: Mapping[str, Any]) -> tuple[float | None,
 
 def flops_of(spec: ModelSpec, tokens: int, seq_len: int) -> int:
     """Of a training over so many tokens."""
-    flops = spec.cost(seq_len).flops + spec.coding_flops(seq_len)
-    return FORWARD_AND_BACK * round(flops / seq_len * tokens)
+    return FORWARD_AND_BACK * round(spec.training_flops(seq_len) / seq_len * tokens)
 
 
 def qpc(start: float | None, end: float | None, flops: int) -> float | None:

@@ -143,10 +143,6 @@ def _retention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[st
         findings.drop(f"{path}.head_dim", rule)
     elif m.head_dim is not None:
         findings.drop(f"{path}.head_dim", "d_model and heads say it already")
-    for name in ("chunk", "mode"):
-        if getattr(m, name) is not None:
-            rule = "Retention gives one result in every form and chunk; the engine chooses them"
-            findings.drop(f"{path}.{name}", rule)
     theta = None
     if place.pos is not None and place.pos.kind == "rope" and place.pos.rope is not None:
         theta = place.pos.rope.theta

@@ -17,7 +17,15 @@ from typing import Any
 from kizzasi.models import LayerSpec
 from kizzasi.nas.pipelines.compiling.channels import NORMS
 from kizzasi.nas.pipelines.compiling.latents import halved, is_latent
-from kizzasi.nas.pipelines.document import DepthRouter, Hierarchy, Level, Loops, Recurrence, Stack
+from kizzasi.nas.pipelines.document import (
+    DepthRouter,
+    Hierarchy,
+    Level,
+    Loops,
+    LoopSchedule,
+    Recurrence,
+    Stack,
+)
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 from kizzasi.nas.pipelines.parts import Cond, Op
 
@@ -169,20 +177,13 @@ def _loops(loops: Loops, adapter: str, path: str, findings: Findings) -> dict[st
     n = loops.eval or loops.train
     if n is None:
         n = findings.set(f"{path}.eval", "it is needed", 2)
-    if loops.train not in (None, n):
-        rule = f"{loops.train} in training and {n} in evaluation would be two models"
-        remedy = f"give {n} for both; poisson_lognormal draws around one mean"
-        findings.set(f"{path}.train", rule, n, remedy)
     if loops.tolerance and loops.keys != "first":
         rule = "a token stops where its later iterates leave no keys"
         findings.set(f"{path}.keys", rule, "first")
+    trained = loops.train
     if schedule is None:
-        return {**ends, "n_loops": n}
+        return {**ends, "n_loops": n, "n_train": trained if trained != n else None}
     where = f"{path}.schedule"
-    for name in ("curriculum", "warmup_steps"):
-        value = getattr(schedule, name)
-        if value is not None:
-            findings.drop(f"{where}.{name}", "a model knows no training steps")
     found: dict[str, Any] = {**ends, "n_loops": n, "schedule": schedule.kind}
     if schedule.backprop is not None and adapter == "identity":
         rule = "without an adapter the layers before the loop would have no gradient"
@@ -193,13 +194,47 @@ def _loops(loops: Loops, adapter: str, path: str, findings: Findings) -> dict[st
         for name in ("mean", "sigma", "min", "max"):
             if getattr(schedule, name) is not None:
                 findings.drop(f"{where}.{name}", "'fixed' draws nothing")
-        return found
-    if schedule.mean not in (None, float(n)):
-        rule = f"training runs {schedule.mean:g} times on average, and evaluation {n} times"
-        findings.set(f"{where}.mean", rule, float(n), f"give {n} for both")
-    if schedule.min not in (None, 1):
-        findings.set(f"{where}.min", "1 + Poisson begins at 1", 1)
-    return {**found, "sigma": schedule.sigma, "max_loops": schedule.max}
+    else:
+        trained = _mean(schedule, trained, where, findings)
+        found |= _bounds(schedule, where, findings)
+    found |= _curriculum(schedule, trained or n, where, findings)
+    return {**found, "n_train": trained if trained != n else None}
+
+
+def _mean(schedule: LoopSchedule, trained: int | None, path: str, findings: Findings) -> int | None:
+    """What the number of drawn iterates follows."""
+    mean = schedule.mean
+    if mean is None:
+        return trained
+    if trained is not None and mean != trained:
+        rule = f"{mean:g}, but loops.train is {trained}"
+        findings.set(f"{path}.mean", rule, float(trained), "give one of the two")
+        return trained
+    if mean != round(mean):
+        rule = f"{mean:g}: iterates on average are a whole number, as they are in evaluation"
+        mean = findings.set(f"{path}.mean", rule, float(max(1, round(mean))))
+    return max(1, round(mean))
+
+
+def _bounds(schedule: LoopSchedule, path: str, findings: Findings) -> dict[str, Any]:
+    low, high = schedule.min, schedule.max
+    if low is not None and high is not None and low > high:
+        low = findings.set(f"{path}.min", f"{low} is more than max {high}", high)
+    return {"sigma": schedule.sigma, "min_loops": low, "max_loops": high}
+
+
+def _curriculum(schedule: LoopSchedule, n: int, path: str, findings: Findings) -> dict[str, Any]:
+    """How the number of iterates grows in training."""
+    kind, steps = schedule.curriculum or "none", schedule.warmup_steps
+    if kind != "none" and n == 1:
+        kind = findings.set(f"{path}.curriculum", "a single iterate cannot grow", "none")
+    if kind == "none":
+        if steps:
+            findings.drop(f"{path}.warmup_steps", "no curriculum grows over it")
+        return {}
+    if not steps:
+        steps = findings.set(f"{path}.warmup_steps", f"{kind!r} needs it", 100)
+    return {"curriculum": kind, "warmup_steps": steps}
 
 
 # ------------------------------------------------------------------------- rates

@@ -75,7 +75,7 @@ def check_budgets(spec: ModelSpec, train: Train, budget: Budget | None, findings
 def _check_step(spec: ModelSpec, train: Train, tokens: int, findings: Findings) -> None:
     allowed = 0.0 if train.budget is None else train.budget.flops_per_step or 0.0
     rows = max(1, tokens // train.ctx_len)
-    row = FORWARD_AND_BACK * (spec.cost(train.ctx_len).flops + spec.coding_flops(train.ctx_len))
+    row = FORWARD_AND_BACK * spec.training_flops(train.ctx_len)
     if rows * row <= allowed:
         return
     rule = (

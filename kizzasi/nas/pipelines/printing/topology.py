@@ -53,11 +53,14 @@ def _loop(layers: list[Any], i: int) -> tuple[list[Any], dict[str, Any]]:
     counts = {"prelude": i, "body": len(loop.body), "coda": len(layers) - i - 1}
     schedule: dict[str, Any] = {"backprop": loop.n_backprop}
     if loop.schedule != "fixed":
-        schedule |= {"sigma": loop.sigma, "max": loop.max_loops}
+        least = loop.min_loops if loop.min_loops > 1 else None
+        schedule |= {"sigma": loop.sigma, "min": least, "max": loop.max_loops}
+    if loop.curriculum != "none":
+        schedule |= {"curriculum": loop.curriculum, "warmup_steps": loop.warmup_steps}
     schedule = given(schedule)
     if schedule:
         schedule = {"kind": loop.schedule, **schedule}
-    loops = {"eval": loop.n_loops, "schedule": schedule or None}
+    loops = {"train": loop.n_train, "eval": loop.n_loops, "schedule": schedule or None}
     loops |= {"keys": loop.keys if loop.keys != "each" else None}
     loops |= {"tolerance": loop.tolerance or None}
     found = {"adapter": loop.adapter, "noise_std": loop.noise_std or None}

@@ -49,6 +49,19 @@ def recurrence_noise(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     return on_a_part(spec, rng, ("loop",), change)
 
 
+def recurrence_curriculum(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
+    """A loop's iterates grow in training, otherwise, or are all there from its start."""
+
+    def change(part: Any) -> Any:
+        if part.trained == 1:
+            raise RefusedError("a single iterate cannot grow")
+        ways = (("none", 0), ("linear", 100), ("sqrt", 100))
+        way, steps = rng.choice([way for way in ways if way[0] != part.curriculum])
+        return replace(part, curriculum=way, warmup_steps=steps)
+
+    return on_a_part(spec, rng, ("loop",), change)
+
+
 def condition(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     """A layer is turned by a summary of the past, or no longer."""
     op = rng.choice(("film", "add", "scale", "lora"))
