@@ -18,5 +18,13 @@ settings.register_profile("kizzasi", deadline=None)
 settings.load_profile("kizzasi")
 
 
+def pytest_collection_modifyitems(config, items: list) -> None:
+    """Where no CUDA device is, the tests that need one are deselected: 3,000 that skip take time."""
+    if not torch.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+
+
 def pytest_report_header() -> str | None:
     return peers.complaint()

@@ -257,9 +257,13 @@ def model_spec(name: str, *, hybrid: bool = False) -> ModelSpec:
     return ModelSpec(D_MODEL, blocks, Tokens(VOCAB), **scales)
 
 
+# The first variant of every kind, for what a kind does whatever its settings are.
+KINDS = list({name.split("-")[0]: name for name in reversed([*MIXERS, *CHANNELS])}.values())
+every_kind = pytest.mark.parametrize("name", KINDS)
 every_part = pytest.mark.parametrize("name", [*MIXERS, *CHANNELS])
 every_model = pytest.mark.parametrize("name", [*MIXERS, *CHANNELS, *BLOCKS])
 CAUSAL = {name: part.causal for name, part in {**MIXERS, **CHANNELS}.items()}
+every_causal_kind = pytest.mark.parametrize("name", [name for name in KINDS if CAUSAL[name]])
 causal_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if CAUSAL[name]])
 causal_models = pytest.mark.parametrize("name", [n for n in CAUSAL if CAUSAL[n]] + [*BLOCKS])
 other_parts = pytest.mark.parametrize("name", [name for name in CAUSAL if not CAUSAL[name]])
@@ -267,13 +271,7 @@ devices = pytest.mark.parametrize(
     "device",
     [
         "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
-        ),
+        pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
 

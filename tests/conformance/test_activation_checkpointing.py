@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from cases import CHANNELS, MIXERS, make, tokens
+from cases import every_kind, make, tokens
 from tolerance import assert_close
 
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MoESpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec, RWKV7Spec
 from kizzasi.models.moe import watch_routing
-
-KINDS = list({name.split("-")[0]: name for name in reversed([*MIXERS, *CHANNELS])}.values())
 
 
 def train(model, x, seed=3):
@@ -35,7 +33,7 @@ def assert_same_training(model, x):
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@every_kind
 def test_gradients_are_the_same(name):
     assert_same_training(make(name), tokens(2, 9))
 

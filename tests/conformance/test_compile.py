@@ -11,7 +11,7 @@ fullgraph, or without documents, they compile.
 import cases
 import pytest
 import torch
-from cases import CAUSAL, CHANNELS, MIXERS, make, tokens
+from cases import every_causal_kind, every_kind, make, tokens
 from tolerance import assert_close
 
 from kizzasi.models.export import StepModule
@@ -24,12 +24,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
-KINDS = list({name.split("-")[0]: name for name in reversed([*MIXERS, *CHANNELS])}.values())
-every_kind = pytest.mark.parametrize("name", KINDS)
 backends = pytest.mark.parametrize(
     "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
 )
-every_causal_kind = pytest.mark.parametrize("name", [name for name in KINDS if CAUSAL[name]])
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from kizzasi.models.mixer import Mixer
 from kizzasi.testing import mixer as exam
 from kizzasi.testing.mixer import fold, gradients
 
-LENGTHS = (1, 2, 7, 63, 64, 65, 100)
+LENGTHS = (1, 7, 64, 100)
 
 
 def test_every_registered_kind_is_examined():
@@ -47,7 +47,7 @@ def test_every_registered_kind_is_examined():
 
 @devices
 @causal_models
-@pytest.mark.parametrize("length", [1, 2, 7, 65])
+@pytest.mark.parametrize("length", [1, 7, 65])
 def test_forward_equals_fold_of_step(name, length, device):
     exam.steps_equal_one_call(exam_of(name, device), length)
 
@@ -120,7 +120,7 @@ def test_saved_and_loaded_gives_the_same_logits(name, tmp_path):
 
 
 @every_model
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 64), (1, 100)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (1, 100)])
 def test_analytic_cost_equals_the_measured_one(name, batch, length):
     exam.cost_is_measured(exam_of(name), batch, length)
 

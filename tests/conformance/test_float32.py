@@ -4,7 +4,7 @@ in, and states are kept in it."""
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CAUSAL, every_part, make, tokens
+from cases import CAUSAL, every_kind, every_part, make, tokens
 from tolerance import assert_close
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,7 +46,7 @@ def mesh():
 
 # FSDP's own pre-backward hook, about inputs that need no gradient.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@every_part
+@every_kind
 def test_fsdp2_with_mixed_precision(name, mesh):
     """Masters and states stay float32; the loss is near that of model.bfloat16()."""
     x = tokens(2, 17)
@@ -99,6 +99,6 @@ def losses_of(name, low):
     return losses
 
 
-@every_part
+@every_kind
 def test_float16_trains_with_a_loss_scaler_as_float32_does(name):
     assert losses_of(name, True) == pytest.approx(losses_of(name, False), rel=2e-2)

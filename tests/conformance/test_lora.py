@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CAUSAL, every_part, make, tokens
+from cases import CAUSAL, every_kind, make, tokens
 from tolerance import assert_close
 from torch import nn
 
@@ -19,7 +19,7 @@ def adapt(model):
     return adapted, trained
 
 
-@every_part
+@every_kind
 def test_adapters_on_every_linear_train_and_change_the_output(name):
     model, x = make(name, dtype=torch.float32), tokens(2, 9)
     before = model(x).logits.detach()

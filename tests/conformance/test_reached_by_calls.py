@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CAUSAL, MIXERS, causal_parts, every_part, make, tokens
+from cases import CAUSAL, KINDS, MIXERS, every_causal_kind, every_kind, make, tokens
 from tolerance import assert_close
 from torch import nn
 from torch.func import functional_call
@@ -23,7 +23,7 @@ def stepped(model, x):
     return model.step(x[:, -1], model(x[:, :-1]).state).logits
 
 
-@causal_parts
+@every_causal_kind
 @torch.no_grad()
 def test_hooks_on_blocks_mixers_and_channels_act_in_a_step(name):
     model, x = make(name).eval(), tokens(2, 6)
@@ -38,7 +38,7 @@ def test_hooks_on_blocks_mixers_and_channels_act_in_a_step(name):
             hook.remove()
 
 
-@causal_parts
+@every_causal_kind
 def test_whatever_layer_a_forward_calls_a_step_calls_too(name):
     model, x = make(name), tokens(2, 6)
     called: dict[str, int] = {}
@@ -60,7 +60,7 @@ def test_whatever_layer_a_forward_calls_a_step_calls_too(name):
     assert seen == ["mixer"] * len(model.blocks)
 
 
-@causal_parts
+@every_causal_kind
 @torch.no_grad()
 def test_functional_call_reaches_every_parameter_of_a_step(name):
     model, other, x = make(name), make(name), tokens(2, 6)
@@ -73,7 +73,7 @@ def test_functional_call_reaches_every_parameter_of_a_step(name):
     assert_close(given.logits, other.step(x[:, -1], state).logits)
 
 
-@every_part
+@every_kind
 @torch.no_grad()
 def test_parametrized_and_pruned_layers_act_alike_in_both_forms(name):
     model, x = make(name), tokens(2, 6)
@@ -102,7 +102,7 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-@causal_parts
+@every_causal_kind
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 def test_a_sharded_model_generates_the_same(name, one_process):
     from torch.distributed.fsdp import fully_shard
@@ -117,7 +117,7 @@ def test_a_sharded_model_generates_the_same(name, one_process):
     assert torch.equal(sharded.generate(x, 3, temperature=0), expected)
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "mlp-gelu", "swiglu-plain"])
+@pytest.mark.parametrize("name", [n for n in KINDS if n in MIXERS] + ["mlp-gelu", "swiglu-plain"])
 def test_an_offloaded_model_runs_and_generates_the_same(name):
     accelerate = pytest.importorskip("accelerate")
     model, offloaded, x = make(name).eval(), make(name).eval(), tokens(2, 6)

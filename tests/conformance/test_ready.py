@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import CAUSAL, CHANNELS, D_MODEL, MIXERS, every_part, model_spec, tokens
+from cases import CAUSAL, CHANNELS, D_MODEL, MIXERS, every_kind, model_spec, tokens
 from torch import nn
 
 from kizzasi.errors import SpecError
@@ -24,7 +24,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(k == m and torch.equal(p, q) for (k, p), (m, q) in pairs)
 
 
-@every_part
+@every_kind
 def test_every_constructor_initialises_from_torchs_seed(name):
     spec = model_spec(name)
     for make in (
@@ -43,7 +43,7 @@ def test_every_constructor_initialises_from_torchs_seed(name):
     assert same(SequenceModel(spec), build_model(spec, seed=5))
 
 
-@every_part
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_seed_means_the_same_for_every_default_dtype(name, dtype):
     spec = model_spec(name)
@@ -62,7 +62,7 @@ def test_a_seed_means_the_same_for_every_default_dtype(name, dtype):
         assert torch.equal(value, wide.to(value.dtype)), key
 
 
-@every_part
+@every_kind
 def test_a_model_on_meta_is_initialised_after_it_got_memory(name):
     spec, made = model_spec(name), []
     with torch.device("meta"):

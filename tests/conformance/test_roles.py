@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CHANNELS, MIXERS, every_part, make, model_spec, tokens
+from cases import every_kind, every_part, make, model_spec, tokens
 from torch import nn
 
 from kizzasi.errors import SpecError
@@ -16,7 +16,6 @@ DECAYS_AND_MIXES = {
     "A_log", "A_imag", "log_A_real", "B", "C", "P", "B_bias", "C_bias", "r_k", "time_decay",
     "time_faaaa", "chain", "R", "bias", "gate.weight", "mimo_x", "mimo_z", "mimo_o",
 }  # fmt: skip
-ONE_A_KIND = list({name.split("-")[0]: name for name in (*MIXERS, *CHANNELS)}.values())
 
 
 @every_part
@@ -90,7 +89,7 @@ def test_a_tied_table_is_an_embedding_and_counts_once():
     assert "head" not in roles.values()
 
 
-@pytest.mark.parametrize("name", ONE_A_KIND)
+@every_kind
 def test_lora_targets_are_what_peft_wraps(name):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = make(name, dtype=torch.float32)
@@ -117,14 +116,14 @@ def learns(name, steps):
     return losses
 
 
-@pytest.mark.parametrize("name", ONE_A_KIND)
+@every_kind
 def test_every_kind_learns_under_muon(name):
     losses = learns(name, 35)
     assert sum(losses[-5:]) / 5 < losses[0] - 0.1  # one step's loss may stand out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_A_KIND)
+@every_kind
 def test_every_kind_trains_200_steps_under_muon_without_a_spike(name):
     losses = learns(name, 200)
     lowest = losses[0]

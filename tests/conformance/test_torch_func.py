@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import every_part, make, tokens
+from cases import every_kind, make, tokens
 from tolerance import assert_close
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,7 +41,7 @@ def plain(model, row):
     }
 
 
-@every_part
+@every_kind
 def test_a_gradient_for_each_row(name, model):
     rows = tokens(3, LENGTH)
     each = vmap(grad(loss_of(model)), (None, 0), randomness="different")(parameters(model), rows)
@@ -50,7 +50,7 @@ def test_a_gradient_for_each_row(name, model):
             assert_close(each[key][i], expected, msg=key)
 
 
-@every_part
+@every_kind
 def test_a_directional_derivative_is_the_gradient_along_it(name, model):
     row, given = tokens(1, LENGTH)[0], parameters(model)
     along = {
@@ -63,7 +63,7 @@ def test_a_directional_derivative_is_the_gradient_along_it(name, model):
     assert_close(actual, expected)
 
 
-@every_part
+@every_kind
 def test_a_gradient_penalty(name):
     """Twice backward, against the loops that define the ops."""
     row, results = tokens(1, LENGTH), []

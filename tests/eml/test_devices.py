@@ -41,8 +41,7 @@ from kizzasi.eml.search.coordinate import ListedDescent
 from kizzasi.eml.tasks import FEYNMAN, draw, identity
 from kizzasi.models.mixer import LayerContext
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-PLACES = ["stray", pytest.param("cuda", marks=needs_cuda)]
+PLACES = ["stray", pytest.param("cuda", marks=pytest.mark.cuda)]
 every_place = pytest.mark.parametrize("place", PLACES)
 OPTIMIZERS = [
     CoordinateDescent(),
@@ -230,7 +229,7 @@ def test_tasks_are_drawn_alike_on_every_device(place):
             assert_close(b.cpu(), a)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_the_benchmark_runs_on_cuda():
     here, there = (run_benchmark_with_trials(8, 2, 4, 3, 60, device=d) for d in ("cpu", "cuda"))
     assert there.phase2_final_mse == pytest.approx(here.phase2_final_mse, rel=1e-6)

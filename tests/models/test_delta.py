@@ -224,7 +224,6 @@ def test_shapes_that_disagree_are_refused(name, run):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @widths_of_g
 def test_cuda_is_the_cpu(per_channel):
     tensors, starts = inputs(100, per_channel), document_starts(100)

@@ -176,7 +176,6 @@ def test_an_empty_sequence_is_refused():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @both_readings
 def test_cuda_is_the_cpu(bonus):
     tensors, starts = inputs(100, bonus=bonus), document_starts(100)

@@ -198,7 +198,6 @@ def test_disagreeing_shapes_are_refused(form):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @BOTH
 def test_cuda_is_the_cpu(rule):
     tensors, starts = inputs(rule, 100), document_starts(100)

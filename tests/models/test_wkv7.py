@@ -190,7 +190,6 @@ def test_inputs_of_several_shapes_are_refused():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_is_the_cpu():
     tensors, starts = inputs(100), document_starts(100)
     expected = values_and_gradients(wkv7, tensors, starts)

@@ -91,7 +91,6 @@ def test_peak_memory_grows_with_length_and_is_repeatable():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_measures_on_cuda():
     bounds = {"seq_len": 64, "device": "cuda"}
     assert Constraints(latency_ms=1e6, peak_memory_bytes=10**10, **bounds).refusal(SPEC) is None
