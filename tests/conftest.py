@@ -19,7 +19,7 @@ settings.load_profile("kizzasi")
 
 
 def pytest_collection_modifyitems(config, items: list) -> None:
-    """Where no CUDA device is, the tests that need one are deselected: 3,000 that skip take time."""
+    """Where no CUDA device is, those that need one are deselected; skipping 3,000 takes time."""
     if not torch.cuda.is_available():
         needing = [item for item in items if item.get_closest_marker("cuda")]
         config.hook.pytest_deselected(items=needing)
