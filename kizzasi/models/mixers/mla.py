@@ -100,7 +100,8 @@ class MLASpec(MixerSpec):
             total += linear(n, d, self.q_lora_rank) + norm("rms", self.q_lora_rank)
             total += linear(n, self.q_lora_rank, heads * qk)
         total += linear(n, rank, heads * (self.qk_nope_head_dim + self.v_head_dim))
-        flops = 2 * n * seq_len * heads * (qk + self.v_head_dim)  # masked scores too
+        read = max(qk, self.v_head_dim) if seq_len > 1 else self.v_head_dim  # `attention` pads
+        flops = 2 * n * seq_len * heads * (qk + read)  # masked scores too
         state_bytes = batch * seq_len * self.memory.bytes_per_slot()
         total += dense(0, flops=flops, state_bytes=state_bytes)
         return total + linear(n, heads * self.v_head_dim, d)

@@ -103,7 +103,7 @@ class BlockLinear(KeepFloat32):
     def forward(self, x: Tensor) -> Tensor:
         heads = full_precision(x).unflatten(-1, (len(self.weight), -1))
         with without_autocast(x):
-            y = (heads.unsqueeze(-2) @ full_precision(self.weight)).squeeze(-2)
+            y = torch.einsum("...gi,gij->...gj", heads, full_precision(self.weight))
         return (y + full_precision(self.bias)).flatten(-2)
 
 

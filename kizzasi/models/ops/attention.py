@@ -155,9 +155,13 @@ def _fused(
     grouped = q.shape[1] != k.shape[1]
     if grouped and _expands(q, mask):
         k, v, grouped = _expand(q, k), _expand(q, v), False
-    return F.scaled_dot_product_attention(
+    width, lacking = v.shape[-1], k.shape[-1] - v.shape[-1]
+    if lacking > 0 and q.shape[2] > 1:  # without it, torch takes no flash but writes scores out
+        v = F.pad(v, (0, lacking))
+    y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return y[..., :width]
 
 
 def _beside_sinks(
