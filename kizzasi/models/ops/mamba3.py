@@ -96,12 +96,15 @@ def _summed(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def rotate_pairs(v: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by angle (..., s); the rest passes."""
-    turning, still = v.tensor_split([2 * angle.shape[-1]], -1)
-    x, y = turning.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
-    return torch.cat([turned, still], -1)
+    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by angle (..., s); the rest passes.
+
+    A pair is a complex number: its two parts lie side by side, and one product reads them in order.
+    """
+    angle = F.pad(angle, (0, v.shape[-1] // 2 - angle.shape[-1]))
+    pairs, odd = v.tensor_split([2 * angle.shape[-1]], -1)
+    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.complex(angle.cos(), angle.sin())).flatten(-2)
+    return torch.cat([turned, odd], -1) if odd.shape[-1] else turned
 
 
 def rotate_halves(v: Tensor, angle: Tensor) -> Tensor:
