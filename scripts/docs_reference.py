@@ -31,6 +31,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "kizzasi.nas.executors",
         "kizzasi.nas.evaluators.zero_cost",
         "kizzasi.nas.report",
+        "kizzasi.nas.distil",
     ),
     "pipelines": ("kizzasi.nas.pipelines",),
     "eml": ("kizzasi.eml",),

@@ -65,6 +65,7 @@ NAS_ROOMS = (
     "executors",
     "results",
     "study",
+    "distil",
     "report",
     "pipelines",
 )

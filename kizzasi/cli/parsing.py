@@ -23,6 +23,7 @@ VERBS = {
     "report": "find a model",
     "export": "find a model",
     "scale": "find a model",
+    "distil": "find a model",
     "train": "use a model",
     "score": "use a model",
     "generate": "use a model",
