@@ -186,8 +186,12 @@ def _task(data: str, source: str, folder: Path, spec: ModelSpec) -> Task:
     whole = np.array([i for part in ids for i in part], np.uint32)
     write_file(folder / IDS, lambda file: np.save(file, whole))
     shares = (len(ids[1]) / len(whole), len(ids[2]) / len(whole))
-    options = {"valid_fraction": shares[0], "test_fraction": shares[1]}
-    return TokenIds.open(folder / IDS, vocab_size=spec.stem.vocab_size, **options)
+    return TokenIds.open(
+        folder / IDS,
+        vocab_size=spec.stem.vocab_size,
+        valid_fraction=shares[0],
+        test_fraction=shares[1],
+    )
 
 
 def _hybrid(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,15 @@ def data(task):
 
 @pytest.fixture(scope="module")
 def trials(teacher, candidates, data, tmp_path_factory):
-    return try_mixers(teacher, candidates, *data, tmp_path_factory.mktemp("run"), how=HOW)
+    return tried(teacher, candidates, data, tmp_path_factory.mktemp("run"))
+
+
+def tried(model, mixers, data, folder, **more):
+    return try_mixers(model, mixers, data[0], data[1], folder, **{"how": HOW, **more})
+
+
+def mixer_of(model, i) -> Any:
+    return model.get_submodule(f"blocks.{i}.mixer")
 
 
 def same(a, b):
@@ -135,13 +144,12 @@ def test_what_is_assembled_says_what_was_measured(teacher, trials, data):
         assert found.kl == pytest.approx(trial.kl, rel=1e-3, abs=1e-7)
         assert found.nats == pytest.approx(trial.nats, rel=1e-5)
     hybrid = assemble(teacher, trials, ["gla", OWN, "window-8"])
-    assert [b.mixer.kind for b in hybrid.spec.blocks] == ["gla", "attention", "attention"]
+    assert [b.mixer.kind for b in hybrid.spec.plain_blocks] == ["gla", "attention", "attention"]
     inputs = data[1].inputs
-    one, other = (replaced(teacher, i, hybrid.blocks[i].mixer) for i in (0, 2))
+    one, other = (replaced(teacher, i, mixer_of(hybrid, i)) for i in (0, 2))
     with torch.no_grad(), one, other:
         wanted = logits(teacher, embedded(teacher, inputs), 0)
     torch.testing.assert_close(hybrid(inputs).logits, wanted)
-    assert teacher.blocks[0].mixer is not hybrid.blocks[0].mixer
     shared = {p.data_ptr() for p in teacher.parameters()}
     assert not shared & {p.data_ptr() for p in hybrid.parameters()}
 
@@ -199,38 +207,31 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(
             raise Stop
 
     with pytest.raises(Stop):
-        try_mixers(teacher, candidates, *data, tmp_path, how=HOW, tell=tell)
+        tried(teacher, candidates, data, tmp_path, tell=tell)
     done = [text for text in told if text.endswith((": gla", ": mamba2"))]
     told.clear()
-    again = try_mixers(teacher, candidates, *data, tmp_path, how=HOW, tell=told.append)
+    again = tried(teacher, candidates, data, tmp_path, tell=told.append)
     assert len(done) > 1
     assert not set(done[:-1]) & set(told)
     for one, other in zip(again.trials, trials.trials, strict=True):
         assert {**one.to_dict(), "seconds": 0} == {**other.to_dict(), "seconds": 0}
         assert same(again.weights(one), trials.weights(other))
     told.clear()
-    assert try_mixers(teacher, candidates, *data, tmp_path, how=HOW, tell=told.append) == again
+    assert tried(teacher, candidates, data, tmp_path, tell=told.append) == again
     assert told == ["reading the held-out text"]
     with pytest.raises(StudyError, match="of other local; give the same again"):
-        try_mixers(teacher, candidates, *data, tmp_path, how=Local(9))
+        tried(teacher, candidates, data, tmp_path, how=Local(9))
     other = build_model(teacher.spec, seed=5)
     with pytest.raises(StudyError, match="of other weights"):
-        try_mixers(other, candidates, *data, tmp_path, how=HOW)
+        tried(other, candidates, data, tmp_path)
 
 
 def test_a_candidate_whose_spec_changed_is_tried_anew(teacher, data, tmp_path):
     for taps in (2, 3, 3):
         told = []
-        found = try_mixers(
-            teacher,
-            {"conv": ShortConvSpec(d_conv=taps)},
-            *data,
-            tmp_path,
-            how=HOW,
-            layers=[1],
-            tell=told.append,
-        )
-        assert [t.spec.d_conv for t in found.trials] == [taps]
+        mixers = {"conv": ShortConvSpec(d_conv=taps)}
+        found = tried(teacher, mixers, data, tmp_path, layers=[1], tell=told.append)
+        assert [t.spec for t in found.trials] == [mixers["conv"]]
         assert found.weights(found.trials[0])["conv.weight"].shape[-1] == taps
     assert told == ["reading the held-out text"]
 
@@ -268,10 +269,10 @@ def test_heads_of_a_mixer_go_where_they_fit():
     assert taken == 32 * 32 + 2 * 16 * 32  # all but q_proj, whose rows are others
 
 
-def test_what_cannot_be_replaced_alone_is_refused(teacher, data, tmp_path):
+def test_what_cannot_be_replaced_alone_is_refused(teacher, trials, data, tmp_path):
     def refused(model, mixers, message, **more):
         with pytest.raises(SpecError, match=message):
-            try_mixers(model, mixers, *data, tmp_path, how=HOW, **more)
+            tried(model, mixers, data, tmp_path, **more)
 
     conv = {"conv": ShortConvSpec()}
     refused(teacher, {}, "candidates: none")
@@ -290,7 +291,7 @@ def test_what_cannot_be_replaced_alone_is_refused(teacher, data, tmp_path):
     with pytest.raises(SpecError, match="made for attention"):
         ready_made(["gla"], MixerSpec.from_dict({"kind": "mamba"}), 32)
     with pytest.raises(SpecError, match="2 for 3 layers"):
-        assemble(teacher, None, [OWN, OWN])
+        assemble(teacher, trials, [OWN, OWN])
 
 
 def test_the_program_shows_a_curve_then_makes_a_hybrid(teacher, tmp_path, capsys):
