@@ -132,7 +132,8 @@ def test_training_in_place_helps_and_smaller_states_do_harm(trials):
             assert trial.error < trial.before < 1.3
             assert trial.kl > 1e-6
         if trial.name == "nf4":
-            assert 0 < trial.kl < 1e-2
+            assert trial.error > 0
+            assert trial.kl < 1e-2
 
 
 def test_what_is_assembled_says_what_was_measured(teacher, trials, data):

@@ -16,7 +16,7 @@ from kizzasi.nas.distil.local import Local
 from kizzasi.nas.distil.task import Distilled, windows
 from kizzasi.nas.distil.transfer import heads_of, transfer
 from kizzasi.nas.distil.trials import OWN, Trial, Trials, try_mixers
-from kizzasi.nas.distil.yardstick import Distance, Yardstick
+from kizzasi.nas.distil.yardstick import Distance, Yardstick, divergence
 
 __all__ = [
     "OWN",
@@ -31,6 +31,7 @@ __all__ = [
     "Yardstick",
     "assemble",
     "choose",
+    "divergence",
     "heads_of",
     "ready_made",
     "transfer",
