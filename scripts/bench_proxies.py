@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, build_model
-from kizzasi.nas import Job, MicroTrain, Xorshift64, proxy_worth
+from kizzasi.nas import Job, MicroTrain, Xorshift64, proxy_agreement
 from kizzasi.nas.evaluators.zero_cost import PROXIES, Batch
 from kizzasi.nas.results.rank_agreement import Region
 from kizzasi.nas.spaces.ready_made import SMALL_SPACE
@@ -75,7 +75,7 @@ def compare(rows: list[dict[str, Any]], seed: int, k: int) -> dict[str, Region]:
     """Every proxy beside parameters and chance, over all candidates."""
     trained, params = ([row[key] for row in rows] for key in ("trained", "params"))
     return {
-        name: proxy_worth(
+        name: proxy_agreement(
             [row[name] for row in rows], trained, params, [True] * len(rows), seed=seed, k=k
         ).in_band
         for name in (*PROXIES, "analytic")

@@ -87,7 +87,7 @@ def compare(run: Run, control: Run) -> dict[str, Any]:
         },
         "proxies": {
             name: str(worth.in_band.proxy.kendall_tau_b)
-            for name, worth in control.summary.worths.items()
+            for name, worth in control.summary.agreements.items()
         },
     }
 

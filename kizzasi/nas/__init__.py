@@ -7,7 +7,7 @@ from kizzasi.nas.executors import Executor, InProcess, Limits, Processes
 from kizzasi.nas.report.found import Finalist, Found
 from kizzasi.nas.results.rank_agreement import (
     kendall_tau_b,
-    proxy_worth,
+    proxy_agreement,
     spearman,
     top_k_recall,
 )
@@ -112,7 +112,7 @@ __all__ = [
     "kendall_tau_b",
     "named_search",
     "pattern",
-    "proxy_worth",
+    "proxy_agreement",
     "repeat",
     "search_best_arch",
     "spearman",

@@ -317,7 +317,7 @@ def run_plan(
                 run.propose(proposed)  # which says why not
             study.begin(session)
             Waves(run, plan.side_by_side).climb()
-        run.finish()
+        run.train_finalists()
         return Found(folder, write_report(folder, study.events))
 
 

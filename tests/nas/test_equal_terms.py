@@ -8,7 +8,7 @@ from made_up_runs import FINAL_TOKENS, complete_events, evolved_events, trial
 
 from kizzasi.models import ModelSpec
 from kizzasi.nas.report.model_card import model_card
-from kizzasi.nas.report.pages import findings, html, markdown, summarise, table
+from kizzasi.nas.report.pages import conclusions, html, markdown, summarise, table
 from kizzasi.nas.report.tables import finalist_tables, param_rows, size_rows, time_rows
 from kizzasi.nas.results.equal_terms import equal_params, equal_time, result_figures, turns
 from kizzasi.nas.results.noise import noise_of
@@ -106,7 +106,7 @@ def test_the_noise_of_slopes_and_of_double_size():
     assert noise.floor == pytest.approx(
         3.4954 * math.sqrt(squares / 4) * math.sqrt(2 / 3), rel=1e-4
     )
-    said = " ".join(findings(summary))
+    said = " ".join(conclusions(summary))
     assert "child 19 -0.290 ± 0.010, child 20 -0.150 ± 0.010, child 18 -0.110 ± 0.010" in said
     assert f"child 19 gains most from size, by more than the noise floor of {noise}" in said
     assert [(a.entry["id"], b.entry["id"]) for a, b in turns(summary.sized)] == [(B, A)]
@@ -116,19 +116,19 @@ def test_the_noise_of_slopes_and_of_double_size():
 
 def test_slopes_that_noise_does_not_tell_apart():
     noisy = {A: (-0.10, -0.30, -0.20), B: (-0.33, -0.15, -0.19), C: (-0.2, -0.2, -0.21)}
-    said = " ".join(findings(summarise(two_sizes(noisy))))
+    said = " ".join(conclusions(summarise(two_sizes(noisy))))
     assert "child 19 gains most from size, but within the noise floor" in said
     assert "and so not told from: child 20, child 18." in said
     assert "child 19 before child 18 (by 0.019, within the noise floor" in said
     parallel = dict.fromkeys(SLOPES, (-0.1, -0.1, -0.1))
     assert "to twice the size, the order of these finalists stays as it is." in " ".join(
-        findings(summarise(two_sizes(parallel)))
+        conclusions(summarise(two_sizes(parallel)))
     )
 
 
 def test_nobody_gains_from_size():
     worse = dict.fromkeys(SLOPES, (0.1, 0.2, 0.1))
-    said = " ".join(findings(summarise(two_sizes(worse))))
+    said = " ".join(conclusions(summarise(two_sizes(worse))))
     assert "Nobody gains from size on so many tokens." in said
     assert "gains most" not in said
 
@@ -136,7 +136,7 @@ def test_nobody_gains_from_size():
 def test_one_seed_at_the_second_size_knows_no_noise():
     summary = summarise(two_sizes({own: slopes[:1] for own, slopes in SLOPES.items()}))
     assert [len(pair.slope.scores) for pair in summary.sized] == [1, 1, 1]
-    said = " ".join(findings(summary))
+    said = " ".join(conclusions(summary))
     assert "child 19 gains most from size, as far as a single seed can tell." in said
     assert "child 19 before child 18 (too few seeds to tell that from noise)" in said
 
@@ -147,7 +147,7 @@ def test_a_finalist_without_a_twin_says_why():
     summary = summarise(events)
     assert size_rows(summary)[-1][:2] == ["child 20", "208,000"]
     assert size_rows(summary)[-1][5] == "d_model: none below 8 makes about 10 parameters"
-    said = " ".join(findings(summary))
+    said = " ".join(conclusions(summary))
     assert "Not trained at a second size: child 20 (d_model: none below 8 makes about 10" in said
     failed = [
         {**e, "score": None, "failure": "diverged"}
@@ -184,11 +184,11 @@ def test_at_equal_parameters_by_hand():
     )
     assert param_rows(summary)[1][2:] == ["+0.0%", "2.420 ± 0.018", "best mean"]
     assert param_rows(summary)[2][2:] == ["+8.0%", "2.431 ± 0.020", "+0.011, worse"]
-    said = " ".join(findings(summary))
+    said = " ".join(conclusions(summary))
     assert f"At the {size:,} parameters of mamba preset: mamba preset 2.420 (best mean), " in said
     three = {A: SLOPES[A], B: SLOPES[B]}
     far = [{**e, "params": 300_000} if e.get("id") == C else e for e in two_sizes(three)]
-    said = " ".join(findings(summarise(far)))
+    said = " ".join(conclusions(summarise(far)))
     assert "; not compared, without a slope or within 2%: child 20." in said
 
 
@@ -215,7 +215,7 @@ def test_after_equal_time_by_hand():
         "0.000",
         "+0.696, worse",
     ]
-    said = " ".join(findings(summary))
+    said = " ".join(conclusions(summary))
     assert "After 131 s of training, the time of the fastest, child 19: child 19 2.324" in said
     assert "only for this machine; it decides nothing. Seeds of one finalist differed 1.7" in said
     # The clock turns this table round; the winner stays.
@@ -285,7 +285,7 @@ def test_a_journal_from_before_says_what_it_can():
     summary = summarise(evolved_events())
     assert (summary.twins, summary.sized) == ({}, ())
     assert "--slope-seeds does that" in markdown(summary)
-    assert not [text for text in findings(summary) if "doubling" in text]
+    assert not [text for text in conclusions(summary) if "doubling" in text]
     assert len(param_rows(summary)) == len(time_rows(summary)) == 4
 
 

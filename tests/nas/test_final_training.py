@@ -12,7 +12,7 @@ from kizzasi.cli.search import add_arguments
 from kizzasi.errors import SpecError
 from kizzasi.models import ModelSpec, load, presets
 from kizzasi.nas.evaluators.micro_training import MicroTrain
-from kizzasi.nas.report.pages import findings, summarise
+from kizzasi.nas.report.pages import conclusions, summarise
 from kizzasi.nas.results.equal_terms import result_figures
 from kizzasi.nas.results.noise import noise_of
 from kizzasi.nas.search import SearchConfig, named_search
@@ -101,7 +101,7 @@ def test_the_result_says_what_the_trials_say(finished):
     for f in result["slopes"]["finalists"]:
         own = finals[f["candidate"]]
         assert doubled[f["candidate"]] == pytest.approx((own[1] + own[2]) / 2 + f["mean"])
-    assert "gains most from size" in " ".join(findings(summary))
+    assert "gains most from size" in " ".join(conclusions(summary))
     assert "rung narrow" not in " ".join(rung.name for rung in summary.rungs)
 
 

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.errors import ShapeError, SpecError
-from kizzasi.nas.results.rank_agreement import kendall_tau_b, proxy_worth, spearman, top_k_recall
+from kizzasi.nas.results.rank_agreement import (
+    kendall_tau_b,
+    proxy_agreement,
+    spearman,
+    top_k_recall,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -66,9 +71,9 @@ def test_bad_input_is_named():
     with pytest.raises(SpecError, match="k: 0"):
         top_k_recall([1, 2, 3], [1, 2, 3], 0)
     with pytest.raises(ShapeError, match=r"in_band \(1,\)"):
-        proxy_worth([1, 2, 3], [1, 2, 3], [1, 2, 3], [True])
+        proxy_agreement([1, 2, 3], [1, 2, 3], [1, 2, 3], [True])
     with pytest.raises(SpecError, match="n_boot: 0"):
-        proxy_worth([1], [1], [1], [True], n_boot=0)
+        proxy_agreement([1], [1], [1], [True], n_boot=0)
 
 
 few_values = st.integers(-3, 3).map(float) | st.floats(-1e6, 1e6)
@@ -106,7 +111,7 @@ def test_bootstrap_equals_resampling_by_hand():
     x, y = rng.integers(0, 6, 15), rng.normal(size=15)
     rows = np.random.default_rng(8).multinomial(15, np.full(15, 1 / 15), size=200)
     resamples = [np.repeat(np.arange(15), row) for row in rows]
-    report = proxy_worth(x, y, np.arange(15), np.ones(15), seed=8, n_boot=200, k=4)
+    report = proxy_agreement(x, y, np.arange(15), np.ones(15), seed=8, n_boot=200, k=4)
     for statistic, by_hand in (
         (report.everywhere.proxy.spearman, spearman),
         (report.everywhere.proxy.kendall_tau_b, kendall_tau_b),
@@ -114,7 +119,7 @@ def test_bootstrap_equals_resampling_by_hand():
         low, high = np.quantile([by_hand(x[i], y[i]) for i in resamples], [0.025, 0.975])
         assert statistic.value == by_hand(x, y)
         assert (statistic.low, statistic.high) == (close(low), close(high))
-    perfect = proxy_worth(y, y, x, np.ones(15), k=4).everywhere.proxy
+    perfect = proxy_agreement(y, y, x, np.ones(15), k=4).everywhere.proxy
     for statistic in (perfect.spearman, perfect.kendall_tau_b, perfect.top_k_recall):
         assert (statistic.value, statistic.low, statistic.high) == close((1.0, 1.0, 1.0))
 
@@ -127,7 +132,7 @@ def trained_candidates(n=60):
 
 def test_a_good_proxy_beats_the_baselines():
     trained, noise, in_band = trained_candidates()
-    report = proxy_worth(trained + 0.1 * noise, trained, noise, in_band, n_boot=300)
+    report = proxy_agreement(trained + 0.1 * noise, trained, noise, in_band, n_boot=300)
     claim = "the proxy beats a random ranking and beats parameter count only"
     assert report.verdict.count(claim) == 2
     assert (report.everywhere.n, report.in_band.n, report.n_dropped) == (60, 30, 0)
@@ -138,14 +143,14 @@ def test_a_good_proxy_beats_the_baselines():
 
 def test_a_bad_proxy_loses_in_words():
     trained, noise, in_band = trained_candidates()
-    report = proxy_worth(-trained, trained, trained + 0.1 * noise, in_band, n_boot=300)
+    report = proxy_agreement(-trained, trained, trained + 0.1 * noise, in_band, n_boot=300)
     claim = "the proxy loses to a random ranking and loses to parameter count only"
     assert report.verdict.count(claim) == 2
 
 
 def test_an_idle_proxy_ties():
     trained, noise, in_band = trained_candidates()
-    report = proxy_worth(noise, trained, noise, in_band, n_boot=300)
+    report = proxy_agreement(noise, trained, noise, in_band, n_boot=300)
     assert "ties with parameter count only" in report.verdict
     lead = report.everywhere.lead
     assert (lead.value, lead.low, lead.high) == (0.0, 0.0, 0.0)
@@ -154,21 +159,22 @@ def test_an_idle_proxy_ties():
 def test_worth_without_enough_candidates_is_said_to_be_undefined():
     """Seven in perfect agreement are no certainty: 1.00 [1.00, 1.00] would be a false one."""
     seven, eight = range(7), range(8)
-    report = proxy_worth([*seven, NAN], eight, eight, [1, 1, 0, 1, 1, 0, 1, 1], n_boot=50)
+    report = proxy_agreement([*seven, NAN], eight, eight, [1, 1, 0, 1, 1, 0, 1, 1], n_boot=50)
     assert report.n_dropped == 1
     assert "Inside the parameter band the worth of the proxy is not defined (5" in report.verdict
     assert "(7 candidates; it takes 8" in report.verdict
     assert report.everywhere.proxy.spearman.value is None
-    report = proxy_worth([1] * 8, eight, [5] * 8, [1] * 8, n_boot=50)
+    report = proxy_agreement([1] * 8, eight, [5] * 8, [1] * 8, n_boot=50)
     assert report.in_band.proxy.spearman.value is None
     assert report.everywhere.parameters.kendall_tau_b.value is None
-    assert proxy_worth(eight, eight, eight, [1] * 8, n_boot=50).in_band.proxy.spearman.value == 1
+    same = proxy_agreement(eight, eight, eight, [1] * 8, n_boot=50)
+    assert same.in_band.proxy.spearman.value == 1
 
 
 def test_a_report_is_plain_data_and_repeats_with_its_seed():
     trained, noise, in_band = trained_candidates()
     first, second, other = (
-        proxy_worth(noise, trained, trained, in_band, n_boot=100, seed=seed).to_dict()
+        proxy_agreement(noise, trained, trained, in_band, n_boot=100, seed=seed).to_dict()
         for seed in (1, 1, 2)
     )
     assert first == second == json.loads(json.dumps(first))
@@ -180,6 +186,6 @@ def test_spearman_of_very_many_takes_no_pairs():
     """A report of a search of ten thousand asks for it; by pairs that would be a gigabyte."""
     x = np.random.default_rng(0).integers(0, 9, 300)
     y = np.random.default_rng(1).integers(0, 9, 300)
-    by_pairs = proxy_worth(x, y, x, np.ones(300), n_boot=1).everywhere.proxy.spearman.value
+    by_pairs = proxy_agreement(x, y, x, np.ones(300), n_boot=1).everywhere.proxy.spearman.value
     assert spearman(x, y) == by_pairs
     assert spearman(np.arange(200_000), np.arange(200_000) // 2) == pytest.approx(1, abs=1e-9)

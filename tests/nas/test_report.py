@@ -28,8 +28,8 @@ import kizzasi.nas.results.summary as summary_module
 from kizzasi.errors import StudyError
 from kizzasi.nas.report.figures import choices_of, figures, progress
 from kizzasi.nas.report.pages import (
+    conclusions,
     ending,
-    findings,
     html,
     markdown,
     summarise,
@@ -257,12 +257,14 @@ def test_numbers_by_hand():
 
 def test_worth_of_the_proxy():
     summary = summary_of("complete")
-    worth = summary.worths["proxy"]
-    assert (worth.everywhere.n, worth.in_band.n) == (12, 10)  # no presets; 2 outside the band
-    assert "the proxy beats a random ranking" in " ".join(findings(summary))
-    failed = summary_of("failures").worths["proxy"]
+    agreement = summary.agreements["proxy"]
+    assert agreement.everywhere.n == 12, "no presets"
+    assert agreement.in_band.n == 10, "2 outside the band"
+    assert "the proxy beats a random ranking" in " ".join(conclusions(summary))
+    failed = summary_of("failures").agreements["proxy"]
     assert (failed.everywhere.n, failed.n_dropped) == (12, 0)  # a failure ranks last
-    assert failed.everywhere.proxy.kendall_tau_b.value < worth.everywhere.proxy.kendall_tau_b.value
+    low, high = (found.everywhere.proxy.kendall_tau_b.value for found in (failed, agreement))
+    assert low < high
     turned = [
         {**e, "proxy": -e["proxy"]} if e.get("proxy") is not None else e for e in CASES["complete"]
     ]
@@ -284,7 +286,7 @@ def test_worth_of_the_proxy():
 )
 def test_winner_against_preset(seeds, gap, said):
     summary = summarise(complete_events(seeds, gap))
-    assert said in " ".join(findings(summary))
+    assert said in " ".join(conclusions(summary))
     assert (summary.winner.spread is None) == (seeds == 1)
 
 
@@ -318,9 +320,9 @@ def test_finalists_within_the_noise_floor_are_tied():
         "+0.004, tied",
         "+0.200, worse",
     ]
-    assert "and so tied: child 19." in " ".join(findings(summary))
+    assert "and so tied: child 19." in " ".join(conclusions(summary))
     assert summary.winner.entry["name"] == "child 18"
-    assert "Refused before any training, by rule: n_params 7." in findings(summary)
+    assert "Refused before any training, by rule: n_params 7." in conclusions(summary)
     single = summarise(complete_events(final_seeds=1))
     assert finalist_rows(single)[2][-1] == "not told apart: too few seeds"
     assert "two seeds in common to state a noise floor" in html(single)
@@ -328,18 +330,18 @@ def test_finalists_within_the_noise_floor_are_tied():
 
 def test_every_proxy_has_its_plot_and_stands_beside_parameters_and_random():
     summary = summary_of("evolved")
-    assert list(summary.worths) == ["snip", "naswot"]
+    assert list(summary.agreements) == ["snip", "naswot"]
     page = Page(html(summary))
     for name in ("snip", "naswot"):
         assert f"Proxy {name} against training" in page.text
-    (worth,) = [part for part in tables(summary) if part.title == "What the proxy was worth"]
-    assert [row[0] for row in worth.rows[1:5]] == [
+    (agreement,) = [part for part in tables(summary) if part.title == "What the proxy was worth"]
+    assert [row[0] for row in agreement.rows[1:5]] == [
         "snip, in the band",
         "naswot, in the band",
         "parameters only, in the band",
         "random, in the band",
     ]
-    assert "snip 0.9" in " ".join(findings(summary))
+    assert "snip 0.9" in " ".join(conclusions(summary))
 
 
 def test_lineage_leads_from_the_first_generation_to_the_winner():
@@ -369,13 +371,13 @@ def test_a_tree_too_large_for_a_screen_is_drawn_from_its_last_nodes():
 
 
 def test_of_very_many_an_evenly_spread_share_judges_proxies(monkeypatch):
-    monkeypatch.setattr(summary_module, "_worth", lambda tried, name: tried)
-    every = summarise(complete_events()).worths["proxy"]
-    monkeypatch.setattr(summary_module, "MOST_WORTH", 5)
+    monkeypatch.setattr(summary_module, "_agreement", lambda tried, name: tried)
+    every = summarise(complete_events()).agreements["proxy"]
+    monkeypatch.setattr(summary_module, "MOST_COMPARED", 5)
     assert len(every) == 12
-    assert summarise(complete_events()).worths["proxy"] == [every[i] for i in (0, 2, 4, 7, 9)]
-    monkeypatch.setattr(summary_module, "MOST_WORTH", 12)
-    assert summarise(complete_events()).worths["proxy"] == every
+    assert summarise(complete_events()).agreements["proxy"] == [every[i] for i in (0, 2, 4, 7, 9)]
+    monkeypatch.setattr(summary_module, "MOST_COMPARED", 12)
+    assert summarise(complete_events()).agreements["proxy"] == every
 
 
 def test_an_axis_over_three_decades_has_only_powers_of_ten():
@@ -384,7 +386,7 @@ def test_an_axis_over_three_decades_has_only_powers_of_ten():
 
 
 def test_data_of_final_scores_are_named_once_there_are_any():
-    told = {name: " ".join(findings(summary_of(name))) for name in ("half-done", "complete")}
+    told = {name: " ".join(conclusions(summary_of(name))) for name in ("half-done", "complete")}
     assert "Final scores are" not in told["half-done"]
     assert told["complete"].count("Final scores are on the data that also chose") == 1
 
@@ -398,8 +400,8 @@ def test_a_curve_in_one_line():
 def test_a_winner_behind_a_baseline_is_named():
     begun, *rest = CASES["complete"]
     weak = [{**begun, "baselines": {"unigram": 4.7, "xz": 2.3}}, *rest]
-    assert "the winner 2.320, worse than xz" in " ".join(findings(summarise(weak)))
-    assert "better than every one of them" in " ".join(findings(summary_of("complete")))
+    assert "the winner 2.320, worse than xz" in " ".join(conclusions(summarise(weak)))
+    assert "better than every one of them" in " ".join(conclusions(summary_of("complete")))
 
 
 def test_failures_keep_their_reasons():

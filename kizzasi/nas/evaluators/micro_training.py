@@ -74,7 +74,7 @@ class MicroTrain:
         """The model of a candidate of any space, with the task's stem. Raises SpecError."""
         return spec_of(candidate, self.task.stem)
 
-    def worth(self, spec: ModelSpec) -> float:
+    def fitness(self, spec: ModelSpec) -> float:
         """Train a model to the recipe's horizon, with seed 0; its score, higher is better.
 
         Raises:

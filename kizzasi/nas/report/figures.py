@@ -64,7 +64,7 @@ class Figures:
 def figures(summary: Summary) -> Figures:
     """Draw all that the report shows."""
     measured = [c for c in COSTS if any(c[0] in s.entry for s in summary.standings)] or COSTS[:2]
-    named = list(summary.worths)
+    named = list(summary.agreements)
     return Figures(
         training=(
             _scores(summary),
@@ -254,11 +254,11 @@ def _proxy_against_training(summary: Summary, name: str) -> Figure:
     ]
     if not marks:
         return Figure.missing(title, "No candidate with this proxy has a score.")
-    worth = summary.worths[name]
+    agreement = summary.agreements[name]
     caption = (
         "First rung, one budget for all. A good proxy makes the points fall to the right. "
-        f"Kendall tau-b {worth.everywhere.proxy.kendall_tau_b}, inside the band "
-        f"{worth.in_band.proxy.kendall_tau_b}."
+        f"Kendall tau-b {agreement.everywhere.proxy.kendall_tau_b}, inside the band "
+        f"{agreement.in_band.proxy.kendall_tau_b}."
     )
     drawn = plot(title, f"{name} score, higher promises more", _held_out(summary), marks)
     return Figure(title, drawn, caption)

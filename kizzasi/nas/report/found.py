@@ -80,7 +80,7 @@ class Found:
 
     @property
     def table(self) -> str:
-        """Everyone who took part, and the findings, for a terminal."""
+        """Everyone who took part, and the conclusions, for a terminal."""
         return table(self.summary)
 
     def model(self, device: str = "cpu") -> SequenceModel:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kizzasi.nas.results.finals import FINAL, NARROW, TEST
+from kizzasi.nas.results.finals import FINAL, TEST, TWIN
 from kizzasi.train.task import Metric
 
 # In the order in which they come; trainings on several rungs go on at once, and the deepest counts.
 BASELINES, PROXIES, SCREENS, RUNGS, FINALS, SIZES, TESTS, SAVING = range(8)
 OF_EVENTS = {"candidate": PROXIES, "measured": PROXIES, "screen": SCREENS, "saved": SAVING}
-OF_RUNGS = {FINAL: FINALS, NARROW: SIZES, TEST: TESTS}
+OF_RUNGS = {FINAL: FINALS, TWIN: SIZES, TEST: TESTS}
 NAMES = {
     BASELINES: "baselines",
     PROXIES: "proxies",
@@ -58,7 +58,7 @@ class Live:
         self.tokens += round((trial["tokens_per_second"] or 0.0) * trial["seconds"])
         deep = self.n_rungs if rung in OF_RUNGS else int(rung)
         self.phase = max(self.phase, (OF_RUNGS.get(rung, RUNGS), deep))
-        if score is not None and rung not in (NARROW, TEST):
+        if score is not None and rung not in (TWIN, TEST):
             place = -deep, self.metric.sign * score
             if self.best is None or place < self.best[0]:
                 self.best = place, self.names.get(trial["candidate"], "")

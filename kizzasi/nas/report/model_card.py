@@ -8,7 +8,7 @@ import shlex
 from kizzasi.errors import StudyError
 from kizzasi.models import ModelSpec
 from kizzasi.nas.report.pages import md, md_json, md_lineage, md_rows, md_table
-from kizzasi.nas.report.sentences import findings
+from kizzasi.nas.report.sentences import conclusions
 from kizzasi.nas.report.svg import short
 from kizzasi.nas.report.tables import finalist_tables, layer_table
 from kizzasi.nas.results.finals import Event, Final
@@ -161,6 +161,6 @@ def _scores(summary: Summary) -> str:
 def _caveats(summary: Summary) -> str:
     said = [
         "Ranks at this size and budget need not hold at larger ones.",
-        *findings(summary)[1:],
+        *conclusions(summary)[1:],
     ]
     return "\n".join(f"- {md(text)}" for text in said)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from html import escape
 
 from kizzasi.nas.report.figures import Figure, figures
-from kizzasi.nas.report.sentences import findings, verdict
+from kizzasi.nas.report.sentences import conclusions, verdict
 from kizzasi.nas.report.style import PAGE_STYLE, SCRIPT
 from kizzasi.nas.report.svg import STYLE, short
 from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, finalist_tables, tables
@@ -37,7 +37,7 @@ def html(summary: Summary) -> str:
     sections = [
         ("Pictures", _pictures((*drawn.training, *drawn.fronts))),
         *((part.title, _table(part)) for part in first),
-        ("All findings", _findings(summary)),
+        ("All conclusions", _conclusions(summary)),
         ("On other terms", _folded("Finalists and fronts on other terms", fronts)),
         ("Statistics", _folded("Rungs, baselines, learning rates, failures", rest)),
         ("Proxies", _folded("What proxies were worth", folded[:2], drawn.proxies)),
@@ -87,9 +87,9 @@ def _sample(summary: Summary) -> str:
     )
 
 
-def _findings(summary: Summary) -> str:
-    said = "".join(f"<li>{escape(text)}</li>" for text in findings(summary))
-    return f"<section><h2>All findings</h2><ul>{said}</ul></section>" if said else ""
+def _conclusions(summary: Summary) -> str:
+    said = "".join(f"<li>{escape(text)}</li>" for text in conclusions(summary))
+    return f"<section><h2>All conclusions</h2><ul>{said}</ul></section>" if said else ""
 
 
 def _pictures(drawn: Iterable[Figure]) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 from kizzasi.errors import StudyError
 from kizzasi.files import write_text
 from kizzasi.nas.report.page import headline, html
-from kizzasi.nas.report.sentences import findings, verdict
+from kizzasi.nas.report.sentences import conclusions, verdict
 from kizzasi.nas.report.tables import LEFT_ALIGNED, Part, Rows, cells, column_names, tables
 from kizzasi.nas.results.lineage import ancestry, lineage, mermaid, to_json
 from kizzasi.nas.results.summary import Event, Summary, summarise
 from kizzasi.nas.results.words import gist, printable
 
-__all__ = ["Summary", "findings", "html", "markdown", "summarise", "table", "write_report"]
+__all__ = ["Summary", "conclusions", "html", "markdown", "summarise", "table", "write_report"]
 
 COLUMNS = 100
 MOST_ROWS = 12  # of candidates, at the end of a search
@@ -26,8 +26,8 @@ MOST_LINES = 12  # of a sample
 
 
 def table(summary: Summary) -> str:
-    """The table of candidates and the findings, as plain text in 100 columns."""
-    said = "\n".join(textwrap.fill(text, COLUMNS) for text in findings(summary))
+    """The table of candidates and the conclusions, as plain text in 100 columns."""
+    said = "\n".join(textwrap.fill(text, COLUMNS) for text in conclusions(summary))
     if not summary.standings:
         return said
     return f"{_candidates(summary)}\n\n{said}"
@@ -70,7 +70,7 @@ def _candidates(summary: Summary) -> str:
 
 def markdown(summary: Summary) -> str:
     """The report without its plots, as Markdown; the family tree is a Mermaid diagram and JSON."""
-    said = "\n".join(f"- {md(text)}" for text in findings(summary))
+    said = "\n".join(f"- {md(text)}" for text in conclusions(summary))
     text = f"# {md(headline(summary))}\n\n{said}"
     if summary.sample:
         lines = printable(summary.sample["text"]).split("\n")

@@ -14,7 +14,7 @@ from kizzasi.nas.results.noise import Noise, noise_of
 from kizzasi.nas.results.summary import ANALYTIC, Summary
 
 
-def findings(summary: Summary) -> list[str]:
+def conclusions(summary: Summary) -> list[str]:
     """Every finding as a sentence or two; what is not known yet is left out."""
     said = (
         _progress,
@@ -302,13 +302,13 @@ def _control(summary: Summary) -> str:
 
 
 def _proxy(summary: Summary) -> str:
-    worth = summary.worths.get(ANALYTIC)
-    return f"What the proxy was worth: {worth.verdict}" if worth else ""
+    agreement = summary.agreements.get(ANALYTIC)
+    return f"What the proxy was worth: {agreement.verdict}" if agreement else ""
 
 
 def _further_proxies(summary: Summary) -> str:
     """Each by one number; the table has the rest."""
-    regions = {name: w.in_band for name, w in summary.worths.items() if name != ANALYTIC}
+    regions = {name: w.in_band for name, w in summary.agreements.items() if name != ANALYTIC}
     if not regions:
         return ""
     taus = {name: region.proxy.kendall_tau_b for name, region in regions.items()}

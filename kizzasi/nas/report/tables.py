@@ -95,7 +95,11 @@ def tables(summary: Summary) -> list[Part]:
         Part("Layers", layer_table(summary), "No candidate may win yet.", plotted=True),
         Part("Rungs", rung_rows(summary), "No trial has ended yet."),
         Part("Learning curves", _curves(summary), "No training has a loss yet.", plotted=True),
-        Part("What the proxy was worth", _worth(summary), "No candidate with a proxy is trained."),
+        Part(
+            "What the proxy was worth",
+            _agreements(summary),
+            "No candidate with a proxy is trained.",
+        ),
         Part(
             "Baselines on the held-out data",
             _baselines(summary),
@@ -229,13 +233,13 @@ def timed_verdict(summary: Summary, best: InTime, row: InTime) -> str:
 
 def size_rows(summary: Summary) -> Rows:
     """Every finalist that was to be trained at a second size, the steepest slope first."""
-    names = ["architecture", "params", "narrow", f"{summary.unit}, narrow", "slope per doubling"]
+    names = ["architecture", "params", "twin", f"{summary.unit}, twin", "slope per doubling"]
     rows: Rows = []
     pairs = {pair.final.entry["id"]: pair for pair in summary.sized}
     doubled = {f.entry["id"]: (f, v) for f, v in verdicts([p.doubled for p in pairs.values()])}
     for slope, verdict in verdicts([pair.slope for pair in pairs.values()]):
-        entry, narrow = slope.entry, pairs[slope.entry["id"]].narrow
-        sizes = [f"{entry['params']:,}", f"{narrow.entry['params']:,}", _bits(summary, narrow)]
+        entry, twin = slope.entry, pairs[slope.entry["id"]].twin
+        sizes = [f"{entry['params']:,}", f"{twin.entry['params']:,}", _bits(summary, twin)]
         double, place = doubled[entry["id"]]
         steepest = "steepest" if verdict == "best mean" else verdict.replace("worse", "flatter")
         rows.append(
@@ -329,14 +333,14 @@ def spark(values: list[float]) -> str:
     return "".join(BARS[round((value - low) * scale)] for value in shown)
 
 
-def _worth(summary: Summary) -> Rows:
+def _agreements(summary: Summary) -> Rows:
     names = ["Spearman", "Kendall tau-b", "top-k recall"]
-    worths = summary.worths
-    if not worths:
+    agreements = summary.agreements
+    if not agreements:
         return [names]
-    k = next(iter(worths.values())).k
-    rows = _region("in the band", {name: w.in_band for name, w in worths.items()})
-    rows += _region("all", {name: w.everywhere for name, w in worths.items()})
+    k = next(iter(agreements.values())).k
+    rows = _region("in the band", {name: w.in_band for name, w in agreements.items()})
+    rows += _region("all", {name: w.everywhere for name, w in agreements.items()})
     head = ["predictor", "candidates", *names[:2], f"top-{k} recall", "tau-b above parameters"]
     return [head, *rows]
 

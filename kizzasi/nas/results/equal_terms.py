@@ -4,7 +4,7 @@ What decides the search is the mean score after equal tokens; all of this only s
 look otherwise, on valid.
 
 Glossary
-    N, N'     parameters of a finalist and of its narrow twin (see narrow.py)
+    N, N'     parameters of a finalist and of its twin at about half of them (`resized`)
     y, y'     their bits per byte, seed by seed, after the same tokens
     T, t      tokens of the final training, and of its part that fits a given time
 """
@@ -29,17 +29,17 @@ class Sized:
 
     Args:
         final: with its parameters.
-        narrow: its twin, with the twin's.
+        twin: the same layers at about half the size, with the twin's.
     """
 
     final: Final
-    narrow: Final
+    twin: Final
 
     @property
     def slope(self) -> Final:
         """(y - y') / log2(N / N'): bits per byte for each doubling of the parameters."""
-        doublings = math.log2(self.final.entry["params"] / self.narrow.entry["params"])
-        small = self.narrow.by_seed
+        doublings = math.log2(self.final.entry["params"] / self.twin.entry["params"])
+        small = self.twin.by_seed
         both = {s: (y, small[s]) for s, y in self.final.by_seed.items() if s in small}
         return self.final.scored({s: (y - low) / doublings for s, (y, low) in both.items()})
 
@@ -53,9 +53,9 @@ class Sized:
         return self.at(2 * self.final.entry["params"])
 
 
-def sized(finals: Sequence[Final], narrow: Mapping[str, Final]) -> list[Sized]:
+def sized(finals: Sequence[Final], twins: Mapping[str, Final]) -> list[Sized]:
     """The finalists that have a score at both sizes, with one seed in common at least."""
-    trained = {own: twin for own, twin in narrow.items() if twin.scores}
+    trained = {own: twin for own, twin in twins.items() if twin.scores}
     pairs = [Sized(f.on_valid, trained[f.entry["id"]]) for f in finals if f.entry["id"] in trained]
     return [pair for pair in pairs if pair.slope.scores]
 

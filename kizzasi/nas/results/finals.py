@@ -13,8 +13,8 @@ from typing import Any
 
 Event = dict[str, Any]
 
-FINAL, NARROW, TEST = "final", "narrow", "test"  # rungs apart from those that candidates climb
-APART = (FINAL, NARROW, TEST)
+FINAL, TWIN, TEST = "final", "narrow", "test"  # rungs apart from those that candidates climb
+APART = (FINAL, TWIN, TEST)
 
 
 def falling(trial: Event, sign: int) -> Event:
@@ -107,12 +107,12 @@ def finalists(
 
 
 def twins(events: Iterable[Event], trials: Sequence[Event]) -> dict[str, Final]:
-    """By candidate: its narrow twin, as far as it is trained; the entry is the `narrow` event."""
+    """By candidate: its twin, as far as it is trained; the entry is the `narrow` event."""
     known = {trial["id"]: trial for trial in trials}
-    narrow = (event for event in events if event["event"] == NARROW)
+    found = (event for event in events if event["event"] == TWIN)
     return {
         event["candidate"]: Final(event, tuple(known[t] for t in event["trials"] if t in known))
-        for event in narrow
+        for event in found
     }
 
 

@@ -139,14 +139,14 @@ class Region:
 
 
 @dataclass(frozen=True)
-class ProxyWorth:
+class ProxyAgreement:
     """The report: everywhere, and inside the parameter band.
 
     Args:
         everywhere: all candidates.
         in_band: those inside the parameter band.
         n_dropped: candidates left out because a score of theirs is NaN.
-        k, n_boot, seed: as given to `proxy_worth`.
+        k, n_boot, seed: as given to `proxy_agreement`.
     """
 
     everywhere: Region
@@ -169,7 +169,7 @@ class ProxyWorth:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def proxy_worth(
+def proxy_agreement(
     proxy: ArrayLike,
     trained: ArrayLike,
     params: ArrayLike,
@@ -178,7 +178,7 @@ def proxy_worth(
     seed: int = 0,
     n_boot: int = 1000,
     k: int = 5,
-) -> ProxyWorth:
+) -> ProxyAgreement:
     """Measure how well a proxy ranks trained candidates, beside two baselines.
 
     The baselines are the parameter count and a random ranking. Intervals are percentiles of
@@ -194,7 +194,7 @@ def proxy_worth(
         k: size of the top for the recall, at least 1.
 
     Returns:
-        A ProxyWorth; a statistic that is not defined (fewer than 3 candidates, constant scores)
+        A ProxyAgreement; a statistic that is not defined (fewer than 3 candidates, constant scores)
         is None. Candidates with a NaN are left out and counted.
 
     Raises:
@@ -207,7 +207,7 @@ def proxy_worth(
     _require_positive(n_boot=n_boot, k=k)
     scored = ~np.isnan(scores).any(axis=0)
     kept = scores[:, scored]
-    return ProxyWorth(
+    return ProxyAgreement(
         everywhere=_region(kept, k, n_boot, seed),
         in_band=_region(kept[:, kept[3] != 0], k, n_boot, seed),
         n_dropped=int(np.sum(~scored)),

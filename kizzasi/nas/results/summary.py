@@ -20,11 +20,11 @@ from kizzasi.nas.results.equal_terms import Sized, sized
 from kizzasi.nas.results.extended import current
 from kizzasi.nas.results.finals import APART, Event, Final, falling, finalists, twins
 from kizzasi.nas.results.noise import Noise, noise_of
-from kizzasi.nas.results.rank_agreement import MIN_CANDIDATES, ProxyWorth, proxy_worth
+from kizzasi.nas.results.rank_agreement import MIN_CANDIDATES, ProxyAgreement, proxy_agreement
 from kizzasi.train.task import Metric
 
 NEVER_WIN = ("preset", "outside")  # groups that are there for comparison only
-MOST_WORTH = 400  # candidates, evenly spread over a run, on whom proxies are judged
+MOST_COMPARED = 400  # candidates, evenly spread over a run, on whom proxies are judged
 ANALYTIC = "proxy"  # the name of the proxy that every sampled candidate has
 
 
@@ -90,7 +90,7 @@ class Summary:
         noise: of the finals; None before two of them share two seeds.
         twins: by finalist, its training at about half of the parameters, if it was asked for.
         sized: finalists with a score at both sizes.
-        worths: by proxy, the analytic one first, on rung "0"; without those nobody was trained for.
+        agreements: by proxy, the analytic one first, on rung "0"; if anyone has one and is trained.
         refused: by rule, candidates that broke it and were never built.
         screened: by screen, how many draws it judged, and tokens that it trained them on.
         result: the `result` event; {} before it is written.
@@ -109,7 +109,7 @@ class Summary:
     noise: Noise | None
     twins: dict[str, Final]
     sized: tuple[Sized, ...]
-    worths: dict[str, ProxyWorth]
+    agreements: dict[str, ProxyAgreement]
     refused: dict[str, int]
     screened: dict[str, tuple[int, int]]
     result: Event
@@ -240,7 +240,7 @@ def summarise(events: Iterable[Event]) -> Summary:
     result = next((e for e in events if e["event"] == "result"), None)
     standings = _standings(entries, trials, {e["family"]: e["settings"] for e in sweeps}, result)
     finals = finalists(entries, trials, result)
-    narrow = twins(events, trials)
+    by_finalist = twins(events, trials)
     winner, preset = _duellists(finals, result)
     best = next((f for f in finals if result and f.entry["id"] == result.get("best")), winner)
     return Summary(
@@ -254,9 +254,9 @@ def summarise(events: Iterable[Event]) -> Summary:
         saved=best,
         preset=preset,
         noise=noise_of(finals),
-        twins=narrow,
-        sized=tuple(sized(finals, narrow)),
-        worths=_worths(standings),
+        twins=by_finalist,
+        sized=tuple(sized(finals, by_finalist)),
+        agreements=_agreements(standings),
         refused=(result or {}).get("refused") or {},
         screened=_screened(e for e in events if e["event"] == "screen"),
         result=result or {},
@@ -340,7 +340,7 @@ def proxies_of(entry: Event) -> dict[str, float]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _worths(standings: Sequence[Standing]) -> dict[str, ProxyWorth]:
+def _agreements(standings: Sequence[Standing]) -> dict[str, ProxyAgreement]:
     """Every proxy against scores of the first rung, where everyone had the same budget.
 
     Presets have no analytic score and stay out of all; a failed trial is worse than every other.
@@ -350,15 +350,15 @@ def _worths(standings: Sequence[Standing]) -> dict[str, ProxyWorth]:
     unchosen = [s for s in tried if s.entry["group"] in ("random", "outside")]
     if sum(s.entry["group"] == "random" for s in unchosen) >= MIN_CANDIDATES:
         tried = unchosen  # neither a proxy nor scores have chosen them
-    if len(tried) > MOST_WORTH:
-        tried = [tried[i * len(tried) // MOST_WORTH] for i in range(MOST_WORTH)]
+    if len(tried) > MOST_COMPARED:
+        tried = [tried[i * len(tried) // MOST_COMPARED] for i in range(MOST_COMPARED)]
     names = dict.fromkeys(name for s in tried for name in proxies_of(s.entry))
-    return {name: _worth(tried, name) for name in names}
+    return {name: _agreement(tried, name) for name in names}
 
 
-def _worth(tried: Sequence[Standing], name: str) -> ProxyWorth:
+def _agreement(tried: Sequence[Standing], name: str) -> ProxyAgreement:
     scores = [s.score("0") for s in tried]
-    return _worth_of(
+    return _agreement_of(
         proxy=tuple(proxies_of(s.entry).get(name, math.nan) for s in tried),
         trained=tuple(-math.inf if score is None else -score for score in scores),
         params=tuple(s.entry["params"] for s in tried),
@@ -367,4 +367,4 @@ def _worth(tried: Sequence[Standing], name: str) -> ProxyWorth:
 
 
 # Resampling takes a second; who watches a run asks again and again.
-_worth_of = lru_cache(maxsize=64)(proxy_worth)
+_agreement_of = lru_cache(maxsize=64)(proxy_agreement)

@@ -47,7 +47,7 @@ class Trains(Protocol):
         """The model to train. Raises SpecError where genes do not fit each other."""
         ...
 
-    def worth(self, spec: ModelSpec) -> float:
+    def fitness(self, spec: ModelSpec) -> float:
         """Train it and return its score, higher is better. Raises where the training fails."""
         ...
 
@@ -208,7 +208,7 @@ class _Trainings:
     def _trained(self, candidate: ArchCandidate, spec: ModelSpec) -> Trained:
         params, proxy = spec.cost(1).params, candidate.proxy_score()
         try:
-            return Trained(candidate, params, proxy, self.evaluator.worth(spec))
+            return Trained(candidate, params, proxy, self.evaluator.fitness(spec))
         except (DataError, OSError):
             raise  # no fault of the candidate
         except Exception as error:

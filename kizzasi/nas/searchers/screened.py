@@ -11,13 +11,13 @@ from kizzasi.nas.spaces.space import Space
 
 C = TypeVar("C")
 
-# Of the draws for one place and their parent: what each is worth, higher is better.
+# Of the draws for one place and their parent: the score of each, higher is better.
 Judge = Callable[[Sequence[Any], Any], Sequence["float | None"]]
 
 
-def one_at_a_time(worth: Callable[[Any, Any], float | None]) -> Judge:
+def one_at_a_time(score: Callable[[Any, Any], float | None]) -> Judge:
     """A judge of a function of one draw and its parent."""
-    return lambda draws, parent: [worth(draw, parent) for draw in draws]
+    return lambda draws, parent: [score(draw, parent) for draw in draws]
 
 
 class Screened(Generic[C]):
@@ -28,7 +28,7 @@ class Screened(Generic[C]):
 
     Args:
         space: to draw from.
-        judge: says what each draw is worth; None where it cannot.
+        judge: gives each draw a score; None where it cannot.
         width: draws for each place, at least 1.
     """
 
@@ -66,11 +66,11 @@ class Screened(Generic[C]):
         new = [d for d in draws if d not in self.given and d != parent] or draws
         chosen = new[0]
         if len(new) > 1:
-            worths = [_number(worth) for worth in self.judge(new, parent)]
-            chosen = new[max(range(len(new)), key=worths.__getitem__)]
+            scores = [_number(score) for score in self.judge(new, parent)]
+            chosen = new[max(range(len(new)), key=scores.__getitem__)]
         self.given.add(chosen)
         return chosen
 
 
-def _number(worth: float | None) -> float:
-    return -math.inf if worth is None or math.isnan(worth) else worth
+def _number(score: float | None) -> float:
+    return -math.inf if score is None or math.isnan(score) else score

@@ -28,7 +28,7 @@ STEP = 1.05  # from one width that `stretched` looks at to the next
 MOST_STACKED = 64
 
 
-def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
+def resized(spec: ModelSpec, n_params: int) -> ModelSpec:
     """The same model with a narrower residual stream, as near as it gets to a size.
 
         d' = argmin of  |log2(params(d') / n_params)| + max over parts of bent(d')
@@ -45,10 +45,10 @@ def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
         SpecError: no width makes a valid model within a factor of 1.4 of n_params.
     """
     found: list[tuple[float, float, int, ModelSpec]] = []
-    narrow = functools.cache(_narrow)  # blocks repeat
+    at = functools.cache(_part_at)  # blocks repeat
     for d_model in range(1, spec.d_model):
         with suppress(SpecError):
-            bent, twin = _at_width(spec, d_model, narrow)
+            bent, twin = _at_width(spec, d_model, at)
             size = twin.cost(1).params
             miss = abs(math.log2(size / n_params))
             found.append((miss + bent, miss, size, twin))
@@ -61,12 +61,12 @@ def narrowed(spec: ModelSpec, n_params: int) -> ModelSpec:
 
 
 def at_width(spec: ModelSpec, d_model: int) -> ModelSpec:
-    """The same model at another width: hidden widths and heads follow, as in `narrowed`.
+    """The same model at another width: hidden widths and heads follow, as in `resized`.
 
     Raises:
         SpecError: a part does not fit the width.
     """
-    return _at_width(spec, d_model, _narrow)[1]
+    return _at_width(spec, d_model, _part_at)[1]
 
 
 def stretched(spec: ModelSpec, n_params: int) -> ModelSpec:
@@ -121,7 +121,7 @@ def _no_width(n_params: int) -> SpecError:
 
 def _widths(spec: ModelSpec, n_params: int) -> list[tuple[float, ModelSpec]]:
     """The model at widths near the budget, each with how far it misses it, heads included."""
-    wider = functools.cache(functools.partial(_narrow, ranks=True))
+    wider = functools.cache(functools.partial(_part_at, ranks=True))
     found: list[tuple[float, ModelSpec]] = []
     seen: set[int] = set()
 
@@ -162,19 +162,19 @@ def _grained(width: float) -> int:
     return max(1, grain * round(width / grain))
 
 
-Narrow = Callable[[Part, int, int], tuple[float, Any]]
+PartAt = Callable[[Part, int, int], tuple[float, Any]]
 
 
-def _at_width(spec: ModelSpec, d_model: int, narrow: Narrow) -> tuple[float, ModelSpec]:
+def _at_width(spec: ModelSpec, d_model: int, at: PartAt) -> tuple[float, ModelSpec]:
     """How far heads are bent at most, and the model. Raises SpecError where a part does not fit."""
-    most, blocks = _stack(spec.blocks, lambda part: narrow(part, spec.d_model, d_model))
+    most, blocks = _stack(spec.blocks, lambda part: at(part, spec.d_model, d_model))
     twin = spec.replace(d_model=d_model, blocks=blocks)
     twin.check()
     return most, twin
 
 
 def _stack(
-    layers: tuple[LayerSpec, ...], narrow: Callable[[Part], tuple[float, Any]]
+    layers: tuple[LayerSpec, ...], at: Callable[[Part], tuple[float, Any]]
 ) -> tuple[float, tuple[LayerSpec, ...]]:
     """The layers with every part at the other width, at any depth."""
     twins, most = [], 0.0
@@ -182,13 +182,13 @@ def _stack(
         own: dict[str, Any] = {}
         for name, value in layer.inside():
             stack = isinstance(value, tuple)
-            bent, own[name] = _stack(value, narrow) if stack else narrow(value)
+            bent, own[name] = _stack(value, at) if stack else at(value)
             most = max(most, bent)
         twins.append(replace(layer, **own))  # pyright: ignore[reportArgumentType]
     return most, tuple(twins)
 
 
-def _narrow(part: Part, d: int, d_new: int, *, ranks: bool = False) -> tuple[float, Part]:
+def _part_at(part: Part, d: int, d_new: int, *, ranks: bool = False) -> tuple[float, Part]:
     """The part at another width, with the least bent heads that fit."""
     most, own = 0.0, {name: getattr(part, name) for name in field_types(type(part))}
     for name, value in own.items():
@@ -198,7 +198,7 @@ def _narrow(part: Part, d: int, d_new: int, *, ranks: bool = False) -> tuple[flo
             continue
         inner = value if isinstance(value, tuple) else (value,)
         if inner and all(isinstance(one, Part) for one in inner):
-            bent, twins = zip(*(_narrow(one, d, d_new, ranks=ranks) for one in inner), strict=True)
+            bent, twins = zip(*(_part_at(one, d, d_new, ranks=ranks) for one in inner), strict=True)
             most = max(most, *bent)
             own[name] = twins if isinstance(value, tuple) else twins[0]
     for bent, heads in sorted(_heads(own, d_new / d), key=lambda pair: pair[0]):

@@ -170,7 +170,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Entrants:
+class EntrySearcher:
     """A searcher of entries around one of candidates: baselines first, and no model twice.
 
     A candidate whose model has a score already is not proposed again; its searcher gets that score.
@@ -246,13 +246,13 @@ class _Ledger:
     results are news to whom.
 
     Args:
-        entrants: whose stream it is.
+        searcher: whose stream it is.
         traced: the space that the searcher draws from.
         inner: the searcher's stream.
     """
 
-    def __init__(self, entrants: Entrants, traced: Traced[Any], inner: Flowing[Any]) -> None:
-        self.entrants, self.traced, self.inner = entrants, traced, inner
+    def __init__(self, searcher: EntrySearcher, traced: Traced[Any], inner: Flowing[Any]) -> None:
+        self.searcher, self.traced, self.inner = searcher, traced, inner
         self.ids: dict[Any, str] = {}  # of candidates
         self.entered: list[Entry] = []  # by the outer number
         self.scores: dict[str, float | None] = {}  # of everyone who has entered
@@ -261,7 +261,7 @@ class _Ledger:
 
     def new(self, candidate: Any) -> Entry | None:
         """A proposal of the searcher as an entry; None if its model has entered before."""
-        entry = self.entrants.entered(candidate, self.traced, self.ids)
+        entry = self.searcher.entered(candidate, self.traced, self.ids)
         self.ids[candidate] = entry.id
         self.traced.forget()
         number, self.n_inner = self.n_inner, self.n_inner + 1
@@ -270,7 +270,7 @@ class _Ledger:
             return entry
         score = self.scores[entry.id]
         if score is not None:
-            self.inner.tell(number, self.entrants.score(entry, score))
+            self.inner.tell(number, self.searcher.score(entry, score))
         return None
 
     def enter(self, entry: Entry) -> Entry:
@@ -285,7 +285,7 @@ class _Ledger:
             entry = self.entered[number]
             self.scores[entry.id] = score
             for own in self.numbers.get(entry.id, ()):
-                self.inner.tell(own, self.entrants.score(entry, score))
+                self.inner.tell(own, self.searcher.score(entry, score))
 
 
 def costs(spec: ModelSpec) -> tuple[float, ...]:

@@ -26,11 +26,11 @@ from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.executors.elsewhere import Elsewhere
 from kizzasi.nas.results.equal_terms import result_figures, sized
-from kizzasi.nas.results.finals import FINAL, NARROW, TEST, Event, Final, falling, twins
+from kizzasi.nas.results.finals import FINAL, TEST, TWIN, Event, Final, falling, twins
 from kizzasi.nas.results.noise import noise_of
 from kizzasi.nas.results.summary import NEVER_WIN
 from kizzasi.nas.results.words import gist
-from kizzasi.nas.spaces.resize import narrowed
+from kizzasi.nas.spaces.resize import resized
 from kizzasi.nas.study.folder import BEST, contents, spec_in
 from kizzasi.nas.study.plan import Plan
 from kizzasi.nas.study.sample import write_sample
@@ -197,14 +197,14 @@ class FinalTraining:
         """Every finalist once more at about half of the parameters, on the same tokens."""
         trials: list[Trial] = []
         for entry in entries if self.plan.finals.slope_seeds else ():
-            event = self.study.once(NARROW, lambda e=entry: self._twin(e), candidate=entry.id)
+            event = self.study.once(TWIN, lambda e=entry: self._twin(e), candidate=entry.id)
             if event["spec"] is not None:
                 trials += self._twin_trials(entry, ModelSpec.from_dict(event["spec"]))
         self.study.run(trials)
 
     def _twin(self, entry: Entry) -> Event:
         try:
-            spec = narrowed(entry.spec, entry.params // 2)
+            spec = resized(entry.spec, entry.params // 2)
         except SpecError as error:
             return {"spec": None, "params": None, "trials": [], "refusal": str(error)}
         params, ids = spec.cost(1).params, [t.id for t in self._twin_trials(entry, spec)]
@@ -212,17 +212,17 @@ class FinalTraining:
 
     def _twin_trials(self, entry: Entry, spec: ModelSpec) -> list[Trial]:
         twin = replace(entry, spec=spec, params=spec.cost(1).params)
-        return self._trials(twin, NARROW, self.plan.finals.slope_seeds)
+        return self._trials(twin, TWIN, self.plan.finals.slope_seeds)
 
     def _found(self, finals: Mapping[str, Final], winner: str) -> Event:
         study, ranked = self.study, list(finals.values())
         preset = next((own for own, f in finals.items() if f.entry["group"] == "preset"), None)
         noise = noise_of(ranked)
         sign = self.plan.metric.sign
-        narrow = [event for _, event in study.journal.scan(NARROW)]
-        done = (t for event in narrow for t in event["trials"] if t in study.scores)
+        events = [event for _, event in study.journal.scan(TWIN)]
+        done = (t for event in events for t in event["trials"] if t in study.scores)
         known = [falling(study.result(trial), sign) for trial in done]
-        pairs = sized(ranked, twins(narrow, known))
+        pairs = sized(ranked, twins(events, known))
         reference = finals[preset if preset else winner].entry["params"]
 
         def trials(own: str | None) -> list[Any]:

@@ -31,6 +31,11 @@ from kizzasi.train.task import Metric
 # What version 0.1 did where its journals say nothing.
 OF_OLD: dict[str, Any] = {"test_fraction": 0.0, "optimizer": "adamw", "test": None}
 GROWING = ("n_pool", "search_tokens", "n_finalists", "final_seeds", "slope_seeds")
+WHY = {
+    **dict.fromkeys(GROWING, "it may only grow"),
+    "rungs": "every training's learning rate falls until the last rung, so all would be others",
+    "final_tokens": "a final training's learning rate falls until then, so all would be others",
+}
 
 
 def versions() -> dict[str, str]:
@@ -57,9 +62,11 @@ def begin(study: Study, plan: Plan) -> None:
     other = [key for key in changed if not _grown(key, *changed[key])]
     if other:
         given = ", ".join(f"{k}: {changed[k][0]} then, {changed[k][1]} now" for k in other)
+        because = dict.fromkeys(WHY[key] for key in other if key in WHY)
+        given = "; ".join([f"{given:.300}", *because])
         folder = study.checkpoints.parent
         way = _way_on(folder, other, plan)
-        raise StudyError(f"{folder}: cannot resume another search; {given:.300}{way}")
+        raise StudyError(f"{folder}: cannot resume another search; {given}{way}")
     then, now = event.get("versions", {}), versions()
     if told := ", ".join(f"{k} {then[k]} then, {now[k]} now" for k in then if then[k] != now[k]):
         study.bar.write(f"resumed with other versions: {told}")

@@ -26,7 +26,7 @@ from kizzasi.nas.spaces.layer_moves import LayerMoves
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.space import Space
 from kizzasi.nas.study.candidates import (
-    Entrants,
+    EntrySearcher,
     Given,
     ProxyPool,
     Recorded,
@@ -78,7 +78,7 @@ class Run:
         else:
             objectives = costs if isinstance(plan.searcher, NSGA2) else None
             first = [candidate for candidate in plan.first if self.feasible.admits(candidate)]
-            searcher = Entrants(plan.searcher, usual, plan.stem, objectives, first, self.own)
+            searcher = EntrySearcher(plan.searcher, usual, plan.stem, objectives, first, self.own)
 
         def group_of(candidate: int) -> str:
             return schedule.candidates[candidate].group
@@ -87,7 +87,7 @@ class Run:
         if isinstance(scheduler, Halving):
             scheduler = replace(scheduler, group_of=group_of)
         space = self._screened()
-        if streams and isinstance(searcher, Entrants):
+        if streams and isinstance(searcher, EntrySearcher):
             schedule: Schedule[Any] = Schedule(scheduler, Flowing(searcher.stream(space)))
         else:
             schedule = Schedule(scheduler, AskTell(searcher, space))
@@ -128,7 +128,7 @@ class Run:
             )
         self.own.extend(new)
 
-    def finish(self) -> None:
+    def train_finalists(self) -> None:
         """Train the finalists, save the best, write the result."""
         FinalTraining(self.plan, self.study, self._standings(), self.chosen, self.device).run(
             self.schedule.steps, self.feasible.refused
@@ -161,9 +161,9 @@ class Run:
     def tell(self, job: Instalment, event: dict[str, Any]) -> None:
         """A job's score, as the schedule wants it: higher is better."""
         score = event["score"]
-        worth = None if score is None else -falling_score(score, self.plan.metric)
+        fitness = None if score is None else -falling_score(score, self.plan.metric)
         curves = isinstance(self.plan.scheduler, Extrapolated)  # else nobody looks at them
-        self.schedule.tell(job, worth, event["curve"] if curves else ())
+        self.schedule.tell(job, fitness, event["curve"] if curves else ())
 
     def entering(self, entry: Entry) -> Task:
         """What writes a candidate down, with its zero-cost proxies."""

@@ -4,7 +4,7 @@
 
 They order architectures of one task on one batch; two values mean nothing apart. Model, gradients,
 modes and random states stay as they are, and equal arguments give equal scores. None is known to
-beat the parameter count in general: ask `proxy_worth` on your own trainings first.
+beat the parameter count in general: ask `proxy_agreement` on your own trainings first.
 
 | proxy | looks at | passes |
 |---|---|---|

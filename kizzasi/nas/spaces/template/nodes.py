@@ -118,7 +118,7 @@ class Block:
             if isinstance(part, Part):
                 fitting = part.ways(wanted, where, d_model)
             else:
-                fitting = [g for value, g in fillings(part, where, d_model) if value == wanted]
+                fitting = [g for value, g in assignments(part, where, d_model) if value == wanted]
             ways = [{**way, **genes} for way in ways for genes in fitting]
         return ways
 
@@ -255,7 +255,7 @@ class Model:
         """Every model without its blocks, and all genes that make it."""
         if path not in self._frames:
             table = self._frames[path] = {}
-            for values, genes in fillings(self.frame, path):
+            for values, genes in assignments(self.frame, path):
                 table.setdefault(self._read(values, path), []).append(genes)
         return self._frames[path]
 
@@ -347,7 +347,7 @@ def every(fill: Callable[[Decide], T]) -> Iterator[T]:
         genes[-1] += 1
 
 
-def fillings(node: Node, path: str, d_model: int = 0) -> Iterator[tuple[Any, dict[str, int]]]:
+def assignments(node: Node, path: str, d_model: int = 0) -> Iterator[tuple[Any, dict[str, int]]]:
     """Everything that a node can be at this width, with the genes that make it."""
 
     def fill(decide: Decide) -> tuple[Any, dict[str, int]]:
