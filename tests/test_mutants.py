@@ -1,8 +1,10 @@
 """scripts/mutants.py plants faults in a copy, and tells those that the tests notice."""
 
 import json
+from pathlib import Path
 
 import mutants
+import mutations
 import pytest
 
 SOURCE = '''"""1 + 1: texts stay."""
@@ -58,7 +60,7 @@ def tree(tmp_path):
 
 
 def test_what_is_changed_and_what_stays():
-    found = [(line, old, new) for _, line, _, old, new in mutants.mutants_of("a.py", SOURCE)]
+    found = [(line, old, new) for _, line, _, old, new in mutations.mutants_of("a.py", SOURCE)]
     assert found == [
         (10, "n > 4", "(n >= 4)"),
         (10, "4", "5"),
@@ -72,13 +74,13 @@ def test_what_is_changed_and_what_stays():
         (20, "True", "False"),
     ]
     more = "def f(a, b=.5, *, c=1):\n for x in zip(a, b, strict=True):\n  if a and b is c: break\n"
-    assert [new for *_, new in mutants.mutants_of("a.py", more)] == [
+    assert [new for *_, new in mutations.mutants_of("a.py", more)] == [
         *("2", "0.4", "(a or b is c)", "(b is not c)", "continue")
     ]
 
 
 def test_planted_mutants_are_told_apart(tree, capsys):
-    every = mutants.mutants_of("pack/inner.py", SOURCE)
+    every = mutations.mutants_of("pack/inner.py", SOURCE)
     bench = mutants.Bench(tree, tree.parent / f"{tree.name}-bench", seconds=1)
     verdicts = {m[3:]: bench.judge(m) for m in (every[3], every[7], every[8])}
     assert [(row["verdict"], row["test"]) for row in verdicts.values()] == [
@@ -93,14 +95,14 @@ def test_planted_mutants_are_told_apart(tree, capsys):
 def test_a_test_that_fails_by_itself_kills_nothing(tree):
     (tree / "tests/test_pack.py").write_text(TESTS.replace("== 3", "== 4"))
     bench = mutants.Bench(tree, tree.parent / f"{tree.name}-bench", seconds=1)
-    row = bench.judge(mutants.mutants_of("pack/inner.py", SOURCE)[7])
+    row = bench.judge(mutations.mutants_of("pack/inner.py", SOURCE)[7])
     assert row["verdict"] == "survived"
 
 
 def test_the_journal_goes_on(tree, tmp_path, capsys):
     call = ["--root", str(tree), "--folders", "pack", "--n", "3", "--seconds", "1"]
     call += ["--seed", "3", "--journal", str(tmp_path / "journal"), "--json"]
-    chosen = mutants.sample(tree, ["pack"], 3, 3)
+    chosen = mutations.sample(tree, ["pack"], 3, 3)
     assert len(set(chosen)) == 3
     old = [{"mutant": m, "verdict": "survived", "test": "", "seconds": 0} for m in chosen[:2]]
     (tmp_path / "journal").write_text("".join(json.dumps(row) + "\n" for row in old))
@@ -114,9 +116,7 @@ def test_the_journal_goes_on(tree, tmp_path, capsys):
 def test_the_nearest_tests_come_first(tree):
     (tree / "tests/test_far.py").write_text("from test_pack import TESTS")
     (tree / "tests/test_near.py").write_text("import pack.inner\n# deaf deaf deaf deaf")
-    from pathlib import Path
-
-    tests = mutants.Tests(tree)
+    tests = mutations.Tests(tree)
     assert [t.name for t in tests.nearest(Path("pack/inner.py"), 16)] == [
         *("test_near.py", "test_pack.py", "test_far.py")
     ]
