@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
 from mutations import Mutant, Tests, sample
 
 SURVIVED, KILLED, TIMED_OUT = "survived", "killed", "timed out"  # that kills too
@@ -66,8 +67,8 @@ class Bench:
                 parts, left = parts[1:], left - spent
             elif self._is_sound(test):
                 break
-        seconds = round(time.time() - began, 1)
-        return {"mutant": mutant, "verdict": verdict, "test": test, "seconds": seconds}
+        found = {"mutant": mutant, "verdict": verdict, "test": test}
+        return found | {"seconds": round(time.time() - began, 1)}
 
     def _write(self, path: Path, source: bytes) -> None:
         path.write_bytes(source)
@@ -103,7 +104,6 @@ class Bench:
         status = -signal.SIGALRM if run.poll() is None else run.returncode
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
         spent, names = sum(os.times()[2:4]) - before, begun.read_text().splitlines()
         survived = status in (0, 5, OUT_OF_TIME)
         self.passed.update(names if survived else names[:-1])
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=2026, help="of the sample (2026)")
     parser.add_argument("--seconds", type=float, default=60, help="of tests, for a mutant (60)")
     parser.add_argument("--journal", type=Path, default=Path("mutants.jsonl"))
-    parser.add_argument("--again", action="store_true", help="try once more what survived")
+    parser.add_argument("--again", action="store_true", help="try again what survived")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(arguments)
     lines = args.journal.read_text().splitlines() if args.journal.exists() else []

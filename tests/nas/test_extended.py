@@ -94,3 +94,9 @@ def test_what_would_be_another_search_is_refused_with_the_reason(run, then, now,
     run()
     with pytest.raises(StudyError, match=re.escape(why)):
         run((then, now))
+
+
+def test_the_usual_number_of_candidates_is_a_number_too(run):
+    run(("n_pool: 5, ", ""))
+    with pytest.raises(StudyError, match="n_pool: 16 then, 14 now; it may only grow"):
+        run(("n_pool: 5", "n_pool: 14"))

@@ -1,5 +1,6 @@
 """Micro-training: honest scores, exact continuation, failures with reasons, no leak unseen."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from kizzasi.cli import main
 from kizzasi.errors import CheckpointError, DataError, SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, parameter_groups
 from kizzasi.models.channels.mlp import MLPSpec
@@ -319,8 +321,36 @@ def circular_filter(x):
     return torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
 
 
-@pytest.mark.parametrize("fault", [block_summary(64), block_summary(16), circular_filter])
-def test_leaks_that_fooled_people_are_caught(fault):
+FAULTS = {"block_64": block_summary(64), "block_16": block_summary(16), "filter": circular_filter}
+
+
+class Faulty(Attention):
+    def forward(self, x, state=None, **call):
+        out = super().forward(x, state, **call)
+        return MixerOut(FAULTS[self.spec.fault](out.y), out.state)
+
+
+@dataclass(frozen=True)
+class FaultySpec(AttentionSpec):
+    kind: ClassVar[str] = "faulty"
+    fault: str = ""
+
+    def build(self, layer):
+        model = Faulty(self, layer)
+        model.spec = self
+        return model
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_leaks_that_fooled_people_are_caught(fault, corpus, tmp_path, capsys, monkeypatch):
+    """By a function alone, in a mixer, before a training, and in a checkpoint."""
     inputs = torch.randn(2, 129, 3, generator=torch.Generator().manual_seed(0)).double()
-    assert "leaks the future" in (find_leak(fault, inputs=inputs) or "")
+    assert "leaks the future" in (find_leak(FAULTS[fault], inputs=inputs) or "")
     assert find_leak(lambda x: x.cumsum(1), inputs=inputs) is None
+    spec = small(blocks=(BlockSpec(FaultySpec(n_heads=2, fault=fault)),))
+    measured = trained(MicroTrain(corpus, RECIPE), spec, 2_048, seed=0)
+    assert (measured.score, "leaks the future" in measured.failure) == (None, True)
+    monkeypatch.setitem(FaultySpec.registry, "faulty", FaultySpec)
+    build_model(spec).save_pretrained(tmp_path / "model")
+    assert main(["info", str(tmp_path / "model"), "--leak", "--json"]) == 0
+    assert "leaks the future" in json.loads(capsys.readouterr().out)["leak"]

@@ -139,8 +139,8 @@ def _changes(event: Mapping[str, Any], plan: Plan) -> dict[str, tuple[Any, Any]]
         notes.add("space")
     if named:  # None is the usual number
         for each in (then, now):
-            usual = 200 if each["searcher"] == "proxy" else 12
-            each["n_pool"] = usual if each["n_pool"] is None else each["n_pool"]
+            if each["n_pool"] is None:
+                each["n_pool"] = SearchConfig(searcher=each["searcher"]).pool
     return {
         key: (then.get(key), now[key])
         for key in now
