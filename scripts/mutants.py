@@ -49,7 +49,7 @@ class Bench:
         self.tests, self.stamp = Tests(self.root), time.time()
         self.passed, self.unsound = set[str](), set[str]()
 
-    def judge(self, mutant: Mutant) -> dict[str, object]:
+    def judge(self, mutant: Mutant) -> dict[str, Any]:
         name, line, column, old, new = mutant
         source = (path := self.root / name).read_bytes()
         at = sum(map(len, source.splitlines(True)[: line - 1])) + column
@@ -67,8 +67,8 @@ class Bench:
                 parts, left = parts[1:], left - spent
             elif self._is_sound(test):
                 break
-        found = {"mutant": mutant, "verdict": verdict, "test": test}
-        return found | {"seconds": round(time.time() - began, 1)}
+        took = round(time.time() - began, 1)
+        return {"mutant": mutant, "verdict": verdict, "test": test, "seconds": took}
 
     def _write(self, path: Path, source: bytes) -> None:
         path.write_bytes(source)

@@ -125,6 +125,24 @@ def assert_solvable_from_the_prefix(name: str, task: Examples, batch_size: int, 
     assert (targets[~loss_mask] == IGNORE).all()
 
 
+def test_the_usual_settings_are_those_of_the_pages():
+    """Their places, too: what is not given is exactly this."""
+    usual = {
+        SelectiveCopying: (16, 256, 16),
+        Reverse: (20,),
+        HiddenPlace: (26, 64, 8, 1 / 16),
+        InductionHeads: (16, 256),
+        MQAR: (256, 64, 4, 0.01, False),
+        InContextRecall: (8, 128, 0.0, 16, 1),
+        Memorization: (128, 32, 0),
+        Parity: (40, 3),
+        ModularArithmetic: (41, 5),
+        GroupProducts: ("A5", 20),
+    }
+    for kind, settings_ in usual.items():
+        assert kind() == kind(*settings_), kind
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_solver_that_sees_the_prefix_is_always_right(name):
     task = TASKS[name]()
