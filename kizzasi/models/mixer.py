@@ -35,6 +35,7 @@ from kizzasi.strict import Registered, Strict
 
 if TYPE_CHECKING:
     from kizzasi.models.layer import Layer
+    from kizzasi.models.parts.turns import Tap
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,10 @@ class MixerSpec(_Part):
         """Whether its keys and values can be made of a stream beside x, which the call lends it as
         `Call.lent["memory", HERE]`, normalised as x is."""
         return False
+
+    def taps(self, d_model: int) -> Mapping[str, Tap]:
+        """Where a layer around it may turn what it makes: its queries "q" and values "v"."""
+        return {}
 
     def reading(self, source: int) -> MixerSpec:
         """The same mixer with the keys and values of a layer in place of its own."""

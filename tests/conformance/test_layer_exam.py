@@ -75,6 +75,18 @@ VARIANTS: dict[str, dict[str, list[dict]]] = {
             {"kind": "condition", "body": [NEAR], "op": "scale", "source": "ema", "at": "stream"}
         ],
         "lora": [{"kind": "condition", "body": [CONV], "op": "lora", "rank": 3, "source": "ema"}],
+        "segments-turn-queries": [
+            {
+                "kind": "condition",
+                "body": [heads(gate=True, window=3), HEADS | heads()],
+                "at": "q",
+                "op": "lora",
+                "rank": 2,
+                "source": "segment",
+                "segment": 3,
+                "hidden": 4,
+            }
+        ],
     },
     "depth_routed": {
         "half": [{"kind": "depth_routed", "body": [HEADS, MAMBA]}],

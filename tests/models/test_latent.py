@@ -34,6 +34,7 @@ FORMS = {
     "add": LATENT,
     "table": replace(LATENT, form="table"),
     "film-lora": replace(LATENT, inject=("film", "lora"), rank=2),
+    "turning": replace(LATENT, inject=("film", "lora"), rank=2, film_at="norm", lora_at="q"),
     "paper": replace(LATENT, inject=("kv",), query="learned", form="table"),
 }
 
@@ -202,6 +203,11 @@ def test_a_training_scores_the_bits_too(tmp_path):
         (replace(LATENT, free_bits=-1.0), "free_bits: -1.0 is negative"),
         (replace(LATENT, inject=()), "inject: .* must name"),
         (replace(LATENT, inject=("lora",)), "rank: .* needs a rank"),
+        (replace(LATENT, film_at="q"), "film_at: 'film' is not among inject"),
+        (
+            replace(LATENT, body=(MIXES,), inject=("lora",), rank=2, lora_at="v"),
+            "lora_at: the first layer has no 'v'",
+        ),
         (replace(LATENT, rank=2), "rank: .* takes no rank"),
         (replace(LATENT, inject=("kv", "add")), "inject: what is added reaches keys"),
         (replace(LATENT, inject=("kv",), body=(LOW_RANK,)), r"body\[0\]: its keys .* inject 'add'"),

@@ -177,12 +177,15 @@ LATENT = with_(
 )
 CODED = with_("arch.kv_policy", {"cache": "full", "quant": "nf4"})
 CHUNKED = with_("arch.hierarchy", {"levels": [{"every": 1, "chunk": 2.0}]})
+FILM = [{"where": "pre_mixer", "op": "film"}]
+SEGMENTS = with_("arch.cond", {"source": {"kind": "segment", "segment": 4}, "ops": FILM})
 GROWS = {**LOOP, "loops": {"eval": 4, "schedule": {"kind": "fixed", "curriculum": "linear"}}}
 GROWS = with_("arch.recurrence", changed(GROWS, "loops.schedule.warmup_steps", 8))
 FIRST = {**LOOP, "noise_std": 0.1, "loops": {"eval": 2, "keys": "first"}}
 # Fields that another document brings to life: (class, field) -> it, and where.
 ELSEWHERE = {
     **{(words.Source, name): (LATENT, "arch.cond.source") for name in ("query", "form", "seed")},
+    (words.Source, "segment"): (SEGMENTS, "arch.cond.source"),
     (words.Op, "where"): (LATENT, "arch.cond.ops[0]"),
     (words.KVPolicy, "group"): (CODED, "arch.kv_policy"),
     (words.Level, "chunk"): (CHUNKED, "arch.hierarchy.levels[0]"),
@@ -194,6 +197,8 @@ ELSEWHERE = {
 }
 # Two words for one thing: a sliding window is local, and a ring is how a window is kept.
 SAME = {("Stencil", "kind", "sliding"), ("KVPolicy", "cache", "ring")}
+# What turns the projection turns what it gives.
+SAME |= {("Op", "where", "q"), ("Op", "where", "v")}
 # A norm that stores its gain less one differs in what weight decay pulls it to.
 SAME |= {(cls, "norm", "rms_plus_one") for cls in ("Arch", "Module", "Recurrence")}
 WHOLE = {  # what a part may be, where its type is another class

@@ -107,8 +107,10 @@ SAID = {
         {
             "body": [ConditionSpec((ConditionSpec((ONE,), op="add", at="out"),))],
             "op": [ConditionSpec((ONE,), op=op) for op in ("add", "scale")],
-            "at": [ConditionSpec((ONE,), at=at) for at in ("out", "stream")],
+            "at": [ConditionSpec((ONE,), at=at) for at in ("out", "stream", "norm", "q", "v")],
             "source": [ConditionSpec((ONE,), source="ema")],
+            "segment": [ConditionSpec((ONE,), source="segment", segment=5)],
+            "hidden": [ConditionSpec((ONE,), hidden=6, at="q", groups=2)],
             "groups": [ConditionSpec((ONE,), groups=n) for n in (1, 2)],
             "rank": [ConditionSpec((ONE,), op="lora", rank=2)],
         },
@@ -128,6 +130,8 @@ SAID = {
             "form": [replace(LATENT, n_bits=5, form="table")],
             "seed": [replace(LATENT, seed=2)],
             "query": [replace(LATENT, query="learned")],
+            "film_at": [replace(LATENT, film_at=at) for at in ("norm", "q", "v")],
+            "lora_at": [replace(LATENT, lora_at="q", film_at="norm")],
         },
     ),
 }

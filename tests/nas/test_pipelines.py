@@ -459,7 +459,7 @@ def test_an_encoder_and_a_latent_stand_beside_the_line():
     for path, value, said in (
         ("arch.pipeline[2].kv_from", ["encoder"], "would show the future"),
         ("arch.pipeline[0].mode", "all", "run where the tokens are known"),
-        ("arch.modules.sampler.cond.ops[0].where", "proj_q", "layers read the bits first"),
+        ("arch.modules.sampler.cond.ops[0].where", "token", "layers read the bits first"),
         ("arch.modules.sampler.params", {"latent_dim": 4}, "as wide as its bits"),
         ("arch.modules.sampler.cond.ops[0].where", "proj_kv", "made of what is added"),
         ("arch.modules.sampler.cond.source.kind", "ema", "a latent has bits of every token"),
@@ -477,6 +477,48 @@ def test_an_encoder_and_a_latent_stand_beside_the_line():
         broken = changed(FREE, path, value)
         assert any(said in str(misfit) for misfit in examined(broken)[1]), said
         assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[1].kind == "latent"
+
+
+def test_bits_turn_queries_where_there_are_some():
+    ops = [{"where": "ln", "op": "film"}, {"where": "proj_q", "op": "lora", "r": 2}]
+    data = changed(FREE, "arch.modules.sampler.cond.ops", ops)
+    latent = Pipeline.from_data(data).spec.blocks[1]
+    assert (latent.film_at, latent.lora_at) == ("norm", "q")
+    mixer = "arch.modules.decoder.mix_unit.mixer"
+    fitting, changes = repaired(changed(data, mixer, {"kind": "SSM"}))
+    assert changes == ["arch.modules.sampler.cond.ops[1].where: 'pre_mixer', was 'proj_q'"]
+    assert Pipeline.from_data(fitting).spec.blocks[1].lora_at == "stream"
+
+
+def test_conditions_stand_where_evoforge_says():
+    ops = [
+        {"where": "ln", "op": "film", "share": "global"},
+        {"where": "q", "op": "scale", "share": "per_head"},
+        {"where": "proj_v", "op": "add", "share": "per_head"},
+        {"where": "proj_q", "op": "lora", "r": 3},
+    ]
+    cond = {"source": {"kind": "segment", "segment": 8, "H": 6}, "ops": ops}
+    data = wrong("arch.cond", cond)
+    found, layer = [], Pipeline.from_data(data).spec.blocks[0]
+    while layer.kind == "condition":
+        assert (layer.source, layer.segment, layer.hidden) == ("segment", 8, 6)
+        found.append((layer.at, layer.op, layer.groups, layer.rank))
+        (layer,) = layer.body
+    assert found[::-1] == [  # of 4 heads of queries, and 2 of values
+        ("norm", "film", 1, None),
+        ("q", "scale", 4, None),
+        ("v", "add", 2, None),
+        ("q", "lora", None, 3),
+    ]
+    for path, value, said in (
+        ("arch.mix_unit.mixer", {"kind": "SSM"}, "ops[1].where: 'q': of this layer's mixers none"),
+        ("arch.residual", {"kind": "deepnet", "scale": 1.0}, "'ln': this layer has no norms"),
+        ("arch.cond.source", {"kind": "segment"}, "'segment' needs its tokens; give 64"),
+        ("arch.cond.ops[0].where", "proj_kv", "and no summary"),
+    ):
+        broken = changed(data, path, value)
+        assert any(said in str(misfit) for misfit in examined(broken)[1]), said
+        assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[0].kind == "condition"
 
 
 def test_what_looks_at_another_stream_is_attention():

@@ -15,6 +15,7 @@ from kizzasi.models.cost import Cost, norm
 from kizzasi.models.layers.layer import LayerModule, LayerSpec
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec, add_losses
 from kizzasi.models.norm import Norm, NormKind
+from kizzasi.models.parts.turns import Tap, Taps, turned
 from kizzasi.models.state import BlockState
 from kizzasi.strict import added, join, register, require
 
@@ -91,6 +92,11 @@ class BlockSpec(LayerSpec):
     def crosses(self) -> bool:
         return self.mixer.crosses
 
+    def taps(self, d_model: int) -> Taps:
+        n = self.n_norms if self.norm_at == "pre" else self.n_norms // 2
+        own = {} if self.norm_at == "post" else {"norm": Tap(d_model, d_model, 1, n)}
+        return {**own, **self.mixer.taps(d_model)}
+
     def reading(self, source: int) -> BlockSpec:
         return replace(self, mixer=self.mixer.reading(source))
 
@@ -144,7 +150,7 @@ class Block(LayerModule):
 
     def parallel(self, x: Tensor, state: BlockState | None, call: Call) -> MixerOut:
         before = BlockState(None, None) if state is None else state
-        read = x if self.mixer_norm is None else self.mixer_norm(x)
+        read = x if self.mixer_norm is None else self._read(x, self.mixer_norm, call)
         memory = call.lent.get(("memory", HERE))
         if memory is not None and self.mixer_norm is not None:
             call = call.lending({**call.lent, ("memory", HERE): self.mixer_norm(memory)})
@@ -155,7 +161,7 @@ class Block(LayerModule):
         if self.beside is None:
             x = self._add(x, y)
         if self.beside != "shared":
-            read = x if self.channel_norm is None else self.channel_norm(x)
+            read = x if self.channel_norm is None else self._read(x, self.channel_norm, call)
         wide = self.channel(read, before.channel, call=call)
         z = self._leave(wide.y, self.channel_post_norm)
         x = self._add(x, z if self.beside is None else y + z)
@@ -167,6 +173,11 @@ class Block(LayerModule):
     ) -> BlockState:
         channel = () if self.channel is None else self.channel.init_state(batch, device, dtype)
         return BlockState(self.mixer.init_state(batch, device, dtype), channel)
+
+    def _read(self, x: Tensor, norm: Norm, call: Call) -> Tensor:
+        """What a branch reads."""
+        z = norm(x)
+        return turned(call, "norm", z, z)
 
     def _leave(self, y: Tensor, norm: Norm | None) -> Tensor:
         """What a branch adds."""

@@ -19,6 +19,9 @@
     lora    the body reads x + W_up (W_mid r * W_down x)
     kv      the body reads x; keys and values of its first layer are made of x + r
 
+film and lora may also turn what the norms of the first layer give, its queries or its values, as a
+`condition` does; see `parts.turns`.
+
 What the bits change starts at zero, so that the layer starts as its body.
 
 In training, and where a model scores (`model(inputs, coded=True)`), the encoder runs and its bits
@@ -56,6 +59,7 @@ from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import CHARGE, LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import Norm, WideLinear
 from kizzasi.models.ops.noise import uniform_of
+from kizzasi.models.parts.turns import Tap, Turn, Turns, beside, chained, grouped
 from kizzasi.models.state import ModelState
 from kizzasi.strict import added, join, register, require
 
@@ -77,6 +81,8 @@ class LatentSpec(LayerSpec):
         free_bits: kappa, in bits.
         inject: how the body reads them; see above.
         rank: of "lora".
+        film_at, lora_at: what they change: "stream", what the body reads, or of its first layer
+            "norm", "q" or "v".
         form: "factored" or "table".
         seed: of the bits drawn from the prior.
     """
@@ -91,6 +97,8 @@ class LatentSpec(LayerSpec):
     form: Literal["factored", "table"] = "factored"
     seed: int = 0
     query: Literal["stream", "learned"] = added("stream")
+    film_at: Literal["stream", "norm", "q", "v"] = added("stream")
+    lora_at: Literal["stream", "norm", "q", "v"] = added("stream")
 
     def check(self, d_model: int, path: str) -> None:
         super().check(d_model, path)
@@ -111,7 +119,22 @@ class LatentSpec(LayerSpec):
         require((self.rank is not None) == lora, join(path, "rank"), rule)
         if self.rank is not None:
             self.require_positive(path, "rank")
+        self._check_turning(d_model, path)
         require(self.causal, join(path, "body"), "it reads later tokens; only the encoder may")
+
+    def _check_turning(self, d_model: int, path: str) -> None:
+        """Raise SpecError where bits are to turn what the first layer does not have."""
+        for op in ("film", "lora"):
+            at, where = getattr(self, f"{op}_at"), join(path, f"{op}_at")
+            named = op in self.inject or at == "stream"
+            require(named, where, f"{op!r} is not among inject; leave it out")
+            rule = f"the first layer has no {at!r}; give a block of attention, or 'stream'"
+            require(at == "stream" or at in self.body[0].taps(d_model), where, rule)
+
+    def tap(self, op: str, d_model: int) -> Tap:
+        """What an op changes."""
+        at = getattr(self, f"{op}_at")
+        return Tap(d_model, d_model, 1) if at == "stream" else self.body[0].taps(d_model)[at]
 
     def _check_crossing(self, path: str) -> None:
         """Raise SpecError where a layer is to look at another stream and cannot."""
@@ -141,9 +164,11 @@ class LatentSpec(LayerSpec):
         total += dense(d if self.query == "learned" else 0)
         total += linear(n, self.width, d)
         if "film" in self.inject:
-            total += linear(n, d, 2 * d)
+            total += linear(n, d, 2 * self.tap("film", d).width)
         if self.rank is not None:
-            total += linear(n, d, self.rank) + linear(n, d, self.rank) + linear(n, self.rank, d)
+            tap = self.tap("lora", d)
+            low = linear(n, tap.n_in, self.rank) + linear(n, self.rank, tap.width)
+            total += linear(n, d, self.rank) + low._replace(flops=tap.times * low.flops)
         return total
 
     def coding_flops(self, context: LayerContext, seq_len: int, batch: int) -> int:
@@ -210,12 +235,15 @@ class Latent(LayerModule):
         self.norm = Norm("rms", d, eps)
         self.read = WideLinear(d, spec.n_bits)
         self.post = nn.Linear(spec.width, d, bias=False)
-        self.film = nn.Linear(d, 2 * d, bias=False) if "film" in spec.inject else None
+        self.film = None
+        if "film" in spec.inject:
+            self.film = nn.Linear(d, 2 * spec.tap("film", d).width, bias=False)
         self.down = self.mid = self.up = None
         if spec.rank is not None:
-            self.down = nn.Linear(d, spec.rank, bias=False)
+            tap = spec.tap("lora", d)
+            self.down = nn.Linear(tap.n_in, spec.rank, bias=False)
             self.mid = nn.Linear(d, spec.rank, bias=False)
-            self.up = nn.Linear(spec.rank, d, bias=False)
+            self.up = nn.Linear(spec.rank, tap.width, bias=False)
 
     def reset_parameters(self, n_layers: int, generator: torch.Generator | None = None) -> None:
         for stack in (self.body, self.encoder):
@@ -248,8 +276,9 @@ class Latent(LayerModule):
             read = self._read_by_body(bits[:, 0] if call.step else bits, None)
         before = None if state is None else state.body
         r = self.post(read)
-        y = self._injected(x, r)
-        ran = self.body(y, before, call, memory=y + r if "kv" in self.spec.inject else None)
+        y, turns = self._injected(x, r)
+        memory = y + r if "kv" in self.spec.inject else None
+        ran = self.body(y, before, call, memory=memory, turns=(turns,))
         after = LatentState(ran.state, position[:, -1] + 1, key)
         return MixerOut(ran.x, after, add_losses(aux, ran.aux), ran.shared)
 
@@ -298,14 +327,22 @@ class Latent(LayerModule):
         soft = None if p is None else _joint(p)
         return hard if soft is None else hard + (soft - soft.detach())
 
-    def _injected(self, x: Tensor, r: Tensor) -> Tensor:
-        y = x
+    def _injected(self, x: Tensor, r: Tensor) -> tuple[Tensor, Turns]:
+        """What the body reads, and what turns its first layer."""
+        ops: list[tuple[str, Turn]] = []
         if self.film is not None:
-            factor, shift = self.film(r).chunk(2, -1)
-            y = (1 + factor) * y + shift
+            both = self.film(r)
+            ops.append((self.spec.film_at, lambda z, _: grouped(z, both, "film", z.shape[-1])))
         if self.down is not None and self.mid is not None and self.up is not None:
-            y = y + self.up(self.mid(r) * self.down(x))
-        return y + r if "add" in self.spec.inject else y
+            down, up, middle = self.down, self.up, self.mid(r)
+            ops.append((self.spec.lora_at, lambda z, x: z + up(beside(x, middle) * down(x))))
+        y, turns = x, {}
+        for at, op in ops:
+            if at == "stream":
+                y = op(y, x)
+            else:  # what stands there already acts first
+                turns[at] = op if at not in turns else chained(turns[at], op)
+        return (y + r if "add" in self.spec.inject else y), turns
 
 
 def _joint(p: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut, MixerSpec
+from kizzasi.models.parts.turns import Taps
 from kizzasi.strict import Registered, Strict, field_types, join, require
 
 Part = MixerSpec | ChannelSpec
@@ -139,6 +140,11 @@ class LayerSpec(Registered):
     def crosses(self) -> bool:
         """Whether `Stack.forward` can give it a stream for its keys and values; see `MixerSpec`."""
         return False
+
+    def taps(self, d_model: int) -> Taps:
+        """Where a layer around it may turn what it makes: of a block "norm", and see
+        `MixerSpec.taps`."""
+        return {}
 
     def reading(self: Self, source: int) -> Self:
         """The same layer with the keys and values of another; see `MixerSpec.reading`."""

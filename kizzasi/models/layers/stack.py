@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kizzasi.models.call import HERE, Call
 from kizzasi.models.layers.layer import LayerModule, LayerSpec, places
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
+from kizzasi.models.parts.turns import TURNS, Turns
 
 
 class StackOut(NamedTuple):
@@ -58,6 +59,7 @@ class Stack(nn.ModuleList):
         recompute: bool = False,
         borrowed: Sequence[Any] | None = None,
         memory: Tensor | None = None,
+        turns: Sequence[Turns] = (),
     ) -> StackOut:
         """Either form.
 
@@ -67,6 +69,7 @@ class Stack(nn.ModuleList):
             n_layers: run the first so many alone; None means all.
             recompute: keep only the input of every layer, which backward runs again.
             borrowed: what every layer lent in an earlier run, and reads again.
+            turns: of the first so many layers, what turns their norms, queries and values.
             memory: like x: what the first layer, which `crosses`, makes its keys and values of.
         """
         states: list[Any] = []
@@ -78,7 +81,9 @@ class Stack(nn.ModuleList):
         call = call.lending({("start", 0): x}) if self.lends_start else call
         for i, (layer, past) in list(enumerate(zip(self.run, before, strict=True)))[:n_layers]:
             run = partial(_recomputed, layer) if recompute else layer
-            own = {} if borrowed is None else {("kv", HERE): borrowed[i]}
+            own: dict[Any, Any] = {} if borrowed is None else {("kv", HERE): borrowed[i]}
+            if i < len(turns) and turns[i]:
+                own[TURNS] = turns[i]
             if memory is not None and i == 0:
                 own["memory", HERE] = memory
             out: MixerOut = run(x, past, call=call.lending({**call.lent, **own}) if own else call)

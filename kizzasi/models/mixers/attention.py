@@ -54,6 +54,7 @@ from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
 from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Plan, Stencil, distance
+from kizzasi.models.parts.turns import Tap, Taps, turned
 from kizzasi.strict import added, join, register, require
 
 BIASED = ("alibi", "relative")  # positions that add to scores
@@ -276,6 +277,14 @@ class AttentionSpec(MixerSpec):
     def crosses(self) -> bool:
         return not self.sources and self.qkv_rank is None and not self.value_glu
 
+    def taps(self, d_model: int) -> Taps:
+        n_in = d_model if self.qkv_rank is None else self.qkv_rank
+        width = self.width(d_model)
+        places = {"q": Tap(n_in, self.n_heads * width, self.n_heads)}
+        if self.kv_from is None:
+            places["v"] = Tap(n_in, self.kv_heads * width, self.kv_heads)
+        return places
+
     def reading(self, source: int) -> AttentionSpec:
         return replace(self, kv_from=source, memory_from=None)
 
@@ -449,11 +458,12 @@ class Attention(Mixer):
         if self.spec.gate:
             q, gate = q.unflatten(-1, (self.spec.n_heads, -1)).chunk(2, dim=-1)
             q, gate = q.flatten(-2), gate.flatten(-2)
-        q = self._heads(q, self.q_norm)
+        q = self._heads(turned(call, "q", q, parts[0]), self.q_norm)
         if self.spec.scale is not None:  # beside the usual one, which the op applies
             q = q * (self.spec.scale * self.head_dim**0.5)
         if lent is None:
             k, v = self.k_proj(parts[1]), self.v_proj(parts[2])
+            v = turned(call, "v", v, parts[2])
             v = v if self.u_proj is None else v * self.u_proj(x).sigmoid()
             k, v = self._heads(k, self.k_norm), self._heads(v, None)
         else:

@@ -23,6 +23,7 @@ from kizzasi.models.cost import Cost, dense, linear
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.parts.branches import Branches, BranchesOut, settle_all
+from kizzasi.models.parts.turns import Taps, common
 from kizzasi.strict import join, register, require
 
 
@@ -68,6 +69,11 @@ class ParallelSpec(MixerSpec):
     @property
     def causal(self) -> bool:
         return all(mixer.causal for mixer in self.mixers)
+
+    def taps(self, d_model: int) -> Taps:
+        """Of those of its mixers that have some: what they have in common."""
+        each = [taps for mixer in self.mixers if (taps := mixer.taps(d_model))]
+        return common(each) if each else {}
 
     def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
         mixers, offered = settle_all(self.mixers, offered, path)

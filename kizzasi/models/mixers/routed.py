@@ -30,6 +30,7 @@ from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.parts.branches import Branches, BranchesOut, settle_all
 from kizzasi.models.parts.gating import balance_loss, check_gate, choose
+from kizzasi.models.parts.turns import Taps, common
 from kizzasi.strict import join, register, require
 
 
@@ -96,6 +97,11 @@ class RoutedSpec(MixerSpec):
     @property
     def causal(self) -> bool:
         return all(mixer.causal for mixer in self.mixers)
+
+    def taps(self, d_model: int) -> Taps:
+        """Of those of its mixers that have some: what they have in common."""
+        each = [taps for mixer in self.mixers if (taps := mixer.taps(d_model))]
+        return common(each) if each else {}
 
     def settle(self, offered: bool, path: str = "") -> tuple[MixerSpec, bool]:
         mixers, offered = settle_all(self.mixers, offered, path)

@@ -250,8 +250,8 @@ class Source(Strict):
 
     Args:
         kind: a pooled past, one that fades ("ema"), or the last finished segment.
-        H: width of a condition, or the bits of a latent.
-        segment: tokens of one.
+        H: hidden width between a summary and what it turns, or the bits of a latent.
+        segment: tokens of a segment.
         query: of a latent: what its encoder's stream begins as, the stream or one learned vector.
         form: of a latent: a weight for each bit, or a row for each pattern of bits.
         seed: of a latent's bits where they are drawn.
@@ -275,8 +275,10 @@ class Reg(Strict):
 
 @dataclass(frozen=True)
 class Op(Strict):
-    """Where and how a condition acts, or bits are read; "proj_kv": where keys and values are made,
-    by bits that are added in the first layer alone."""
+    """Where and how a condition acts, or bits are read: on what the layer reads ("pre_mixer"), adds
+    ("post_mixer"), or becomes ("token"), on what its norms give ("ln"), on its queries ("q",
+    "proj_q") or values ("v", "proj_v"). "proj_kv": where keys and values are made, by bits that are
+    added in the first layer alone."""
 
     where: Literal[
         "pre_mixer", "post_mixer", "ln", "proj_q", "proj_v", "q", "v", "token", "proj_kv"

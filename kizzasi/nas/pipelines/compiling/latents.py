@@ -20,6 +20,12 @@ from kizzasi.nas.pipelines.parts import Cond, Op
 from kizzasi.strict import Strict
 
 READS = ("film", "lora", "add")
+TURNED = {"ln": "norm", "proj_q": "q", "q": "q", "proj_v": "v", "v": "v"}
+NOT_THERE = {
+    "norm": "this layer has no norms before its branches",
+    "q": "of this layer's mixers none is attention, or several with other queries",
+    "v": "of this layer's mixers none is attention with values of its own, or several with others",
+}
 CROSSES = "is no plain attention, which alone can look at another stream"
 
 
@@ -61,6 +67,7 @@ def latent_fields(cond: Cond | None, path: str, findings: Findings) -> dict[str,
 
 def _reading(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
     inject: list[str] = []
+    places: dict[str, str] = {}
     rank = None
     for i, op in enumerate(cond.ops):
         where = f"{path}.ops[{i}]"
@@ -74,6 +81,8 @@ def _reading(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
             findings.set(f"{where}.where", rule, "pre_mixer")
         elif op.where == "proj_kv":
             kind = "kv"
+        elif op.where in TURNED and kind != "add":
+            places[f"{kind}_at"] = TURNED[op.where]
         elif op.where != "pre_mixer":
             findings.set(f"{where}.where", f"{op.where!r}: layers read the bits first", "pre_mixer")
         if op.share not in (None, "per_channel"):
@@ -89,7 +98,7 @@ def _reading(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
                 rank = findings.set(f"{where}.r", "'lora' needs it", 4)
         elif op.r is not None:
             findings.drop(f"{where}.r", f"{op.op!r} has no rank")
-    return {"inject": inject or ["add"], "rank": rank}
+    return {"inject": inject or ["add"], "rank": rank, **places}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Bits:
     path: str
 
 
-def latent(body: list[Any], bits: Bits, findings: Findings) -> Any:
+def latent(body: list[Any], bits: Bits, d_model: int, findings: Findings) -> Any:
     """The layer: its body reads what its encoder chooses."""
     given, encoder, path = bits.given, bits.encoder, bits.path
     if "kv" in given["inject"] and not body[0].crosses:
@@ -120,6 +129,13 @@ def latent(body: list[Any], bits: Bits, findings: Findings) -> Any:
     if given.get("query") == "learned" and not encoder[0].crosses:
         rule = f"the first layer of the encoder {CROSSES}"
         given = {**given, "query": findings.set(f"{path}.source.query", rule, "stream")}
+    for name in ("film_at", "lora_at"):
+        at = given.get(name, "stream")
+        if at != "stream" and at not in body[0].taps(d_model):
+            i = next(i for i, op in enumerate(bits.ops) if f"{op.op}_at" == name)
+            rule = f"{bits.ops[i].where!r}: {NOT_THERE[at]}"
+            findings.set(f"{path}.ops[{i}].where", rule, "pre_mixer")
+            given = {**given, name: "stream"}
     stacks = {
         "body": [one.to_dict() for one in body],
         "encoder": [one.to_dict() for one in encoder],
@@ -141,13 +157,13 @@ def encoder_of(layers: list[Any], path: str, findings: Findings) -> list[Any]:
     return found
 
 
-def halved(layers: list[Any], cond: Cond, path: str, findings: Findings) -> list[Any]:
+def halved(layers: list[Any], cond: Cond, d_model: int, path: str, findings: Findings) -> list[Any]:
     """A stack whose upper half reads the bits of an encoder between the halves."""
     half = len(layers) // 2
     encoder = encoder_of(layers[-1:], f"{path}.reg", findings)
     given = latent_fields(cond, path, findings)
     bits = Bits(encoder or layers[-1:], given, cond.ops, path)
-    return [*layers[:half], latent(layers[half:], bits, findings)]
+    return [*layers[:half], latent(layers[half:], bits, d_model, findings)]
 
 
 def _attention(mixer: Any) -> Any:

@@ -47,7 +47,9 @@ def layers_of(stack: Stack, frame: Frame, findings: Findings) -> list[Any] | Non
         n = findings.set(f"{path}.n_layers", "it is needed", 1)
     if block is None:
         return None
-    return arranged([block] * n, stack, path, findings)
+    d_model = frame.model.d_model or stack.d_model
+    assert d_model is not None, "a block has a width"
+    return arranged([block] * n, stack, d_model, path, findings)
 
 
 def block_of(stack: Stack, frame: Frame, findings: Findings) -> BlockSpec | None:

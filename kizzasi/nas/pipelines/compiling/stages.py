@@ -214,7 +214,8 @@ class Line:
         for name in (*stage.inputs, *stage.kv_from, *stage.mem_from):
             if name in self.latents:
                 bits = self.latents[name]
-                layers = [latent(layers, bits, self.findings)] if bits.encoder else layers
+                width, found = self.arch.d_model or 1, self.findings
+                layers = [latent(layers, bits, width, found)] if bits.encoder else layers
         self.layers += layers
         if module.budget is not None or stage.budget is not None:
             flops = self._flops(layers)

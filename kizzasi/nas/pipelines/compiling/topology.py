@@ -12,11 +12,12 @@ As there is no order between a recurrence and a hierarchy, a stack has one of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from kizzasi.models import LayerSpec
 from kizzasi.nas.pipelines.compiling.channels import NORMS
-from kizzasi.nas.pipelines.compiling.latents import halved, is_latent
+from kizzasi.nas.pipelines.compiling.latents import NOT_THERE, TURNED, halved, is_latent
 from kizzasi.nas.pipelines.document import (
     DepthRouter,
     Hierarchy,
@@ -30,20 +31,28 @@ from kizzasi.nas.pipelines.misfits import DROP, Findings
 from kizzasi.nas.pipelines.parts import Cond, Op
 
 PLACES = {"pre_mixer": "in", "post_mixer": "out", "token": "stream"}
-NORMS_ALONE = "inside attention and norms there is no condition"
+DEFAULT_SEGMENT = 64
 
 
-def arranged(layers: list[Any], stack: Stack, path: str, findings: Findings) -> list[Any]:
+def arranged(
+    layers: list[Any], stack: Stack, d_model: int, path: str, findings: Findings
+) -> list[Any]:
     """The layers of a stack with its topologies around them."""
     if stack.cond is not None and is_latent(stack.cond):
         others = (stack.depth_router, stack.recurrence, stack.hierarchy)
         if all(other is None for other in others):
-            return halved(layers, stack.cond, f"{path}.cond", findings)
+            return halved(layers, stack.cond, d_model, f"{path}.cond", findings)
         rule = "a latent parts a stack in two, and so do a depth_router, recurrence, or hierarchy"
         findings.drop(f"{path}.cond", rule, "leave one out, or give each a module")
     elif stack.cond is not None:
+        summary = _summary(stack.cond, f"{path}.cond", findings)
         heads = _heads(stack)
-        layers = [_conditioned(one, stack.cond, heads, f"{path}.cond", findings) for one in layers]
+        turns = [
+            _Turn(op, heads, d_model, f"{path}.cond.ops[{i}]")
+            for i, op in enumerate(stack.cond.ops)
+        ]
+        for turn in turns:
+            layers = [_turned(one, turn, summary, findings) for one in layers]
     if stack.depth_router is not None:
         layers = _routed(layers, stack.depth_router, f"{path}.depth_router", findings)
     if stack.recurrence is not None and stack.hierarchy is not None:
@@ -72,47 +81,59 @@ def _heads(stack: Stack) -> int | None:
     return next((heads for m in mixers if (heads := getattr(m, "heads", None))), None)
 
 
-def _conditioned(one: Any, cond: Cond, heads: int | None, path: str, findings: Findings) -> Any:
+def _summary(cond: Cond, path: str, findings: Findings) -> dict[str, Any]:
+    """The fields of a condition that say what it is made of."""
     source = cond.source
-    if source is not None and source.kind == "segment":
-        rule = "a segment would have to end before it is read; the past is pooled token by token"
-        findings.add(
-            f"{path}.source.kind",
-            rule,
-            "give pool-mlp",
-            (f"{path}.source.kind", "pool-mlp"),
-            (f"{path}.source.segment", DROP),
-        )
-    elif source is not None and source.segment is not None:
-        findings.drop(f"{path}.source.segment", f"{source.kind!r} has no segments")
     for name in ("query", "form", "seed"):
         if source is not None and getattr(source, name) is not None:
             findings.drop(f"{path}.source.{name}", "a summary has no bits; freebits make a latent")
-    if source is not None and source.H is not None:
-        findings.drop(f"{path}.source.H", "the summary is as wide as the stream")
     if cond.reg is not None:
         rule = "a summary of the past is known, so there are no bits to pay for"
         findings.drop(f"{path}.reg", rule, "leave it out, or give freebits for a latent")
     if not cond.ops:
         findings.add(f"{path}.ops", "it is needed", "give an op, or leave cond out", (path, DROP))
-    fades = "ema" if source is not None and source.kind == "ema" else None
-    for i, op in enumerate(cond.ops):
-        one = _turned(one, op, heads, fades, f"{path}.ops[{i}]", findings)
-    return one
+    if source is None:
+        return {}
+    if source.kind == "segment":
+        tokens = source.segment
+        if tokens is None:
+            where = f"{path}.source.segment"
+            tokens = findings.set(where, "'segment' needs its tokens", DEFAULT_SEGMENT)
+        return {"source": "segment", "segment": tokens, "hidden": source.H}
+    if source.segment is not None:
+        findings.drop(f"{path}.source.segment", f"{source.kind!r} has no segments")
+    return {"source": "ema" if source.kind == "ema" else None, "hidden": source.H}
 
 
-def _turned(
-    one: Any, op: Op, heads: int | None, source: str | None, path: str, findings: Findings
-) -> Any:
-    if op.where not in PLACES:
-        findings.set(f"{path}.where", f"{op.where!r}: {NORMS_ALONE}", "pre_mixer")
-    rank = op.r
+@dataclass(frozen=True)
+class _Turn:
+    """An op, the heads of the mixer if it has some, the width of the stream, and where it is."""
+
+    op: Op
+    heads: int | None
+    d_model: int
+    path: str
+
+
+def _turned(one: Any, turn: _Turn, summary: dict[str, Any], findings: Findings) -> Any:
+    op, path, heads = turn.op, turn.path, turn.heads
+    at = PLACES.get(op.where) or TURNED.get(op.where)
+    if at is None:
+        rule = f"{op.where!r}: bits are added where keys and values are made, and no summary"
+        at = PLACES[findings.set(f"{path}.where", rule, "pre_mixer")]
+    elif at not in PLACES.values():
+        tap = one.taps(turn.d_model).get(at)
+        if tap is None:
+            rule = f"{op.where!r}: {NOT_THERE[at]}"
+            at = PLACES[findings.set(f"{path}.where", rule, "pre_mixer")]
+        elif at != "norm":
+            heads = tap.n_heads
+    rank, groups = op.r, None
     if op.op == "lora":
         if op.share is not None:
             findings.drop(f"{path}.share", "'lora' shares by its rank")
         if rank is None:
             rank = findings.set(f"{path}.r", "'lora' needs it", 4)
-        groups = None
     else:
         if rank is not None:
             findings.drop(f"{path}.r", f"{op.op!r} has no rank")
@@ -120,8 +141,7 @@ def _turned(
             findings.set(f"{path}.share", "no mixer has heads", "per_channel")
         groups = {"global": 1, "per_head": heads}.get(op.share or "")
         rank = None
-    at = PLACES.get(op.where, "in")
-    return layer("condition", [one], op=op.op, at=at, source=source, groups=groups, rank=rank)
+    return layer("condition", [one], op=op.op, at=at, groups=groups, rank=rank, **summary)
 
 
 # ------------------------------------------------------------------------- depth

@@ -16,6 +16,7 @@ SLOWER = ("downsample", "chunked")
 READ = {how: {"where": "pre_mixer", "op": how} for how in ("film", "lora", "add")}
 READ["kv"] = {"where": "proj_kv", "op": "add"}
 WHERE = {at: where for where, at in PLACES.items()}
+WHERE |= {"norm": "ln", "q": "q", "v": "v"}
 
 
 def folded(layers: list[Any]) -> tuple[list[BlockSpec], dict[str, Any]] | None:
@@ -43,7 +44,12 @@ def latent_words(layer: Any) -> dict[str, Any]:
     source = {"kind": "pool-mlp", "H": layer.n_bits, "seed": layer.seed or None}
     source |= {"query": query if query != "stream" else None}
     source |= {"form": form if form != "factored" else None}
-    ops = [given({**READ[how], "r": layer.rank if how == "lora" else None}) for how in layer.inject]
+    ops = []
+    for how in layer.inject:
+        op = {**READ[how], "r": layer.rank if how == "lora" else None}
+        if (at := getattr(layer, f"{how}_at", "stream")) != "stream":
+            op["where"] = WHERE[at]
+        ops.append(given(op))
     reg = {"kind": "freebits", "kappa": layer.free_bits}
     return {"source": given(source), "reg": reg, "ops": ops}
 
@@ -99,11 +105,14 @@ def _router(layers: list[Any]) -> tuple[list[Any], dict[str, Any]]:
 
 def _conditions(layers: list[Any]) -> tuple[list[Any], dict[str, Any]]:
     ops: list[dict[str, Any]] = []
-    source = layers[0].source if layers[0].kind == "condition" else "mean"
+    first = layers[0]
+    kind = getattr(first, "source", "mean")
+    source = {"kind": "pool-mlp" if kind == "mean" else kind}
+    source |= {"H": getattr(first, "hidden", None), "segment": getattr(first, "segment", None)}
     while all(one.kind == "condition" and len(one.body) == 1 for one in layers):
         op: dict[str, Any] = {"where": WHERE[layers[0].at], "op": layers[0].op}
         groups = layers[0].groups
         share = None if groups is None else "global" if groups == 1 else "per_head"
         ops.insert(0, {**op, **given({"share": share, "r": layers[0].rank})})
         layers = [one.body[0] for one in layers]
-    return layers, {"source": {"kind": "ema" if source == "ema" else "pool-mlp"}, "ops": ops}
+    return layers, {"source": given(source), "ops": ops}

@@ -65,7 +65,10 @@ def recurrence_curriculum(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
 def condition(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
     """A layer is turned by a summary of the past, or no longer."""
     op = rng.choice(("film", "add", "scale", "lora"))
-    around = {"op": op, "at": rng.choice(("in", "out")), "rank": 2 if op == "lora" else None}
+    source = rng.choice(("mean", "ema", "segment"))
+    around = {"op": op, "at": rng.choice(("in", "out", "norm", "q", "v")), "source": source}
+    around |= {"rank": 2 if op == "lora" else None, "hidden": rng.choice((None, 8))}
+    around |= {"segment": rng.choice((8, 32)) if source == "segment" else None}
     return _around(spec, rng, "condition", around)
 
 
@@ -78,7 +81,9 @@ def latent(spec: ModelSpec, rng: Xorshift64) -> ModelSpec:
         body: Any = blocks[i]
         return spec.replace(blocks=(*blocks[:i], *body.body, *blocks[i + 1 :]))
     i = rng.choice(range(len(blocks)))
-    ways = [{"inject": ["add"]}, {"inject": ["film", "lora"], "rank": 4}]
+    ways: list[dict[str, Any]] = [{"inject": ["add"]}, {"inject": ["film", "lora"], "rank": 4}]
+    for at in blocks[i].taps(spec.d_model):
+        ways.append({"inject": ["film", "lora"], "rank": 4, "lora_at": at})
     if blocks[i].crosses:
         ways.append({"inject": ["kv"], "query": "learned"})
     heads = [n for n in (8, 4, 2, 1) if spec.d_model % (2 * n) == 0]
