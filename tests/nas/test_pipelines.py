@@ -126,6 +126,12 @@ REFUSED = [  # path, value, what is said, and what the repair leaves there; - fo
     ),
     (
         "arch.pos.rope.scaling",
+        {"type": "linear", "factor": 2.0, "longrope": {"divisors": [2.0]}},
+        "longrope: 'linear' does not read it",
+        {"type": "linear", "factor": 2.0},
+    ),
+    (
+        "arch.pos.rope.scaling",
         {"type": "longrope", "factor": 4.0},
         "a divisor for each pair of rotated entries",
         {"type": "longrope", "factor": 4.0, "longrope": {"divisors": [1.0]}},

@@ -212,6 +212,16 @@ def test_choices_are_counted_from_the_spec():
     assert choices_of(entry["spec"]) == wanted
 
 
+def test_the_table_of_candidates_has_the_columns_that_say_something():
+    head, *rows = tables(summary_of("complete"))[0].rows
+    known = ["rank", "architecture", "group", "params"]
+    after = ["tokens", "bits/byte", "tok/s", "state 1k"]
+    assert head == [*known, "estimated", "proxy", *after]
+    assert {len(row) for row in rows} == {len(head)}
+    assert tables(summary_of("evolved"))[0].rows[0] == [*known, *after]
+    assert tables(summary_of("empty"))[0].rows == [[*known, "estimated", "proxy", *after]]
+
+
 def test_standings_follow_the_result_and_equal_those_without_it():
     events = CASES["complete"]
     summary = summarise(events)

@@ -252,6 +252,7 @@ def test_mqar_keys_and_values_are_distinct_and_come_from_their_halves():
         (lambda: MQAR(seq_len=65), "must be even"),
         (lambda: MQAR(power_a=0.0), "power_a=0.0"),
         (lambda: Parity(min_len=0), "min_len=0"),
+        (lambda: InContextRecall(noise=1.0), "noise=1.0 must lie"),
         (lambda: Parity(seq_len=2), "seq_len=2 must be at least 3"),
         (lambda: Parity().sample(0, 0), "batch_size=0"),
     ],
