@@ -52,7 +52,9 @@ def test_help_has_an_example_and_the_common_options(capsys, verb):
 
 def test_doctor_names_every_op_and_tests_itself(capsys):
     found = json.loads(output(capsys, "doctor", "--json", "--no-speed"))
-    assert {"attention", "linear", "selective_scan", "wkv7"} <= found["engines"].keys()
+    known = {"attention", "eml_descent", "linear", "selective_scan", "wkv7"}
+    assert known <= found["engines"].keys()
+    assert {"eml_descent", "mamba"} <= found["self_test"].keys()
     assert set(found["engines"].values()) <= {"torch", "native"}
     assert found["kernels"].startswith("absent") or found["engines"]["selective_scan"] == "native"
     assert max(found["self_test"].values()) < 1e-9

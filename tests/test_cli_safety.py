@@ -208,6 +208,11 @@ def test_everything_is_checked_before_the_first_step(capsys, place, monkeypatch)
         capsys, "search", "--data", "text", "--space", "space.json", "--out", "a/b", *SEARCH,
         "--params", 30, "--band", 1e-9,
     )  # fmt: skip
+    spent = ["--space", "space.json", *SEARCH, "--search-tokens", 64, "--scheduler", "asha"]
+    for more in ([], ["--dry-run"]):
+        line = refusal(capsys, "search", "--data", "text", "--out", "a/b", *spent, *more)
+        assert "search_tokens: 64 leave nothing" in line
+    assert "lr: inf" in refusal(capsys, *train("--lr", "inf", out="a/b"))
     assert not (place / "a").exists()
 
 

@@ -12,9 +12,12 @@ import pkgutil
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kizzasi.cli.common import check_device, columns
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Layers that between them use every op with compiled kernels, at a width of 32.
 SELF_TEST: dict[str, dict[str, Any]] = {
@@ -44,7 +47,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "threads": torch.get_num_threads(),
         "kernels": kernels(),
         "engines": {name: op.resolve("auto", torch.device(args.device)) for name, op in tables()},
-        "self_test": {kind: agreement(kind, args.device) for kind in SELF_TEST},
+        "self_test": {
+            **{kind: agreement(kind, args.device) for kind in SELF_TEST},
+            "eml_descent": descent_agreement(args.device),
+        },
         "speed": {} if args.no_speed else speed(args.device),
     }
     return result, report(result)
@@ -60,14 +66,15 @@ def kernels() -> str:
 
 
 def tables() -> list[tuple[str, Any]]:
-    """Every op's table of engines."""
+    """Every op's table of engines, and that of EML's descent."""
     import kizzasi.models.ops as ops
+    from kizzasi.eml.core.descent import DESCENT
     from kizzasi.models.ops.engines import Engines
 
     names = [module.name for module in pkgutil.iter_modules(ops.__path__) if not module.ispkg]
     modules = [importlib.import_module(f"{ops.__name__}.{name}") for name in names]
     found = {id(v): v for m in modules for v in vars(m).values() if isinstance(v, Engines)}
-    return sorted((op.op, op) for op in found.values())
+    return sorted((op.op, op) for op in (*found.values(), DESCENT))
 
 
 def agreement(kind: str, device: str) -> float:
@@ -87,10 +94,29 @@ def agreement(kind: str, device: str) -> float:
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
         grads = torch.autograd.grad((y * weights).sum(), [*layer.parameters()], allow_unused=True)
         results.append([y.detach(), *(g for g in grads if g is not None)])
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-        for a, b in zip(*results, strict=True)
-    )
+    return max(map(_apart, *results))
+
+
+def descent_agreement(device: str) -> float:
+    """The same of EML's descent: of the parameters and errors that its trials end at."""
+    import torch
+
+    from kizzasi.eml import EndToEndTrainConfig, ToyEmlAttention
+    from kizzasi.eml.core.descent import DESCENT, draw_trials
+
+    x = torch.rand(6, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for engine in ("auto", "reference"):
+        model = ToyEmlAttention("doctor", 4, 2, 6, 3).to(device)
+        trials = draw_trials(EndToEndTrainConfig(trials=80), 1, model.param_count, "fixed")
+        descend = DESCENT.pick(engine, torch.device(device))
+        *errors, _ = descend(model, x.to(device), x.flip(1).to(device), *trials)
+        results.append([torch.tensor(errors), *(p.detach() for p in model.parameters())])
+    return max(map(_apart, *results))
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
 def speed(device: str) -> dict[str, float]:

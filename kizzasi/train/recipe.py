@@ -76,8 +76,9 @@ class Recipe:
     def check(self) -> None:
         """Raises SpecError naming the value and the rule."""
         for name in ("horizon", "seq_len", "batch_size", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f"{name}: {getattr(self, name)} must be above 0")
+            value = getattr(self, name)
+            if not value > 0 or (value == math.inf and name != "clip"):
+                raise SpecError(f"{name}: {value} must be above 0, and finite")
         if self.precision not in PRECISIONS:
             raise SpecError(
                 f"precision: {self.precision!r} {unknown_name(self.precision, PRECISIONS)}"

@@ -16,6 +16,7 @@ from kizzasi.cli import main  # noqa: E402
 from kizzasi.cli.generate import Text  # noqa: E402
 from kizzasi.errors import CheckpointError, DataError  # noqa: E402
 from kizzasi.models import load  # noqa: E402
+from kizzasi.models.checkpoints import spec_of  # noqa: E402
 from kizzasi.models.checkpoints.gguf.blocks import TYPES, dequantize  # noqa: E402
 from kizzasi.models.checkpoints.gguf.container import open_gguf  # noqa: E402
 from kizzasi.models.checkpoints.quantized import LevelTensor, QuantizedHead, QuantizedLinear  # noqa: E402
@@ -318,6 +319,15 @@ def test_hostile_files_are_named(file, tmp_path, at, replacement, message):
         load(edited(file, tmp_path, at, replacement))
 
 
+def test_a_spec_is_told_of_a_file_alone_that_has_its_tensors(file, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        spec_of(tmp_path / "cut.gguf")
+    extra = write(tmp_path / "c.gguf", tiny(), extra=[("odd.weight", np.ones(3, np.float32))])
+    with pytest.raises(CheckpointError, match=r"unexpected odd\.weight"):
+        spec_of(extra)
+
+
 def test_other_architectures_and_keys_are_refused(file, tmp_path):
     other = edited(file, tmp_path, b"general.architecture", struct.pack("<IQ5s", 8, 5, b"gemma"))
     with pytest.raises(CheckpointError, match="architecture 'gemma' is not supported; only llama"):
@@ -405,6 +415,9 @@ def test_llama3s_tokenizer_takes_three_digits_at_once_and_keeps_whole_words(tmp_
 def test_tokenizer_refusals(file, tmp_path):
     with pytest.raises(CheckpointError, match="that splits text like 'smolxx' is not supported"):
         load_tokenizer(edited(file, tmp_path, b"smol", b"xx"), 288)
+    numbers = struct.pack("<IIQ", 9, 0, 37)  # the bytes that the three texts took
+    with pytest.raises(CheckpointError, match="merges: expected texts"):
+        load_tokenizer(edited(file, tmp_path, b"tokenizer.ggml.merges", numbers), 288)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json there"):
         load_tokenizer(tmp_path, 49152)
     (tmp_path / "config.json").write_text("{}")

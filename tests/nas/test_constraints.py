@@ -7,6 +7,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, mixers
 from kizzasi.nas import spaces
 from kizzasi.nas.searchers import TPE, Grid, RegularizedEvolution, run
+from kizzasi.nas.spaces import ModelSpace, constraints
 from kizzasi.nas.spaces import device_cost as module
 from kizzasi.nas.spaces.constraints import Constraints, Feasible, latency_ms, peak_memory_bytes
 from kizzasi.nas.spaces.families import ArchSearchSpace
@@ -165,11 +166,32 @@ def test_sizes_count_the_feasible():
     assert space.refused.total() + space.admitted == whole.size
 
 
+def few() -> ModelSpace:
+    """24 models."""
+    layer = {"kind": "mamba", "d_state": spaces.choice(4, 8)}, {"kind": "attention", "n_heads": 2}
+    block = {"mixer": spaces.choice(*layer)}
+    frame = {"d_model": spaces.choice(16, 24), "stem": {"kind": "tokens", "vocab_size": 9}}
+    return ModelSpace({**frame, "blocks": spaces.repeat(block, 1, 2)})
+
+
+class Counting(ModelSpace):
+    drawn = 0
+
+    def sample(self, rng):
+        self.drawn += 1
+        return super().sample(rng)
+
+
+def counted(space: ModelSpace) -> Feasible:
+    return Feasible(Counting(space.template), Constraints(params=10))
+
+
 def test_an_empty_space_says_why():
-    space = Feasible(spaces.tiny(Tokens(9)), Constraints(params=10), stem=Tokens(9))
-    with pytest.raises(SpecError, match=r"none of 4000 samples.*refused by rule: params \d+"):
+    space, draws = counted(few()), few().size
+    with pytest.raises(SpecError, match=f"none of {draws} candidates.*by rule: params {draws}\\)"):
         space.sample(Xorshift64(1))
-    candidate = spaces.tiny().sample(Xorshift64(1))
+    assert space.space.drawn == constraints.TRIES
+    candidate = few().sample(Xorshift64(1))
     assert space.mutate(candidate, Xorshift64(1), 1.0) == candidate
     assert space.crossover(candidate, candidate, Xorshift64(1)) == candidate
     with pytest.raises(SpecError, match="breaks"):
@@ -182,3 +204,18 @@ def test_a_narrow_band_never_ends_a_search_that_has_begun():
     known = space.sample(Xorshift64(1))
     space.admits = lambda candidate: False
     assert space.sample(Xorshift64(2)) == known
+
+
+def test_of_a_large_empty_space_so_many_candidates_say_enough(monkeypatch):
+    monkeypatch.setattr(constraints, "ENOUGH", 100)
+    space = counted(spaces.tiny())
+    with pytest.raises(SpecError, match=r"none of \d+ candidates"):
+        space.sample(Xorshift64(1))
+    assert space.space.drawn == constraints.TRIES
+
+
+def test_the_rare_candidate_of_a_small_space_is_found(monkeypatch):
+    space, rare = few(), few().iterate()[-1]
+    monkeypatch.setattr(space, "sample", lambda rng: few().iterate(1)[0])
+    params = rare.spec.cost(1).params
+    assert Feasible(space, Constraints(params=(params, params))).sample(Xorshift64(1)) == rare

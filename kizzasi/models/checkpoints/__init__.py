@@ -74,7 +74,8 @@ def load(
 
 
 def spec_of(path: str | os.PathLike[str]) -> ModelSpec:
-    """The architecture of a checkpoint, as `load` would build it. No weights are read.
+    """The architecture of a checkpoint, as `load` would build it. No weights are read; those of a
+    foreign format are there, by name and shape.
 
     Raises:
         CheckpointError: as for `load`.
@@ -83,7 +84,12 @@ def spec_of(path: str | os.PathLike[str]) -> ModelSpec:
     kind = _kind(path)
     if kind is native:
         return native.read_spec(path / native.CONFIG)
-    return gguf.recognise(path).spec if kind is gguf else foreign.recognise(path)[1]
+    if kind is gguf:
+        family, spec, storage, _ = gguf.recognise(path)
+    else:
+        family, spec, storage = foreign.recognise(path)
+    foreign.require_tensors(path, family, spec, storage)
+    return spec
 
 
 def _kind(path: Path) -> ModuleType:

@@ -310,6 +310,20 @@ def _fit(
     path: Path, family: Family, spec: ModelSpec, meta: SequenceModel, storage: Storage
 ) -> list[Link]:
     """The links of the layout that fits best, after all that is wrong with it was raised."""
+    if spec.tie_head and family.tied is not None and family.tied[0] in storage:
+        _check_twin(path, *family.tied, storage)
+    return _matched(path, family, spec, meta, storage)
+
+
+def require_tensors(path: Path, family: Family, spec: ModelSpec, storage: Storage) -> None:
+    """Raise CheckpointError unless the names, shapes and dtypes are those of the spec's model."""
+    _matched(path, family, spec, empty(spec, path, None, "auto"), storage)
+
+
+def _matched(
+    path: Path, family: Family, spec: ModelSpec, meta: SequenceModel, storage: Storage
+) -> list[Link]:
+    """As `_fit`; no value is looked at."""
     ours = meta.state_dict()
     patterns = [re.escape(name).replace(r"\#", r"\d+") for name in family.ignored]
     ignored = re.compile("|".join(patterns) or "(?!)")
@@ -318,9 +332,8 @@ def _fit(
         layer = re.compile(re.escape(family.surplus).replace(r"\#", r"(\d+)"))
         beyond = [n for n in given if (m := layer.match(n)) and int(m[1]) >= len(spec.blocks)]
         given = {name: shape for name, shape in given.items() if name not in beyond}
-    if spec.tie_head and family.tied is not None and family.tied[0] in given:
-        _check_twin(path, *family.tied, storage)
-        del given[family.tied[0]]
+    if spec.tie_head and family.tied is not None:
+        given.pop(family.tied[0], None)
     best: tuple[tuple[int, int], list[Link], dict[str, tuple]] | None = None
     for rules in family.layouts(spec):
         links = apply(rules, list(ours))

@@ -29,6 +29,7 @@ ANALYTIC = ("params", "active_params", "flops_per_token", "state_bytes")
 MEASURED = ("latency_ms", "peak_memory_bytes")
 TRIES = 200  # draws of a feasible candidate before a move gives up
 PATIENCE = 20  # times as many, before the first is found
+ENOUGH = 4_000  # different candidates refused, none admitted: as good as all of them
 
 
 class Refusal(NamedTuple):
@@ -218,17 +219,22 @@ class Feasible(Generic[C]):
         """Draw until a candidate is feasible.
 
         After 200 draws in vain, one that was admitted before; while there is none, SpecError after
-        4,000.
+        4,000 draws or different candidates, or at once if the space has no more and none fits.
         """
         for _ in range(PATIENCE):
             for _ in range(TRIES):
                 fit = self.repaired(self.space.sample(rng))
                 if fit is not None:
                     return fit
+            small = not self.admitted and self.space.size <= ENOUGH
+            if small:
+                self.iterate()  # which judges all there are
             if known := [candidate for candidate, fit in self._judged.items() if fit]:
                 return rng.choice(known)
+            if small or len(self._judged) >= ENOUGH:
+                break
         raise SpecError(
-            f"constraints: none of {PATIENCE * TRIES} samples keeps them ({self.report()}); "
+            f"constraints: none of {len(self._judged):,} candidates keeps them ({self.report()}); "
             "widen the bounds or change the space"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -179,11 +180,11 @@ class SearchConfig(Strict):
             (0 < self.band < 1, f"band: {self.band} is outside (0, 1)"),
             (0 < self.keep < 1, f"keep: {self.keep} is outside (0, 1)"),
             (self.rungs and rising, f"rungs: {self.rungs} must be rising token counts"),
-            (self.lrs is None or min(self.lrs, default=0) > 0, f"lrs: {self.lrs} must be positive"),
+            (_are_rates(self.lrs), f"lrs: {self.lrs} must be positive and finite"),
             (
                 self.matrix_lrs is None
-                or (self.optimizer == "muon" and min(self.matrix_lrs, default=0) > 0),
-                f"matrix_lrs: {self.matrix_lrs} must be positive, and are of muon alone",
+                or (self.optimizer == "muon" and _are_rates(self.matrix_lrs)),
+                f"matrix_lrs: {self.matrix_lrs} must be positive, finite, and are of muon alone",
             ),
             (
                 self.side_by_side is None or self.side_by_side > 0,
@@ -223,6 +224,10 @@ class SearchConfig(Strict):
             ok = self.scheduler in ONE_AFTER_ANOTHER and self.search_tokens > 0
             rule = f"needs a positive number, and a scheduler of {', '.join(ONE_AFTER_ANOTHER)}"
             require(ok, "search_tokens", f"{self.search_tokens} with {self.scheduler}: {rule}")
+
+
+def _are_rates(lrs: tuple[float, ...] | None) -> bool:
+    return lrs is None or (bool(lrs) and all(0 < lr < math.inf for lr in lrs))
 
 
 def usual_rates(optimizer: Optimizer, n_params: int) -> tuple[float, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from kizzasi.models import ModelSpec
 from kizzasi.nas.evaluators.evaluator import Job
 from kizzasi.nas.evaluators.micro_training import MicroTrain
+from kizzasi.nas.study.candidates import baseline_entries
 from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.named import plan_of
 from kizzasi.train.open import open_task
@@ -59,6 +61,8 @@ def outline(
     plan = plan_of(config, task, space)
     plan.check()
     plan.check_steps()
+    rules = replace(plan.constraints, device=device)
+    plan.check_budget(len(baseline_entries(plan.baselines, rules)))
     n, presets = config.n_candidates, len(plan.baselines)
     if config.searcher == "proxy":
         n = config.n_best + config.n_random + config.n_outside

@@ -146,6 +146,15 @@ class Plan:
                 "lower batch_size or seq_len, or raise the rungs and the budget of the finals"
             )
 
+    def check_budget(self, n_baselines: int) -> None:
+        """Raises SpecError if the baselines that keep the rules alone spend the budget."""
+        first = sum(sum(self.scheduler.budgets(i)[:1]) for i in range(n_baselines))
+        if self.budget is not None and self.budget <= first:
+            raise SpecError(
+                f"search_tokens: {self.budget:,} leave nothing to candidates, since {n_baselines} "
+                f"baselines take {first:,} first; give several times as many"
+            )
+
     @property
     def budgets(self) -> tuple[int, ...]:
         """All budgets that the scheduler knows, rising: the rungs."""

@@ -72,6 +72,7 @@ class Run:
     def _schedule(self) -> Schedule[Entry]:
         plan = self.plan
         usual = baseline_entries(plan.baselines, self.rules)
+        plan.check_budget(len(usual))
         streams = plan.side_by_side is None and isinstance(plan.searcher, Streaming)
         if isinstance(plan.searcher, ProxyPool):
             searcher = Given([*usual, *plan.searcher.entries(plan.space, self.rules, plan.stem)])

@@ -201,9 +201,10 @@ def from_gguf(
         kinds = [1] * count if types is None else list(types)
     except TypeError as error:
         raise CheckpointError(f"{where}: {KEY}token_type: expected numbers; damaged") from error
-    if not _texts(merges or []):
+    merges = [] if merges is None else merges
+    if not _texts(merges):
         raise CheckpointError(f"{where}: {KEY}merges: expected texts; damaged")
-    pairs = [tuple(merge.split(" ")) for merge in merges or ()]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
     if not (_texts(tokens) and len(kinds) == len(tokens) == len(set(tokens))):
         raise CheckpointError(f"{where}: {KEY}tokens: missing, doubled, or without a type; damaged")
     known = set(tokens)
