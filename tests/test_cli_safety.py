@@ -397,6 +397,7 @@ def test_a_read_only_disk_loses_nothing_and_shows_what_is_there(capsys, place, r
     assert "Read-only file system" in refusal(capsys, "convert", "run", "new")
     assert "Read-only file system" in refusal(capsys, "export", "found", "--out", "new")
     assert "complete" in run(capsys, "report", "found")
+    assert "complete" in run(capsys, "report", "found", "--watch", 0.1)
     for words in (["info", "found"], ["generate", "found", "--tokens", 2], ["validate", "found"]):
         run(capsys, *words)
     run(capsys, "score", "run", "--data", "text", *SHAPE, "--score-windows", 2)

@@ -11,6 +11,7 @@ import argparse
 import errno
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,10 @@ from kizzasi.errors import SpecError, StudyError
 from kizzasi.files import is_held
 
 if TYPE_CHECKING:
+    from kizzasi.nas.results.finals import Event
     from kizzasi.nas.results.summary import Summary
 
+FILES = ("report.md", "report.html")
 NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)  # a run of somebody else's
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -42,30 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from kizzasi.nas.report.other_tools import to_tensorboard
-    from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
-    from kizzasi.nas.results.summary import summarise
     from kizzasi.nas.study.journal import read_run
 
+    if args.watch is not None and not args.watch > 0:
+        raise SpecError(f"--watch {args.watch:g}: give a number of seconds above 0")
     folder = Path(args.run)
     out = Path(args.out or folder)
     if args.out:
         out.mkdir(parents=True, exist_ok=True)
-    files = [str(out / name) for name in ("report.md", "report.html")]
-    if args.watch is None:
-        events = read_run(folder / "journal.jsonl")
-        try:
-            summary = write_report(out, events)
-        except StudyError as error:
-            cause = error.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in NOT_OURS:
-                raise
-            print(f"{out}: {cause.strerror}; --out writes the report elsewhere", file=sys.stderr)
-            summary, files = summarise(events), []
-    elif args.watch > 0:
-        summary = _watch(folder, out, args.watch, quiet=args.json)
-    else:
-        raise SpecError(f"--watch {args.watch:g}: give a number of seconds above 0")
+    summary, files = _write(out, read_run(folder / "journal.jsonl"))
+    if args.watch is not None:
+        summary = _watch(folder, out if files else None, summary, args.watch, quiet=args.json)
     if args.tensorboard:
         to_tensorboard(folder, Path(args.tensorboard))
     best = summary.best
@@ -82,15 +73,32 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, screen + "\n".join(files)
 
 
-def _watch(folder: Path, out: Path, pause: float, *, quiet: bool) -> Summary:
+def _write(out: Path, events: Sequence[Event]) -> tuple[Summary, list[str]]:
+    """What is known, and the files that say it; none, which is said, where it is not ours to
+    write."""
+    from kizzasi.nas.report.pages import write_report
+    from kizzasi.nas.results.summary import summarise
+
+    try:
+        return write_report(out, events), [str(out / name) for name in FILES]
+    except StudyError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in NOT_OURS:
+            raise
+        print(f"{out}: {cause.strerror}; --out writes the report elsewhere", file=sys.stderr)
+        return summarise(events), []
+
+
+def _watch(
+    folder: Path, out: Path | None, summary: Summary, pause: float, *, quiet: bool
+) -> Summary:
     """Show the state again and again until the search is complete or the user has seen enough."""
     from kizzasi.nas.report.pages import write_report
     from kizzasi.nas.report.status import pace_of, status
+    from kizzasi.nas.results.summary import summarise
     from kizzasi.nas.study.journal import read_run
 
-    events = read_run(folder / "journal.jsonl")
-    summary = write_report(out, events)
-    begin, trained = time.monotonic(), pace_of(summary).seconds
+    known, begin, trained = 0, time.monotonic(), pace_of(summary).seconds
     try:
         while True:
             gained = pace_of(summary).seconds - trained
@@ -103,9 +111,10 @@ def _watch(folder: Path, out: Path, pause: float, *, quiet: bool) -> Summary:
             if summary.finished:
                 break
             time.sleep(pause)
-            known, events = len(events), read_run(folder / "journal.jsonl")
+            events = read_run(folder / "journal.jsonl")
             if len(events) > known:
-                summary = write_report(out, events)
+                summary = write_report(out, events) if out else summarise(events)
+                known = len(events)
     except KeyboardInterrupt:
         pass  # the way to end it; the search itself is another process and goes on
     return summary
