@@ -407,6 +407,12 @@ def test_a_curve_in_one_line():
     assert len(spark([float(i) for i in range(1000)])) <= 32
 
 
+def test_a_line_has_no_more_points_than_a_screen():
+    long = [[t, 9 - t / 5000] for t in range(1, 20_001)]
+    events = [{**e, "curve": long} if e["event"] == "trial" else e for e in CASES["complete"]]
+    assert len(html(summarise(events))) < len(html(summary_of("complete"))) + 300_000
+
+
 def test_a_winner_behind_a_baseline_is_named():
     begun, *rest = CASES["complete"]
     weak = [{**begun, "baselines": {"unigram": 4.7, "xz": 2.3}}, *rest]

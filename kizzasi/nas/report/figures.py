@@ -36,6 +36,7 @@ COSTS = (
 LEAST_FOR_A_TREND = 8  # candidates
 MOST_CHOICES = 8  # bars
 NAMED_CURVES = 3
+MOST_POINTS = 1_000  # of a drawn line, which has fewer pixels
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,8 @@ def _lines(summary: Summary) -> Iterator[Line]:
     best = {s.entry["id"] for s in summary.standings[:NAMED_CURVES]}
     for entry, trial in longest.values():
         known = [(t, loss) for t, loss in trial["curve"] if loss is not None]
-        points = [(t, min(loss, 2 * abs(known[0][1]))) for t, loss in known]
+        shown = [*known[: -1 : -(-len(known) // MOST_POINTS)], *known[-1:]] if known else []
+        points = [(t, min(loss, 2 * abs(known[0][1]))) for t, loss in shown]
         if points:
             failed = trial["score"] is None
             text = f"{entry['name']}, {said(trial['settings'])}, seed {trial['seed']}"
