@@ -283,11 +283,11 @@ def test_a_search_resumes_without_flags_and_its_card_gives_its_number(capsys, pl
 
 
 def test_a_dry_run_writes_nothing(capsys, place):
-    text = run(
-        capsys, "search", "--data", "text", "--space", "space.json", *SEARCH, "--out", "x/y",
-        "--dry-run",
-    )  # fmt: skip
+    words = ["search", "--data", "text", "--space", "space.json", *SEARCH, "--out", "x/y"]
+    assert main([str(w) for w in (*words, "--workers", 999, "--dry-run")]) == 0
+    text, said = capsys.readouterr()
     assert all(word in text for word in ("trainings", "tokens", "minutes", "nothing was written"))
+    assert "999 workers share" in said
     assert not Path("x").exists()
 
 

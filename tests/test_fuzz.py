@@ -20,8 +20,9 @@ from kizzasi.errors import KizzasiError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
+from kizzasi.nas.report.model_card import model_card
 from kizzasi.nas.results.events import check_events
-from kizzasi.nas.results.summary import summarise
+from kizzasi.nas.results.summary import Summary, summarise
 from kizzasi.nas.spaces.model_space import ModelSpace
 from kizzasi.nas.spaces.rng import Xorshift64
 from kizzasi.nas.study.journal import read_run
@@ -119,6 +120,13 @@ def folder(tmp_path) -> Path:
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def told_of(summary: Summary) -> str:
+    """The model card, if there is a model."""
+    best = summary.saved or summary.winner
+    ready = summary.finished and best is not None
+    return model_card(summary, ModelSpec.from_dict(best.entry["spec"])) if ready else ""
+
+
 def test_journals(folder):
     chance, counts = random.Random(0), Counter[str]()
     made = (complete_events(failures=True), evolved_events(), complete_events())
@@ -136,7 +144,7 @@ def test_journals(folder):
         assert len(error.splitlines()) < 2
         counts[error[:1]] += 1
         if not error and counts[""] % 50 == 0:
-            refused(lambda events=events: summarise(events))
+            refused(lambda events=events: told_of(summarise(events)))
         if i % 40 == 0:
             journal.write_text("\n".join(map(json.dumps, events)) + "\n")
             code, error = told("report", folder)

@@ -262,11 +262,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     config, space = _wanted(args, folder)
     limits = Limits(args.trial_seconds, _bytes(args.trial_memory))
     limits.check(args.device)
-    if args.dry_run:
-        return _dry_run(config, space, args)
     cores = os.cpu_count() or 1
     if args.device == "cpu" and (args.workers or 0) > cores:
         print(f"{args.workers} workers share {cores} cores; {cores} would do", file=sys.stderr)
+    if args.dry_run:
+        return _dry_run(config, space, args)
     found = named_search(
         config,
         folder,

@@ -17,7 +17,7 @@ from kizzasi.models.channels import SwiGLUSpec
 from kizzasi.models.mixers import AttentionSpec, MambaSpec
 from kizzasi.nas.report.export import SCRIPT, export
 from kizzasi.nas.report.other_tools import genotype, to_optuna, to_tensorboard
-from kizzasi.nas.study.journal import Journal
+from kizzasi.nas.study.journal import Journal, read_events
 
 SPEC = ModelSpec(
     16,
@@ -96,6 +96,16 @@ def test_it_trains_on_by_tokens(run, tmp_path, capsys):
     trained = json.loads(capsys.readouterr().out)
     assert trained["recipe"]["horizon"] == 2000
     assert load(tmp_path / "longer").spec == SPEC
+
+
+def test_a_run_without_a_study_or_a_name_of_its_data_is_exported_too(run, tmp_path):
+    begun, *rest = read_events(run / "journal.jsonl")
+    for name, events in (("none", rest), ("empty", [{**begun, "data": {}}, *rest])):
+        shutil.copytree(run, tmp_path / name)
+        (tmp_path / name / "journal.jsonl").unlink()
+        write_run(tmp_path / name, events)
+        card = export(tmp_path / name, tmp_path / f"{name} out") / "README.md"
+        assert "- without a name\n" in card.read_text("utf-8")
 
 
 def test_the_verb(run, tmp_path, capsys):

@@ -40,7 +40,7 @@ def model_card(summary: Summary, spec: ModelSpec) -> str:
         "Scores": _scores(summary),
         "Caveats": _caveats(summary),
         "Lineage": md_lineage(summary),
-        "Search": md_json(json.dumps(summary.study["config"], indent=1)),
+        "Search": md_json(json.dumps(summary.study.get("config"), indent=1)),
         "License": LICENSE,
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in parts.items())
@@ -87,7 +87,7 @@ def _use(summary: Summary, kept: Event) -> str:
 
 def _commands(summary: Summary, kept: Event) -> tuple[str, str, str]:
     """What scores the model, trains it anew with the same score, and trains it further."""
-    config = summary.study["config"]
+    config = summary.study.get("config", {})
     source = config.get("data")
     data = f" --data {_word(source or 'builtin')}"
     if "data" not in config or config.get("test_fraction", 0.1) != 0.1:
@@ -118,11 +118,10 @@ def _word(value: object) -> str:
 
 def _data(summary: Summary) -> str:
     corpus = summary.data
-    facts = [
-        f"- {md(str(corpus['name']))}"
-        + (f", {corpus['n_bytes']:,} bytes" if "n_bytes" in corpus else ""),
-        f"- sha256 `{md(str(corpus['digest']))}`",
-    ]
+    size = f", {corpus['n_bytes']:,} bytes" if "n_bytes" in corpus else ""
+    facts = [f"- {md(str(corpus.get('name', 'without a name')))}{size}"]
+    if corpus.get("digest"):
+        facts.append(f"- sha256 `{md(corpus['digest'])}`")
     if "n_held_out" in corpus:
         facts.append(f"- {corpus['n_held_out']:,} held out, never trained on")
     if corpus.get("repeated") is not None:
