@@ -96,6 +96,17 @@ def test_a_journal_is_replayed_to_the_digit(tmp_path):
     assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
 
 
+def test_a_result_that_is_there_twice_counts_once(tmp_path):
+    searcher, scheduler = RegularizedEvolution(4, 2, 8, 0.3, 0), ASHA(8, 9, 27)
+    found = search(tmp_path / "run", searcher, scheduler).run()
+    whole = lines(tmp_path / "run")
+    first = next(i for i, line in enumerate(whole) if '"event":"trial"' in line)
+    twice = [*whole[: first + 1], *whole[first:-1]]  # and no result
+    (tmp_path / "run" / "journal.jsonl").write_text("\n".join(twice) + "\n")
+    again = search(tmp_path / "run", searcher, scheduler).run(resume=True)
+    assert again.summary.result == found.summary.result
+
+
 @pytest.mark.parametrize("places", [(8, 8, 3), (2, 5, 5)])
 def test_a_run_goes_on_along_its_journal_on_any_machine(tmp_path, places):
     """Killed twice, with other numbers of workers: the whole journal can still be followed."""

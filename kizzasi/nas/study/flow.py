@@ -62,10 +62,16 @@ class Flow:
         self.taken: set[str] = set()  # trials whose result has been told
 
     def _recorded(self) -> Iterator[Event]:
-        """What happened to places and tasks, in order, up to where the journal ended."""
+        """What happened to places and tasks, in order, up to where the journal ended. A line that
+        is there twice counts once."""
         kinds = {"session", PROPOSED, "trial", *(["candidate"] if self.run.plan.proxies else [])}
+        seen: set[str | None] = set()
         for _, event in self.study.journal.scan():
-            if event["event"] in kinds and event.get("rung") not in APART:
+            if event["event"] not in kinds or event.get("rung") in APART:
+                continue
+            key = _key(event) if "id" in event else None
+            if key is None or key not in seen:
+                seen.add(key)
                 yield event
 
     def climb(self) -> None:
@@ -90,7 +96,7 @@ class Flow:
             self._fill()
 
     def _replay(self, event: Event) -> None:
-        key = event["id"] if event["event"] == "trial" else f"candidate {event['id']}"
+        key = _key(event)
         while key not in self.running and self._begin_one():
             pass  # a search that was extended has other tasks in its places
         if key not in self.running:
@@ -214,3 +220,8 @@ class Flow:
         wanted = self.run.promotable()
         self.study.keep(wanted, busy)
         self.tidy_at = self.n_taken + max(TIDY_EVERY, len(wanted) // 8)
+
+
+def _key(event: Event) -> str:
+    """Of the task that an event ended."""
+    return event["id"] if event["event"] == "trial" else f"candidate {event['id']}"
