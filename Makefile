@@ -43,6 +43,7 @@ test-oldest: .venv-oldest/ready  ## the suite, without peers, on the oldest libr
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(TESTS)
 
 .venv/ready: pyproject.toml requirements.lock $(KERNELS)
+	@echo "installing torch and compiling the kernels: some minutes, only once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(LOCKED) setuptools
 	$(BIN)/pip install $(LOCKED) -e .
