@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -87,6 +88,20 @@ def test_a_worker_has_its_threads_and_survives_ctrl_c_and_its_trials_have_limits
     assert "after 8 tokens" in found["hang"].failure
     assert "in loop_for_ever" in found["hang"].failure
     assert not any(worker.process.is_alive() for worker in executor.workers)
+
+
+def test_a_worker_hears_no_ctrl_c_while_it_imports(capfd):
+    (worker,) = Processes(evaluator(), 1, 1).workers
+    worker.submit(job("fine", 7))
+    measured = None
+    while measured is None:
+        if worker.began is None:
+            os.kill(worker.process.pid, signal.SIGINT)
+        time.sleep(0.05)
+        _, measured = worker.poll()
+    worker.close()
+    assert measured.score == 7
+    assert capfd.readouterr().err == ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -73,7 +74,8 @@ class Worker:
         self.last_words, last_words = context.Pipe(duplex=False)
         arguments = (connection, last_words, self.evaluator, self.n_threads, self.limits)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        with _deaf_to_ctrl_c():
+            self.process.start()
         connection.close()  # now the process holds the only other ends, and its death closes them
         last_words.close()
 
@@ -149,6 +151,20 @@ class Worker:
         if self.process is not None and self.process.pid is not None:  # it may never have started
             self.process.kill()
             self.process.join()
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What begins meanwhile never hears Ctrl-C, not even while it imports: its parent does."""
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let it through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(
