@@ -68,7 +68,7 @@ def climb(tmp_path, monkeypatch):
             folder=folder,
         )
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "finish", lambda self: at_end() or stop(self))
+            patch.setattr(Run, "train_finalists", lambda self: at_end() or stop(self))
             with pytest.raises(EndError):
                 search.run()
         return (folder / "journal.jsonl").read_text().count('"event":"trial"')
