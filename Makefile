@@ -11,7 +11,7 @@ LOWEST = $(shell sed -n '/^dependencies/,/^]/s/"\([a-z]*\)>=\([0-9.]*\)",*/\1==\
 
 .PHONY: search test test-weights test-latest test-oldest lint docs lock
 
-search: .venv/ready  ## search a model on the text that ships with Python, about 3 minutes on 2 cores
+search: .venv/ready  ## search a model on the text that ships with Python, 3 to 6 minutes on 2 cores
 	$(BIN)/kizzasi search --out runs/first $(if $(wildcard runs/first/journal.jsonl),--resume)
 
 test: .venv/test  ## the test suite
