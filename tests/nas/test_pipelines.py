@@ -17,6 +17,7 @@ from kizzasi.models.channels import MLPSpec, MoESpec, SwiGLUSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
     MambaSpec,
+    MLASpec,
     ParallelSpec,
     RetentionSpec,
     RoutedSpec,
@@ -153,7 +154,12 @@ REFUSED = [  # path, value, what is said, and what the repair leaves there; - fo
         "stencil.window: 'local' needs it",
         {"kind": "local", "window": 32},
     ),
-    ("arch.kv_policy", {"cache": "none"}, "every model steps from a state", {"cache": "full"}),
+    (
+        "arch.kv_policy",
+        {"cache": "none"},
+        "a model steps from what its state remembers",
+        {"cache": "full"},
+    ),
     ("arch.n_layers", 0, "arch.n_layers: 0 is below 1; give 1", 1),
     ("arch.ffn.act", "swigle", "'swigle' is not one of", "-"),
     ("arch.ffn.experts", 4, "'dense' has no experts", None),
@@ -189,6 +195,34 @@ def test_what_does_not_fit_is_named_and_repaired(path, value, said, left):
     Pipeline.from_data(fitting)
     if left is not None:
         assert found_at(fitting, path) == left
+
+
+def test_a_latent_cache_is_latent_attention():
+    data = wrong("arch.kv_policy", {"cache": "latent", "quant": "nf4", "latent": {"dim": 6}})
+    data = changed(changed(data, "arch.mix_unit.mixer.groups", DROP), "arch.pos.rope.dims", DROP)
+    mixer = Pipeline.from_data(data).spec.blocks[0].mixer
+    heads = {"qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 4}
+    assert mixer == MLASpec(4, 6, **heads, rope_theta=5000.0, kv_quant="nf4")
+    for path, value, said in (
+        ("arch.kv_policy.latent", DROP, "latent.dim: 'latent' needs it; give 8"),
+        ("arch.kv_policy.latent.heads", 2, "every head reads the whole latent"),
+        ("arch.kv_policy.latent.update", {"kind": "ema", "tau": 0.5}, "a past that fades is cond"),
+        ("arch.kv_policy.latent.update", {"kind": "linear", "freq": 4}, "a latent of its own"),
+        ("arch.kv_policy.window", 8, "a cache 'latent' does not read it"),
+        ("arch.mix_unit.mixer.groups", 2, "every head makes keys and values of its own"),
+        ("arch.pos.rope.dims", 4, "4 of the 4 entries of a head, of which a latent makes some"),
+    ):
+        broken = changed(data, path, value)
+        assert any(said in str(misfit) for misfit in examined(broken)[1]), said
+        assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[0].mixer.kind == "mla"
+    for name, value in (
+        ("stencil", {"kind": "local", "window": 8}),
+        ("softmax", {"softcap": 5.0}),
+        ("value_glu", True),
+    ):
+        broken = changed(data, f"arch.mix_unit.mixer.{name}", value)
+        assert "arch.kv_policy.cache: attention that makes keys" in str(examined(broken)[1][0])
+        assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[0].mixer.kind == "attention"
 
 
 def test_every_form_of_retention_is_one_model():

@@ -299,7 +299,7 @@ class Cond(Strict):
 
 @dataclass(frozen=True)
 class Update(Strict):
-    """How a latent cache is written."""
+    """How a latent cache is written: "linear", of each token by itself."""
 
     kind: Literal["linear", "ema"]
     freq: int | None = bounded(1)
@@ -308,7 +308,7 @@ class Update(Strict):
 
 @dataclass(frozen=True)
 class LatentCache(Strict):
-    """A compressed cache of dim numbers a token, or dim in each of `heads`."""
+    """A compressed cache of dim numbers a token, which all heads read."""
 
     dim: int | None = bounded(1)
     heads: int | None = bounded(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kizzasi.nas.pipelines.compiling.latent_cache import latent_attention
 from kizzasi.nas.pipelines.compiling.place import DEFAULT_HEAD, Place, heads_of, only
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 from kizzasi.nas.pipelines.parts import Kernel, KVPolicy, Mixer, Softmax, Stencil
@@ -29,6 +30,10 @@ def attention(m: Mixer, place: Place, path: str, findings: Findings) -> dict[str
     """The fields of attention, by softmax or by random features."""
     if by_features(m):
         return kernel_attention(m, place, path, findings)
+    if place.kv is not None and place.kv.cache == "latent":
+        made = latent_attention(m, place, path, findings)
+        if made is not None:
+            return made
     heads = heads_of(m, place.d_model, 1, path, findings)
     head_dim = m.head_dim or place.d_model // heads
     groups = m.groups
@@ -160,16 +165,12 @@ def _cached(
 
 
 def _refused(kv: KVPolicy, where: str, findings: Findings) -> None:
-    """Find the policies that no attention has."""
-    compressed = "attention keeps keys and values; the mixer mla has a compressed cache"
-    if kv.cache in ("none", "latent"):
-        why = {
-            "none": "every model steps from a state; without a cache the past would be run anew",
-            "latent": compressed,
-        }
-        findings.set(f"{where}.cache", why[kv.cache], "full")
-    if kv.latent is not None:
-        findings.drop(f"{where}.latent", compressed, 'leave it out, or give a mixer "mla"')
+    """Find the policies that attention with keys and values of its own has not."""
+    if kv.cache == "none":
+        rule = "a model steps from what its state remembers, and is handed no earlier tokens"
+        findings.set(f"{where}.cache", rule, "full")
+    if kv.latent is not None and kv.cache != "latent":
+        findings.drop(f"{where}.latent", f"a cache {kv.cache!r} has no latent")
     if kv.evict is not None:
         findings.drop(f"{where}.evict", f"{kv.evict!r}: the oldest leave, and no others")
 
