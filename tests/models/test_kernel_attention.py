@@ -78,6 +78,16 @@ def test_directions_are_drawn_anew_in_training_alone():
     assert mixer.bfloat16().features.dtype != torch.bfloat16
 
 
+def test_a_resumed_training_draws_what_it_would_have_drawn():
+    whole, resumed = build(n_features=9, redraw=2), build(n_features=9, redraw=2)
+    for _ in range(3):
+        after_step(whole)
+    resumed.load_state_dict(whole.state_dict())
+    for mixer in (whole, resumed):
+        after_step(mixer)
+    assert torch.equal(whole.features, resumed.features)
+
+
 def test_large_inputs_stay_finite():
     for feature in ("favor", "gaussian", "laplace"):
         mixer = build(feature=feature).float()

@@ -124,7 +124,9 @@ class KernelAttention(Mixer, Adaptive):
         super().__init__()
         d, h = layer.d_model, spec.n_heads
         self.spec, self.n, self.m = spec, spec.width(d), spec.size(d)
-        self.steps = 0
+        # Saved: a resumed training draws what it would have drawn.
+        steps = torch.zeros((), dtype=torch.int64) if spec.redraw else None
+        self.register_buffer("steps", steps)
         self.q_proj = nn.Linear(d, h * self.n, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(d, h * self.n, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(d, h * self.n, bias=spec.qkv_bias)
@@ -133,6 +135,7 @@ class KernelAttention(Mixer, Adaptive):
             self.register_buffer("features", torch.empty(self.m, self.n))
             self.register_buffer("spread", torch.empty(self.m))
 
+    steps: Tensor | None
     features: Tensor
     spread: Tensor
 
@@ -197,9 +200,11 @@ class KernelAttention(Mixer, Adaptive):
         return torch.zeros(1) if self.spec.redraw and self.training else None
 
     def after_step(self, counted: Tensor) -> None:
+        assert self.steps is not None, "asked"
         self.steps += 1
-        if self.steps % self.spec.redraw == 0:  # of the steps alone: all processes draw alike
-            self._draw(torch.Generator().manual_seed(self.steps))
+        done = int(self.steps)
+        if done % self.spec.redraw == 0:  # of the steps alone: all processes draw alike
+            self._draw(torch.Generator().manual_seed(done))
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:
@@ -221,7 +226,8 @@ class KernelAttention(Mixer, Adaptive):
         for layer in (self.q_proj, self.k_proj, self.v_proj):
             linear_(layer, generator)
         linear_(self.o_proj, generator, residual_scale(n_layers))
-        self.steps = 0
+        if self.steps is not None:
+            self.steps.zero_()
         if self.spec.feature != "elu":
             self._draw(generator)
 
