@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Signal, Tokens, build_model, mixers
+from kizzasi.models.layers import LoopSpec
 from kizzasi.nas import spaces
 from kizzasi.nas.searchers import Evolution, run
 from kizzasi.nas.spaces.describe import describe, name_of
@@ -220,6 +221,8 @@ def test_specs_may_stand_in_a_template():
     candidate = space.iterate()[0]
     assert candidate.to_spec(stem=Signal(2, 2)) == candidate.spec
     assert name_of(candidate.spec) == "d8 2xmamba"
+    loop = ModelSpec(8, (LoopSpec((BlockSpec(mixers.MambaSpec()),), n_loops=2),), Signal(1, 1))
+    assert name_of(loop) == "d8 loop(mamba)"
     assert ModelSpace(json.loads(json.dumps(space.template))).size == 3
 
 
