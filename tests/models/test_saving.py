@@ -264,14 +264,17 @@ for case in sys.argv[2:]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_host_holds_the_model_once(tmp_path):
     """The peak of resident memory while loading, against the size of the file."""
-    cases = {"kizzasi float32": 1.2, "kizzasi bfloat16": 0.9, "state_spaces float32": 1.2}
+    cases = {"kizzasi float32": 1.1, "kizzasi bfloat16": 0.7, "state_spaces float32": 1.1}
     spec = ModelSpec(384, (BlockSpec(MambaSpec()),) * 12, Tokens(2000), tie_head=True)
     small = spec.replace(d_model=16, blocks=spec.blocks[:1])
     for format in ("kizzasi", "state_spaces"):
         save(build_model(small), tmp_path / f"small {format}", format)
         save(build_model(spec), tmp_path / format, format)
     command = [sys.executable, "-c", PEAK, tmp_path, *cases]
-    used = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    # glibc then gives every freed tensor back at once, as it does not for sizes it saw before.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    made = subprocess.run(command, capture_output=True, check=True, text=True, env=env)
+    used = made.stdout.split()
     size = sum(p.stat().st_size for p in (tmp_path / "kizzasi").iterdir())
     assert size > 45e6
     for peak, (case, share) in zip(used, cases.items(), strict=True):
