@@ -197,6 +197,8 @@ def main() -> int:
     for name in args.searches:  # each in a process of its own, so that memory is its own
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found.append(pool.apply(measured, (name, args.trials)))
+            pool.close()  # leaving the pool alone would kill the process with its locks unreturned
+            pool.join()
     if args.json:
         print(json.dumps(found))
         return 0
