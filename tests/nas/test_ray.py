@@ -101,6 +101,42 @@ def test_a_worker_killed_during_a_search_changes_nothing(data, tmp_path, monkeyp
     assert list((tmp_path / "there" / "trials").iterdir()) == []
 
 
+def test_a_node_killed_during_a_search_changes_nothing(data, tmp_path, monkeypatch):
+    named_search(config(data), tmp_path / "here", SPACE)
+    received, lost, jobs_lost, results = Ray._received, Ray._lost, [], []
+    with two_nodes() as kill_second:
+
+        def then_killed(self, answer, bar):
+            if answer[1] is not None:
+                results.append(answer)
+                if len(results) == 4:
+                    assert self.n_workers == 2
+                    kill_second()
+            return received(self, answer, bar)
+
+        monkeypatch.setattr(Ray, "_received", then_killed)
+        monkeypatch.setattr(Ray, "_lost", lambda *a: jobs_lost.append(a[1]) or lost(*a))
+        named_search(config(data), tmp_path / "there", SPACE, workers=2, executor="ray")
+    assert [job for job in jobs_lost if job is not None], "the second node had no work"
+    assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
+    assert list((tmp_path / "there" / "trials").iterdir()) == []
+
+
+@contextmanager
+def two_nodes():
+    """A cluster of two nodes of one CPU each, and what kills the second."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SMALL})
+    second = cluster.add_node(num_cpus=1, object_store_memory=SMALL["object_store_memory"])
+    try:
+        ray.init(cluster.address, log_to_driver=False)
+        yield lambda: cluster.remove_node(second, allow_graceful=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def own_actors() -> list[int]:
     """Processes of actors among the descendants of this one."""
     parents = {}
@@ -131,28 +167,17 @@ def test_a_trial_that_explodes_is_not_a_lost_node(data, tmp_path, monkeypatch):
 
 
 def test_a_node_killed_on_the_way_loses_nothing(data, tmp_path, monkeypatch):
-    from ray.cluster_utils import Cluster
-
     expected = scores(InProcess(evaluator(data)), jobs(tmp_path / "here", 12, 16_384))
-    real = Ray._lost
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SMALL})
-    second = cluster.add_node(num_cpus=1, object_store_memory=SMALL["object_store_memory"])
-    try:
-        ray.init(cluster.address, log_to_driver=False)
-        lost = []
-        monkeypatch.setattr(Ray, "_lost", lambda *args: lost.append(args[1]) or real(*args))
-        found = {}
-        with Ray(evaluator(data)) as executor, tqdm(disable=True) as bar:
-            assert executor.n_workers == 2
-            for job, m in executor.run(jobs(tmp_path / "there", 12, 16_384), bar):
-                found[job.key] = [m.score, m.curve]
-                if len(found) == 4:
-                    cluster.remove_node(second, allow_graceful=False)
-        assert len([job for job in lost if job is not None]) == 1
-        assert found == expected
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    real, lost, found = Ray._lost, [], {}
+    monkeypatch.setattr(Ray, "_lost", lambda *args: lost.append(args[1]) or real(*args))
+    with two_nodes() as kill_second, Ray(evaluator(data)) as executor, tqdm(disable=True) as bar:
+        assert executor.n_workers == 2
+        for job, m in executor.run(jobs(tmp_path / "there", 12, 16_384), bar):
+            found[job.key] = [m.score, m.curve]
+            if len(found) == 4:
+                kill_second()
+    assert len([job for job in lost if job is not None]) == 1
+    assert found == expected
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(data, tmp_path):
