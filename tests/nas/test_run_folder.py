@@ -233,6 +233,18 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(task, tmp_path):
     assert tree(trials) == {"mine.partial": b"precious"}
 
 
+def test_what_a_worker_left_that_was_killed_is_swept_at_the_end(task, tmp_path, monkeypatch):
+    real, trials = MicroTrain.__call__, tmp_path / "run" / "trials"
+
+    def killed_on_the_way(self, job, report):
+        (trials / f".x.pt.{len(list(trials.iterdir())):016x}.partial").write_text("half")
+        return real(self, job, report)
+
+    monkeypatch.setattr(MicroTrain, "__call__", killed_on_the_way)
+    search(task, tmp_path / "run").run()
+    assert tree(trials) == {}
+
+
 def test_budgets_may_grow_and_paths_may_change(tmp_path):
     space = tmp_path / "space.yaml"
     block = {"mixer": {"kind": "attention", "n_heads": {"choice": [1, 2]}}}

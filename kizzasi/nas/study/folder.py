@@ -64,6 +64,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
                     path.unlink()
                     (folder / CONFIG).unlink(missing_ok=True)  # there was none, or see above
                 raise
+            clear_partial(folder / TRIALS)  # of workers that were killed on the way
     except KizzasiError:
         if not path.exists():
             _unmake(folder, made)
