@@ -56,6 +56,38 @@ def test_blocks_equal_the_loop(strength, window, packed):
         assert_close(ours, loop)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_faded_to_nothing_is_left_out(dtype, monkeypatch):
+    """Blocks of queries take no key whose weight is below the root of the smallest number, and
+    heads that remember more keep theirs; results are those of all keys."""
+    monkeypatch.setattr(ops, "BLOCK", 16)
+    q, k, v = (normal(1, 3, 96, 4, seed=i, dtype=dtype) for i in range(3))
+    q = q / 10
+    log_f = -torch.tensor([60.0, 30.0, 9.0], dtype=dtype)[None, :, None].expand(1, 3, 96).clone()
+    log_f[..., 40:44] = 0
+    none = torch.zeros(1, 3, 0, dtype=dtype)
+    widths = [keys.stop - keys.start for _, keys, _ in ops._masks(q, k, log_f, none, None)]
+    assert max(widths) < 16 + 64, widths
+    results = []
+    for run in (ops.forgetting_attention, ops.forgetting_attention_ref):
+        given = [x.clone().requires_grad_() for x in (q, k, v, log_f)]
+        y = run(*given, none)
+        results.append((y, *torch.autograd.grad((y * v.flip(2)).sum(), given)))
+    for ours, loop in zip(*results, strict=True):
+        assert_close(ours, loop)
+
+
+def test_queries_without_a_number_keep_it_to_themselves():
+    q, k, v, log_f, faded = inputs()
+    sick = q.clone()
+    sick[0, 1, 5] = torch.nan
+    y = ops.forgetting_attention(sick, k, v, log_f, faded)
+    expected = ops.forgetting_attention(q, k, v, log_f, faded)
+    assert y[0, 1, 5].isnan().all()
+    y[0, 1, 5] = expected[0, 1, 5]
+    assert_close(y, expected)
+
+
 @pytest.mark.parametrize("t", [1, 4, 11])
 def test_the_loop_is_the_formula(t):
     """Differences of the running sum of log f, added to the scores."""

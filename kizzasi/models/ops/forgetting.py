@@ -10,10 +10,16 @@ Source: Lin et al. 2025, arXiv:2503.02130, sections 3.1 and 3.3.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kizzasi.models.ops import autodiff
 from kizzasi.models.ops.attention import attention, attention_ref
 from kizzasi.models.ops.engines import Engines
 from kizzasi.models.ops.precision import full_precision
@@ -78,26 +84,160 @@ def forgetting_attention(
 
     Args, Returns: as there, but that keys stand in the order of their positions.
     """
-    ys, log_f, faded = [], full_precision(log_f), full_precision(faded)
-    n_before, t = faded.shape[2], q.shape[2]
+    given = q, k, v, log_f, faded
+    if _has_flash(q, visible):
+        return _Flash.apply(*given, window)
+    return _by_blocks(*given, visible, window)
+
+
+def _by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    faded: Tensor,
+    visible: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    ys = []
+    for rows, keys, bias in _blocks(log_f, faded, window):
+        seen = None if visible is None else visible[:, :, rows, keys]
+        y = attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], visible=seen, bias=bias)
+        ys.append(y)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 2)
+
+
+def _blocks(
+    log_f: Tensor, faded: Tensor, window: int | None, least: Tensor | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries that meet their keys together, these keys, and what is added to their scores.
+
+    least: (b, h), keys to whose scores no query adds as much are left out, up to the first that
+    some query does.
+    """
+    log_f, faded = full_precision(log_f), full_precision(faded)
+    n_before, t = faded.shape[2], log_f.shape[2]
     for begin in range(0, t, BLOCK):
         end = min(begin + BLOCK, t)
         within = _sums_between(log_f[:, :, begin:end])
         since = log_f[:, :, begin:end].cumsum(-1)
         first, last = _span(begin, n_before, window), n_before + end
+        if least is not None:
+            gone = (faded[:, :, first:] + since[:, :, :1] < least[:, :, None]).all(1).all(0)
+            first += int(gone.int().cumprod(0).sum())
         old = since.unsqueeze(-1) + faded[:, :, None, first:]
-        seen = None if visible is None else visible[:, :, begin:end, first:last]
-        ys.append(
-            attention(
-                q[:, :, begin:end],
-                k[:, :, first:last],
-                v[:, :, first:last],
-                visible=seen,
-                bias=torch.cat([old, within], -1),
-            )
-        )
+        yield slice(begin, end), slice(first, last), torch.cat([old, within], -1)
         faded = torch.cat([faded + since[:, :, -1:], within[:, :, -1]], -1)
-    return ys[0] if len(ys) == 1 else torch.cat(ys, 2)
+
+
+class _Flash(torch.autograd.Function):
+    """The same blocks by the flash kernels of a CPU, which have no gradient for what is added to
+    scores: torch would write all scores out for one.
+
+        z[i, j] = q[i] . k[j] / sqrt(d) + F[i] - F[j],      F running sums of log f
+
+    Those of a row of dz add up to zero, so F[i] gets nothing and -F[j] the sum of column j, which
+    is what one more entry of k[j] would get if q[i] had a one there.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_f: Tensor,
+        faded: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        wide = _expanded(q, k, v)
+        ys, sums = [], []
+        for rows, keys, mask in _masks(q, k, log_f, faded, window):
+            y, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                wide[0][:, :, rows],
+                wide[1][:, :, keys],
+                wide[2][:, :, keys],
+                attn_mask=mask,
+                scale=q.shape[-1] ** -0.5,
+            )
+            ys.append(y)
+            sums.append(total)
+        y = torch.cat(ys, 2)[..., : v.shape[-1]]
+        ctx.window = window
+        ctx.save_for_backward(q, k, v, log_f, faded, y, *sums)
+        return y
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, log_f, faded, y, *sums = ctx.saved_tensors
+        if autodiff.too_narrow(dy):
+            run = partial(_by_blocks, visible=None, window=ctx.window)
+            return *autodiff.gradients(run, (q, k, v, log_f, faded), (dy,)), None
+        h, d, m = q.shape[1], q.shape[-1], v.shape[-1]
+        wide_q, wide_k, wide_v = _expanded(q, k, v, 1)
+        wide_q[..., d:] = 1
+        dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        lacking = wide_q.shape[-1] - m
+        totals = iter(sums)
+        for rows, keys, mask in _masks(q, k, log_f, faded, ctx.window):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                F.pad(dy[:, :, rows], (0, lacking)),
+                wide_q[:, :, rows],
+                wide_k[:, :, keys],
+                wide_v[:, :, keys],
+                F.pad(y[:, :, rows], (0, lacking)),
+                next(totals),
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=d**-0.5,
+            )
+            dq[:, :, rows] = found[0][..., :d]
+            dk[:, :, keys] += found[1]
+            dv[:, :, keys] += found[2]
+        columns = dk[..., d].to(log_f.dtype) * d**0.5
+        n_before = faded.shape[2]
+        dlog_f = -columns[:, :, n_before:].flip(-1).cumsum(-1).flip(-1)
+        dk, dv = (x.unflatten(1, (-1, h // k.shape[1])).sum(2) for x in (dk[..., :d], dv[..., :m]))
+        return dq, dk, dv, dlog_f, columns[:, :, :n_before].to(faded.dtype), None
+
+
+def _expanded(q: Tensor, k: Tensor, v: Tensor, more: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """All with the heads of q and one width, by zeros at the end, at least `more` of q's."""
+    width = max(q.shape[-1] + more, v.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
+
+
+def _masks(
+    q: Tensor, k: Tensor, log_f: Tensor, faded: Tensor, window: int | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """`_blocks`, with -inf for keys that come later or have faded to nothing.
+
+    No z of a head is larger than U = max |q| max |k| / sqrt(d), and that of a query with itself not
+    smaller than -U: where 2 U and what is added come below log w, the weight is below w. It is left
+    out for w the root of the smallest normal number, 1e-19 in float32: it would cost as much as
+    others, and more where its products are no normal numbers.
+
+    Source: Lin et al. 2025, arXiv:2504.06949, section 3.
+    """
+    longest = [full_precision(x).norm(dim=-1).amax(-1) for x in (q, k)]
+    largest = longest[0] * longest[1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    least = math.log(torch.finfo(largest.dtype).tiny) / 2 - 2 * largest * q.shape[-1] ** -0.5
+    for rows, keys, bias in _blocks(log_f, faded, window, least):
+        c, n = bias.shape[2:]
+        later = torch.ones(c, n, dtype=torch.bool).triu(1 + n - c)
+        gone = (bias < least[:, :, None, None]).logical_or_(later)
+        yield rows, keys, bias.masked_fill_(gone, -torch.inf).to(q.dtype)
+
+
+def _has_flash(q: Tensor, visible: Tensor | None) -> bool:
+    """The rule: on a CPU, where every query sees all before it, unless torch looks on."""
+    return q.device.type == "cpu" and visible is None and not autodiff.observed()
 
 
 def fading(log_f: Tensor) -> Tensor:
