@@ -14,7 +14,7 @@ from kizzasi.errors import SpecError
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.mixers.mamba3 import Mamba3, Mamba3Spec
 from kizzasi.models.ops import mimo
-from kizzasi.models.ops.mamba3 import heavy_tail, rotate_pairs, summed_angles
+from kizzasi.models.ops.mamba3 import heavy_tail, rotate_pairs, summed_angles, turns
 from kizzasi.models.ops.ssd import TrapezoidState
 
 
@@ -200,7 +200,7 @@ def test_angles_of_a_long_input_keep_their_digits():
 
 def test_rotation_turns_neighbouring_pairs_and_leaves_the_rest():
     v, angle = inputs(2, 3, 7), inputs(2, 3, 2)
-    turned = rotate_pairs(v, angle)
+    turned = rotate_pairs(v, turns(angle))
     pairs = torch.view_as_complex(v[..., :4].unflatten(-1, (2, 2)).contiguous())
     expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle))
     assert_close(turned[..., :4], expected.flatten(-2))

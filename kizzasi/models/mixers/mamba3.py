@@ -49,6 +49,7 @@ from kizzasi.models.ops.mamba3 import (
     rotate_halves,
     rotate_pairs,
     summed_angles,
+    turns,
 )
 from kizzasi.models.ops.mimo import MIMO_TRAPEZOID, mimo_flops, mimo_trapezoid_step
 from kizzasi.models.ops.precision import full_precision
@@ -205,7 +206,8 @@ class Mamba3(Mixer):
         before = self.init_state(len(x), x.device, x.dtype) if state is None else state
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
         angles = summed_angles(speed, before.angle, call.starts)
-        B, C, inputs = self._rotate(B, angles), self._rotate(C, angles), self._inputs(u)
+        turn, inputs = turns(angles), self._inputs(u)
+        B, C = self._rotate(B, turn), self._rotate(C, turn)
         memory = TrapezoidState(before.ssm, before.k, self._inputs(before.v))
         y, after = run(inputs, dt, log_decay, share, B, C, memory, call.starts)
         y = self._finish(y, inputs, z)
@@ -216,7 +218,8 @@ class Mamba3(Mixer):
         step = mimo_trapezoid_step if self.spec.rank > 1 else trapezoid_step
         z, u, dt, log_decay, share, B, C, speed = self._streams(x)
         angle = (state.angle + speed).remainder(TURN)
-        B, C, inputs = self._rotate(B, angle), self._rotate(C, angle), self._inputs(u)
+        turn, inputs = turns(angle), self._inputs(u)
+        B, C = self._rotate(B, turn), self._rotate(C, turn)
         before = TrapezoidState(state.ssm, state.k, self._inputs(state.v))
         y, after = step(before, inputs, dt, log_decay, share, B, C)
         last = u.to(state.v.dtype)
@@ -260,11 +263,11 @@ class Mamba3(Mixer):
         v = norm(v.unflatten(-1, (r, g, n))).transpose(-3, -2).unsqueeze(-3)
         return (v + bias.view(g, -1, r, n)).flatten(-4, -3)
 
-    def _rotate(self, v: Tensor, angle: Tensor) -> Tensor:
-        """Keys turned by the angles (..., h, s)."""
+    def _rotate(self, v: Tensor, turn: Tensor) -> Tensor:
+        """Keys turned by `turns` of the angles (..., h, s)."""
         if self.spec.rank == 1:
-            return rotate_pairs(v, angle)
-        return rotate_halves(v, angle.unsqueeze(-2))
+            return rotate_pairs(v, turn)
+        return rotate_halves(v, turn.unsqueeze(-2))
 
     def _inputs(self, u: Tensor) -> Tensor:
         """x (..., h, p), or with a rank the inputs (..., h, r, p) that it makes."""

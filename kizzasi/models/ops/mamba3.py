@@ -95,24 +95,29 @@ def _summed(speed: Tensor, angle: Tensor, starts: Tensor | None) -> Tensor:
     return total.remainder(TURN).to(speed.dtype)
 
 
-def rotate_pairs(v: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by angle (..., s); the rest passes.
+def turns(angle: Tensor) -> Tensor:
+    """cos + i sin of angles, what the rotations below multiply with; complex."""
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def rotate_pairs(v: Tensor, turn: Tensor) -> Tensor:
+    """Turn the pairs (0, 1), (2, 3), ... of v (..., n) by `turns` (..., s); the rest passes.
 
     A pair is a complex number: its two parts lie side by side, and one product reads them in order.
     """
-    angle = F.pad(angle, (0, v.shape[-1] // 2 - angle.shape[-1]))
-    pairs, odd = v.tensor_split([2 * angle.shape[-1]], -1)
+    pairs, rest = v.tensor_split([2 * turn.shape[-1]], -1)
     pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * torch.complex(angle.cos(), angle.sin())).flatten(-2)
-    return torch.cat([turned, odd], -1) if odd.shape[-1] else turned
+    turned = torch.view_as_real(pairs * turn).flatten(-2)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def rotate_halves(v: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (i, i + n / 2) of v (..., n) by angle (..., s); the other pairs pass."""
-    angle = F.pad(angle, (0, v.shape[-1] // 2 - angle.shape[-1]))
+def rotate_halves(v: Tensor, turn: Tensor) -> Tensor:
+    """Turn the pairs (i, i + n / 2) of v (..., n) by `turns` (..., s); the other pairs pass."""
+    s = turn.shape[-1]
     x, y = v.chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([x * cos - y * sin, x * sin + y * cos], -1)
+    (x, left), (y, right) = x.tensor_split([s], -1), y.tensor_split([s], -1)
+    cos, sin = turn.real, turn.imag
+    return torch.cat([x * cos - y * sin, left, x * sin + y * cos, right], -1)
 
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
