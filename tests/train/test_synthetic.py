@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kizzasi.errors import SpecError
+from kizzasi.models import ModelOutput, Tokens
 from kizzasi.train.synthetic import (
     MQAR,
     TASKS,
+    Compression,
     Examples,
     GroupProducts,
     HiddenPlace,
@@ -25,7 +27,7 @@ from kizzasi.train.synthetic import (
     SelectiveCopying,
 )
 from kizzasi.train.synthetic.tracking import multiplication
-from kizzasi.train.task import IGNORE
+from kizzasi.train.task import IGNORE, Shape
 
 
 def solve_selective_copying(task: SelectiveCopying, prefix: list[int]) -> int:
@@ -312,3 +314,34 @@ def test_noise_falls_on_any_character():
     for wrong in wrongs:
         with pytest.raises(SpecError):
             HiddenPlace(**wrong)
+
+
+def test_compression_is_read_from_the_last_position_alone():
+    task, shape = Compression(3, 4, n_held_out=8), Shape(5, 8)
+    batch = next(iter(task.batches("train", 1, 0, shape)))
+    assert batch.inputs.shape == (8, 5)
+    assert torch.equal(batch.inputs[:, :4], batch.targets)
+    assert (batch.inputs[:, 4] == 3).all(), "the end"
+    assert int(batch.targets.max()) == 2
+    assert task.chance == 1 / 3
+
+    def knowing(inputs: torch.Tensor) -> ModelOutput:
+        """The first three answers are right, and the last one is not; earlier logits are lies."""
+        said = inputs[:, :4] + torch.tensor([0, 0, 0, 1])
+        last = torch.nn.functional.one_hot(said % 3, 3).float().flatten(1)
+        logits = torch.cat([torch.rand(len(inputs), 4, 12) * 9, 5 * last[:, None]], 1)
+        return ModelOutput(logits, (), {})  # type: ignore[arg-type]
+
+    scores = task.score(knowing, "test", shape)
+    assert scores.values.tolist() == [0.75] * 8
+    loss = task.loss(knowing(batch.inputs), batch)
+    right, wrong = (math.log(math.exp(5) + 2) - up for up in (5, 0))
+    assert loss.item() == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+
+    with pytest.raises(SpecError, match="seq_len: 4, but examples of Compression have 5"):
+        task.check(Shape(4, 8), task.stem)
+    with pytest.raises(SpecError, match="needs Tokens"):
+        task.check(shape, Tokens(4))
+    with pytest.raises(SpecError, match="n_tokens=1 must be at least 2"):
+        Compression(n_tokens=1)
+    assert (Compression().vocab_size, Compression().seq_len) == (16, 33)

@@ -13,7 +13,7 @@ from kizzasi.models.mixers import MambaSpec
 from kizzasi.models.model import ModelOutput
 from kizzasi.testing import check_task
 from kizzasi.train import Frames, Labels, SyntheticTask, TokenIds, load_corpus, open_task
-from kizzasi.train.synthetic import Parity
+from kizzasi.train.synthetic import Compression, Parity
 from kizzasi.train.task import Shape
 
 SHAPE = Shape(16, 4)
@@ -54,6 +54,7 @@ def test_every_ready_made_task_passes_the_exam(tasks):
     for task in tasks:
         check_task(task, SHAPE)
     check_task(SyntheticTask(Parity(seq_len=16), n_held_out=32), SHAPE)
+    check_task(Compression(4, SHAPE.seq_len - 1, n_held_out=32), SHAPE)
 
 
 def said(logits):

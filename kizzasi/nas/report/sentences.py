@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 
+from kizzasi.nas.report.figures import COSTS
 from kizzasi.nas.report.svg import short
 from kizzasi.nas.report.tables import timed_verdict, verdicts
 from kizzasi.nas.results.equal_terms import CLOSE, DISTURBED, equal_params, equal_time, turns
 from kizzasi.nas.results.finals import Final
 from kizzasi.nas.results.foresight import foresight
+from kizzasi.nas.results.hypervolume import covered
 from kizzasi.nas.results.noise import Noise, noise_of
 from kizzasi.nas.results.summary import ANALYTIC, Summary
 
@@ -29,6 +31,7 @@ def conclusions(summary: Summary) -> list[str]:
         _double_size,
         _no_twins,
         _against_baselines,
+        _fronts,
         _control,
         _proxy,
         _further_proxies,
@@ -70,6 +73,13 @@ def _beside(winner: Final, preset: Final, summary: Summary) -> str:
     if noise.tied(winner, preset):
         return f"a tie with the best preset, {name}: {gap} apart, within the noise floor of {noise}"
     return f"{place} the best preset, {name}, by {gap}, more than the noise floor of {noise}"
+
+
+def _fronts(summary: Summary) -> str:
+    found = [(name, both) for key, name, _ in COSTS if (both := covered(summary, key))]
+    told = [f"{name} {both.searched:.2f} and {both.presets:.2f}" for name, both in found]
+    said = "Shares of the box of score and cost that the searched front and the presets' dominate"
+    return f"{said}: {', '.join(told)}." if told else ""
 
 
 def _foresight(summary: Summary) -> str:

@@ -1,9 +1,11 @@
 """Synthetic tasks that ask a mixer one question each: can it select, recall, look up, keep count?
 
 Every task is a seeded generator of `TaskBatch`; `SyntheticTask` trains and scores on one. Of
-`HiddenPlace` no prefix tells the answers, so it stands apart from `TASKS`.
+`HiddenPlace` no prefix tells the answers, so it stands apart from `TASKS`. `Compression`, which
+reads many answers from one position, is a task by itself.
 """
 
+from kizzasi.train.synthetic.compression import Compression
 from kizzasi.train.synthetic.copying import Reverse, SelectiveCopying
 from kizzasi.train.synthetic.examples import Examples, TaskBatch
 from kizzasi.train.synthetic.hidden_place import HiddenPlace
@@ -26,6 +28,7 @@ TASKS: dict[str, type[Examples]] = {
 __all__ = [
     "MQAR",
     "TASKS",
+    "Compression",
     "Examples",
     "GroupProducts",
     "HiddenPlace",
