@@ -1,6 +1,8 @@
 """Tables of trained models: what is stored is what the models are, and searches can ask it."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,9 @@ from kizzasi.nas.spaces.model_space import name_of
 from kizzasi.nas.study.plan import Finals
 from kizzasi.nas.tables import TrainedTable, hybrid216
 from kizzasi.nas.tables.table import to_json
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import bench_tables
 
 TEMPLATE = {
     "d_model": 8,
@@ -110,6 +115,23 @@ def test_the_stored_table_is_whole_and_of_these_models() -> None:
         assert row.test
         assert row.test.keys() == row.valid.keys()
     json.dumps(dict(table.about))
+
+
+def test_fronts_of_the_table() -> None:
+    """Of all models no model is on the front that another dominates; with as many candidates as
+    there are models, random draws find it."""
+    table = hybrid216()
+    found = bench_tables.front(table, "state_bytes", 1, (len(table.rows),))
+    assert 0 < found["single families"] <= found["all"] <= 1
+    scores = [(row["state_bytes"], row["score"]) for row in found["front"]]
+    every = [(row.facts["state_bytes"], row.mean()) for row in table.rows]
+    assert scores == sorted(scores, reverse=True)
+    for cost, score in scores:
+        assert not any(c <= cost and s < score for c, s in every)
+    for cost, score in every:
+        assert any(c <= cost and s <= score for c, s in scores)
+    by_valid = found["searched"][len(table.rows)]["random"]
+    assert 0.9 * found["all"] < by_valid <= found["all"]
 
 
 @pytest.mark.slow
