@@ -4,6 +4,8 @@ train    each of six mixers in each of three layers, two seeds, on the standard 
          bits a byte on valid data at every rung, and on test data at the end
 facts    what is known without that training: parameters, flops, state bytes, time of a decoded
          token, zero-cost proxies, recall of key-value pairs after a training of its own
+tune     of some models, each with a rate of its own: the best of four on valid data after a
+         training with seed 0, then test data after trainings with further seeds
 write    the table of these journals, as `kizzasi.nas.tables.hybrid216` reads it
 
 What is done is in a journal; the next call goes on from there. Several processes, one journal each,
@@ -14,16 +16,18 @@ examples:
   python scripts/hybrid_table.py train --journal b.jsonl --beside a.jsonl --from-the-end
   python scripts/hybrid_table.py train --journal more.jsonl --models 43 86 --seeds 2 3 4 5 6
   python scripts/hybrid_table.py facts --journal f.jsonl
+  python scripts/hybrid_table.py tune --journal t.jsonl --models 53 81 0 43 86 129 172 215
   python scripts/hybrid_table.py write --journal a.jsonl --beside b.jsonl f.jsonl --out table.json
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,8 @@ from kizzasi.files import write_text
 from kizzasi.models import ModelSpec, build_model
 from kizzasi.nas.evaluators.probes import PROBES
 from kizzasi.nas.evaluators.zero_cost import PROXIES
-from kizzasi.nas.spaces.model_space import ModelSpace
+from kizzasi.nas.results.noise import t_quantile
+from kizzasi.nas.spaces.model_space import ModelSpace, name_of
 from kizzasi.nas.study.journal import Journal, read_events
 from kizzasi.nas.tables.table import to_json
 from kizzasi.train import Recipe, Task, Training, derive_seed
@@ -45,6 +50,8 @@ from kizzasi.train.task import Shape
 
 RUNGS = (16_384, 49_152, 147_456)
 SEEDS = (0, 1)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # of tune
+FRESH = (2, 3, 4, 5, 6)  # seeds of tune
 LATENCY_LEN = 4096
 OWN = ("state_bytes", "ms", "recall")  # facts beside the proxies
 Todo = dict[str, Callable[[], dict[str, Any]]]
@@ -96,9 +103,10 @@ class Pieces:
         }
 
 
-def trained(task: Task, spec: ModelSpec, seed: int) -> dict[str, Any]:
+def trained(task: Task, spec: ModelSpec, seed: int, rate: float = RATE) -> dict[str, Any]:
     """Scores of one training: on valid data at every rung, and on test data at the end."""
-    training = Training(build_model(spec, seed=seed), task, RECIPE, derive_seed(seed, "data"))
+    recipe = replace(RECIPE, lr=rate)
+    training = Training(build_model(spec, seed=seed), task, recipe, derive_seed(seed, "data"))
     valid: list[float] = []
     for rung in RUNGS:
         failure = training.run(rung)
@@ -106,6 +114,38 @@ def trained(task: Task, spec: ModelSpec, seed: int) -> dict[str, Any]:
             return {"valid": valid, "test": None, "failure": failure}
         valid.append(round(training.score(), 5))
     return {"valid": valid, "test": round(training.score("test"), 5)}
+
+
+def tuned(task: Task, spec: ModelSpec) -> dict[str, Any]:
+    """Valid score by rate, the best one, and with that the test score by seed."""
+    valid = {rate: trained(task, spec, 0, rate)["valid"] for rate in RATES}
+    swept = {rate: scores[-1] for rate, scores in valid.items() if len(scores) == len(RUNGS)}
+    best = min(swept, key=swept.__getitem__)
+    test = {seed: trained(task, spec, seed, best)["test"] for seed in FRESH}
+    return {"swept": swept, "rate": best, "test": test}
+
+
+def tuned_rows(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line of Markdown for each tuned model, the best one first. Differences are paired over
+    seeds, with their 95 % interval."""
+    specs = models()
+    rows = {int(key.split()[1]): one for key, one in found.items() if key.startswith("tune ")}
+    tests = {i: [row["test"][str(seed)] for seed in FRESH] for i, row in rows.items()}
+    single = [i for i in rows if len(set(specs[i].blocks)) == 1]
+    names = " | ".join(f"less {name_of(specs[i])}" for i in single)
+    lines = [
+        f"| model | parameters | rate | test | {names} |",
+        "|---|" + "---:|" * (3 + len(single)),
+    ]
+    for i in sorted(rows, key=lambda i: statistics.fmean(tests[i])):
+        told = [name_of(specs[i]), f"{specs[i].cost(1).params:,}", f"{rows[i]['rate']:g}"]
+        told.append(f"{statistics.fmean(tests[i]):.4f}")
+        for other in single:
+            gaps = [a - b for a, b in zip(tests[i], tests[other], strict=True)]
+            half = t_quantile(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+            told.append("" if i == other else f"{statistics.fmean(gaps):+.3f} ± {half:.3f}")
+        lines.append(f"| {' | '.join(told)} |")
+    return lines
 
 
 def proxies(task: Task, spec: ModelSpec) -> dict[str, Any]:
@@ -143,6 +183,8 @@ def pieces(
     every = models()
     specs = {i: every[i] for i in only or range(len(every))}
     task = open_task(data)
+    if part == "tune":
+        return {f"tune {i}": partial(tuned, task, spec) for i, spec in specs.items()}
     if part == "train":
         return {
             _key(i, seed): partial(trained, task, spec, seed)
@@ -201,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("train", "facts", "write"))
+    parser.add_argument("part", choices=("train", "facts", "tune", "write"))
     parser.add_argument("--journal", type=Path, required=True, help="what this process finds")
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="journals of others")
     parser.add_argument("--data", default="stdlib", help="as of `kizzasi search`")
@@ -219,6 +261,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.from_the_end:
         todo = dict(reversed(todo.items()))
     Pieces(args.journal, args.beside).run(todo)
+    if args.part == "tune":
+        journals = [args.journal, *(path for path in args.beside if path.exists())]
+        found = {event["key"]: event for path in journals for event in read_events(path)}
+        print("\n".join(tuned_rows(found)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from kizzasi.nas.tables.table import to_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import bench_tables
+import hybrid_table
 
 TEMPLATE = {
     "d_model": 8,
@@ -132,6 +133,27 @@ def test_fronts_of_the_table() -> None:
         assert any(c <= cost and s <= score for c, s in scores)
     by_valid = found["searched"][len(table.rows)]["random"]
     assert 0.9 * found["all"] < by_valid <= found["all"]
+
+
+def test_tuned_models_are_compared_over_the_same_seeds() -> None:
+    gaps = [-0.3, -0.2, -0.2, -0.2, -0.1]
+    base = [2.0, 3.0, 4.0, 5.0, 6.0]
+
+    def tuned(tests, rate):
+        return {"rate": rate, "test": dict(zip("23456", tests, strict=True))}
+
+    found = {
+        "tune 43": tuned(base, 0.008),
+        "tune 53": tuned([a + b for a, b in zip(base, gaps, strict=True)], 0.016),
+        "train 1 seed 0": {"valid": [], "test": 1.0},
+    }
+    lines = hybrid_table.tuned_rows(found)
+    assert lines[0] == "| model | parameters | rate | test | less d64 3xmamba |"
+    # Student's t of 4 degrees of freedom: 2.776; standard deviation of the gaps .0707
+    assert lines[2] == (
+        "| d64 mamba mamba2 short_conv+swiglu | 114,360 | 0.016 | 3.8000 | -0.200 ± 0.088 |"
+    )
+    assert lines[3] == "| d64 3xmamba | 114,560 | 0.008 | 4.0000 |  |"
 
 
 @pytest.mark.slow
