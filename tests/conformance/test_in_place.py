@@ -14,7 +14,7 @@ from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.decoding.inplace.attention import PLACES
 from kizzasi.models.decoding.inplace.base import Called
 from kizzasi.models.decoding.inplace.line import CalledLine, InPlaceLine
-from kizzasi.models.mixers import AttentionSpec, Mamba2Spec, MambaSpec, RWKV4Spec
+from kizzasi.models.mixers import AttentionSpec, Mamba2Spec, MambaSpec, RWKV4Spec, ShortConvSpec
 from kizzasi.models.ops.activations import ACTIVATIONS
 from kizzasi.models.ops.steps import STEPS
 from kizzasi.testing.mixer import assert_same_state
@@ -74,6 +74,7 @@ LAYERS = {
     ),
     "bare": BlockSpec(MambaSpec(d_state=3), norm="layer_unbiased", stream_scale=1.3),
     "rwkv": BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=4), norm_at="post"),
+    "lfm2": BlockSpec(ShortConvSpec(), SwiGLUSpec()),
 }
 
 
@@ -104,6 +105,7 @@ WRITTEN = {
         SwiGLUSpec(hidden=5, bias=True, activation="gelu_tanh"),
     ),
     "jamba": BlockSpec(MambaSpec(d_state=9, inner_norm="rms", bias=True), MLPSpec(hidden=33)),
+    "bias": BlockSpec(ShortConvSpec(d_conv=5, bias=True)),
     "falcon": BlockSpec(MambaSpec(inner_norm="weightless", conv_bias=False, d_conv=2)),
     "groups": BlockSpec(
         Mamba2Spec(d_state=3, head_dim=4, n_groups=2, dt_limit=(0.01, 0.1), d_conv=1)

@@ -32,6 +32,7 @@ from kizzasi.models.decoding.inplace.base import (
     write_norm,
 )
 from kizzasi.models.decoding.inplace.channels import mlp_steps, moe_steps, swiglu_steps
+from kizzasi.models.decoding.inplace.conv import short_conv_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
 from kizzasi.models.decoding.inplace.written import Written, in_programs
@@ -43,6 +44,7 @@ from kizzasi.models.mixers.attention import Attention
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
 from kizzasi.models.mixers.rwkv4 import RWKV4
+from kizzasi.models.mixers.short_conv import ShortConv
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.autodiff import observed
 from kizzasi.models.ops.steps import STEPS
@@ -62,6 +64,7 @@ IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     MoE: moe_steps,
     RWKV4: rwkv4_steps,
     RWKVChannel: rwkv_channel_steps,
+    ShortConv: short_conv_steps,
     SwiGLU: swiglu_steps,
 }
 READ = ("norm", "norm_at", "parallel", "residual_scale", "stream_scale")  # fields of a block

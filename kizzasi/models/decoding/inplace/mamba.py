@@ -5,7 +5,7 @@ b rows · c channels · k filter length · i d_inner · n d_state · h heads · 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from kizzasi.models.decoding.inplace.base import (
     readable,
     write_norm,
 )
+from kizzasi.models.decoding.inplace.conv import ConvSteps, known_conv
 from kizzasi.models.mixers.mamba import Mamba, MambaState
 from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
 from kizzasi.models.norm import GatedNorm, WideLinear
@@ -29,44 +30,6 @@ from kizzasi.models.parts.causal_conv import CausalConv
 
 if TYPE_CHECKING:
     from kizzasi.models.ops.native.steps import Program
-
-LENGTH = 64  # tokens that a tape holds before its end is copied to its start
-
-
-class ConvSteps:
-    """A short convolution whose last inputs lie one behind the other on a tape (LENGTH, b, c)."""
-
-    def __init__(self, conv: CausalConv, state: Tensor) -> None:
-        self.k = conv.weight.shape[2]
-        self.taps, self.bias = conv.weight[:, 0].detach().t().contiguous().unsqueeze(1), conv.bias
-        b, c = state.shape[:2]
-        self.tape = state.new_empty(LENGTH + self.k, b, c)
-        self.tape[: self.k - 1] = state.permute(2, 0, 1)
-        self.end = self.k - 1
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (b, c) to silu(conv(x))."""
-        if self.end == len(self.tape):
-            self.tape[: self.k - 1] = self.tape[self.end - self.k + 1 :].clone()
-            self.end = self.k - 1
-        self.tape[self.end] = x
-        self.end = end = self.end + 1
-        y = (self.tape[end - self.k : end] * self.taps).sum(0)
-        return F.silu(y if self.bias is None else y.add_(self.bias), inplace=True)
-
-    def write(self, program: Program, x: Tensor) -> Tensor:
-        """As instructions, which move a tape of length k on by one token."""
-        self.tape, self.end = self.tape[self.end - self.k + 1 : self.end], self.k
-        self.tape = F.pad(self.tape, (0, 0, 0, 0, 1, 0))
-        bias, y = (
-            None if self.bias is None else readable(self.bias),
-            program.room("conv", x.shape[1]),
-        )
-        program.add("conv", [x, self.taps, bias, self.tape, y], x.shape[1], self.k, x.stride(0))
-        return y
-
-    def value(self) -> Tensor:
-        return self.tape[self.end - self.k + 1 : self.end].permute(1, 2, 0).contiguous()
 
 
 class MambaSteps(Steps):
@@ -177,17 +140,11 @@ class Mamba2Steps(Steps):
 
 
 def mamba_steps(mixer: Mamba, state: MambaState, about: About) -> Steps | None:
-    conv = _known(mixer.conv1d, state, about)
+    conv = known_conv(mixer.conv1d, state, about)
     conv = conv if type(mixer.dt_proj) is WideLinear else None
     return None if conv is None else MambaSteps(mixer, conv, state, about.products)
 
 
 def mamba2_steps(mixer: Mamba2, state: Mamba2State, about: About) -> Steps | None:
-    conv = _known(mixer.conv1d, state, about)
+    conv = known_conv(mixer.conv1d, state, about)
     return None if conv is None else Mamba2Steps(mixer, conv, state, about.products)
-
-
-def _known(conv: Any, state: MambaState | Mamba2State, about: About) -> CausalConv | None:
-    """The convolution, unless something stands in its place or the state is of another dtype."""
-    fits = type(conv) is CausalConv and {part.dtype for part in state} == {about.dtype}
-    return conv if fits else None

@@ -82,9 +82,9 @@ static void run_add(void **p, const int64_t *s) {
   }
 }
 
-// y = silu(conv(x)) over the last k inputs, which lie one behind the other on a tape (k, b, c)
+// y = conv(x), or silu of it, over the last k inputs, which lie one behind the other on a tape (k, b, c)
 enum { C_X, C_TAPS, C_BIAS, C_TAPE, C_Y };
-enum { C_C = 1, C_K, C_X_ROW };
+enum { C_C = 1, C_K, C_X_ROW, C_SILU };
 static void run_conv(void **p, const int64_t *s) {
   int64_t c = s[C_C], k = s[C_K], step = s[N_B] * c;
   EACH_ROW(i) EACH(j, m, c) {
@@ -96,7 +96,7 @@ static void run_conv(void **p, const int64_t *s) {
       store_some(tape, now, m);
       y += now * load_some(taps, m);
     }
-    store_some(OUT(C_Y) + i * c + j, y * sigmoid(y), m);
+    store_some(OUT(C_Y) + i * c + j, s[C_SILU] ? y * sigmoid(y) : y, m);
   }
 }
 
