@@ -14,7 +14,17 @@ from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.decoding.inplace.attention import PLACES
 from kizzasi.models.decoding.inplace.base import Called
 from kizzasi.models.decoding.inplace.line import CalledLine, InPlaceLine
-from kizzasi.models.mixers import AttentionSpec, Mamba2Spec, MambaSpec, RWKV4Spec, ShortConvSpec
+from kizzasi.models.layers import LoopSpec
+from kizzasi.models.mixers import (
+    AttentionSpec,
+    GatedDeltaSpec,
+    Mamba2Spec,
+    MambaSpec,
+    RetentionSpec,
+    RWKV4Spec,
+    RWKV7Spec,
+    ShortConvSpec,
+)
 from kizzasi.models.ops.activations import ACTIVATIONS
 from kizzasi.models.ops.steps import STEPS
 from kizzasi.testing.mixer import assert_same_state
@@ -75,6 +85,9 @@ LAYERS = {
     "bare": BlockSpec(MambaSpec(d_state=3), norm="layer_unbiased", stream_scale=1.3),
     "rwkv": BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=4), norm_at="post"),
     "lfm2": BlockSpec(ShortConvSpec(), SwiGLUSpec()),
+    "delta": BlockSpec(GatedDeltaSpec(n_heads=2), MLPSpec()),
+    "goose": BlockSpec(RWKV7Spec(head_dim=8, value_residual=False), RWKVChannelSpec()),
+    "goose 2": BlockSpec(RWKV7Spec(head_dim=4, bias=True), RWKVChannelSpec()),
 }
 
 
@@ -93,6 +106,22 @@ def test_every_kind_of_layer_has_steps_of_its_own(rows):
         assert not isinstance(block.channel, Called)
 
 
+@pytest.mark.parametrize("order", ["gdg2", "g2", "dgg2", "g2d2", "rg2", "g", "dg"])
+@torch.no_grad()
+def test_a_first_value_reaches_the_layers_that_want_it(order):
+    """Across layers in C, in place and called, whoever offers it."""
+    goose, later, retention = LAYERS["goose"], LAYERS["goose 2"], BlockSpec(RetentionSpec(2))
+    loop = LoopSpec((goose,), 2)
+    layers = {"g": goose, "2": later, "d": retention, "r": loop}
+    model = several(*(layers[letter] for letter in order))
+    x = tokens(1, 6)
+    begun = model(x[:, :2]).state
+    decoder = Decoder(model, begun)
+    assert_same_state(decoder.fork(), begun)
+    state = follow(decoder, model, x[:, 2:], begun)
+    assert_same_state(decoder.fork(), state)
+
+
 ATTENTION = {"n_heads": 4, "n_kv_heads": 2, "qkv_bias": True, "out_bias": True}
 WRITTEN = {
     **LAYERS,
@@ -105,6 +134,13 @@ WRITTEN = {
         SwiGLUSpec(hidden=5, bias=True, activation="gelu_tanh"),
     ),
     "jamba": BlockSpec(MambaSpec(d_state=9, inner_norm="rms", bias=True), MLPSpec(hidden=33)),
+    "heads of keys": BlockSpec(
+        GatedDeltaSpec(
+            n_heads=6, n_key_heads=3, key_head_dim=5, value_head_dim=3, negative_eigenvalues=True
+        )
+    ),
+    "deltanet": BlockSpec(GatedDeltaSpec(n_heads=2, gated=False)),
+    "goose 3": BlockSpec(RWKV7Spec(head_dim=16, value_residual=False)),
     "bias": BlockSpec(ShortConvSpec(d_conv=5, bias=True)),
     "falcon": BlockSpec(MambaSpec(inner_norm="weightless", conv_bias=False, d_conv=2)),
     "groups": BlockSpec(

@@ -105,6 +105,14 @@ def delta_rule_step(
     return (q.unsqueeze(-2) @ s).squeeze(-2), s
 
 
+def delta_rule_step_(s: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """y of `delta_rule_step`, which writes the new s into s."""
+    s.mul_(g.exp().unsqueeze(-1))
+    found = (k.unsqueeze(-2) @ s).squeeze(-2)
+    s.addcmul_(k.unsqueeze(-1), (beta.unsqueeze(-1) * (v - found)).unsqueeze(-2))
+    return (q.unsqueeze(-2) @ s).squeeze(-2)
+
+
 @in_full_precision
 def delta_rule(
     q: Tensor,

@@ -130,6 +130,16 @@ def wkv7_step(
     return (s @ r.unsqueeze(-1)).squeeze(-1), s
 
 
+def wkv7_step_(
+    s: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
+    """y of `wkv7_step`, which writes the new memory into s."""
+    answer = s @ a.unsqueeze(-1)
+    s.mul_(w.exp().unsqueeze(-2)).addcmul_(answer, b.unsqueeze(-2))
+    s.addcmul_(v.unsqueeze(-1), k.unsqueeze(-2))
+    return (s @ r.unsqueeze(-1)).squeeze(-1)
+
+
 def wkv7_flops(batch: int, seq_len: int, heads: int, n: int) -> int:
     """Work of the matrix products of `wkv7`; a multiply-add counts 2."""
     c = min(CHUNK_SIZE, seq_len)

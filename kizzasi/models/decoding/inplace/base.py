@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[Tensor], Tensor]
 WIDE = (torch.float32, torch.float64)
+CALLED = "called"  # of About.shared: a layer before is called, and may share what nobody knows of
 CENTRED = ("layer", "layer_unbiased")  # norms that take the mean off
 COPIED = 2**26  # numbers at most of all weights that are laid out anew: 256 MiB in float32
 

@@ -17,6 +17,7 @@ from kizzasi.models.channels.rwkv_channel import RWKVChannel
 from kizzasi.models.channels.swiglu import SwiGLU
 from kizzasi.models.decoding.inplace.attention import attention_steps
 from kizzasi.models.decoding.inplace.base import (
+    CALLED,
     About,
     Called,
     Products,
@@ -33,17 +34,21 @@ from kizzasi.models.decoding.inplace.base import (
 )
 from kizzasi.models.decoding.inplace.channels import mlp_steps, moe_steps, swiglu_steps
 from kizzasi.models.decoding.inplace.conv import short_conv_steps
+from kizzasi.models.decoding.inplace.gated_delta import gated_delta_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
+from kizzasi.models.decoding.inplace.rwkv7 import rwkv7_steps
 from kizzasi.models.decoding.inplace.written import Written, in_programs
 from kizzasi.models.decoding.own_cache import disown, own
 from kizzasi.models.layers.block import Block, BlockSpec
 from kizzasi.models.layers.layer import LayerSpec
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.mixers.attention import Attention
+from kizzasi.models.mixers.gated_delta import GatedDelta
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
 from kizzasi.models.mixers.rwkv4 import RWKV4
+from kizzasi.models.mixers.rwkv7 import RWKV7
 from kizzasi.models.mixers.short_conv import ShortConv
 from kizzasi.models.norm import Norm
 from kizzasi.models.ops.autodiff import observed
@@ -58,11 +63,13 @@ if TYPE_CHECKING:
 
 IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     Attention: attention_steps,
+    GatedDelta: gated_delta_steps,
     MLP: mlp_steps,
     Mamba2: mamba2_steps,
     Mamba: mamba_steps,
     MoE: moe_steps,
     RWKV4: rwkv4_steps,
+    RWKV7: rwkv7_steps,
     RWKVChannel: rwkv_channel_steps,
     ShortConv: short_conv_steps,
     SwiGLU: swiglu_steps,
@@ -284,14 +291,22 @@ def _whole(model: SequenceModel, parts: Sequence[Steps]) -> Callable[[Tensor], T
 
 def _block_steps(block: nn.Module, spec: LayerSpec, state: BlockState, about: About) -> Steps:
     if not isinstance(block, Block) or not isinstance(spec, BlockSpec):
-        return Called(block, state)
+        return _called(block, state, about)
     read = BlockSpec(spec.mixer, spec.channel, **{name: getattr(spec, name) for name in READ})
     if type(block) is not Block or spec != read or not undisturbed(block):
-        return Called(block, state)
+        return _called(block, state, about)
     return BlockSteps(block, state, about)
+
+
+def _called(block: nn.Module, state: BlockState, about: About) -> Steps:
+    about.shared[CALLED] = True
+    return Called(block, state)
 
 
 def _steps(mixer: Mixer, state: Any, about: About) -> Steps:
     make = IN_PLACE.get(type(mixer))
     made = None if make is None else make(mixer, state, about)
-    return stepped(mixer, state) if made is None else made
+    if made is not None:
+        return made
+    about.shared[CALLED] = True
+    return stepped(mixer, state)

@@ -32,6 +32,8 @@ class Written(Steps):
     def __call__(self, x: Tensor, call: Call) -> Tensor:
         self.x.copy_(x)
         self.program.run()
+        offers = {name: y for name, (_, y) in self.program.offers.items()}
+        call.shared = {**offers, **call.shared}
         return self.x.clone()
 
     def value(self) -> tuple[object, ...]:

@@ -35,7 +35,7 @@ static void run_norm(void **p, const int64_t *s) {
   int64_t d = s[N_D];
   EACH_ROW(i) for (int64_t g = 0; g < s[N_GROUPS]; g++) {
     const real *x = IN(N_X) + i * s[N_X_ROW] + g * d;
-    const real *w = p[N_W] ? IN(N_W) + g * s[N_W_GROUP] : NULL, *bias = IN(N_BIAS);
+    const real *w = p[N_W] ? IN(N_W) + g * s[N_W_GROUP] : NULL, *bias = p[N_BIAS] ? IN(N_BIAS) + g * s[N_W_GROUP] : NULL;
     real *y = OUT(N_Y) + i * s[N_Y_ROW] + g * d, mean = 0;
     vec sum = splat(0);
     if (s[N_MEAN]) {
@@ -194,6 +194,92 @@ static void run_wkv4(void **p, const int64_t *s) {
   }
 }
 
+// y[j] = x[index[j]]
+enum { I_X, I_INDEX, I_Y };
+enum { I_D = 1, I_X_ROW, I_Y_ROW };
+static void run_pick(void **p, const int64_t *s) {
+  const int64_t *index = p[I_INDEX];
+  EACH_ROW(i) for (int64_t j = 0; j < s[I_D]; j++)
+    OUT(I_Y)[i * s[I_Y_ROW] + j] = IN(I_X)[i * s[I_X_ROW] + index[j]];
+}
+
+INLINE real squares(const real *x, int64_t n) {
+  vec sum = splat(0);
+  EACH(j, m, n) { vec v = load_some(x + j, m); sum += v * v; }
+  return total(sum);
+}
+
+// The delta rule of keys of length 1: h = exp(-A softplus(a + bias)) h, then
+// h += k (sigmoid(b) by (v - k h)) and y = q h / sqrt(n); h (b, heads, n, p). Queries, keys (a head
+// of each for `per` heads of values) and values lie side by side, as do b and a of a head of keys.
+enum { T_QKV, T_BA, T_A, T_BIAS, T_BY, T_H, T_Y };
+enum { T_HEADS = 1, T_KEYS, T_N, T_P, T_QKV_ROW, T_BA_ROW };
+static void run_delta(void **p, const int64_t *s) {
+  int64_t heads = s[T_HEADS], n = s[T_N], P = s[T_P], per = heads / s[T_KEYS], fades = p[T_A] != 0;
+  EACH_ROW(i) for (int64_t k = 0; k < heads; k++) {
+    const real *from = IN(T_QKV) + i * s[T_QKV_ROW], *q = from + k / per * n;
+    const real *key = q + s[T_KEYS] * n, *v = from + 2 * s[T_KEYS] * n + k * P;
+    const real *ba = IN(T_BA) + i * s[T_BA_ROW] + k / per * per * (1 + fades) + k % per;
+    real *h = OUT(T_H) + (i * heads + k) * n * P, *y = OUT(T_Y) + (i * heads + k) * P;
+    real by_q = 1 / (real)sqrt((double)((squares(q, n) + (real)1e-6) * (real)n));
+    real by_k = 1 / (real)sqrt((double)(squares(key, n) + (real)1e-6));
+    real rate[LANES], kept[LANES];
+    store(rate, sigmoid(splat(*ba)) * (real)*(const double *)p[T_BY]);
+    store(kept, fades ? exponential(-IN(T_A)[k] * softplus(splat(ba[per] + IN(T_BIAS)[k]))) : splat(1));
+    EACH(j, m, P) {
+      vec found = splat(0), read = splat(0);
+      for (int64_t c = 0; c < n; c++) found += load_some(h + c * P + j, m) * key[c];
+      vec u = (load_some(v + j, m) - found * (by_k * kept[0])) * (rate[0] * by_k);
+      for (int64_t c = 0; c < n; c++) {
+        vec now = load_some(h + c * P + j, m) * kept[0] + u * key[c];
+        store_some(h + c * P + j, now, m);
+        read += now * q[c];
+      }
+      store_some(y + j, read * by_q, m);
+    }
+  }
+}
+
+// RWKV-7's streams and memory (b, heads, n, n), indexed [value, key]; bonus = (r k r_k) v of a head
+enum { R_R, R_W, R_K, R_V, R_RATE, R_W0, R_A0, R_KK, R_KA, R_RK, R_S, R_STREAMS, R_Y, R_BONUS };
+enum { R_HEADS = 1, R_N };
+static void run_wkv7(void **p, const int64_t *s) {
+  int64_t heads = s[R_HEADS], n = s[R_N];
+  EACH_ROW(i) for (int64_t h = 0; h < heads; h++) {
+    int64_t at = (i * heads + h) * n, c = h * n;
+    const real *r = IN(R_R) + at, *k = IN(R_K) + at, *v = IN(R_V) + at;
+    real *w = OUT(R_STREAMS) + 4 * at, *key = w + n, *a = key + n, *b = a + n, *S = OUT(R_S) + at * n;
+    EACH(j, m, n) store_some(a + j, load_some(k + j, m) * load_some(IN(R_KK) + c + j, m), m);
+    double length = sqrt((double)squares(a, n));
+    real by = (real)(1 / (length > 1e-12 ? length : 1e-12));
+    vec told = splat(0);
+    EACH(j, m, n) {
+      vec rate = sigmoid(load_some(IN(R_A0) + c + j, m) + load_some(IN(R_RATE) + at + j, m));
+      vec fade = sigmoid(load_some(IN(R_W0) + c + j, m) + load_some(IN(R_W) + at + j, m));
+      vec share = load_some(IN(R_KA) + c + j, m), removed = load_some(a + j, m) * by;
+      vec written = load_some(k + j, m) * (1 - share + rate * share);
+      store_some(w + j, exponential(fade * (real)-0.6065306597126334), m);
+      store_some(key + j, written, m), store_some(a + j, -removed, m);
+      store_some(b + j, removed * rate, m);
+      told += load_some(r + j, m) * written * load_some(IN(R_RK) + c + j, m);
+    }
+    real bonus = total(told);
+    EACH(j, m, n) store_some(OUT(R_BONUS) + at + j, load_some(v + j, m) * bonus, m);
+    for (int64_t e = 0; e < n; e++, S += n) {
+      vec sum = splat(0), read = splat(0);
+      EACH(j, m, n) sum += load_some(S + j, m) * load_some(a + j, m);
+      real answer = total(sum);
+      EACH(j, m, n) {
+        vec now = load_some(S + j, m) * load_some(w + j, m) + answer * load_some(b + j, m);
+        now += v[e] * load_some(key + j, m);
+        store_some(S + j, now, m);
+        read += now * load_some(r + j, m);
+      }
+      OUT(R_Y)[at + e] = total(read);
+    }
+  }
+}
+
 // The top_k of the experts (gates and ups (e, 2 h, d), downs (e, d, h)), by softmax of the logits
 enum { E_X, E_LOGITS, E_UP, E_DOWN, E_SCALE, E_HIDDEN, E_Y };
 enum { E_D = 1, E_N, E_H, E_K, E_SHARED_OUT };
@@ -239,7 +325,7 @@ typedef void (*instruction)(void **p, const int64_t *s);
 static const instruction INSTRUCTIONS[] = {  // in the order of steps.py
     run_product, run_norm, run_gate, run_add, run_conv, run_scan,
     run_ssd, run_mix, run_wkv4, run_experts, NAME(attend_step),
-    NAME(packed),
+    NAME(packed), run_pick, run_delta, run_wkv7,
 };
 void NAME(steps)(void **p, const int64_t *code) {
   const int64_t *s = code + 1;

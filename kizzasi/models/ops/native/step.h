@@ -63,7 +63,7 @@ INLINE void multiply(product q, int64_t b, int64_t first, int64_t last) {
   if (b == 1) rows_of(4, 1, 2, &q, first, last);
 }
 
-enum { IDENTITY, SILU, SIGMOID, RELU, RELU2, GELU, GELU_TANH, GELU_QUICK };
+enum { IDENTITY, SILU, SIGMOID, RELU, RELU2, GELU, GELU_TANH, GELU_QUICK, TANH };
 
 INLINE vec activated(int64_t kind, vec v) {
   const vec zero = splat(0);
@@ -74,6 +74,7 @@ INLINE vec activated(int64_t kind, vec v) {
     case RELU2: v = choose((bits)(v < 0), zero, v); return v * v;
     case GELU_TANH:  // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
       return v * sigmoid((real)1.5957691216057308 * v * (1 + (real)0.044715 * v * v));
+    case TANH: return 2 * sigmoid(2 * v) - 1;
     case GELU_QUICK: return v * sigmoid((real)1.702 * v);
     case GELU: {
       real x[LANES];

@@ -20,8 +20,8 @@ from kizzasi.models.ops.native.packed import packed_sizes
 from kizzasi.models.ops.packed import Packed
 
 ORDER = ("product", "norm", "gate", "add", "conv", "scan", "ssd", "mix", "wkv4", "experts")
-ORDER += ("attend", "packed")  # as in step.c
-ACTIVATIONS = ("", "silu", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "gelu_quick")
+ORDER += ("attend", "packed", "pick", "delta", "wkv7")  # as in step.c
+ACTIVATIONS = ("", "silu", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "tanh")
 MANY = 4  # rows beyond which the products of BLAS are faster
 WORTH_A_THREAD = 2**20  # weights that are worth the start of a thread
 
@@ -41,6 +41,7 @@ class Program:
         dtype: float32 or float64.
         rows: b.
 
+    offers: by name, what a layer has made for later ones; by how many instructions it was there.
     """
 
     def __init__(self, dtype: torch.dtype, rows: int) -> None:
@@ -49,6 +50,7 @@ class Program:
         self.codes: list[list[int]] = []
         self.starts: list[int] = []
         self.made: dict[tuple[str, int], Tensor] = {}
+        self.offers: dict[str, tuple[int, Tensor]] = {}
         self.clock = torch.zeros(2, dtype=torch.int64)
         self._now = (ctypes.c_int64 * 2).from_address(self.clock.data_ptr())
         self.prepares: list[tuple[int, int, Callable[[], None]]] = []
@@ -66,6 +68,7 @@ class Program:
             del self.tensors[self.starts[length] :]
             del self.codes[length:], self.starts[length:]
             self.prepares = [each for each in self.prepares if each[0] < length]
+            self.offers = {k: one for k, one in self.offers.items() if one[0] <= length}
 
     def room(self, name: str, width: int) -> Tensor:
         """(b, width), the same whenever asked for by this name and width."""
@@ -112,7 +115,7 @@ class Program:
         each: bool = False,
     ) -> None:
         """y = (w + plus_one) (x - mean) / sqrt(var + eps) + bias over groups of d; x is centred or
-        taken as it is. Every group has the weights, or with `each` its own d of them."""
+        taken as it is. Every group has the weights and biases, or with `each` its own d of them."""
         groups, step = x.shape[1] // d, d if each else 0
         tensors = [x, weight, bias, self.number(eps), y]
         sizes = d, groups, step, x.stride(0), y.stride(0), int(centred), int(plus_one)
@@ -127,6 +130,14 @@ class Program:
     def join(self, x: Tensor, y: Tensor, stream: float = 1, by: float = 1) -> None:
         """x = stream x + by y."""
         self.add("add", [x, y, self.number(stream, by)], x.shape[1])
+
+    def offer(self, name: str, y: Tensor) -> None:
+        """What the instructions so far have made of y is there for all that follow."""
+        self.offers.setdefault(name, (len(self.codes), y))
+
+    def pick(self, x: Tensor, index: Tensor, y: Tensor) -> None:
+        """y[:, j] = x[:, index[j]], for an int64 index."""
+        self.add("pick", [x, index, y], len(index), x.stride(0), y.stride(0))
 
     @property
     def place(self) -> int:
