@@ -18,6 +18,7 @@ from kizzasi.models.layers import LoopSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
     GatedDeltaSpec,
+    GLASpec,
     Mamba2Spec,
     MambaSpec,
     RetentionSpec,
@@ -86,6 +87,7 @@ LAYERS = {
     "rwkv": BlockSpec(RWKV4Spec(), RWKVChannelSpec(version=4), norm_at="post"),
     "lfm2": BlockSpec(ShortConvSpec(), SwiGLUSpec()),
     "delta": BlockSpec(GatedDeltaSpec(n_heads=2), MLPSpec()),
+    "gla": BlockSpec(GLASpec(n_heads=2, gate_normalizer=3.0), SwiGLUSpec()),
     "goose": BlockSpec(RWKV7Spec(head_dim=8, value_residual=False), RWKVChannelSpec()),
     "goose 2": BlockSpec(RWKV7Spec(head_dim=4, bias=True), RWKVChannelSpec()),
 }

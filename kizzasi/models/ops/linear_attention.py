@@ -172,6 +172,12 @@ def linear_attention_step(
     return (q.unsqueeze(-2) @ seen).squeeze(-2), after
 
 
+def linear_attention_step_(s: Tensor, q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """y of `linear_attention_step` without u, which writes the new memory into s."""
+    s.mul_(w.exp().unsqueeze(-1)).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
+    return (q.unsqueeze(-2) @ s).squeeze(-2)
+
+
 def linear_attention_flops(batch: int, seq_len: int, heads: int, n: int, m: int) -> int:
     """Work of the matrix products of `linear_attention`; a multiply-add counts 2."""
     c = chunk_size(seq_len, CHUNK_SIZE)

@@ -35,6 +35,7 @@ from kizzasi.models.decoding.inplace.base import (
 from kizzasi.models.decoding.inplace.channels import mlp_steps, moe_steps, swiglu_steps
 from kizzasi.models.decoding.inplace.conv import short_conv_steps
 from kizzasi.models.decoding.inplace.gated_delta import gated_delta_steps
+from kizzasi.models.decoding.inplace.gla import gla_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
 from kizzasi.models.decoding.inplace.rwkv7 import rwkv7_steps
@@ -45,6 +46,7 @@ from kizzasi.models.layers.layer import LayerSpec
 from kizzasi.models.mixer import Mixer
 from kizzasi.models.mixers.attention import Attention
 from kizzasi.models.mixers.gated_delta import GatedDelta
+from kizzasi.models.mixers.gla import GLA
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
 from kizzasi.models.mixers.rwkv4 import RWKV4
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 
 IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     Attention: attention_steps,
+    GLA: gla_steps,
     GatedDelta: gated_delta_steps,
     MLP: mlp_steps,
     Mamba2: mamba2_steps,

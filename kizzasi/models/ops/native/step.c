@@ -240,6 +240,30 @@ static void run_delta(void **p, const int64_t *s) {
   }
 }
 
+// Linear attention: h = sigmoid(g)^power h + k v and y = by q h; g becomes what is kept; h (b, heads,
+// n, p)
+enum { L_Q, L_K, L_V, L_G, L_SCALES, L_H, L_Y };
+enum { L_HEADS = 1, L_N, L_P, L_Q_ROW, L_K_ROW, L_V_ROW };
+static void run_linear(void **p, const int64_t *s) {
+  int64_t heads = s[L_HEADS], n = s[L_N], P = s[L_P];
+  real by = (real)((const double *)p[L_SCALES])[0], power = (real)((const double *)p[L_SCALES])[1];
+  EACH_ROW(i) for (int64_t k = 0; k < heads; k++) {
+    const real *q = IN(L_Q) + i * s[L_Q_ROW] + k * n, *key = IN(L_K) + i * s[L_K_ROW] + k * n;
+    const real *v = IN(L_V) + i * s[L_V_ROW] + k * P;
+    real *g = OUT(L_G) + (i * heads + k) * n, *h = OUT(L_H) + (i * heads + k) * n * P;
+    EACH(j, m, n) store_some(g + j, exponential(-power * softplus(-load_some(g + j, m))), m);
+    EACH(j, m, P) {
+      vec value = load_some(v + j, m), read = splat(0);
+      for (int64_t c = 0; c < n; c++) {
+        vec now = load_some(h + c * P + j, m) * g[c] + value * key[c];
+        store_some(h + c * P + j, now, m);
+        read += now * q[c];
+      }
+      store_some(OUT(L_Y) + (i * heads + k) * P + j, read * by, m);
+    }
+  }
+}
+
 // RWKV-7's streams and memory (b, heads, n, n), indexed [value, key]; bonus = (r k r_k) v of a head
 enum { R_R, R_W, R_K, R_V, R_RATE, R_W0, R_A0, R_KK, R_KA, R_RK, R_S, R_STREAMS, R_Y, R_BONUS };
 enum { R_HEADS = 1, R_N };
@@ -325,7 +349,7 @@ typedef void (*instruction)(void **p, const int64_t *s);
 static const instruction INSTRUCTIONS[] = {  // in the order of steps.py
     run_product, run_norm, run_gate, run_add, run_conv, run_scan,
     run_ssd, run_mix, run_wkv4, run_experts, NAME(attend_step),
-    NAME(packed), run_pick, run_delta, run_wkv7,
+    NAME(packed), run_pick, run_delta, run_wkv7, run_linear,
 };
 void NAME(steps)(void **p, const int64_t *code) {
   const int64_t *s = code + 1;
