@@ -22,6 +22,7 @@ from kizzasi.models.mixers import (
     Mamba2Spec,
     MambaSpec,
     RetentionSpec,
+    RGLRUSpec,
     RWKV4Spec,
     RWKV7Spec,
     ShortConvSpec,
@@ -88,6 +89,7 @@ LAYERS = {
     "lfm2": BlockSpec(ShortConvSpec(), SwiGLUSpec()),
     "delta": BlockSpec(GatedDeltaSpec(n_heads=2), MLPSpec()),
     "gla": BlockSpec(GLASpec(n_heads=2, gate_normalizer=3.0), SwiGLUSpec()),
+    "griffin": BlockSpec(RGLRUSpec(n_heads=2), SwiGLUSpec()),
     "goose": BlockSpec(RWKV7Spec(head_dim=8, value_residual=False), RWKVChannelSpec()),
     "goose 2": BlockSpec(RWKV7Spec(head_dim=4, bias=True), RWKVChannelSpec()),
 }
@@ -102,6 +104,7 @@ def test_every_kind_of_layer_has_steps_of_its_own(rows):
     decoder = Decoder(model, begun)
     state = follow(decoder, model, x[:, 2:], begun)
     assert_same_state(decoder.fork(), state)
+    follow(Decoder(model), model, x, None)
     for block in decoder._line.blocks:
         assert not isinstance(block, Called)
         assert not isinstance(block.mixer, Called)

@@ -37,6 +37,7 @@ from kizzasi.models.decoding.inplace.conv import short_conv_steps
 from kizzasi.models.decoding.inplace.gated_delta import gated_delta_steps
 from kizzasi.models.decoding.inplace.gla import gla_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
+from kizzasi.models.decoding.inplace.rg_lru import rg_lru_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
 from kizzasi.models.decoding.inplace.rwkv7 import rwkv7_steps
 from kizzasi.models.decoding.inplace.written import Written, in_programs
@@ -49,6 +50,7 @@ from kizzasi.models.mixers.gated_delta import GatedDelta
 from kizzasi.models.mixers.gla import GLA
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
+from kizzasi.models.mixers.rg_lru import RGLRU
 from kizzasi.models.mixers.rwkv4 import RWKV4
 from kizzasi.models.mixers.rwkv7 import RWKV7
 from kizzasi.models.mixers.short_conv import ShortConv
@@ -71,6 +73,7 @@ IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     Mamba2: mamba2_steps,
     Mamba: mamba_steps,
     MoE: moe_steps,
+    RGLRU: rg_lru_steps,
     RWKV4: rwkv4_steps,
     RWKV7: rwkv7_steps,
     RWKVChannel: rwkv_channel_steps,

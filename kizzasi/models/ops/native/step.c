@@ -264,6 +264,39 @@ static void run_linear(void **p, const int64_t *s) {
   }
 }
 
+// 1 - exp(x) for x <= 0: its series near 0, where the difference would lose its digits
+INLINE vec one_less(vec x) {
+  enum { TERMS = BITS == 32 ? 8 : 14 };
+  vec sum = splat(1);
+  for (int k = TERMS; k > 1; k--) sum = 1 + sum * x / (real)k;
+  return choose((bits)(x > (real)-0.4), -x * sum, 1 - exponential(x));
+}
+
+// RG-LRU: log a = -leak sigmoid(W_r u), h = a h + sqrt(1 - a^2) sigmoid(W_i u) u, without the root
+// where a document has not begun; weights (heads, in, out)
+enum { G_U, G_IN, G_IN_BIAS, G_REC, G_REC_BIAS, G_LEAK, G_H, G_BEGUN };
+enum { G_HEADS = 1, G_N };
+static void run_rglru(void **p, const int64_t *s) {
+  int64_t heads = s[G_HEADS], n = s[G_N], *begun = p[G_BEGUN];
+  EACH_ROW(i) {
+    for (int64_t k = 0; k < heads; k++) EACH(j, m, n) {
+      int64_t at = k * n + j;
+      const real *u = IN(G_U) + i * heads * n + k * n;
+      vec in = load_some(IN(G_IN_BIAS) + at, m), rec = load_some(IN(G_REC_BIAS) + at, m);
+      for (int64_t c = 0, w = k * n * n + j; c < n; c++, w += n) {
+        in += u[c] * load_some(IN(G_IN) + w, m);
+        rec += u[c] * load_some(IN(G_REC) + w, m);
+      }
+      vec log_a = -load_some(IN(G_LEAK) + at, m) * sigmoid(rec);
+      vec written = sigmoid(in) * load_some(u + j, m), size = one_less(2 * log_a);
+      if (begun[i]) for (int l = 0; l < LANES; l++) written[l] *= (real)sqrt((double)size[l]);
+      real *h = OUT(G_H) + i * heads * n + at;
+      store_some(h, exponential(log_a) * load_some(h, m) + written, m);
+    }
+    begun[i] = 1;
+  }
+}
+
 // RWKV-7's streams and memory (b, heads, n, n), indexed [value, key]; bonus = (r k r_k) v of a head
 enum { R_R, R_W, R_K, R_V, R_RATE, R_W0, R_A0, R_KK, R_KA, R_RK, R_S, R_STREAMS, R_Y, R_BONUS };
 enum { R_HEADS = 1, R_N };
@@ -349,7 +382,7 @@ typedef void (*instruction)(void **p, const int64_t *s);
 static const instruction INSTRUCTIONS[] = {  // in the order of steps.py
     run_product, run_norm, run_gate, run_add, run_conv, run_scan,
     run_ssd, run_mix, run_wkv4, run_experts, NAME(attend_step),
-    NAME(packed), run_pick, run_delta, run_wkv7, run_linear,
+    NAME(packed), run_pick, run_delta, run_wkv7, run_linear, run_rglru,
 };
 void NAME(steps)(void **p, const int64_t *code) {
   const int64_t *s = code + 1;
