@@ -78,6 +78,22 @@ def test_what_was_trained_is_not_trained_again(run, tmp_path, then, now, setting
 
 
 @pytest.mark.parametrize(
+    "scheduler", ["halving", "stopping", "hyperband", "pasha", "pdh", "asha, side_by_side: 2"]
+)
+def test_more_candidates_under_every_scheduler(run, tmp_path, scheduler):
+    """Who was promoted among five need not be promoted among nine."""
+    chosen = ("name: asha", f"name: {scheduler}"), ("rungs: [1, 3]", "rungs: [1, 3, 9]")
+    chosen = (*chosen, ("final_tokens: 3", "final_tokens: 9"))
+    first = run(*chosen)
+    more = run(*chosen, ("n_pool: 5", "n_pool: 9"))
+    assert more, "it goes on"
+    assert not {*first} & {*more}
+    assert run(*chosen, ("n_pool: 5", "n_pool: 9")) == [], "it is finished"
+    events = read_events(tmp_path / "run" / "journal.jsonl")
+    assert [e["event"] for e in events].count("result") == 2
+
+
+@pytest.mark.parametrize(
     ("then", "now", "why"),
     [
         (

@@ -8,6 +8,7 @@ Glossary
     task      one job of a worker: a candidate's proxies, one trial of a sweep, or a training
     place     one of the executor's; a task in a place is running
     held      asked for, and waiting for the sweep of its family
+    early     in the journal before this search asks for it, as it was then a smaller one
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Flow:
         self.n_taken, self.tidy_at = 0, TIDY_EVERY
         self.ready: deque[tuple[Task, Callable[[Event], None]]] = deque()
         self.running: dict[str, tuple[Task, Callable[[Event], None]]] = {}
+        self.early: dict[str, Event] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.n_held = 0
         self.taken: set[str] = set()  # trials whose result has been told
@@ -99,6 +101,9 @@ class Flow:
         key = _key(event)
         while key not in self.running and self._begin_one():
             pass  # a search that was extended has other tasks in its places
+        if key not in self.running and self.study.grown:
+            self.early[key] = event
+            return
         if key not in self.running:
             folder = self.study.checkpoints.parent
             raise StudyError(
@@ -126,7 +131,9 @@ class Flow:
             return False
         task, then = self.ready.popleft()
         self.running[task.key] = task, then
-        if self.live:
+        if task.key in self.early:
+            self._take(task.key, self.early.pop(task.key))
+        elif self.live:
             self.study.start(task)
         return True
 
