@@ -2,6 +2,7 @@
 
 import pytest
 
+from kizzasi.errors import SpecError
 from kizzasi.models import Signal, presets
 from kizzasi.nas import Xorshift64
 from kizzasi.nas.spaces.constraints import Constraints, Feasible
@@ -72,7 +73,7 @@ def test_a_draw_is_repaired_towards_the_band(space, n_params):
     for _ in range(12):
         draw = space.sample(rng)
         found = feasible.repaired(draw)
-        sizes = [c.spec.cost(1).params for c in space.resized(draw)]
+        sizes = [c.spec.cost(1).params for make in space.sizes(draw) if (c := make())]
         assert sizes == sorted(sizes)
         inside = [n for n in sizes if 0.9 * n_params <= n <= 1.1 * n_params]
         assert (found is not None) == bool(inside)
@@ -83,11 +84,33 @@ def test_a_draw_is_repaired_towards_the_band(space, n_params):
     assert kept
 
 
+def test_a_repair_makes_only_the_widths_it_looks_at(monkeypatch):
+    """A draw of eleven widths was filled eleven times, which took most of a search's start."""
+    space, made = mamba_rwkv(), []
+    fill = ModelSpace._fill
+    monkeypatch.setattr(ModelSpace, "_fill", lambda *a, **k: made.append(1) or fill(*a, **k))
+    draw = space.sample(Xorshift64(3))
+    made.clear()
+    assert len(space.sizes(draw)) == 11
+    assert not made
+    assert Feasible(space, Constraints(params=(10, 11))).repaired(draw) is None
+    assert 1 <= len(made) <= 4
+
+
+def test_a_band_that_nothing_keeps_is_soon_known():
+    """Of a draw that is too small and too large at neighbouring widths, no width need be judged."""
+    space = LayerMoves(mamba_rwkv())
+    feasible = Feasible(space, Constraints(params=(100_000.1, 100_000.2)))
+    with pytest.raises(SpecError, match=r"none of 2,\d+ candidates.* and 3,\d+ of their other siz"):
+        feasible.sample(Xorshift64(0))
+
+
 def test_the_width_of_a_choice_of_models_is_found():
     block = {"mixer": {"kind": "mamba", "d_state": choice(4, 8)}}
     template = {"d_model": choice(8, 12), "stem": Signal(1, 1), "blocks": repeat(block, 1, 3)}
     two = ModelSpace(choice(template, {**template, "d_model": 16}))
     widths = {
-        tuple(c.spec.d_model for c in two.resized(two.sample(Xorshift64(n)))) for n in range(9)
+        tuple(make().spec.d_model for make in two.sizes(two.sample(Xorshift64(n))))
+        for n in range(9)
     }
     assert widths == {(8, 12), (16,)}

@@ -134,8 +134,9 @@ C = TypeVar("C")
 class Resizable(Protocol[C]):
     """A space that knows a candidate's sizes: what else is equal."""
 
-    def resized(self, candidate: C) -> Sequence[C]:
-        """The candidate at every size of the space, small first."""
+    def sizes(self, candidate: C) -> Sequence[Callable[[], C | None]]:
+        """What makes the candidate at each size of the space, small first; None where its parts do
+        not fit."""
         ...
 
 
@@ -143,9 +144,10 @@ class Feasible(Generic[C]):
     """The part of a space that keeps the constraints; itself a space, for any searcher.
 
     A draw that breaks the bounds on parameters is repaired, where the space knows its sizes: the
-    same layers at a width that keeps them. Moves are repeated until their result is feasible.
-    Every candidate is judged once; candidates must be hashable. With measured rules the moves
-    depend on this device and its load, and a replayed search may ask for other candidates.
+    same layers at a width that keeps them, found by halving. Moves are repeated until their result
+    is feasible. Every candidate is judged once; candidates must be hashable. With measured rules
+    the moves depend on this device and its load, and a replayed search may ask for other
+    candidates.
 
     Args:
         space: of candidates.
@@ -163,6 +165,7 @@ class Feasible(Generic[C]):
         self.refused: Counter[str] = Counter()
         self._judged: dict[C, bool] = {}
         self._missed: dict[C, int] = {}
+        self._beyond = 0  # sizes that are refused unseen: one nearer to the bounds was
 
     @property
     def admitted(self) -> int:
@@ -190,15 +193,23 @@ class Feasible(Generic[C]):
             return candidate
         if not self._misses_size(candidate) or not isinstance(self.space, Resizable):
             return None
-        sizes = list(self.space.resized(candidate))
+        sizes = list(self.space.sizes(candidate))
+        beyond, seen = len(sizes), {candidate}
         while sizes:  # parameters rise with the size
             middle = len(sizes) // 2
-            if self.admits(sizes[middle]):
-                return sizes[middle]
-            over = self._misses_size(sizes[middle])
+            made = sizes[middle]()
+            if made is None:
+                del sizes[middle]
+                beyond -= 1
+                continue
+            seen.add(made)
+            if self.admits(made):
+                return made
+            over = self._misses_size(made)
             if not over:
                 return None
             sizes = sizes[:middle] if over > 0 else sizes[middle + 1 :]
+        self._beyond += beyond - len(seen) if beyond else 0
         return None
 
     def _misses_size(self, candidate: C) -> int:
@@ -219,7 +230,8 @@ class Feasible(Generic[C]):
         """Draw until a candidate is feasible.
 
         After 200 draws in vain, one that was admitted before; while there is none, SpecError after
-        4,000 draws or different candidates, or at once if the space has no more and none fits.
+        4,000 draws or different candidates, those included whose size is beyond a refused one's,
+        or at once if the space has no more and none fits.
         """
         for _ in range(PATIENCE):
             for _ in range(TRIES):
@@ -231,11 +243,12 @@ class Feasible(Generic[C]):
                 self.iterate()  # which judges all there are
             if known := [candidate for candidate, fit in self._judged.items() if fit]:
                 return rng.choice(known)
-            if small or len(self._judged) >= ENOUGH:
+            if small or len(self._judged) + self._beyond >= ENOUGH:
                 break
+        beyond = f", and {self._beyond:,} of their other sizes with them" if self._beyond else ""
         raise SpecError(
-            f"constraints: none of {len(self._judged):,} candidates keeps them ({self.report()}); "
-            "widen the bounds or change the space"
+            f"constraints: none of {len(self._judged):,} candidates keeps them ({self.report()})"
+            f"{beyond}; widen the bounds or change the space"
         )
 
     def build(self, decide: Callable[[str, int], int]) -> C:

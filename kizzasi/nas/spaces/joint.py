@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from kizzasi.errors import SpecError
@@ -114,12 +115,18 @@ class Joint(Generic[C]):
 
         return self._of(self.space.crossover(a.candidate, b.candidate, rng), chosen)
 
-    def resized(self, candidate: JointCandidate[C]) -> list[JointCandidate[C]]:
+    def sizes(
+        self, candidate: JointCandidate[C]
+    ) -> Sequence[Callable[[], JointCandidate[C] | None]]:
         """The candidate at every size of the inner space, if that knows its sizes."""
         if not isinstance(self.space, Resizable):
-            return [candidate]
-        sizes = self.space.resized(candidate.candidate)
-        return [JointCandidate(one, candidate.chosen) for one in sizes]
+            return []
+
+        def at(make: Callable[[], C | None]) -> JointCandidate[C] | None:
+            made = make()
+            return None if made is None else JointCandidate(made, candidate.chosen)
+
+        return [partial(at, make) for make in self.space.sizes(candidate.candidate)]
 
     def iterate(self, limit: int | None = None) -> Sequence[JointCandidate[C]]:
         """All of them, the last gene turning fastest, or the first `limit`."""

@@ -65,8 +65,8 @@ class LayerMoves:
                 return child
         return self.space.crossover(a, b, rng)
 
-    def resized(self, candidate: Candidate) -> Sequence[Candidate]:
-        return self.space.resized(candidate)
+    def sizes(self, candidate: Candidate) -> Sequence[Callable[[], Candidate | None]]:
+        return self.space.sizes(candidate)
 
     def iterate(self, limit: int | None = None) -> Sequence[Candidate]:
         return self.space.iterate(limit)

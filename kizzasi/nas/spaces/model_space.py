@@ -5,12 +5,11 @@ gene, path of a gene: see `kizzasi.nas.spaces.template.parse`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from kizzasi.nas.spaces.template.nodes import (
     Walk,
     every,
     shared,
+    widths,
 )
 from kizzasi.nas.spaces.template.parse import parse, plain
 from kizzasi.strict import coerce, require
-
-WIDTH = re.compile(r"(:\d+\.)?d_model")  # the path of the gene that sets it
 
 
 def name_of(spec: ModelSpec) -> str:
@@ -165,27 +163,22 @@ class ModelSpace:
 
         return self._try(decide, decide, a)
 
-    def resized(self, candidate: Candidate) -> list[Candidate]:
-        """The candidate at every width of the space that its parts fit, narrow first.
+    def sizes(self, candidate: Candidate) -> list[Callable[[], Candidate | None]]:
+        """What makes the candidate at each width of the space, narrow first; None where its parts
+        do not fit.
 
         All its other genes stay, so where the template leaves no choice of d_model, it is the only
         one.
         """
-        genes, found, options = dict(candidate.genes), dict[int, Candidate](), [1]
+        genes = dict(candidate.genes)
+        hole, options = widths(self._root, genes)
 
-        def decide(path: str, n: int, option: int) -> int:
-            if not WIDTH.fullmatch(path):
-                return genes[path]
-            options[0] = n
-            return option
-
-        for option in count():
-            if option == options[0]:
-                return [found[d_model] for d_model in sorted(found)]
+        def at(option: int) -> Candidate | None:
             with suppress(MisfitError):
-                made = self._fill(partial(decide, option=option), None)
-                found.setdefault(made.spec.d_model, made)
-        raise AssertionError("options end")
+                return self._fill(lambda path, n: option if path == hole else genes[path], None)
+            return None
+
+        return [partial(at, options[d_model]) for d_model in sorted(options)]
 
     def iterate(self, limit: int | None = None) -> Sequence[Candidate]:
         """All models, each once, the last hole turning fastest, or the first `limit` of them."""

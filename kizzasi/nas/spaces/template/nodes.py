@@ -6,7 +6,7 @@ See `kizzasi.nas.spaces.template.parse` for the templates, for genes and for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -291,6 +291,20 @@ class Model:
                     _with_blocks(frame, blocks).check()
                     self._ways[frame] = self.blocks.count(frame.d_model)
         return self._ways[frame]
+
+
+def widths(root: Node, genes: Mapping[str, int]) -> tuple[str, dict[int, int]]:
+    """The path of the hole that sets d_model of the model with these genes, and its options by
+    width; the only one where it is no hole."""
+    path = ""
+    while isinstance(root, Choice):
+        gene = genes.get(path, 0)
+        root, path = root.nodes[gene], f"{path}:{gene}"
+    assert isinstance(root, Model)
+    hole = root.frame.nodes["d_model"]
+    nodes = hole.nodes if isinstance(hole, Choice) else [hole]
+    options = {node.value: i for i, node in enumerate(nodes) if isinstance(node, Leaf)}
+    return join(path, "d_model"), options
 
 
 def _with_blocks(frame: ModelSpec, blocks: Any) -> ModelSpec:
