@@ -11,13 +11,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 EVERY_SECONDS = 60.0  # between lines where nothing is shown anew
 NARROW = 60  # columns below which words are worth more than a bar
 CLEAR = "\r\x1b[K"
+MEASURED = 0.01, 10.0  # of the work, or seconds of it, before the time left is told
+
+
+class _Bar(tqdm):
+    """A bar whose time left is told by its line."""
+
+    def __init__(self, left: Callable[[], str], **settings: Any) -> None:
+        self.left = left
+        super().__init__(**settings)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        told = self.left()
+        return {**super().format_dict, "left": told and f" {told}"}
 
 
 class Line:
@@ -55,8 +69,10 @@ class Line:
 
     def _begin(self, total: int | None, done: int, at_most: bool) -> None:
         self.most, columns = "at most " if at_most else "", self._columns()
-        self.total, self.n, self.before, self.began = total, done, done, self.clock()
-        self.bar = tqdm(
+        self.total, self.n = total, done
+        self.first: tuple[int, float] | None = None  # the first count, and when it came
+        self.bar = _Bar(
+            self._left,
             total=total,
             desc=self.name,
             initial=done,
@@ -68,8 +84,7 @@ class Line:
             nrows=20,  # tqdm shows nothing on a terminal that says it has none
             leave=False,
             miniters=1,  # a pace that was fast once hides no slow step
-            smoothing=0.05,
-            bar_format=_format(total, self.most, columns or NARROW),
+            bar_format=_format(total, columns or NARROW),
         )
         self.bar.set_postfix_str(self.text)
 
@@ -90,6 +105,8 @@ class Line:
     def update(self, n: int) -> None:
         """Count; where the line is not shown anew, print it once a minute."""
         self.n += n
+        if self.first is None:
+            self.first = self.n, self.clock()
         self.bar.update(n)
         if self.logs and self.clock() - self.last >= EVERY_SECONDS:
             self.last = self.clock()
@@ -118,15 +135,21 @@ class Line:
 
     def _counts(self) -> str:
         """Counts and the time that is left, for a log."""
-        gained, seconds = self.n - self.before, self.clock() - self.began
         told = f", {tqdm.format_sizeof(self.n)} {self.unit}"
-        if not self.total:
-            return told
-        told += f" of {self.most}{tqdm.format_sizeof(self.total)}"
-        if gained <= 0 or self.n > self.total:
-            return told
-        left = seconds * (self.total - self.n) / gained
-        return f"{told}, {self.most}{tqdm.format_interval(left)} left"
+        if self.total:
+            told += f" of {self.most}{tqdm.format_sizeof(self.total)}"
+        return f"{told}, {left}" if (left := self._left()) else told
+
+    def _left(self) -> str:
+        """The time left at the pace since the first count: what came before is no work, such as the
+        start of processes. Nothing until that pace is known."""
+        if not self.total or self.first is None or self.n > self.total:
+            return ""
+        (n, began), (share, least) = self.first, MEASURED
+        gained, seconds = self.n - n, self.clock() - began
+        if gained <= 0 or (gained < share * (self.total - n) and seconds < least):
+            return ""
+        return f"{self.most}{tqdm.format_interval(seconds * (self.total - self.n) / gained)} left"
 
     def __enter__(self) -> Line:
         return self
@@ -135,11 +158,11 @@ class Line:
         self.bar.close()
 
 
-def _format(total: int | None, most: str, columns: int) -> str:
+def _format(total: int | None, columns: int) -> str:
     if total is None:
         return "{desc}{postfix}, {elapsed}"
-    bar = "|{bar:10}|" if columns >= NARROW else ","
-    return f"{{desc}} {{percentage:3.0f}}%{bar} {most}{{remaining}} left{{postfix}}"
+    bar = "|{bar:10}|" if columns >= NARROW else ""
+    return f"{{desc}} {{percentage:3.0f}}%{bar}{{left}}{{postfix}}"
 
 
 @contextmanager

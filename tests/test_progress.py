@@ -170,7 +170,7 @@ def test_no_redrawn_line_is_wider_than_its_terminal(monkeypatch, terminal, size,
         line.write("stays")
     seen = terminal.read()
     assert "50%" in seen or "0%" in seen
-    assert "left, a n" in seen
+    assert ", a n" in seen
     assert ("|" in seen) == (wide == 80)  # a narrow one has words instead of a bar
     assert max(len(part) for part in re.split(r"[\r\n]+", seen)) <= wide
     assert "stays\r\n" in seen
@@ -186,7 +186,7 @@ def test_a_log_has_one_line_a_minute():
     lines = log.getvalue().splitlines()
     assert len(lines) == 9  # at once, and after 60, 120, ..., 480 seconds
     assert lines[0].startswith("train: step 0, 1.00 tok of at most 1.00k")
-    assert lines[5] == "train: step 300, 301 tok of at most 1.00k, at most 11:36 left"
+    assert lines[5] == "train: step 300, 301 tok of at most 1.00k, at most 11:39 left"
     assert EVERY_SECONDS == 60
     hidden = io.StringIO()
     with Line("train", 1000, stream=hidden, hidden=True) as line:
@@ -194,12 +194,49 @@ def test_a_log_has_one_line_a_minute():
     assert hidden.getvalue() == ""
 
 
+def test_the_time_left_is_told_once_the_pace_of_the_work_is_known():
+    """A minute of starting processes, once taken for the pace of a step, promised hours."""
+    now, log = [0.0], io.StringIO()
+    with Line("search", 100_000, stream=log, clock=lambda: now[0]) as line:
+
+        def told(seconds, tokens):
+            now[0] += seconds
+            line.last = float("-inf")
+            line.update(tokens)
+            return log.getvalue().splitlines()[-1]
+
+        assert told(60, 100) == "search, 100 tok of 100k"
+        assert told(1, 100) == "search, 200 tok of 100k", "one step more is no pace yet"
+        assert told(9, 500) == "search, 700 tok of 100k, 27:35 left"
+        assert told(0.0, 99_300) == "search, 100k tok of 100k, 00:00 left"
+        assert told(1.0, 1) == "search, 100k tok of 100k", "more than was announced"
+        line.count_to(1000)
+        assert told(60, 10) == "search, 10.0 tok of 1.00k"
+        assert told(1, 10) == "search, 20.0 tok of 1.00k, 01:38 left", "a hundredth is enough"
+
+
+def test_a_terminal_is_promised_no_time_before_a_log_is(terminal, monkeypatch):
+    now = [0.0]
+    with Line("search", 1000, stream=terminal.stream, clock=lambda: now[0]) as line:
+        line.say("proxies")
+        now[0] = 60.0
+        line.update(1)
+        line.say("rung 1")
+        assert "left" not in terminal.read()
+        now[0] = 80.0
+        line.update(19)
+        line.say("rung 2")
+        assert "| 17:11 left, rung 2" in terminal.read()
+        assert "|, proxies" in terminal.read()
+
+
 def test_a_resumed_count_reckons_with_what_it_gained_itself():
     now, log = [0.0], io.StringIO()
     with Line("train", 1000, done=900, stream=log, clock=lambda: now[0]) as line:
-        now[0] = 10.0
+        line.update(0)
+        now[0], line.last = 10.0, float("-inf")
         line.update(10)
-    assert log.getvalue() == "train, 910 tok of 1.00k, 01:30 left\n"
+    assert log.getvalue().splitlines()[-1] == "train, 910 tok of 1.00k, 01:30 left"
 
 
 def test_what_a_search_is_at():
