@@ -35,6 +35,7 @@ from kizzasi.progress import Line
 
 if TYPE_CHECKING:
     from kizzasi.models import ModelSpec, SequenceModel
+    from kizzasi.train.distributed import Parallel, Ranks
     from kizzasi.train.task import Task
     from kizzasi.train.trainer import Training
 
@@ -86,16 +87,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_numbers(args, "save_every", "seq_len", "batch_size", "steps")
     with Line("train", hidden=os.environ.get("RANK", "0") != "0") as line:
         line.say("starting")
-        from kizzasi.cli.torchrun import join, restarted  # torch takes its time
-
-        args.resume = args.resume or restarted()
-        ranks, args.device = join(args.device, args.parallel)
+        args.resume = args.resume or _restarted()
+        ranks, args.device = _join(args.device, args.parallel)
         check_device(args.device)
         return _run(args, ranks, line)
 
 
-def _run(args: argparse.Namespace, ranks: Any, line: Line) -> tuple[dict[str, Any], str]:
-    from kizzasi.cli.torchrun import leave
+def _run(args: argparse.Namespace, ranks: Ranks, line: Line) -> tuple[dict[str, Any], str]:
     from kizzasi.models.checkpoints import save
     from kizzasi.train.bytes import baselines_of
 
@@ -112,7 +110,7 @@ def _run(args: argparse.Namespace, ranks: Any, line: Line) -> tuple[dict[str, An
             state.unlink(missing_ok=True)
         score = _score(training, args, line)
         beside = baselines_of(training.task, line)
-        leave(ranks)
+        _leave(ranks)
     metric = training.task.metric
     result = {
         "folder": str(folder),
@@ -227,7 +225,7 @@ def _of_pipeline(source: str) -> Mapping[str, Any]:
     return Pipeline.from_file(source).recipe
 
 
-def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Any, line: Line) -> Training:
+def _prepared(wanted: _Wanted, args: argparse.Namespace, ranks: Ranks, line: Line) -> Training:
     """Everything that can be refused is, before the first step."""
     from kizzasi.train.bytes import ByteText
     from kizzasi.train.files import said_of
@@ -339,3 +337,43 @@ def _train(
 def _score(training: Training, args: argparse.Namespace, line: Line) -> float:
     with scoring(line, training.model, args.score_windows, training.recipe.batch_size):
         return training.score()
+
+
+def _join(device: str, how: Parallel) -> tuple[Ranks, str]:
+    """Meet the others, if torchrun started this process.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL, the GPU of this process's local rank).
+
+    Returns:
+        This process's place, and its device.
+    """
+    from kizzasi.train.distributed import ALONE, Ranks
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE, device
+    import torch
+    import torch.distributed as dist
+
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    beside = int(os.environ["LOCAL_WORLD_SIZE"])
+    return Ranks(dist.get_rank(), dist.get_world_size(), how, beside), device
+
+
+def _restarted() -> bool:
+    """torchrun started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _leave(ranks: Ranks) -> None:
+    """Part from the others; all but the first end here, their work being done."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
+        if ranks.rank:
+            raise SystemExit(0)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -189,6 +189,15 @@ def try_mixers(
     return Trials(blocks, tuple(trial for _, trial in ordered), yard.nats, folder)
 
 
+class _Place(NamedTuple):
+    """A layer, with what passes through it."""
+
+    layer: int
+    data: tuple[Tensor, Tensor]  # its own mixer's inputs and outputs, in training
+    held: tuple[Tensor, Tensor]  # the same, held out
+    before: Tensor  # the held-out stream in front of it
+
+
 @dataclass(frozen=True)
 class _Run:
     """What all trials of a run have in common."""
@@ -213,19 +222,13 @@ class _Run:
             block, before = self.model.blocks[i], held
             x, y, stream = advance(block, stream)
             *seen, held = advance(block, held)
+            place = _Place(i, (x, y), (seen[0], seen[1]), before)
             for name in missing.get(i, ()):
                 say(f"layer {i} of {len(self.model.blocks)}: {name}")
-                yield self._trial(i, name, (x, y), (seen[0], seen[1]), before, yard)
+                yield self._trial(place, name, yard)
 
-    def _trial(
-        self,
-        i: int,
-        name: str,
-        data: tuple[Tensor, Tensor],
-        held: tuple[Tensor, Tensor],
-        before: Tensor,
-        yard: Yardstick,
-    ) -> Trial:
+    def _trial(self, place: _Place, name: str, yard: Yardstick) -> Trial:
+        i, data, held, before = place
         start, spec, model = time.monotonic(), self.candidates[name], self.model
         own = model.blocks[i].get_submodule("mixer")
         assert isinstance(own, Mixer)
