@@ -3,15 +3,18 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tqdm import tqdm
 
+import kizzasi
 from kizzasi.errors import ShapeError, SpecError, StudyError
 from kizzasi.nas.evaluators.evaluator import Job, Measurement
 from kizzasi.nas.evaluators.micro_training import MicroTrain
@@ -136,6 +139,21 @@ def test_a_worker_that_never_began_says_what_may_be_the_reason(monkeypatch, scri
         worker._cause_of_death()
 
 
+def test_a_worker_killed_from_outside_before_its_first_trial_has_one_more_try():
+    """Once, the search ended: whoever killed it may have meant the memory that two of them took."""
+    with Processes(evaluator(), 1, 1) as executor, tqdm(disable=True) as bar:
+        (worker,) = executor.workers
+        executor.submit(job("fine", 7))
+        worker.process.kill()
+        assert [m.score for _, m in [executor.collect(bar)]] == [7.0]
+        assert not worker.stillborn
+    worker = Processes(evaluator(), 1, 1).workers[0]
+    worker.process = SimpleNamespace(join=lambda: None, exitcode=-signal.SIGKILL)
+    worker.stillborn = True
+    with pytest.raises(StudyError, match=r"before its first trial .signal SIGKILL"):
+        worker._cause_of_death()
+
+
 def test_a_worker_whose_parent_was_killed_leaves_without_a_word(monkeypatch, capfd):
     ours, theirs = multiprocessing.Pipe()
     ours.close()
@@ -143,6 +161,40 @@ def test_a_worker_whose_parent_was_killed_leaves_without_a_word(monkeypatch, cap
     with pytest.raises(SystemExit, match="1"):
         _sender(theirs)("a result")
     assert capfd.readouterr() == ("", "")
+
+
+ORPHAN = """
+import multiprocessing, os, signal, sys, time
+from kizzasi.children import Child
+
+class Slow:  # to read, as arguments are whose modules import torch
+    def __setstate__(self, state):
+        with open(sys.argv[1], "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(60)
+
+if __name__ == "__main__":
+    slow = Slow()
+    slow.made = True
+    context = multiprocessing.get_context("spawn")
+    context.Process(target=Child("time:sleep", os.getpid()), args=(slow,), daemon=True).start()
+    while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_worker_whose_parent_is_killed_while_it_imports_leaves_too(tmp_path):
+    """It stayed until its imports were done, on a busy machine more than a minute."""
+    script, told = tmp_path / "orphan.py", tmp_path / "pid"
+    script.write_text(ORPHAN)
+    here = {**os.environ, "PYTHONPATH": str(Path(kizzasi.__file__).parents[1])}
+    subprocess.run([sys.executable, script, told], env=here, stdin=subprocess.DEVNULL)
+    pid, patience = told.read_text(), time.monotonic() + 30
+    while os.path.isdir(f"/proc/{pid}") and time.monotonic() < patience:
+        time.sleep(0.02)
+    assert not os.path.isdir(f"/proc/{pid}")
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from kizzasi.children import Child
 from kizzasi.errors import KizzasiError, StudyError
 from kizzasi.nas.evaluators.evaluator import Evaluator, Job, Measurement
 from kizzasi.nas.executors.execute import (
@@ -60,6 +60,7 @@ class Worker:
         self.began: float | None = None  # when the trial did; None while the process still starts
         self.tokens = 0
         self.killed = False  # the last trial ended by SIGKILL, which comes from outside
+        self.stillborn = False  # so did the last process, before it began a trial
 
     def submit(self, job: Job) -> None:
         """Hand a job to the process; `connection` becomes readable when there is news of it."""
@@ -73,7 +74,8 @@ class Worker:
         self.connection, connection = context.Pipe()
         self.last_words, last_words = context.Pipe(duplex=False)
         arguments = (connection, last_words, self.evaluator, self.n_threads, self.limits)
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        target = Child(f"{__name__}:serve", os.getpid())
+        self.process = context.Process(target=target, args=arguments, daemon=True)
         with _deaf_to_ctrl_c():
             self.process.start()
         connection.close()  # now the process holds the only other ends, and its death closes them
@@ -97,7 +99,7 @@ class Worker:
                     measured = failed(message)
                     self.close()  # with what a failed allocation or kernel left behind
                 else:
-                    self.began = self.began or time.monotonic()
+                    self.began, self.stillborn = self.began or time.monotonic(), False
                     self.tokens += message
         except (EOFError, OSError):
             measured = failed(self._cause_of_death())
@@ -115,7 +117,8 @@ class Worker:
         code = self.process.exitcode
         assert code is not None
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if self.began is None:
+        outside = code == -signal.SIGKILL
+        if self.began is None and (self.stillborn or not outside):
             script = "Search under `if __name__ == '__main__':`"
             if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
                 script = "From stdin it can start none: save it to a file, or use workers=1"
@@ -123,8 +126,8 @@ class Worker:
                 f"a worker process ended before its first trial ({cause}). Out of memory? Use "
                 f"fewer --workers and --resume. A script? {script}"
             )
-        if code == -signal.SIGKILL:
-            self.killed = True
+        if outside:
+            self.killed, self.stillborn = True, self.began is None
             cause += " (out of memory? then use fewer --workers)"
         return f"the trial's process died: {cause}\n{self._read_last_words()}"
 
@@ -167,15 +170,15 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(
+def serve(
     connection: Connection,
     last_words: Connection,
     evaluator: Evaluator,
     n_threads: int,
     limits: Limits,
 ) -> None:
+    """What a worker's process does, until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     if os.name == "posix":
         faulthandler.enable(last_words.fileno(), all_threads=False)
         _no_core_dumps()
@@ -210,13 +213,6 @@ def _sender(connection: Connection) -> Callable[[object], None]:
             os._exit(1)
 
     return send
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _no_core_dumps() -> None:
