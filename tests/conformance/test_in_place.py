@@ -19,6 +19,7 @@ from kizzasi.models.mixers import (
     AttentionSpec,
     GatedDeltaSpec,
     GLASpec,
+    KDASpec,
     Mamba2Spec,
     MambaSpec,
     RetentionSpec,
@@ -89,6 +90,7 @@ LAYERS = {
     "lfm2": BlockSpec(ShortConvSpec(), SwiGLUSpec()),
     "delta": BlockSpec(GatedDeltaSpec(n_heads=2), MLPSpec()),
     "gla": BlockSpec(GLASpec(n_heads=2, gate_normalizer=3.0), SwiGLUSpec()),
+    "retention": BlockSpec(RetentionSpec(n_heads=2), SwiGLUSpec()),
     "griffin": BlockSpec(RGLRUSpec(n_heads=2), SwiGLUSpec()),
     "goose": BlockSpec(RWKV7Spec(head_dim=8, value_residual=False), RWKVChannelSpec()),
     "goose 2": BlockSpec(RWKV7Spec(head_dim=4, bias=True), RWKVChannelSpec()),
@@ -115,9 +117,9 @@ def test_every_kind_of_layer_has_steps_of_its_own(rows):
 @torch.no_grad()
 def test_a_first_value_reaches_the_layers_that_want_it(order):
     """Across layers in C, in place and called, whoever offers it."""
-    goose, later, retention = LAYERS["goose"], LAYERS["goose 2"], BlockSpec(RetentionSpec(2))
+    goose, later, called = LAYERS["goose"], LAYERS["goose 2"], BlockSpec(KDASpec(n_heads=2))
     loop = LoopSpec((goose,), 2)
-    layers = {"g": goose, "2": later, "d": retention, "r": loop}
+    layers = {"g": goose, "2": later, "d": called, "r": loop}
     model = several(*(layers[letter] for letter in order))
     x = tokens(1, 6)
     begun = model(x[:, :2]).state

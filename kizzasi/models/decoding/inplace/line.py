@@ -35,7 +35,7 @@ from kizzasi.models.decoding.inplace.base import (
 from kizzasi.models.decoding.inplace.channels import mlp_steps, moe_steps, swiglu_steps
 from kizzasi.models.decoding.inplace.conv import short_conv_steps
 from kizzasi.models.decoding.inplace.gated_delta import gated_delta_steps
-from kizzasi.models.decoding.inplace.gla import gla_steps
+from kizzasi.models.decoding.inplace.gla import gla_steps, retention_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
 from kizzasi.models.decoding.inplace.rg_lru import rg_lru_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
@@ -50,6 +50,7 @@ from kizzasi.models.mixers.gated_delta import GatedDelta
 from kizzasi.models.mixers.gla import GLA
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
+from kizzasi.models.mixers.retention import Retention
 from kizzasi.models.mixers.rg_lru import RGLRU
 from kizzasi.models.mixers.rwkv4 import RWKV4
 from kizzasi.models.mixers.rwkv7 import RWKV7
@@ -74,6 +75,7 @@ IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     Mamba: mamba_steps,
     MoE: moe_steps,
     RGLRU: rg_lru_steps,
+    Retention: retention_steps,
     RWKV4: rwkv4_steps,
     RWKV7: rwkv7_steps,
     RWKVChannel: rwkv_channel_steps,

@@ -240,26 +240,37 @@ static void run_delta(void **p, const int64_t *s) {
   }
 }
 
-// Linear attention: h = sigmoid(g)^power h + k v and y = by q h; g becomes what is kept; h (b, heads,
-// n, p)
-enum { L_Q, L_K, L_V, L_G, L_SCALES, L_H, L_Y };
+// Linear attention: h = kept h + to k v and y = by q h, for h (b, heads, n, p); kept is a number for
+// each head, or sigmoid(g)^power, written into g. With turns, cosines and sines (2, n / 2), the rows
+// j and j + n / 2 of h are turned afterwards.
+enum { L_Q, L_K, L_V, L_KEPT, L_G, L_TURNS, L_SCALES, L_H, L_Y };
 enum { L_HEADS = 1, L_N, L_P, L_Q_ROW, L_K_ROW, L_V_ROW };
 static void run_linear(void **p, const int64_t *s) {
-  int64_t heads = s[L_HEADS], n = s[L_N], P = s[L_P];
-  real by = (real)((const double *)p[L_SCALES])[0], power = (real)((const double *)p[L_SCALES])[1];
+  int64_t heads = s[L_HEADS], n = s[L_N], P = s[L_P], half = n / 2;
+  const double *scales = p[L_SCALES];
+  real by = (real)scales[0], to = (real)scales[1], power = (real)scales[2];
+  const real *cos = IN(L_TURNS), *sin = cos + half;
   EACH_ROW(i) for (int64_t k = 0; k < heads; k++) {
     const real *q = IN(L_Q) + i * s[L_Q_ROW] + k * n, *key = IN(L_K) + i * s[L_K_ROW] + k * n;
     const real *v = IN(L_V) + i * s[L_V_ROW] + k * P;
-    real *g = OUT(L_G) + (i * heads + k) * n, *h = OUT(L_H) + (i * heads + k) * n * P;
-    EACH(j, m, n) store_some(g + j, exponential(-power * softplus(-load_some(g + j, m))), m);
+    real *g = p[L_G] ? OUT(L_G) + (i * heads + k) * n : NULL;
+    real *h = OUT(L_H) + (i * heads + k) * n * P;
+    if (g) EACH(j, m, n) store_some(g + j, exponential(-power * softplus(-load_some(g + j, m))), m);
     EACH(j, m, P) {
-      vec value = load_some(v + j, m), read = splat(0);
+      vec value = load_some(v + j, m) * to, read = splat(0);
       for (int64_t c = 0; c < n; c++) {
-        vec now = load_some(h + c * P + j, m) * g[c] + value * key[c];
+        real kept = g ? g[c] : IN(L_KEPT)[k];
+        vec now = load_some(h + c * P + j, m) * kept + value * key[c];
         store_some(h + c * P + j, now, m);
         read += now * q[c];
       }
       store_some(OUT(L_Y) + (i * heads + k) * P + j, read * by, m);
+      if (p[L_TURNS]) for (int64_t c = 0; c < half; c++) {
+        real *left = h + c * P + j, *right = left + half * P;
+        vec x = load_some(left, m), y = load_some(right, m);
+        store_some(left, x * cos[c] - y * sin[c], m);
+        store_some(right, y * cos[c] + x * sin[c], m);
+      }
     }
   }
 }
