@@ -21,6 +21,7 @@ from kizzasi.models.mixers import (
     GLASpec,
     KDASpec,
     Mamba2Spec,
+    Mamba3Spec,
     MambaSpec,
     RetentionSpec,
     RGLRUSpec,
@@ -91,6 +92,7 @@ LAYERS = {
     "delta": BlockSpec(GatedDeltaSpec(n_heads=2), MLPSpec()),
     "gla": BlockSpec(GLASpec(n_heads=2, gate_normalizer=3.0), SwiGLUSpec()),
     "retention": BlockSpec(RetentionSpec(n_heads=2), SwiGLUSpec()),
+    "trapezoid": BlockSpec(Mamba3Spec(d_state=6, head_dim=8), SwiGLUSpec()),
     "griffin": BlockSpec(RGLRUSpec(n_heads=2), SwiGLUSpec()),
     "goose": BlockSpec(RWKV7Spec(head_dim=8, value_residual=False), RWKVChannelSpec()),
     "goose 2": BlockSpec(RWKV7Spec(head_dim=4, bias=True), RWKVChannelSpec()),
@@ -148,6 +150,17 @@ WRITTEN = {
     ),
     "deltanet": BlockSpec(GatedDeltaSpec(n_heads=2, gated=False)),
     "goose 3": BlockSpec(RWKV7Spec(head_dim=16, value_residual=False)),
+    "all turn": BlockSpec(
+        Mamba3Spec(
+            d_state=9,
+            head_dim=4,
+            n_groups=2,
+            rope_fraction=0.9,
+            a_activation="heavy_tail",
+            A_floor=0.5,
+            out_norm=True,
+        )
+    ),
     "bias": BlockSpec(ShortConvSpec(d_conv=5, bias=True)),
     "falcon": BlockSpec(MambaSpec(inner_norm="weightless", conv_bias=False, d_conv=2)),
     "groups": BlockSpec(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kizzasi.models.call import Call
 from kizzasi.models.decoding.own_cache import disown, own
 from kizzasi.models.mixer import Mixer, MixerOut
-from kizzasi.models.norm import Norm
+from kizzasi.models.norm import GatedNorm, Norm
 from kizzasi.models.parts.linear import is_plain
 from kizzasi.models.parts.quantized import QuantizedLinear
 
@@ -214,6 +214,19 @@ def write_norm(norm: nn.Module, program: Program, x: Tensor, y: Tensor) -> Tenso
     how = {"centred": norm.kind in CENTRED, "plus_one": norm.kind == "rms_plus_one"}
     program.norm(x, y, norm.d, weight, bias, norm.eps, **how)
     return y
+
+
+def write_gated(norm: nn.Module | None, program: Program, y: Tensor, z: Tensor) -> None:
+    """y = norm(y silu(z)), norm(y) silu(z) or y silu(z), as instructions. Raises Unfit."""
+    if norm is not None and type(norm) is not GatedNorm:
+        raise Unfit
+    if norm is None or not norm.norm_before_gate:
+        program.gate("silu", z, y, y)
+    if norm is not None:
+        width = y.shape[1] // norm.n_groups
+        program.norm(y, y, width, readable(norm.weight), None, norm.eps, each=True)
+        if norm.norm_before_gate:
+            program.gate("silu", z, y, y)
 
 
 def _joined(layers: Sequence[nn.Module]) -> Run:

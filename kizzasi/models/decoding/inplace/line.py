@@ -37,6 +37,7 @@ from kizzasi.models.decoding.inplace.conv import short_conv_steps
 from kizzasi.models.decoding.inplace.gated_delta import gated_delta_steps
 from kizzasi.models.decoding.inplace.gla import gla_steps, retention_steps
 from kizzasi.models.decoding.inplace.mamba import mamba2_steps, mamba_steps
+from kizzasi.models.decoding.inplace.mamba3 import mamba3_steps
 from kizzasi.models.decoding.inplace.rg_lru import rg_lru_steps
 from kizzasi.models.decoding.inplace.rwkv4 import rwkv4_steps, rwkv_channel_steps
 from kizzasi.models.decoding.inplace.rwkv7 import rwkv7_steps
@@ -50,6 +51,7 @@ from kizzasi.models.mixers.gated_delta import GatedDelta
 from kizzasi.models.mixers.gla import GLA
 from kizzasi.models.mixers.mamba import Mamba
 from kizzasi.models.mixers.mamba2 import Mamba2
+from kizzasi.models.mixers.mamba3 import Mamba3
 from kizzasi.models.mixers.retention import Retention
 from kizzasi.models.mixers.rg_lru import RGLRU
 from kizzasi.models.mixers.rwkv4 import RWKV4
@@ -72,6 +74,7 @@ IN_PLACE: Mapping[type[Mixer], Callable[[Any, Any, About], Steps | None]] = {
     GatedDelta: gated_delta_steps,
     MLP: mlp_steps,
     Mamba2: mamba2_steps,
+    Mamba3: mamba3_steps,
     Mamba: mamba_steps,
     MoE: moe_steps,
     RGLRU: rg_lru_steps,

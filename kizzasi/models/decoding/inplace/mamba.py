@@ -16,14 +16,14 @@ from kizzasi.models.decoding.inplace.base import (
     About,
     Products,
     Steps,
-    Unfit,
     readable,
+    write_gated,
     write_norm,
 )
 from kizzasi.models.decoding.inplace.conv import ConvSteps, known_conv
 from kizzasi.models.mixers.mamba import Mamba, MambaState
 from kizzasi.models.mixers.mamba2 import Mamba2, Mamba2State
-from kizzasi.models.norm import GatedNorm, WideLinear
+from kizzasi.models.norm import WideLinear
 from kizzasi.models.ops.selective_scan import selective_scan_step_
 from kizzasi.models.ops.ssd import ssd_step_
 from kizzasi.models.parts.causal_conv import CausalConv
@@ -114,9 +114,7 @@ class Mamba2Steps(Steps):
         return self.leave(y.mul_(F.silu(z)) if norm is None else norm.forward(y, z))
 
     def write(self, program: Program, x: Tensor) -> Tensor:
-        mixer, spec, norm = self.mixer, self.mixer.spec, self.mixer.norm
-        if norm is not None and type(norm) is not GatedNorm:
-            raise Unfit
+        mixer, spec = self.mixer, self.mixer.spec
         z, xBC, dt = self.enter.write(program, x, "in").split_with_sizes(self.parts, -1)
         u, BC = self.conv.write(program, xBC).split_with_sizes(self.split, -1)
         B, C = BC.chunk(2, -1)
@@ -126,13 +124,7 @@ class Mamba2Steps(Steps):
         weights = [readable(self.bias), self.A, readable(mixer.D)]
         sizes = heads, p, spec.n_groups, spec.d_state, u.stride(0), B.stride(0), dt.stride(0)
         program.add("ssd", [u, dt, *weights, B, C, limits, self.h, y], *sizes)
-        if norm is None or not norm.norm_before_gate:
-            program.gate("silu", z, y, y)
-        if norm is not None:
-            width = mixer.d_inner // norm.n_groups
-            program.norm(y, y, width, readable(norm.weight), None, norm.eps, each=True)
-            if norm.norm_before_gate:
-                program.gate("silu", z, y, y)
+        write_gated(mixer.norm, program, y, z)
         return self.leave.write(program, y, "mixed")
 
     def value(self) -> Mamba2State:

@@ -86,3 +86,11 @@ INLINE vec activated(int64_t kind, vec v) {
     default: return v;
   }
 }
+
+// Of instructions: rows of the batch, the first size; pointers by the names of their enums.
+#define EACH(j, m, n) \
+  for (int64_t j = 0, m; m = (n) - j < WIDTH ? (n) - j : WIDTH, j < (n); j += WIDTH)
+#define EACH_ROW(i) for (int64_t i = 0; i < s[N_B]; i++)
+#define IN(name) ((const real *)p[name])
+#define OUT(name) ((real *)p[name])
+enum { N_B };

@@ -19,8 +19,18 @@ from kizzasi.models.ops.native import library
 from kizzasi.models.ops.native.packed import packed_sizes
 from kizzasi.models.ops.packed import Packed
 
+# As in step.c.
 ORDER = ("product", "norm", "gate", "add", "conv", "scan", "ssd", "mix", "wkv4", "experts")
-ORDER += ("attend", "packed", "pick", "delta", "wkv7", "linear", "rglru")  # as in step.c
+ORDER += (
+    "attend",
+    "packed",
+    "pick",
+    "delta",
+    "wkv7",
+    "linear",
+    "rglru",
+    "trapezoid",
+)  # as in step.c
 ACTIVATIONS = ("", "silu", "sigmoid", "relu", "relu2", "gelu", "gelu_tanh", "gelu_quick", "tanh")
 MANY = 4  # rows beyond which the products of BLAS are faster
 WORTH_A_THREAD = 2**20  # weights that are worth the start of a thread
