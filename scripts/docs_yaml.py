@@ -19,8 +19,8 @@ from docs_fields import meanings
 import kizzasi.eml  # noqa: F401 (registers eml_attention)
 from kizzasi.models import ChannelSpec, LayerSpec, MixerSpec, ModelSpec
 from kizzasi.models.attention.rope_scaling import RopeScaling
-from kizzasi.models.channels.moe_routers import RouterSpec
 from kizzasi.models.heads import HeadSpec
+from kizzasi.models.parts.router import RouterSpec
 from kizzasi.models.stems import StemSpec
 from kizzasi.nas import SearchConfig
 from kizzasi.nas.study.config_file import NAMED, SECTIONS, nested

@@ -27,13 +27,10 @@ from kizzasi.models.channels.moe_routers import (
     ExpertChoice,
     Hash,
     NoisyTopK,
-    RouterSpec,
-    Routing,
     Sinkhorn,
     Softmax,
     TopK,
 )
-from kizzasi.models.channels.moe_routers import Router as Gate
 from kizzasi.models.checkpoints.experts import convert_experts
 from kizzasi.models.decoding.reading import evaluating
 from kizzasi.models.mixer import LayerContext
@@ -48,6 +45,8 @@ from kizzasi.models.moe_tools import (
 )
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.routing import count_jobs, cv_squared
+from kizzasi.models.parts.router import Router as Gate
+from kizzasi.models.parts.router import RouterSpec, Routing
 from kizzasi.strict import coerce, field_types, require, unknown_name
 
 __all__ = [

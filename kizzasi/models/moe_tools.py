@@ -21,10 +21,11 @@ from kizzasi.errors import DataError, SpecError
 from kizzasi.models.adaptive import counts_here
 from kizzasi.models.build import build_model
 from kizzasi.models.channels.moe import ListedExperts, MoE, MoESpec, PackedExperts
-from kizzasi.models.channels.moe_routers import Hash, Router, Routing
+from kizzasi.models.channels.moe_routers import Hash
 from kizzasi.models.model import SequenceModel
 from kizzasi.models.ops.experts import combine, sort_by_expert
 from kizzasi.models.ops.routing import Assignments, count_jobs, entropy
+from kizzasi.models.parts.router import Router, Routing
 
 
 class LayerUsage(NamedTuple):

@@ -6,7 +6,7 @@ from tolerance import assert_close
 
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
-from kizzasi.models.attention.grouped import GroupedState
+from kizzasi.models.attention.grouped_state import GroupedState
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.decoding.decoder import Decoder
 from kizzasi.models.decoding.inplace import codes

@@ -13,13 +13,7 @@ import torch
 
 from kizzasi.models.call import Call
 from kizzasi.models.channels.moe import MoESpec
-from kizzasi.models.channels.moe_routers import (
-    ExpertChoice,
-    Hash,
-    NoisyTopK,
-    Sinkhorn,
-    TopK,
-)
+from kizzasi.models.channels.moe_routers import ExpertChoice, Hash, NoisyTopK, Sinkhorn, TopK
 from kizzasi.models.mixer import LayerContext
 from kizzasi.models.moe import after_every_step, after_step, balance_hashes, watch_routing
 

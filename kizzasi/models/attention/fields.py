@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 from kizzasi.models.attention.rope_scaling import RopeScaling
+from kizzasi.models.norm import NormKind
 from kizzasi.models.ops.kv_codes import KVQuant
 from kizzasi.models.ops.stencil import Stencil
 from kizzasi.strict import join, require
@@ -49,6 +50,40 @@ class PositionFields(Protocol):
     def max_distance(self) -> int: ...
     @property
     def causal(self) -> bool: ...
+
+
+class HeadFields(Protocol):
+    """The fields of heads and their norms."""
+
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int | None: ...
+    @property
+    def qk_norm(self) -> Literal[False, True, "full", "head"]: ...
+    @property
+    def qk_norm_kind(self) -> NormKind: ...
+
+
+def check_heads(spec: HeadFields, d_model: int, path: str) -> None:
+    """Raise SpecError for every rule that the heads break."""
+    require(
+        spec.head_dim is not None or d_model % spec.n_heads == 0,
+        join(path, "n_heads"),
+        f"d_model {d_model} is not divisible by {spec.n_heads} heads; "
+        "give a divisor of d_model, or head_dim",
+    )
+    require(
+        spec.n_heads % spec.kv_heads == 0,
+        join(path, "n_kv_heads"),
+        f"{spec.kv_heads} does not divide n_heads {spec.n_heads}; give a divisor",
+    )
+    layers = ("layer", "layer_unbiased")
+    rule = f'"head" scales layer norms alone; give one of {layers} as qk_norm_kind'
+    fits = spec.qk_norm != "head" or spec.qk_norm_kind in layers
+    require(fits, join(path, "qk_norm"), rule)
 
 
 def stencil_of(spec: StencilFields) -> Stencil:
@@ -140,6 +175,19 @@ def check_sources(spec: SourceFields, path: str) -> None:
     both = spec.kv_from is not None and spec.memory_from is not None
     rule = "keys and values that are read are made of nothing; leave one of the two out"
     require(not both, join(path, "memory_from"), rule)
+
+
+def check_codes(spec: SourceFields, path: str) -> None:
+    """Raise SpecError for every rule that codes of keys and values break."""
+    rule = "an encoder remembers nothing; leave it out"
+    require(spec.causal or spec.kv_quant == "none", join(path, "kv_quant"), rule)
+    if spec.kv_group is not None:
+        rule = f"{spec.kv_group} tokens are no group; give 2 or more, 64 is usual"
+        require(spec.kv_group > 1, join(path, "kv_group"), rule)
+        rule = "keys are not coded; give kv_quant too"
+        require(spec.kv_quant != "none", join(path, "kv_group"), rule)
+        rule = "no channels are coded in fp8; give int8 or nf4, or leave kv_group out"
+        require(spec.kv_quant != "fp8", join(path, "kv_group"), rule)
 
 
 def lendable(spec: SourceFields, n_kv_heads: int, head_dim: int) -> tuple[tuple[str, object], ...]:

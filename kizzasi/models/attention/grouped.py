@@ -13,19 +13,23 @@ Differs: a query sees no more than its own group in full; values, too, by groups
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kizzasi.models.attention.cache import (
-    AttentionState,
     Layout,
     add_slot,
     append,
     empty_cache,
-    pack,
+)
+from kizzasi.models.attention.grouped_state import (
+    Fresh,
+    GroupedState,
+    New,
+    of_groups,
+    put,
+    take,
 )
 from kizzasi.models.attention.memory import Read, turning
 from kizzasi.models.call import Call
@@ -43,78 +47,6 @@ from kizzasi.models.ops.kv_codes import (
     turn,
 )
 from kizzasi.models.ops.stencil import Places, Stencil
-from kizzasi.models.state import loadable
-
-
-class GroupedState(NamedTuple):
-    """An `AttentionState` in codes, keys by channel.
-
-    k, v               (b, n_kv_heads, s, bytes) uint8; what k holds of the open group is not read.
-    v_scale            (b, n_kv_heads, s, parts of a head).
-    k_step, k_least    (b, n_kv_heads, groups, width), group i of a document in i % groups.
-    k_open, v_open     (b, n_kv_heads, n, width) the open group as it is, position p in p % n.
-    k_first, v_first   (b, n_kv_heads, n_global, width) the first positions as they are.
-    position           as there.
-    """
-
-    k: Tensor
-    v: Tensor
-    v_scale: Tensor
-    k_step: Tensor
-    k_least: Tensor
-    k_open: Tensor
-    v_open: Tensor
-    k_first: Tensor
-    v_first: Tensor
-    position: Tensor
-
-    in_order = AttentionState.in_order
-    alive = AttentionState.alive
-    positions = AttentionState.positions
-    places = AttentionState.places
-    next_position = AttentionState.next_position
-    n_alive = AttentionState.n_alive
-
-    def packed(self, slots: int) -> GroupedState:
-        """As of `AttentionState`."""
-        leaves, position = pack(self[:3], self.positions(), slots)
-        groups = (_of_groups(x, slots // self.k_open.shape[2]) for x in self[3:5])
-        return GroupedState._make((*leaves, *groups, *self[5:9], position))
-
-
-class Fresh(NamedTuple):
-    """The T tokens of the open group and of a call, in their order, and what is coded of them.
-
-    document, position  (b or 1, T); of what the open group lacks yet, document -1.
-    k, v                (b, n_kv_heads, T, width).
-    codes, coded        (b, n_kv_heads, T, ...) codes, and as they are read; zero without a code.
-    step, least         (b, n_kv_heads, N, width) of groups that are complete now,
-    group, of           (b or 1, N), which they are, and their documents; -2: none.
-    """
-
-    document: Tensor
-    position: Tensor
-    k: Tensor
-    v: Tensor
-    codes: Tensor
-    coded: Tensor
-    step: Tensor
-    least: Tensor
-    group: Tensor
-    of: Tensor
-
-
-class New(NamedTuple):
-    """The t tokens of a call.
-
-    k, v    (b, n_kv_heads, t, width) as they came, v turned.
-    leaves  k, v and v_scale of all slots and tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    leaves: tuple[Tensor, ...]
-    fresh: Fresh | None
 
 
 class GroupedMemory:
@@ -195,7 +127,7 @@ class GroupedMemory:
             position, last = state.positions(), state.next_position()[:, None] - 1
             mine = ((position // self.n == last // self.n) & (position >= 0))[:, None, :, None]
             k, v = (
-                torch.where(mine, _take(own, position % self.n), x)
+                torch.where(mine, take(own, position % self.n), x)
                 for x, own in zip((k, v), open_, strict=True)
             )
         return self._exact_first(k, state.k_first), self._exact_first(v, state.v_first)
@@ -222,7 +154,7 @@ class GroupedMemory:
         group = position.clamp(min=0) // n % max(state.k_step.shape[2], 1)
         if not state.k_step.shape[2]:  # nothing is complete
             return state.k_open.new_zeros(*state.k.shape[:3], self.widths[0], dtype=dtype)
-        step, least = (_take(x, group) for x in state[3:5])
+        step, least = (take(x, group) for x in state[3:5])
         k = decode_channels(state.k, step, least, self.quant, dtype)
         return k.masked_fill((position < 0)[:, None, :, None], 0.0)
 
@@ -274,7 +206,7 @@ class GroupedMemory:
         there = (position - following + self.n).clamp(0, self.n - 1)
         parts = (fresh.coded, fresh.k, fresh.v, fresh.codes)
         seen, own_k, own_v, codes = (
-            torch.where(open_, _take(part[:, :, :n_open], there), rest)
+            torch.where(open_, take(part[:, :, :n_open], there), rest)
             for part, rest in zip(parts, (old, zero, zero, before.k), strict=True)
         )
         return seen, own_k, own_v, codes
@@ -292,7 +224,7 @@ class GroupedMemory:
             fill = following % n
             document = torch.where(i >= n - fill, 0, -1)
             position = (following - n + i).clamp(min=0)
-            open_ = torch.stack([_take(x, (i + fill) % n) for x in open_])
+            open_ = torch.stack([take(x, (i + fill) % n) for x in open_])
         rows = len(document)
         document = torch.cat([document, sight.document.expand(rows, -1)], 1)
         position = torch.cat([position, sight.position.expand(rows, -1)], 1)
@@ -328,7 +260,7 @@ class GroupedMemory:
         there = ends.gather(1, last)
         begin = (last - (n - 1)).clamp(min=0)
         tokens = (begin[..., None] + i[:n]).flatten(1)
-        codes, step, least = encode_channels(_take(k, tokens).unflatten(2, (-1, n)), self.quant)
+        codes, step, least = encode_channels(take(k, tokens).unflatten(2, (-1, n)), self.quant)
         read = self._decoded(codes, step, least, k.dtype)
         if not most:
             zero = codes.new_zeros(*k.shape[:3], codes.shape[-1])
@@ -341,8 +273,8 @@ class GroupedMemory:
         coded = there.gather(1, mine) & (place >= 0) & (place < n)
         coded = coded[:, None, :, None]
         index = (mine * n + place).clamp(0, most * n - 1)
-        codes = torch.where(coded, _take(codes.flatten(2, 3), index), 0)
-        read = torch.where(coded, straight_through(k, _take(read, index)), 0.0)
+        codes = torch.where(coded, take(codes.flatten(2, 3), index), 0)
+        read = torch.where(coded, straight_through(k, take(read, index)), 0.0)
         of = torch.where(there, document.gather(1, last), -2)
         group = position.gather(1, last) // n
         return Fresh(document, position, k, v, codes, read, step, least, group, of)
@@ -365,7 +297,7 @@ class GroupedMemory:
         total = fresh.k.shape[2]
         place = (total - 1 - back).clamp(0, total - 1)
         gone = ((back < 0) | (last < 0))[:, None, :, None]
-        open_ = (_take(x, place).masked_fill(gone, 0.0) for x in (fresh.k, fresh.v))
+        open_ = (take(x, place).masked_fill(gone, 0.0) for x in (fresh.k, fresh.v))
         about = self._about(sight, before, fresh, self._groups(leaves[0].shape[2]))
         first = before[7:9]
         if g:
@@ -387,7 +319,7 @@ class GroupedMemory:
         dead = ((held < 0) | (held >= (last + 1) // n))[:, None, :, None]
         where = torch.where(kept, fresh.group % max(groups, 1), groups)
         step, least = (
-            _put(_of_groups(old, groups + 1), where, x)[:, :, :groups].masked_fill(dead, 0.0)
+            put(of_groups(old, groups + 1), where, x)[:, :, :groups].masked_fill(dead, 0.0)
             for old, x in zip(before[3:5], (fresh.step, fresh.least), strict=True)
         )
         return step, least
@@ -398,17 +330,17 @@ class GroupedMemory:
         leaves, position = add_slot(state[:3], new.leaves, state.position, now, self.stencil)
         begins, done = now % n == 0, now % n == n - 1
         open_ = [
-            _put(old.to(x.dtype).masked_fill(begins[:, None, :, None], 0.0), now % n, x)
+            put(old.to(x.dtype).masked_fill(begins[:, None, :, None], 0.0), now % n, x)
             for old, x in zip(state[5:7], (new.k, new.v), strict=True)
         ]
         if g:
             index, early = now.clamp(max=g - 1), (now < g)[:, None, :, None]
             first = tuple(
-                torch.where(early, _put(old.to(x.dtype), index, x), old.to(x.dtype))
+                torch.where(early, put(old.to(x.dtype), index, x), old.to(x.dtype))
                 for old, x in zip(first, (new.k, new.v), strict=True)
             )
         groups = self._groups(leaves[0].shape[2])
-        about = tuple(_of_groups(x, groups) for x in state[3:5])
+        about = tuple(of_groups(x, groups) for x in state[3:5])
         if self.stencil.slots is not None and not (answers(now) and not begins.any()):
             gone = begins & (torch.arange(groups, device=now.device) == now // n % groups)
             about = tuple(x.masked_fill(gone[:, None, :, None], 0.0) for x in about)
@@ -423,12 +355,12 @@ class GroupedMemory:
         codes, step, least = encode_channels(state.k_open, self.quant)
         slot = torch.where(done, now // n % groups, groups)
         about = (
-            _put(_of_groups(old, groups + 1), slot, x.unsqueeze(2))[:, :, :groups]
+            put(of_groups(old, groups + 1), slot, x.unsqueeze(2))[:, :, :groups]
             for old, x in zip(state[3:5], (step, least), strict=True)
         )
         position = state.positions()
         mine = done & (position >= 0) & (position // n == now // n)
-        k = torch.where(mine[:, None, :, None], _take(codes, position % n), state.k)
+        k = torch.where(mine[:, None, :, None], take(codes, position % n), state.k)
         k_step, k_least = about
         return state._replace(k=k, k_step=k_step, k_least=k_least)
 
@@ -454,22 +386,3 @@ def beside_own(
     seen, key = call.once(("beside own", s, late, n, stencil), make)
     keys, values = torch.cat([read.keys, own_k], 2), torch.cat([read.values, own_v], 2)
     return keys, values, seen, key
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Of (b, heads, s, width) what (b or 1, n) names."""
-    return x.gather(2, index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
-
-
-def _put(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    """(b, heads, s, width) with new (b, heads, n, width) where (b or 1, n) names."""
-    index = index[:, None, :, None].expand(new.shape)
-    return x.scatter(2, index, new.to(x.dtype))
-
-
-def _of_groups(x: Tensor, n: int) -> Tensor:
-    """(b, heads, groups, width) with so many groups, the later ones of zeros."""
-    return F.pad(x, (0, 0, 0, n - x.shape[2]))
-
-
-loadable(globals())

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from kizzasi.errors import ShapeError, SpecError
 from kizzasi.models import init
 from kizzasi.models.call import Call
-from kizzasi.models.channels.moe_routers import Choice, Router, RouterSpec, Routing, TopK
+from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.cost import Cost, linear
 from kizzasi.models.mixer import ChannelSpec, LayerContext, Mixer, MixerOut
 from kizzasi.models.ops import experts as dispatch
 from kizzasi.models.ops import routing as ops
 from kizzasi.models.ops.routing import Assignments, Normalize
 from kizzasi.models.ops.sorted_experts import MIX_SORTED
+from kizzasi.models.parts.router import Choice, Router, RouterSpec, Routing
 from kizzasi.strict import added, join, register, require
 
 LOSSES = ("balance", "sequence", "importance", "load", "z_loss")

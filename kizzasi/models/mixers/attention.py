@@ -16,25 +16,27 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kizzasi.errors import ShapeError
 from kizzasi.models import init
+from kizzasi.models.attention.attending import Scores, attend, attend_in_blocks
 from kizzasi.models.attention.cache import (
     Lent,
-    cut,
-    in_time,
     layout,
     now,
     seen_now,
     visible,
 )
+from kizzasi.models.attention.costs import attention_cost
 from kizzasi.models.attention.fields import (
     ROTATED,
     Position,
+    check_codes,
+    check_heads,
     check_positions,
     check_sources,
     check_stencil,
@@ -42,22 +44,21 @@ from kizzasi.models.attention.fields import (
     stencil_of,
 )
 from kizzasi.models.attention.grouped import GroupedMemory, beside_own
-from kizzasi.models.attention.memory import Memory, Read, Remembers, State
+from kizzasi.models.attention.memory import Memory, Remembers, State
 from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
 from kizzasi.models.call import HERE, Call
-from kizzasi.models.cost import Cost, dense, linear, norm
+from kizzasi.models.cost import Cost
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
 from kizzasi.models.norm import HeadNorm, Norm, NormKind
 from kizzasi.models.ops.attention import ATTENTION
-from kizzasi.models.ops.kv_codes import KVQuant, turn, turned_together
+from kizzasi.models.ops.kv_codes import KVQuant, turn
 from kizzasi.models.ops.position_bias import alibi_bias, distance_bucket
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.rope import rotate
-from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Plan, Stencil, distance
+from kizzasi.models.ops.stencil import STENCIL_ATTENTION, Places, Stencil
 from kizzasi.models.parts.turns import Tap, Taps, turned
 from kizzasi.strict import added, join, register, require
 
-BIASED = ("alibi", "relative")  # positions that add to scores
 NO_STATE = (
     "this attention is not causal: a token sees later ones, so there is nothing to continue; "
     "call forward on whole sequences, or set causal to true"
@@ -172,84 +173,19 @@ class AttentionSpec(MixerSpec):
         ):
             if getattr(self, name) is not None:
                 self.require_positive(path, name)
-        require(
-            self.head_dim is not None or d_model % self.n_heads == 0,
-            join(path, "n_heads"),
-            f"d_model {d_model} is not divisible by {self.n_heads} heads; "
-            "give a divisor of d_model, or head_dim",
-        )
-        require(
-            self.n_heads % self.kv_heads == 0,
-            join(path, "n_kv_heads"),
-            f"{self.kv_heads} does not divide n_heads {self.n_heads}; give a divisor",
-        )
-        layers = ("layer", "layer_unbiased")
-        rule = f'"head" scales layer norms alone; give one of {layers} as qk_norm_kind'
-        fits = self.qk_norm != "head" or self.qk_norm_kind in layers
-        require(fits, join(path, "qk_norm"), rule)
+        check_heads(self, d_model, path)
         rule = "there is no bottleneck to share; give qkv_rank too"
         require(self.qkv_rank is not None or not self.qkv_shared, join(path, "qkv_shared"), rule)
         check_sources(self, path)
         check_positions(self, self.width(d_model), path)
         check_stencil(self, path)
-        rule = "an encoder remembers nothing; leave it out"
-        require(self.causal or self.kv_quant == "none", join(path, "kv_quant"), rule)
-        if self.kv_group is not None:
-            rule = f"{self.kv_group} tokens are no group; give 2 or more, 64 is usual"
-            require(self.kv_group > 1, join(path, "kv_group"), rule)
-            rule = "keys are not coded; give kv_quant too"
-            require(self.kv_quant != "none", join(path, "kv_group"), rule)
-            rule = "no channels are coded in fp8; give int8 or nf4, or leave kv_group out"
-            require(self.kv_quant != "fp8", join(path, "kv_group"), rule)
+        check_codes(self, path)
 
     def build(self, layer: LayerContext) -> Attention:
         return Attention(self, layer)
 
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
-        d, n = layer.d_model, batch * seq_len
-        head_dim = self.width(d)
-        d_q, d_kv = self.n_heads * head_dim, self.kv_heads * head_dim
-        slots = self.stencil.slots
-        places = 0 if slots is None else slots  # int64; see AttentionState
-        kept = self.memory(head_dim).state_bytes(seq_len)
-        reads = self.kv_from is not None
-        cache = batch * (kept + places * 8) if self.causal and not reads else 0
-        flops = self._score_flops(seq_len, batch, head_dim)
-        if self.coded:  # values and the result are turned, and else queries and keys
-            turns = 2 if self.kv_group is None else 1
-            flops += 2 * n * turns * (d_q + d_kv) * turned_together(head_dim)
-        total = dense(0, flops=flops, state_bytes=cache)
-        n_in = d if self.qkv_rank is None else self.qkv_rank
-        if self.qkv_rank is not None:
-            n_down = 1 if self.qkv_shared else 3
-            total += linear(n, d, n_in * n_down)
-        if self.value_glu:
-            total += linear(n, d, d_kv, bias=self.qkv_bias)
-        total += linear(n, n_in, d_q * (1 + self.gate), bias=self.qkv_bias)
-        for _ in range(0 if reads else 2):
-            total += linear(n, n_in, d_kv, bias=self.qkv_bias)
-        total += linear(n, d_q, d, bias=self.out_bias)
-        if self.memory_from is not None:
-            total += norm("rms", d)
-        normed = (self.n_heads,) if reads else (self.n_heads, self.kv_heads)
-        for heads in normed if self.qk_norm else ():
-            total += norm(self.qk_norm_kind, head_dim * (1 if self.qk_norm is True else heads))
-        table = self.n_heads * self.n_buckets if self.position == "relative" else 0
-        return total + dense(table + self.n_heads * self.sinks)
-
-    def _score_flops(self, seq_len: int, batch: int, head_dim: int) -> int:
-        """Of both products with the scores, masked ones too."""
-        queries, keys = seq_len, seq_len
-        plan = self.stencil.plan(seq_len)
-        if plan is not None:
-            queries, keys = plan.n_queries, plan.n_keys
-        if self.kv_group is not None:  # as they are, and in codes
-            keys *= 2
-        if self.sinks and self.softcap is None:  # see `ops.attention`: one more key, one more entry
-            bare = self.causal and self.stencil.covers(seq_len) and self.position not in BIASED
-            queries += bare and seq_len > 1
-            keys, head_dim = keys + 1, head_dim + 1
-        return 2 * (2 * batch * self.n_heads * queries * keys * head_dim)
+        return attention_cost(self, layer.d_model, seq_len, batch)
 
     @property
     def stencil(self) -> Stencil:
@@ -397,9 +333,10 @@ class Attention(Mixer):
                 seen = visible(call, before, stencil)
             else:
                 keys, values, seen, key = beside_own(call, sight, stencil, read)
-            y = self._attend(q, keys, values, seen, sight.query, lambda: key)
+            places = sight.query, lambda: key
+            y = attend(self._scores(q), q, keys, values, seen, *places, causal=causal)
         else:
-            y = self._attend_in_blocks(q, read, before, plan, call)
+            y = attend_in_blocks(self._scores(q), q, read, before, stencil, plan, call)
         y = y if by is None else turn(y, by)
         if lent is not None:
             return MixerOut(self._leave(y, gate), ())
@@ -419,7 +356,8 @@ class Attention(Mixer):
         q = turn(q, by) if by is not None and self.memory.turns_keys else q
         query = Places(torch.zeros_like(position), position)
         seen = seen_now(call, after, query, self.stencil)
-        y = self._attend(q, *self.memory.seen(after, k), seen, query, after.places)
+        keys, values = self.memory.seen(after, k)
+        y = attend(self._scores(q), q, keys, values, seen, query, after.places)
         y = self._leave(y if by is None else turn(y, by), gate)[:, 0]
         return MixerOut(y, after, lent=self._lend(k, v, state)) if lent is None else MixerOut(y, ())
 
@@ -488,10 +426,9 @@ class Attention(Mixer):
         bound = self.spec.clip_qkv
         return heads if bound is None else heads.clamp(-bound, bound)
 
-    def _how(self, q: Tensor) -> dict[str, Any]:
-        """Keywords of both ops."""
+    def _scores(self, q: Tensor) -> Scores:
         sinks = None if self.sinks is None else full_precision(self.sinks)
-        return {"softcap": self.spec.softcap, "sinks": sinks, "bias": self._bias(q.dtype)}
+        return Scores(self.engine, self.spec.softcap, sinks, self._bias(q.dtype))
 
     def _bias(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """What positions add to scores, of (b, t, s) distances."""
@@ -507,50 +444,7 @@ class Attention(Mixer):
         bucket = distance_bucket(distance, spec.n_buckets, spec.max_distance, spec.causal)
         return self.relative_bias(bucket).to(dtype).movedim(-1, 1)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        seen: Tensor | None,
-        query: Places,
-        key: Callable[[], Places],
-    ) -> Tensor:
-        """`attention`; a bias alone asks where the keys are."""
-        how = self._how(q)
-        if how["bias"] is not None:
-            how["bias"] = how["bias"](distance(query, key()))
-        attend = ATTENTION.pick(self.engine, q.device)
-        return attend(q, k, v, visible=seen, causal=self.spec.causal, **how)
-
-    def _attend_in_blocks(
-        self,
-        q: Tensor,
-        read: Read,
-        before: State,
-        plan: Plan,
-        call: Call,
-    ) -> Tensor:
-        """`stencil_attention` to a ring and to a call's tokens."""
-        sight = layout(call, before, self.stencil)
-        key, k, v, own = sight.key, read.keys, read.values, read.own
-        if before.k.shape[2]:
-            order, key = in_time(call, before, self.stencil)
-            k, v = (_in_order(x, order) for x in (k, v))
-            if own is not None:
-                own = _in_order(own[0], order), _in_order(own[1], order), own[2]
-        attend = STENCIL_ATTENTION.pick(self.engine, q.device)
-        how = {**self._how(q), "cut": partial(cut, call, before, self.stencil, plan, key)}
-        return attend(q, k, v, sight.query, key, self.stencil, plan, own=own, **how)
-
     def _leave(self, y: Tensor, gate: Tensor | None) -> Tensor:
         """Heads (b, heads, t, head_dim) to (b, t, d)."""
         y = y.transpose(1, 2).flatten(-2)
         return self.o_proj(y if gate is None else y * gate.sigmoid())
-
-
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """(b, heads, s + t, width) with the first s slots in this order (b, s)."""
-    n = order.shape[1]
-    index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return torch.cat([x[:, :, :n].gather(2, index), x[:, :, n:]], 2)

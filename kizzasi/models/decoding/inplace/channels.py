@@ -11,7 +11,7 @@ from torch import Tensor
 from kizzasi.models.call import Call
 from kizzasi.models.channels.mlp import MLP
 from kizzasi.models.channels.moe import MoE, PackedExperts
-from kizzasi.models.channels.moe_routers import Router, TopK
+from kizzasi.models.channels.moe_routers import TopK
 from kizzasi.models.channels.swiglu import SwiGLU
 from kizzasi.models.decoding.inplace.base import (
     About,
@@ -24,6 +24,7 @@ from kizzasi.models.decoding.inplace.base import (
 )
 from kizzasi.models.ops.activations import ACTIVATIONS
 from kizzasi.models.ops.routing import TINY
+from kizzasi.models.parts.router import Router
 
 if TYPE_CHECKING:
     from kizzasi.models.ops.native.steps import Program

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kizzasi.models.attention.grouped import GroupedMemory, GroupedState
+from kizzasi.models.attention.grouped import GroupedMemory
+from kizzasi.models.attention.grouped_state import GroupedState
 from kizzasi.models.attention.memory import CodedState, Remembers
 from kizzasi.models.decoding.own_cache import SPARE
 from kizzasi.models.ops.coded_attention import CODED_ATTENTION, Coded
