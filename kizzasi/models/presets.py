@@ -304,8 +304,9 @@ def free_transformer_routed(vocab_size: int = 65536) -> ModelSpec:
     """EvoForge's best pipeline: a routed Free Transformer with caches in 4 bits.
 
     Two layers in which every token chooses two of local attention, retention and Mamba; bits that
-    a non-causal encoder of four layers chooses, read by FiLM and a low rank; two layers of full
-    attention, its cache a window of 8192. Heads are 128 wide, of which all entries are rotated.
+    a non-causal encoder of four layers chooses, read by FiLM, and by the first queries through a
+    low rank; two layers of full attention, their cache a window of 8192. Heads are 128 wide, of
+    which all entries are rotated.
     examples/full_size/free_transformer_routed.yaml spells it.
 
     Source: Fleuret 2025, arXiv:2510.17558, on the latent.
@@ -324,6 +325,7 @@ def free_transformer_routed(vocab_size: int = 65536) -> ModelSpec:
         encoder=(BlockSpec(whole, SwiGLUSpec(hidden=1920)),) * 4,
         inject=("film", "lora"),
         rank=4,
+        lora_at="q",
     )
     lower = (BlockSpec(routed, SwiGLUSpec(hidden=2240)),) * 2
     return ModelSpec(640, (*lower, upper), Tokens(vocab_size))

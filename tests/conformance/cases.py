@@ -154,6 +154,8 @@ MIXER_VARIANTS: dict[str, dict[str, dict]] = {
         "direct": {**LATENT, "n_heads": 2},
         "no-positions": {**LATENT, "n_heads": 2, "position": "none"},
         "int8": {**LATENT, "n_heads": 2, "kv_quant": "int8"},
+        "summaries": {**LATENT, "n_heads": 4, "n_latents": 2, "every": 3, "fade": 0.7},
+        "coded-summaries": {**LATENT, "n_heads": 2, "every": 2, "kv_quant": "int8"},
         "q-latent-yarn": {
             **LATENT,
             "n_heads": 4,

@@ -39,6 +39,8 @@ MOST = {
     "mamba3-mimo-norm": (250, 860),
     "mla": (105, 125),
     "mla-int8": (145, 125),
+    "mla-summaries": (215, 185),
+    "mla-coded-summaries": (200, 125),
     "retention": (200, 390),
     "rwkv4": (380, 720),
     "rwkv5": (180, 680),

@@ -66,6 +66,16 @@ def with_(path, value, base=PLAIN):
     return changed(base, path, value)
 
 
+LATENT = with_(
+    "arch.cond",
+    {
+        "source": {"kind": "pool-mlp", "H": 4},
+        "reg": {"kind": "freebits", "kappa": 0.1},
+        "ops": [{"where": "pre_mixer", "op": "add"}],
+    },
+)
+
+
 # class -> a document that holds one, and where. Every class of the language stands here.
 HOLDERS = {
     words.Document: (PLAIN, ""),
@@ -119,13 +129,7 @@ HOLDERS = {
         ),
         "arch.cond.source",
     ),
-    words.Reg: (
-        with_(
-            "arch.cond",
-            {"reg": {"kind": "none"}, "ops": [{"where": "pre_mixer", "op": "film"}]},
-        ),
-        "arch.cond.reg",
-    ),
+    words.Reg: (LATENT, "arch.cond.reg"),
     words.Op: (
         with_("arch.cond", {"ops": [{"where": "pre_mixer", "op": "film"}]}),
         "arch.cond.ops[0]",
@@ -136,7 +140,10 @@ HOLDERS = {
         "arch.kv_policy.latent",
     ),
     words.Update: (
-        with_("arch.kv_policy", {"cache": "latent", "latent": {"update": {"kind": "ema"}}}),
+        with_(
+            "arch.kv_policy",
+            {"cache": "latent", "latent": {"dim": 4, "update": {"kind": "ema", "tau": 0.5}}},
+        ),
         "arch.kv_policy.latent.update",
     ),
     words.Residual: (
@@ -167,14 +174,6 @@ HOLDERS = {
         "arch.pipeline[1].budget",
     ),
 }
-LATENT = with_(
-    "arch.cond",
-    {
-        "source": {"kind": "pool-mlp", "H": 4},
-        "reg": {"kind": "freebits", "kappa": 0.1},
-        "ops": [{"where": "pre_mixer", "op": "add"}],
-    },
-)
 CODED = with_("arch.kv_policy", {"cache": "full", "quant": "nf4"})
 CHUNKED = with_("arch.hierarchy", {"levels": [{"every": 1, "chunk": 2.0}]})
 FILM = [{"where": "pre_mixer", "op": "film"}]
@@ -238,6 +237,14 @@ def classes():
 
 def test_every_class_of_the_language_is_held():
     assert {*HOLDERS, words.Own, words.Stack} == set(classes())
+
+
+@pytest.mark.parametrize("cls", HOLDERS, ids=lambda cls: cls.__name__)
+def test_what_holds_a_class_fits(cls):
+    """Where it is refused, every change of it is, and the tests below say nothing."""
+    base, path = HOLDERS[cls]
+    assert outcome(json.dumps(base)) is not None, examined(base)[1]
+    assert found_at(base, path) is not None or not path
 
 
 def options(hint, value, name):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from kizzasi.models import BlockSpec, LayerSpec, ModelSpec, Tokens, presets
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels import MLPSpec, SwiGLUSpec
 from kizzasi.models.layers.aside import AsideSpec
 from kizzasi.models.layers.chunked import ChunkedSpec
@@ -16,7 +17,7 @@ from kizzasi.models.layers.downsample import DownsampleSpec
 from kizzasi.models.layers.latent import LatentSpec
 from kizzasi.models.layers.loop import LoopSpec
 from kizzasi.models.layers.shared import SharedSpec
-from kizzasi.models.mixers import AttentionSpec, MambaSpec, ParallelSpec, RetentionSpec
+from kizzasi.models.mixers import AttentionSpec, MambaSpec, MLASpec, ParallelSpec, RetentionSpec
 from kizzasi.nas.pipelines import Pipeline, to_pipeline
 from kizzasi.strict import field_types
 
@@ -100,6 +101,7 @@ SAID = {
             "body": [DepthRoutedSpec((ONE, ONE)), DepthRoutedSpec((ConditionSpec((ONE,)),))],
             "capacity": [DepthRoutedSpec((ONE,), capacity=0.3)],
             "weight": [DepthRoutedSpec((ONE,), weight=0.1)],
+            "temperature": [DepthRoutedSpec((ONE,), temperature=0.5)],
         },
     ),
     "condition": (
@@ -211,6 +213,29 @@ def test_keys_and_streams_of_other_stages():
     assert "custom" not in text
     assert text.count("kv_from: [layers_1]") == 1
     assert text.count("mem_from: [layers_0]") == 1
+
+
+MLA = MLASpec(2, 6, 4, qk_rope_head_dim=4, v_head_dim=8)
+IN_WORDS = [
+    MLA,
+    replace(MLA, kv_quant="int8", scale=0.5, rope_theta=500.0),
+    replace(MLA, position="none"),
+    replace(MLA, n_latents=2),
+    replace(MLA, every=3),
+    replace(MLA, every=2, fade=0.75, rope_scaling=RopeScaling("linear", 2.0)),
+]
+
+
+@pytest.mark.parametrize("mixer", IN_WORDS)
+def test_latent_attention_is_a_latent_cache(mixer):
+    text = printed(ModelSpec(16, (BlockSpec(mixer, SwiGLUSpec(hidden=32)),) * 2, Tokens(9)))
+    assert "cache: latent" in text
+    assert "mla" not in text
+
+
+@pytest.mark.parametrize("fields", [{"norm_eps": 1e-5}, {"q_lora_rank": 4}, {"v_head_dim": 6}])
+def test_latent_attention_that_no_word_reaches_is_written_in_full(fields):
+    assert "kind: mla" in printed(ModelSpec(16, (BlockSpec(replace(MLA, **fields)),), Tokens(9)))
 
 
 def test_mixers_side_by_side_may_know_other_positions():

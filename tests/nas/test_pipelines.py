@@ -13,6 +13,7 @@ import yaml
 from kizzasi.cli import main
 from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model, presets
+from kizzasi.models.attention.rope_scaling import RopeScaling
 from kizzasi.models.channels import MLPSpec, MoESpec, SwiGLUSpec
 from kizzasi.models.mixers import (
     AttentionSpec,
@@ -205,9 +206,11 @@ def test_a_latent_cache_is_latent_attention():
     assert mixer == MLASpec(4, 6, **heads, rope_theta=5000.0, kv_quant="nf4")
     for path, value, said in (
         ("arch.kv_policy.latent", DROP, "latent.dim: 'latent' needs it; give 8"),
-        ("arch.kv_policy.latent.heads", 2, "every head reads the whole latent"),
-        ("arch.kv_policy.latent.update", {"kind": "ema", "tau": 0.5}, "a past that fades is cond"),
-        ("arch.kv_policy.latent.update", {"kind": "linear", "freq": 4}, "a latent of its own"),
+        ("arch.kv_policy.latent.heads", 4, "4 parts of 6 numbers are not read by equally many"),
+        ("arch.kv_policy.latent.update", {"kind": "ema"}, "tau: 'ema' needs it; give 0.9"),
+        ("arch.kv_policy.latent.update", {"kind": "ema", "tau": 1.0}, "1.0 of 'ema' is outside"),
+        ("arch.kv_policy.latent.update", {"kind": "linear", "freq": 4}, "a latent of every token"),
+        ("arch.kv_policy.latent.update", {"kind": "linear", "tau": 0.5}, "'linear' fades nothing"),
         ("arch.kv_policy.window", 8, "a cache 'latent' does not read it"),
         ("arch.mix_unit.mixer.groups", 2, "every head makes keys and values of its own"),
         ("arch.pos.rope.dims", 4, "4 of the 4 entries of a head, of which a latent makes some"),
@@ -223,6 +226,35 @@ def test_a_latent_cache_is_latent_attention():
         broken = changed(data, f"arch.mix_unit.mixer.{name}", value)
         assert "arch.kv_policy.cache: attention that makes keys" in str(examined(broken)[1][0])
         assert Pipeline.from_data(repaired(broken)[0]).spec.blocks[0].mixer.kind == "attention"
+
+
+def test_a_latent_cache_fades_keeps_one_of_some_tokens_and_has_parts():
+    update = {"kind": "ema", "tau": 0.5, "freq": 4}
+    policy = {"cache": "latent", "latent": {"dim": 6, "heads": 2, "update": update}}
+    data = changed(wrong("arch.kv_policy", policy), "arch.mix_unit.mixer.groups", DROP)
+    rope = {"theta": 5000.0, "scaling": {"type": "linear", "factor": 2.0}}
+    spec = Pipeline.from_data(changed(data, "arch.pos.rope", rope)).spec
+    mixer = spec.blocks[0].mixer
+    heads = {"qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 4}
+    fades = {"n_latents": 2, "every": 4, "fade": 0.5}
+    linear = RopeScaling("linear", 2.0)
+    assert mixer == MLASpec(4, 6, **heads, **fades, rope_theta=5000.0, rope_scaling=linear)
+    printed = to_pipeline(spec)
+    assert printed.spec == spec
+    assert yaml.safe_load(printed.to_yaml())["arch"]["kv_policy"] == policy
+
+
+def test_a_cache_bounds_the_mixer_that_sees_more():
+    """A window that one mixer does not fill is read by another, and then no misfit."""
+    near = {"kind": "Attention", "heads": 4, "stencil": {"kind": "local", "window": 8}}
+    unit = {"kind": "par", "merge": "Add", "choices": [near, {"kind": "Attention", "heads": 4}]}
+    data = changed(SMALL, "arch.mix_unit", unit)
+    data = changed(data, "arch.kv_policy", {"cache": "window", "window": 16})
+    mixers = Pipeline.from_data(data).spec.blocks[0].mixer.mixers
+    assert [mixer.window for mixer in mixers] == [8, 16]
+    alone = changed(data, "arch.mix_unit.choices", [near, near])
+    misfit = examined(alone)[1][0]
+    assert "16 positions are kept, of which arch.mix_unit.choices[0] sees 8" in str(misfit)
 
 
 def test_every_form_of_retention_is_one_model():

@@ -1,6 +1,6 @@
 """Mixture of depths: a stack that a token may pass by, decided by a router that sees no future.
 
-    r       the router's score of a token, w . x
+    r       the router's score of a token, w . x / tau
     S       the tokens that take the stack: r > 0
     C       how many of a sequence of t should: capacity t, rounded up
 
@@ -36,7 +36,7 @@ from kizzasi.models.layers.stack import Stack
 from kizzasi.models.mixer import LayerContext, MixerOut, add_losses
 from kizzasi.models.norm import WideLinear
 from kizzasi.models.state import chosen
-from kizzasi.strict import join, register, require
+from kizzasi.strict import added, join, register, require
 
 
 @register
@@ -48,12 +48,14 @@ class DepthRoutedSpec(LayerSpec):
         body: its layers.
         capacity: share of the tokens that should take it, in (0, 1).
         weight: of the router's loss.
+        temperature: tau; the colder, the nearer are shares and slopes to all or nothing.
     """
 
     kind: ClassVar[str] = "depth_routed"
     body: tuple[LayerSpec, ...]
     capacity: float = 0.5
     weight: float = 0.01
+    temperature: float = added(1.0)
 
     def check(self, d_model: int, path: str) -> None:
         super().check(d_model, path)
@@ -61,6 +63,7 @@ class DepthRoutedSpec(LayerSpec):
         require(0 < self.capacity < 1, join(path, "capacity"), rule)
         rule = f"{self.weight} is not positive; without it the router learns no share"
         require(self.weight > 0, join(path, "weight"), rule)
+        self.require_positive(path, "temperature")
         rule = "it reads later tokens, which may not be routed; give causal layers"
         require(self.causal, join(path, "body"), rule)
 
@@ -107,7 +110,7 @@ class DepthRouted(LayerModule):
                 "compile the layers inside and outside it, or a step"
             )
         tokens = x[:, None] if call.step else x
-        r = self.router(tokens)[..., 0]
+        r = self.router(tokens)[..., 0] / self.spec.temperature
         real = torch.ones_like(r, dtype=torch.bool) if call.real is None else call.real
         routed = (r > 0) & real
         first = torch.zeros(len(x), dtype=torch.int64, device=x.device)

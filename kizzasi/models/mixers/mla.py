@@ -21,6 +21,7 @@ from kizzasi.models import init
 from kizzasi.models.attention.cache import ALL, layout, now, visible
 from kizzasi.models.attention.memory import Memory, State
 from kizzasi.models.attention.rope_scaling import RopeScaling, Rotary
+from kizzasi.models.attention.summaries import SummaryMLA, check_summaries, summary_cost
 from kizzasi.models.call import Call
 from kizzasi.models.cost import Cost, dense, linear, norm
 from kizzasi.models.mixer import LayerContext, Mixer, MixerOut, MixerSpec, state_dtype
@@ -55,6 +56,10 @@ class MLASpec(MixerSpec):
             values; both would take the bytes that one latent saves, and an open group in half
             precision (64 tokens of 576 entries) those of 240 coded ones. What checkpoints would
             gain by steps for c has not been measured.
+        n_latents: parts of the latent, of which every head reads one; a divisor of n_heads and of
+            kv_lora_rank.
+        every, fade: of summaries; see `attention.summaries`. One latent is kept of so many tokens,
+            a mean of those so far in which each one weighs `fade` times what its successor does.
     """
 
     kind: ClassVar[str] = "mla"
@@ -70,6 +75,9 @@ class MLASpec(MixerSpec):
     norm_eps: float = 1e-6
     kv_quant: KVQuant = added("none")
     position: Literal["rope", "none"] = added("rope")
+    n_latents: int = added(1)
+    every: int = added(1)
+    fade: float = added(0.0)
 
     def check(self, d_model: int, path: str) -> None:
         self.require_positive(path, "n_heads", "kv_lora_rank", "qk_nope_head_dim")
@@ -86,11 +94,15 @@ class MLASpec(MixerSpec):
         require(fits, join(path, "position"), rule)
         if self.rope_scaling is not None:
             self.rope_scaling.check(n, join(path, "rope_scaling"))
+        if self.summarises:
+            check_summaries(self, path)
 
-    def build(self, layer: LayerContext) -> MLA:
-        return MLA(self, layer)
+    def build(self, layer: LayerContext) -> MLA | SummaryMLA:
+        return (SummaryMLA if self.summarises else MLA)(self, layer)
 
     def cost(self, layer: LayerContext, seq_len: int, batch: int) -> Cost:
+        if self.summarises:
+            return summary_cost(self, layer.d_model, seq_len, batch)
         d, n, heads, rank = layer.d_model, batch * seq_len, self.n_heads, self.kv_lora_rank
         qk, kept = self.qk_head_dim, rank + self.qk_rope_head_dim
         total = linear(n, d, kept) + norm("rms", rank)
@@ -114,6 +126,11 @@ class MLASpec(MixerSpec):
     @property
     def coded(self) -> bool:
         return self.kv_quant != "none"
+
+    @property
+    def summarises(self) -> bool:
+        """Whether what is kept is not every token's own latent, whole for all heads."""
+        return (self.n_latents, self.every, self.fade) != (1, 1, 0)
 
     @property
     def qk_head_dim(self) -> int:

@@ -63,7 +63,7 @@ class DepthRouter(Strict):
     Args:
         kind: each layer by itself ("token"), or all as one ("layer").
         budget: share of the tokens that do not.
-        tau: EvoForge's temperature.
+        tau: temperature of their scores.
         min_layers: first layers that none skips.
         balance: weight of the loss that keeps to the budget.
     """

@@ -299,7 +299,8 @@ class Cond(Strict):
 
 @dataclass(frozen=True)
 class Update(Strict):
-    """How a latent cache is written: "linear", of each token by itself."""
+    """How a latent cache is written: "linear", of each token by itself; "ema", a mean of the tokens
+    so far, kept of one in freq, each token weighing tau times what its successor does."""
 
     kind: Literal["linear", "ema"]
     freq: int | None = bounded(1)
@@ -308,7 +309,7 @@ class Update(Strict):
 
 @dataclass(frozen=True)
 class LatentCache(Strict):
-    """A compressed cache of dim numbers a token, which all heads read."""
+    """A compressed cache of dim numbers a token, in `heads` parts, of which a head reads one."""
 
     dim: int | None = bounded(1)
     heads: int | None = bounded(1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from kizzasi.nas.pipelines.compiling.latent_cache import latent_attention
 from kizzasi.nas.pipelines.compiling.place import DEFAULT_HEAD, Place, heads_of, only
+from kizzasi.nas.pipelines.compiling.stretching import stretched
 from kizzasi.nas.pipelines.misfits import DROP, Findings
 from kizzasi.nas.pipelines.parts import Kernel, KVPolicy, Mixer, Softmax, Stencil
 
@@ -75,6 +77,16 @@ def kernel_attention(m: Mixer, place: Place, path: str, findings: Findings) -> d
         "orthogonal": kernel.orthogonal,
         "redraw": kernel.redraw,
     }
+
+
+def reach_of(m: Any) -> float:
+    """Positions that a mixer's queries see, 0 of what keeps no keys and values by position."""
+    if not isinstance(m, Mixer) or m.kind != "Attention" or by_features(m):
+        return 0
+    kind = "full" if m.stencil is None else m.stencil.kind
+    if m.stencil is None or "window" not in READ_BY_STENCIL[kind]:
+        return 0 if "block" in READ_BY_STENCIL[kind] else math.inf
+    return m.stencil.window or 0
 
 
 def by_features(m: Any) -> bool:
@@ -159,8 +171,10 @@ def _cached(
         usual = seen or min(DEFAULT_WINDOW, place.ctx_len)
         window = findings.set(f"{where}.window", f"a cache {kv.cache!r} needs it", usual)
     elif seen is not None and seen < window:
-        rule = f"{window} positions are kept, of which {path} sees {seen}"
-        window = findings.set(f"{where}.window", rule, seen)
+        if seen >= place.reach:  # else another mixer of the unit sees more
+            rule = f"{window} positions are kept, of which {path} sees {seen}"
+            findings.set(f"{where}.window", rule, seen)
+        window = seen
     return {**found, "window": window}
 
 
@@ -216,53 +230,10 @@ def _positions(
         near = min(dims, head_dim) // 2 * 2
         remedy = f"give an even number up to {head_dim}, or {path} a head_dim of {dims}"
         dims = findings.set(f"{where}.dims", rule, near, remedy)
-    scaling = _scaling(rope.scaling, dims or head_dim, place, f"{where}.scaling", findings)
+    scaling = stretched(rope.scaling, dims or head_dim, place, f"{where}.scaling", findings)
     return {
         "position": kind,
         "rope_theta": rope.theta,
         "rope_dims": dims,
         "rope_scaling": scaling,
     }
-
-
-def _scaling(
-    scaling: Any, n_rotated: int, place: Place, path: str, findings: Findings
-) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    factor = scaling.factor
-    if factor is None:
-        factor = findings.set(f"{path}.factor", f"{scaling.type!r} needs it", 1.0)
-    if scaling.type == "ntk" and n_rotated == 2:
-        rule = "ntk leaves the first of all frequencies alone, and 2 rotated entries have no other"
-        findings.set(f"{path}.type", rule, "linear")
-    found: dict[str, Any] = {"method": scaling.type, "factor": factor}
-    trained = scaling.type in ("yarn", "longrope")
-    if trained:
-        before = scaling.original_context or max(2, round(place.ctx_len / factor))
-        found["original_context"] = before
-    elif scaling.original_context is not None:
-        findings.drop(f"{path}.original_context", f"{scaling.type!r} does not read it")
-    longrope = scaling.longrope
-    if scaling.type != "longrope":
-        if longrope is not None:
-            findings.drop(f"{path}.longrope", f"{scaling.type!r} does not read it")
-        return found
-    n = n_rotated // 2
-    found["divisors"] = () if longrope is None else longrope.divisors
-    if longrope is None or len(longrope.divisors) != n:
-        low = 1.0 if longrope is None or longrope.alpha is None else longrope.alpha
-        high = factor if longrope is None or longrope.beta is None else longrope.beta
-        ramp = [low * (high / low) ** (i / max(1, n - 1)) for i in range(n)]
-        rule = "longrope has a divisor for each pair of rotated entries, and no alpha and beta"
-        findings.add(
-            f"{path}.longrope",
-            rule,
-            f"give divisors, {n} numbers",
-            (f"{path}.longrope", {"divisors": ramp}),
-        )
-        found["divisors"] = ramp
-    elif longrope.alpha is not None or longrope.beta is not None:
-        rule = "its divisors say everything"
-        findings.set(f"{path}.longrope", rule, {"divisors": list(longrope.divisors)})
-    return found

@@ -2,7 +2,9 @@
 
 `kv_policy: {cache: latent, latent: {dim: 64}}` keeps `dim` numbers of a token, of which every head
 makes its keys and values, and beside them the rotated entries, which all heads share: half of a
-head, or `pos.rope.dims`.
+head, or `pos.rope.dims`. `heads` parts the numbers, and every head reads one part. `update: {kind:
+ema, tau: 0.9, freq: 4}` keeps a latent of every fourth token: a mean of the tokens so far, in which
+each one weighs tau times what its successor does. See `models.attention.summaries`.
 
 Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
 """
@@ -12,8 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from kizzasi.nas.pipelines.compiling.place import Place, heads_of
+from kizzasi.nas.pipelines.compiling.stretching import stretched
 from kizzasi.nas.pipelines.misfits import DROP, Findings
-from kizzasi.nas.pipelines.parts import KVPolicy, LatentCache, Mixer, Softmax
+from kizzasi.nas.pipelines.parts import KVPolicy, LatentCache, Mixer, Softmax, Update
 
 ROTATES = ("rope", "none")
 
@@ -38,15 +41,19 @@ def latent_attention(
             findings.drop(f"{where}.{name}", "a cache 'latent' does not read it")
     rope = None if place.pos is None or place.pos.kind == "none" else place.pos.rope
     n_rotated = _rotated(rope and rope.dims, head_dim, f"{place.pos_path}.rope.dims", findings)
+    scaling = None if rope is None else rope.scaling
     scale = None if m.softmax is None else m.softmax.qk_scale
     return {
         "kind": "mla",
         "n_heads": heads,
-        "kv_lora_rank": _rank(kv, head_dim, where, findings),
+        **_latents(kv, heads, head_dim, where, findings),
         "qk_nope_head_dim": head_dim - n_rotated,
         "qk_rope_head_dim": n_rotated,
         "v_head_dim": head_dim,
         "rope_theta": None if rope is None else rope.theta,
+        "rope_scaling": stretched(
+            scaling, n_rotated, place, f"{place.pos_path}.rope.scaling", findings
+        ),
         "position": "rope" if _position(m, place) == "rope" else "none",
         "kv_quant": kv.quant,
         "scale": scale if isinstance(scale, float) else None,
@@ -68,8 +75,6 @@ def _misfit(m: Mixer, place: Place, head_dim: int, path: str) -> str | None:
         return f"attention that makes keys of a latent scales its scores and no more; see {path}"
     if _position(m, place) not in ROTATES:
         return f"attention that makes keys of a latent has no positions {_position(m, place)!r}"
-    if place.pos is not None and place.pos.rope is not None and place.pos.rope.scaling is not None:
-        return "the positions of attention that makes keys of a latent are not stretched here"
     if head_dim < 3:
         return f"a head of {head_dim} entries has none to rotate beside those of a latent"
     return None
@@ -84,20 +89,37 @@ def _rotated(dims: int | None, head_dim: int, path: str, findings: Findings) -> 
     return findings.set(path, rule, usual)
 
 
-def _rank(kv: KVPolicy, head_dim: int, path: str, findings: Findings) -> int:
-    """Numbers that are kept of a token."""
-    latent = kv.latent or LatentCache()
-    rank = latent.dim
+def _latents(
+    kv: KVPolicy, heads: int, head_dim: int, path: str, findings: Findings
+) -> dict[str, Any]:
+    """What is kept of which tokens, and in how many parts."""
+    latent, where = kv.latent or LatentCache(), f"{path}.latent"
+    rank, parts = latent.dim, latent.heads or 1
     if rank is None:
-        rank = findings.set(f"{path}.latent.dim", "'latent' needs it", 2 * head_dim)
-    if latent.heads not in (None, 1):
-        findings.drop(f"{path}.latent.heads", "every head reads the whole latent")
-    update, where = latent.update, f"{path}.latent.update"
-    if update is not None and update.kind == "ema":
-        rule = "'ema': a latent is of its own token; a past that fades is cond.source's"
-        findings.set(f"{where}.kind", rule, "linear")
-    if update is not None and update.freq not in (None, 1):
-        findings.drop(f"{where}.freq", "every token has a latent of its own")
-    if update is not None and update.tau is not None:
-        findings.drop(f"{where}.tau", "'linear' fades nothing")
-    return rank
+        rank = findings.set(f"{where}.dim", "'latent' needs it", 2 * head_dim)
+    if heads % parts or rank % parts:
+        rule = f"{parts} parts of {rank} numbers are not read by equally many of {heads} heads"
+        near = max(n for n in range(1, parts + 1) if heads % n == 0 and rank % n == 0)
+        parts = findings.set(f"{where}.heads", rule, near)
+    return {
+        "kv_lora_rank": rank,
+        "n_latents": parts,
+        **_update(latent.update, f"{where}.update", findings),
+    }
+
+
+def _update(update: Update | None, path: str, findings: Findings) -> dict[str, Any]:
+    """How summaries fade, and of how many tokens one is kept."""
+    if update is None:
+        return {}
+    if update.kind == "linear":
+        if update.tau is not None:
+            findings.drop(f"{path}.tau", "'linear' fades nothing")
+        if update.freq not in (None, 1):
+            findings.drop(f"{path}.freq", "'linear' keeps a latent of every token", "give 'ema'")
+        return {}
+    fade = update.tau
+    if fade is None or not 0 <= fade < 1:
+        rule = "'ema' needs it" if fade is None else f"{fade} of 'ema' is outside [0, 1)"
+        fade = findings.set(f"{path}.tau", rule, 0.9)
+    return {"fade": fade, "every": update.freq}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kizzasi.errors import SpecError
 from kizzasi.models import MixerSpec
-from kizzasi.nas.pipelines.compiling.attention import attention, by_features
+from kizzasi.nas.pipelines.compiling.attention import attention, by_features, reach_of
 from kizzasi.nas.pipelines.compiling.place import Place, heads_of
 from kizzasi.nas.pipelines.misfits import Findings
 from kizzasi.nas.pipelines.parts import Mixer, MixUnit, Own
@@ -50,6 +51,7 @@ def mixer_of(unit: MixUnit, place: Place, findings: Findings) -> MixerSpec | Non
     given: tuple[Any, ...] = unit.choices if several else (unit.mixer,)
     names = [f"{path}.choices[{i}]" if several else f"{path}.mixer" for i in range(len(given))]
     _unread(unit, given, place, findings)
+    place = replace(place, reach=max(map(reach_of, given)))
     made = [one_mixer(m, place, name, findings) for m, name in zip(given, names, strict=True)]
     mixers = [mixer for mixer in made if mixer is not None]
     if len(mixers) < len(made):

@@ -7,6 +7,7 @@ Glossary
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class Place:
         ctx_len: window of training.
         pos, pos_path, kv, kv_path: of the stack.
         kv_inherited: a module has it from the model, and may have no use for it.
+        reach: positions that the unit's attention sees at most.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Place:
     kv: KVPolicy | None = None
     kv_path: str = ""
     kv_inherited: bool = False
+    reach: float = math.inf
 
 
 def heads_of(m: Mixer, d_model: int, even: int, path: str, findings: Findings) -> int:

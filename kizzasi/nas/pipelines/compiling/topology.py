@@ -157,9 +157,6 @@ def _routed(layers: list[Any], router: DepthRouter, path: str, findings: Finding
     if budget is None or budget == 1:
         rule = f"{router.kind!r} needs it" if budget is None else "all tokens need no router"
         budget = findings.set(f"{path}.budget", rule, 0.5)
-    if router.tau is not None:
-        rule = "the router decides by the sign of its score, which no temperature changes"
-        findings.drop(f"{path}.tau", rule)
     first = router.min_layers or 0
     if first >= len(layers):
         rule = f"{first} of {len(layers)} layers leave none to route"
@@ -167,7 +164,8 @@ def _routed(layers: list[Any], router: DepthRouter, path: str, findings: Finding
     rest = layers[first:]
     bodies = [[one] for one in rest] if router.kind == "token" else [rest]
     return layers[:first] + [
-        layer("depth_routed", body, capacity=budget, weight=router.balance) for body in bodies
+        layer("depth_routed", body, capacity=budget, weight=router.balance, temperature=router.tau)
+        for body in bodies
     ]
 
 

@@ -14,6 +14,8 @@ from kizzasi.nas.pipelines.writing import said
 
 NAMES = {kind: name for name, kind in NORMS.items()}
 NOWHERE = {"kind": "none"}
+# Mixers that read positions and a cache, and the field that says how many entries are rotated.
+ATTENDS = {"attention": "rope_dims", "mla": "qk_rope_head_dim"}
 
 
 def block_words(block: BlockSpec, d_model: int) -> Iterator[dict[str, Any]]:
@@ -56,7 +58,7 @@ def _choices(specs: tuple[Any, ...]) -> Iterator[tuple[list[Any], dict[str, Any]
     kv = next((p for spec in specs if (p := _cache(spec.to_dict()))), {})
     words = [_words(spec) for spec in specs]
     for spec, word in zip(specs, words, strict=True):
-        if spec.kind == "attention" and (own := _position(spec)) != pos.get("pos", NOWHERE)["kind"]:
+        if spec.kind in ATTENDS and (own := _position(spec)) != pos.get("pos", NOWHERE)["kind"]:
             word["pos"] = own
     if any(word != said_own for word, said_own in zip(words, map(_own, specs), strict=True)):
         yield words, {**pos, **kv}
@@ -82,6 +84,10 @@ def _words(spec: Any) -> dict[str, Any]:
             low = {"type": "low_rank", "rank": data["qkv_rank"], "shared": data["qkv_shared"]}
             found["projection"] = low
         return {"kind": "Attention", **given(found)}
+    if spec.kind == "mla":
+        found = {"heads": data["n_heads"], "head_dim": spec.qk_head_dim}
+        softmax = None if data["scale"] is None else {"qk_scale": data["scale"]}
+        return {"kind": "Attention", **given({**found, "softmax": softmax})}
     if spec.kind == "kernel_attention":
         kernel = {"name": data["feature"], "features": data["n_features"]}
         kernel |= {"orthogonal": data["orthogonal"], "redraw": data["redraw"]}
@@ -120,7 +126,7 @@ def _position(spec: Any) -> str:
 def _positions(spec: Any) -> dict[str, Any]:
     if spec.kind == "retention":
         return {"pos": {"kind": "rope", "rope": {"theta": spec.rope_theta}}}
-    if spec.kind != "attention":
+    if spec.kind not in ATTENDS:
         return {}
     data = spec.to_dict()
     pos: dict[str, Any] = {"kind": _position(spec)}
@@ -131,16 +137,30 @@ def _positions(spec: Any) -> dict[str, Any]:
             stretch = {"type": scaling["method"], "factor": scaling["factor"]}
             stretch |= {"original_context": scaling["original_context"], "longrope": numbers}
             stretch = given(stretch)
-        rope = {"theta": data["rope_theta"], "dims": data["rope_dims"], "scaling": stretch}
+        dims = data[ATTENDS[spec.kind]]
+        rope = {"theta": data["rope_theta"], "dims": dims, "scaling": stretch}
         pos["rope"] = given(rope)
     return {"pos": pos} if pos["kind"] != "none" else {}
 
 
 def _cache(data: Mapping[str, Any]) -> dict[str, Any]:
     quant = data.get("kv_quant", "none")
+    if data["kind"] == "mla":
+        return {"kv_policy": _latents(data)}
     if quant == "none":
         return {}
     return {"kv_policy": given({"cache": "full", "quant": quant, "group": data["kv_group"]})}
+
+
+def _latents(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A latent cache."""
+    parts, every, fade = data["n_latents"], data["every"], data["fade"]
+    latent = {"dim": data["kv_lora_rank"], "heads": parts if parts > 1 else None}
+    if (every, fade) != (1, 0):
+        latent["update"] = {"kind": "ema", "tau": fade, "freq": every}
+    quant = data["kv_quant"]
+    policy = {"cache": "latent", "latent": given(latent)}
+    return policy if quant == "none" else {**policy, "quant": quant}
 
 
 def _channels(spec: Any, d_model: int) -> Iterator[dict[str, Any]]:

@@ -96,6 +96,7 @@ def _router(layers: list[Any]) -> tuple[list[Any], dict[str, Any]]:
     first, one = len(layers) - len(routed), routed[0]
     kind = "token" if all(len(one.body) == 1 for one in routed) else "layer"
     words = {"kind": kind, "budget": one.capacity, "balance": one.weight}
+    words |= {"tau": one.temperature} if one.temperature != 1 else {}
     words |= {"min_layers": first} if first else {}
     return [
         *layers[:first],
