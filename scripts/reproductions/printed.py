@@ -89,7 +89,8 @@ def picture(name: str, table: Table, problem: Problem, rows: list[dict[str, Any]
         for column, scores in cells(table, problem, row).items():
             known = [scale * s for s in scores if s is not None]
             if known:
-                lines.append((f"{row['name']}: {column}", "searched", known))
+                short = column.replace("trained length", "trained")
+                lines.append((f"{row['name']}: {short}", "searched", known))
     unit = "right answers, %" if scale == 100 else problem.task.metric.label
     drawn = strips(name, unit, lines, None)
     style = f"<style>{INK}{STYLE}</style>"
