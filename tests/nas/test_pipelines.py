@@ -50,6 +50,17 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize(("kind", "routed"), [("token", [1, 1, 1]), ("layer", [3])])
+def test_tokens_pass_each_layer_or_all_of_them_by(kind, routed):
+    """Around every layer a router of its own, or one around all that are routed."""
+    router = {"kind": kind, "budget": 0.5, "min_layers": 1}
+    data = {**SMALL, "arch": {**SMALL["arch"], "n_layers": 4, "depth_router": router}}
+    first, *rest = Pipeline.from_data(data).spec.blocks
+    assert first.kind == "block"
+    assert [one.kind for one in rest] == ["depth_routed"] * len(routed)
+    assert [len(one.body) for one in rest] == routed
+
+
 def test_a_pipeline_is_a_spelling_of_a_spec():
     pipeline = Pipeline.from_data(SMALL)
     block = BlockSpec(

@@ -415,3 +415,35 @@ def test_evolution_over_models():
     assert best.spec.d_model == 32
     assert len(best.spec.blocks) == 1
     assert score == -best.spec.cost(1).params
+
+
+def options_of(data):
+    """The choices of every kind of part in a template, by field."""
+    if isinstance(data, dict):
+        if "kind" in data:
+            holes = {k: v["choice"] for k, v in data.items() if isinstance(v, dict)}
+            yield data["kind"], holes
+        for value in data.values():
+            yield from options_of(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from options_of(value)
+
+
+def test_what_the_usual_space_chooses_from():
+    """A number nudged here is another space, and every run's figures are of this one."""
+    found = dict(options_of(spaces.hybrid().template))
+    assert found.pop("swiglu") == {"hidden": [None, {"choice": [64, 128, 256, 384]}]}
+    heads = {"n_heads": [2, 4, 8]}
+    assert found == {
+        "tokens": {},
+        "mlp": {"hidden": [128, 256]},
+        "mamba": {"d_state": [8, 16, 32], "expand": [1.0, 1.5, 2.0]},
+        "mamba2": {"d_state": [16, 32, 64], "head_dim": [16, 32]},
+        "rwkv7": {"head_dim": [8, 16, 32]},
+        "gla": {"expand_k": [0.5, 1.0], **heads},
+        "gated_delta": heads,
+        "retention": heads,
+        "s4d": {"d_state": [16, 64]},
+        "attention": {"window": [None, 32, 128], **heads},
+    }
