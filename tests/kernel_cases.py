@@ -42,10 +42,10 @@ def decays(*shape):
 
 
 def memories(t, n, m, w, bonus=False):
-    """h = 3 heads, keys of n and values of m channels."""
+    """h = 3 heads, keys of n and values of m channels; w: the decays' shape, 0 for all."""
     h = 3
     streams = normal(B, t, h, n), normal(B, t, h, n, seed=1), normal(B, t, h, m, seed=2)
-    shape = [y if y in (1, 3) else x for x, y in zip((B, t, h, n), w, strict=True)]
+    shape = [y or x for x, y in zip((B, t, h, n), w, strict=True)]
     given = (*streams, decays(*shape)) + ((normal(h, n),) if bonus else ())
     return given, {"s0": normal(B, h, n, m)}, {}
 
@@ -84,7 +84,7 @@ class Ends:
 
 
 def delta(t, n, m, width):
-    (q, k, v), h = memories(t, n, m, (3, 3, 3, 3))[0][:3], 3
+    (q, k, v), h = memories(t, n, m, (0, 0, 0, 0))[0][:3], 3
     k = torch.nn.functional.normalize(k, dim=-1)
     beta, g = normal(B, t, h).sigmoid(), decays(B, t, h, n)[..., :width]
     return (q, k, v, g, beta, normal(B, h, n, m)), {}, {}
@@ -199,10 +199,10 @@ KERNELS = {
     "scan": (SELECTIVE_SCAN, scan),
     "conv": (CAUSAL_CONV1D, lambda t: conv(t, 4, True)),
     "conv-5": (CAUSAL_CONV1D, lambda t: conv(t, 5, False)),
-    "linear": (LINEAR_ATTENTION, lambda t: memories(t, 19, 5, (3, 0, 3, 0))),
-    "linear-head-bonus": (LINEAR_ATTENTION, lambda t: memories(t, 8, 6, (3, 0, 3, 1), True)),
-    "linear-fixed": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 3, 0))),
-    "linear-fixed-head": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 3, 1))),
+    "linear": (LINEAR_ATTENTION, lambda t: memories(t, 19, 5, (0, 0, 0, 0))),
+    "linear-head-bonus": (LINEAR_ATTENTION, lambda t: memories(t, 8, 6, (0, 0, 0, 1), True)),
+    "linear-fixed": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 0, 0))),
+    "linear-fixed-head": (LINEAR_ATTENTION, lambda t: memories(t, 5, 4, (1, 1, 0, 1))),
     "ssd": (SSD, dual),
     "trapezoid": (Ends(TRAPEZOID), trapezoid),
     "mimo": (Ends(MIMO_TRAPEZOID), mimo),

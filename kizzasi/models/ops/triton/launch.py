@@ -38,9 +38,18 @@ def padded(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def block(width: int, most: int) -> int:
-    """Channels of one program."""
-    return min(padded(width), most)
+def block(width: int, most: int, least: int = 1) -> int:
+    """Channels of one program; a matrix product takes 16 or more."""
+    return max(min(padded(width), padded(most)), least)
+
+
+def precision(dtype: torch.dtype, low: bool) -> str:
+    """How numbers enter a matrix product. float64 as it is; float32 as three parts of TF32, which
+    together keep its digits, or as one where `low`, or where the program allows bfloat16 by
+    `torch.set_float32_matmul_precision("medium")`."""
+    if dtype == torch.float64:
+        return "ieee"
+    return "tf32" if low or torch.get_float32_matmul_precision() == "medium" else "tf32x3"
 
 
 def strides(*inputs: Tensor) -> Iterator[int]:
