@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "threads": torch.get_num_threads(),
         "kernels": kernels(),
         "engines": {name: op.resolve("auto", torch.device(args.device)) for name, op in tables()},
+        "refused": (refused := {}),
         "self_test": {
-            **{kind: agreement(kind, args.device) for kind in SELF_TEST},
+            **{kind: agreement(kind, args.device, refused) for kind in SELF_TEST},
             "eml_descent": descent_agreement(args.device),
         },
         "speed": {} if args.no_speed else speed(args.device),
@@ -77,9 +78,20 @@ def tables() -> list[tuple[str, Any]]:
     return sorted((op.op, op) for op in (*found.values(), DESCENT))
 
 
-def agreement(kind: str, device: str) -> float:
+def agreement(kind: str, device: str, refused: dict[str, str]) -> float:
     """The largest difference, relative to the largest number, between a layer and its defining
-    loops in float64: of outputs and of the gradients of its weights."""
+    loops in float64: of outputs and of the gradients of its weights. Infinite where an engine
+    refuses to run, which `refused` then says why."""
+    from kizzasi.errors import SpecError
+
+    try:
+        return _agreement(kind, device)
+    except SpecError as error:
+        refused[kind] = str(error)
+        return float("inf")
+
+
+def _agreement(kind: str, device: str) -> float:
     import torch
 
     from kizzasi.models.mixer import LayerContext, MixerSpec
@@ -163,6 +175,7 @@ def report(result: dict[str, Any]) -> str:
     for kind, far in result["self_test"].items():
         rows.append([kind, f"{far:.1e}", "agrees" if far <= AGREE else "WRONG: please report"])
     lines.append(columns(rows))
+    lines += [f"{kind}: {why}" for kind, why in result["refused"].items()]
     if result["speed"]:
         lines += [
             "",

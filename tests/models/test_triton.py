@@ -11,10 +11,12 @@ from kernel_cases import KERNELS, document_starts, made, results
 from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from kizzasi.models.ops import engines
+from kizzasi.errors import SpecError
+from kizzasi.models.ops import devices, engines
 
 pytest.importorskip("triton", reason="triton is not installed")
 memory = pytest.importorskip("kizzasi.models.ops.triton.memory")
+first_use = pytest.importorskip("kizzasi.models.ops.triton.first_use")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 every_kernel = pytest.mark.parametrize(
@@ -137,6 +139,50 @@ def test_auto_is_triton_on_cuda_and_torch_where_it_looks_on():
     with FlopCounterMode(display=False):
         assert table.pick("triton", DEVICE) is table.pick("torch", DEVICE)
     assert table.pick("triton", DEVICE) is not table.pick("torch", DEVICE)
+
+
+class Asked:
+    """An op that counts its calls."""
+
+    def __init__(self, run, name):
+        self.run, self.calls, self.__name__ = run, 0, name
+
+    def __call__(self, *given, **named):
+        self.calls += 1
+        return self.run(*given, **named)
+
+
+@pytest.mark.parametrize("name", first_use.EXAMPLES)
+def test_an_op_that_disagrees_with_its_loop_refuses_to_work(name, monkeypatch):
+    """The torch form stands for the kernels: of the true op, and with a gradient that is off."""
+    monkeypatch.setattr(devices, "on_cuda", lambda x: True)
+    loop, example = first_use.EXAMPLES[name]
+    torch_form = getattr(sys.modules[loop.__module__], name)
+    op = Asked(torch_form, name)
+    ready = first_use.proven(op)
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        ready(*example())
+    ready(*example())
+    assert op.calls == 3  # the proof, once, and two calls
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def spoilt(first, *rest):
+        return torch_form(first + 1e-2 * (first - first.detach()), *rest)
+
+    ready = first_use.proven(Asked(spoilt, name))
+    for _ in range(2):
+        with pytest.raises(SpecError, match=f"'triton' of {name} is .* away .* engine=\"torch\""):
+            ready(*example())
+
+
+def test_every_op_in_triton_proves_itself():
+    """What its table calls is what `proven` made."""
+    for _, (table, _) in KERNELS.items():
+        if "triton" in table.names:
+            op = getattr(table, "table", table)
+            function = op._load("triton")
+            assert function.__wrapped__.__name__ in first_use.EXAMPLES, op.op
 
 
 COMPILE = """

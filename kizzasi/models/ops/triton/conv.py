@@ -16,6 +16,7 @@ from torch import Tensor
 from kizzasi.models.ops import autodiff
 from kizzasi.models.ops import conv as torch_form
 from kizzasi.models.ops.triton import launch
+from kizzasi.models.ops.triton.first_use import proven
 
 LONGEST = 32  # taps; longer filters are the torch form's
 TOKENS, CHANNELS = 32, 64  # of a program
@@ -155,6 +156,7 @@ def conv_inputs(
     tl.store(dx_ + at, dx, (s < t)[:, None] & (i < c)[None, :])
 
 
+@proven
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

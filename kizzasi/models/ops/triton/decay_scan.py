@@ -17,6 +17,7 @@ from kizzasi.models.ops import decay_scan as torch_form
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.precision import full_precision
 from kizzasi.models.ops.triton import launch
+from kizzasi.models.ops.triton.first_use import proven
 
 CHANNELS = 128  # of a program
 
@@ -75,6 +76,7 @@ def decay_backward(
     tl.store(dh0_ + row * d + i, g, inside)
 
 
+@proven
 def decay_scan(
     log_a: Tensor, u: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from kizzasi.models.ops import autodiff
 from kizzasi.models.ops.matrix_memory import How, MatrixMemory
 from kizzasi.models.ops.precision import LOW_PRECISION, without_autocast
 from kizzasi.models.ops.triton import launch
+from kizzasi.models.ops.triton.first_use import proven
 from kizzasi.models.ops.triton.products import summed_products, walk
 from kizzasi.models.ops.triton.scores import scores_backward, scores_forward, solved
 
@@ -307,7 +308,7 @@ def _by_dtype(name: str) -> Any:
     def op(first: Tensor, *rest: Any, **named: Any) -> Any:
         return (low if first.dtype in LOW_PRECISION else exact)(first, *rest, **named)
 
-    return op
+    return proven(op)
 
 
 linear_attention = _by_dtype("linear_attention")

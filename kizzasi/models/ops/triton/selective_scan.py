@@ -18,6 +18,7 @@ from kizzasi.models.ops import autodiff
 from kizzasi.models.ops import selective_scan as torch_form
 from kizzasi.models.ops.documents import isolated
 from kizzasi.models.ops.triton import launch
+from kizzasi.models.ops.triton.first_use import proven
 from kizzasi.models.ops.triton.launch import STEPS
 
 CHANNELS = 32  # of a program
@@ -226,6 +227,7 @@ def scan_backward(
     tl.store(dh0_ + row * d * n + at, g, both)
 
 
+@proven
 def selective_scan(
     u: Tensor,
     dt: Tensor,
