@@ -340,7 +340,7 @@ def _dry_run(
     text = (
         f"at most {told['trials']:,} trainings of {told['candidates']:,} candidates and "
         f"{told['baselines']} baselines, {told['tokens']:,} tokens\n"
-        f"about {minutes:,.1f} minutes at {told['tokens_per_second']:,.0f} tokens a second by "
+        f"at most {minutes:,.1f} minutes at {told['tokens_per_second']:,.0f} tokens a second by "
         f"{told['workers']} workers, measured on a model of {told['params']:,} parameters\n"
         "nothing was written"
     )

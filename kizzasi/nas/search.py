@@ -57,7 +57,7 @@ from kizzasi.nas.study.flow import Flow
 from kizzasi.nas.study.folder import CONFIG, claimed
 from kizzasi.nas.study.identity import begin
 from kizzasi.nas.study.named import plan_of
-from kizzasi.nas.study.outline import tokens_at_most
+from kizzasi.nas.study.outline import final_tokens_at_most, tokens_at_most
 from kizzasi.nas.study.plan import Finals, Plan
 from kizzasi.nas.study.run import Run
 from kizzasi.nas.study.session import session_of
@@ -317,6 +317,8 @@ def run_plan(
                 run.propose(proposed)  # which says why not
             study.begin(session)
             Waves(run, plan.side_by_side).climb()
+        if total is not None:  # so many on the rungs are no bound any more, but known
+            line.count_to(live.tokens + final_tokens_at_most(plan), live.tokens, at_most=True)
         run.train_finalists()
         return Found(folder, write_report(folder, study.events))
 

@@ -14,26 +14,39 @@ from kizzasi.nas.evaluators.micro_training import MicroTrain
 from kizzasi.nas.study.candidates import baseline_entries
 from kizzasi.nas.study.config import SearchConfig
 from kizzasi.nas.study.named import plan_of
+from kizzasi.nas.study.plan import Plan
 from kizzasi.train.open import open_task
 from kizzasi.train.task import Task
 
 TIMED_STEPS = 4
 
 
+AS_THEY_COME = ("asha", "stopping", "pasha")  # a candidate may climb that beats those before it
+
+
 def tokens_at_most(config: SearchConfig, n_baselines: int) -> int:
-    """What the bar counts to: a rough upper bound, since failed trials stop early."""
+    """What the bar counts to: an upper bound, since failed trials stop early, and where results
+    decide as they come, each candidate may be better than those before it and train on."""
     n, total, before = config.n_candidates + n_baselines, 0, 0
     if config.searcher == "proxy":
         n = n_baselines + config.n_best + config.n_random + config.n_outside
     for tokens in config.budgets:
         total += n * (tokens - before)
-        before, n = tokens, max(2, round(config.keep * n)) + 1
+        before = tokens
+        if config.scheduler not in AS_THEY_COME:
+            n = max(2, round(config.keep * n)) + 1
     total = config.search_tokens or total
     n_tried = math.prod(map(len, config.sweep.values()))
     sweeps = (n_baselines + config.n_sweep) * (n_tried - 1) * config.budgets[0]
     seeds = config.final_seeds + config.slope_seeds
     n_finalists = min(config.n_finalists, config.n_candidates)
     return total + sweeps + (1 + n_finalists) * seeds * config.final_tokens
+
+
+def final_tokens_at_most(plan: Plan) -> int:
+    """Of these, what the final trainings are."""
+    finals, budget = plan.finals, plan.finals.budget or plan.budgets[-1]
+    return (1 + finals.n) * (finals.seeds + finals.slope_seeds) * budget
 
 
 def outline(
