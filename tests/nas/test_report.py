@@ -162,6 +162,28 @@ def test_the_verdict_says_when_a_preset_was_saved():
     assert said.endswith("; the preset, the better one, is what was saved.")
 
 
+def test_the_verdict_says_what_of_a_lead_is_owed_to_settings():
+    """A preset's architecture that a search drew with a better rate was .067 ahead of itself."""
+    events = complete_events()
+    finals = {e["candidate"]: e for e in events if e["event"] == "trial" and e["rung"] == "final"}
+    by_id = {e["id"]: e for e in events if e["event"] == "candidate"}
+    preset = next(by_id[own] for own in finals if by_id[own]["group"] == "preset")
+    winner = next(by_id[own] for own in finals if by_id[own]["group"] != "preset")
+    assert "other settings" not in verdict(summarise(events))
+    as_preset = [{**e, "spec": preset["spec"]} if e is winner else e for e in events]
+    assert "; it is that preset's architecture at other settings." in verdict(summarise(as_preset))
+    twin = {**preset, "id": "twin", "group": "random", "name": "twin, lr 0.016"}
+    more = [twin]
+    for e in events:
+        if e["event"] == "trial" and e["candidate"] == preset["id"] and e["rung"] == "final":
+            more.append({**e, "id": f"{e['id']}t", "candidate": "twin", "score": e["score"] - 0.01})
+    *rest, result = events
+    said = verdict(summarise([*rest, *more, result]))
+    assert re.search(
+        r"; that preset's architecture at other settings, twin, lr 0.016, stands", said
+    )
+
+
 def test_complete_plots_are_all_drawn():
     page = Page(html(summary_of("complete")))
     _, _, best, curves, seeds, mattered, params, state, scatter = page.figures

@@ -58,7 +58,24 @@ def verdict(summary: Summary) -> str:
         better = winner.mean is not None and preset.mean is not None and winner.mean < preset.mean
         why = "better on the data that decide" if better else "the better one"
         kept = f"; the preset, {why}, is what was saved"
-    return f"{said}, {_beside(winner, preset, summary)}{kept}."
+    return f"{said}, {_beside(winner, preset, summary)}{_settings(summary)}{kept}."
+
+
+def _settings(summary: Summary) -> str:
+    """Where a finalist of the preset's own architecture is better, the lead is not all due to the
+    architecture: as an addition to a sentence."""
+    preset, winner = summary.preset, summary.winner
+    if preset is None or preset.mean is None:
+        return ""
+    for final in summary.finals:
+        entry, mean = final.entry, final.mean
+        same = entry["group"] != "preset" and entry["spec"] == preset.entry["spec"]
+        if same and mean is not None and mean < preset.mean:
+            if final is winner:
+                return "; it is that preset's architecture at other settings"
+            said = f"that preset's architecture at other settings, {entry['name']}, stands at"
+            return f"; {said} {summary.show(mean)} {summary.unit}"
+    return ""
 
 
 def _beside(winner: Final, preset: Final, summary: Summary) -> str:
