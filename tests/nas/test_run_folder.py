@@ -76,6 +76,15 @@ def test_a_folder_that_is_no_run_is_refused_and_stays(task, tmp_path, name):
     assert tree(tmp_path) == {name: b"precious"}
 
 
+def test_all_that_stands_in_the_way_of_a_run_is_named_at_once(task, tmp_path):
+    for name in ("config.yaml", "report.md"):
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/config.json").write_text("precious")
+    with pytest.raises(StudyError, match=r"holds best, config\.yaml, report\.md, not of a run"):
+        search(task, tmp_path).run()
+
+
 @pytest.mark.parametrize("name", ["trials", "best"])
 def test_a_link_where_a_run_writes_is_refused(task, finished, tmp_path, name):
     mine = tmp_path / "mine"

@@ -73,15 +73,17 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Journal]:
 
 def _require_free(folder: Path) -> None:
     """Raises StudyError where a new run would write over what is there."""
+    strange = []
     for name in WRITTEN:
         place = folder / name
-        if place.is_dir() and not any(place.iterdir()):
-            continue
-        if place.exists() or place.is_symlink():
-            raise StudyError(
-                f"{place}: not of a run, since there is no {JOURNAL}; a search would write there: "
-                "move it away or choose another folder"
-            )
+        empty = place.is_dir() and not any(place.iterdir())
+        if not empty and (place.exists() or place.is_symlink()):
+            strange.append(name)
+    if strange:
+        raise StudyError(
+            f"{folder}: holds {', '.join(strange)}, not of a run, since there is no {JOURNAL}; a "
+            "search would write there: move that away or choose another folder"
+        )
 
 
 def _unmake(folder: Path, made: list[Path]) -> None:
