@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kizzasi.cli import VERBS, main
+from kizzasi.errors import SpecError
 from kizzasi.models import BlockSpec, ModelSpec, Tokens, build_model
 from kizzasi.models.channels import MLPSpec
 from kizzasi.models.layers import LatentSpec
@@ -58,6 +59,23 @@ def test_doctor_names_every_op_and_tests_itself(capsys):
     assert set(found["engines"].values()) <= {"torch", "native"}
     assert found["kernels"].startswith("absent") or found["engines"]["selective_scan"] == "native"
     assert max(found["self_test"].values()) < 1e-9
+    assert found["refused"] == {}
+
+
+def test_doctor_says_why_an_engine_refuses(capsys, monkeypatch):
+    from kizzasi.models.ops.selective_scan import SELECTIVE_SCAN
+
+    def refuses(*given, **named):
+        raise SpecError("engine: 'native' of selective_scan is 1.0e-01 away from its loop")
+
+    monkeypatch.setattr(SELECTIVE_SCAN, "pick", lambda engine, device: refuses)
+    text = output(capsys, "doctor", "--json", "--no-speed")
+    assert "Infinity" not in text
+    found = json.loads(text)
+    assert found["self_test"]["mamba"] is None
+    assert found["refused"].keys() == {"mamba"}
+    told = output(capsys, "doctor", "--no-speed")
+    assert "mamba: engine: 'native' of selective_scan is 1.0e-01 away" in told
 
 
 def test_train_resume_generate_info_validate(capsys, tmp_path, spec_file, data):

@@ -78,17 +78,17 @@ def tables() -> list[tuple[str, Any]]:
     return sorted((op.op, op) for op in (*found.values(), DESCENT))
 
 
-def agreement(kind: str, device: str, refused: dict[str, str]) -> float:
+def agreement(kind: str, device: str, refused: dict[str, str]) -> float | None:
     """The largest difference, relative to the largest number, between a layer and its defining
-    loops in float64: of outputs and of the gradients of its weights. Infinite where an engine
-    refuses to run, which `refused` then says why."""
+    loops in float64: of outputs and of the gradients of its weights. None where an engine
+    refuses to run; `refused` then says why."""
     from kizzasi.errors import SpecError
 
     try:
         return _agreement(kind, device)
     except SpecError as error:
         refused[kind] = str(error)
-        return float("inf")
+        return None
 
 
 def _agreement(kind: str, device: str) -> float:
@@ -173,7 +173,10 @@ def report(result: dict[str, Any]) -> str:
     lines += [columns([["op", "engine"], *([*row] for row in result["engines"].items())]), ""]
     rows = [["layer", "from its loops", ""]]
     for kind, far in result["self_test"].items():
-        rows.append([kind, f"{far:.1e}", "agrees" if far <= AGREE else "WRONG: please report"])
+        if far is None:
+            rows.append([kind, "-", "refused"])
+        else:
+            rows.append([kind, f"{far:.1e}", "agrees" if far <= AGREE else "WRONG: please report"])
     lines.append(columns(rows))
     lines += [f"{kind}: {why}" for kind, why in result["refused"].items()]
     if result["speed"]:
