@@ -37,7 +37,8 @@ from kizzasi.nas.study.journal import Journal
 from kizzasi.train.seeds import derive_seed
 from kizzasi.train.task import Batch
 
-JOURNAL, MIXERS, OWN = "journal.jsonl", "mixers", "own"
+JOURNAL, MIXERS = "journal.jsonl", "mixers"
+OWN = "own"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Tell = Callable[[str], object]
 
